@@ -1,0 +1,79 @@
+"""The records that flow through a run. All are frozen: a stage makes new ones and never edits old ones.
+
+A *step* is the training counter; a unit of thought inside a trajectory is a *reasoning step*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["proposer", "solver"]
+ROLES: tuple[Role, ...] = ("proposer", "solver")
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the model wrote, exactly as sampled.
+
+    `token_ids` are the sampled ids and are never re-made from `text`; they include the end token when
+    `finish_reason` is "stop". `logprobs` has one entry per token id: the log-probability under the distribution
+    that was sampled from.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A proposer's text, read. `problem` says why it could not be read (None: it could)."""
+
+    text: str
+    rationale: str
+    problem: str | None
+
+    @property
+    def well_formed(self) -> bool:
+        return self.problem is None
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """A solver's text, read. `problem` says why it could not be read (None: it could); then `answer` is None."""
+
+    reasoning_steps: tuple[str, ...]
+    answer: str | None
+    words_before_answer: int
+    problem: str | None
+
+    @property
+    def well_formed(self) -> bool:
+        return self.problem is None
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One image's whole self-play: a question, a group of trajectories and what each of them earned.
+
+    `answer_keys` and the arrays in `reward_parts` run parallel to `trajectories`; an unreadable trajectory has the
+    key None. An unreadable question leaves the group empty.
+    """
+
+    step: int
+    image: str
+    question: Question
+    question_completion: Completion
+    proposer_reward: float
+    trajectories: tuple[Trajectory, ...]
+    completions: tuple[Completion, ...]
+    answer_keys: tuple[str | None, ...]
+    majority_answer: str | None
+    majority_fraction: float
+    answer_entropy: float
+    rewards: tuple[float, ...]
+    reward_parts: Mapping[str, tuple[float, ...]]
