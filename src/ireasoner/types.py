@@ -9,6 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+
+class UsageError(Exception):
+    """Something that whoever runs the program can put right: one sentence: what is wrong, where, what to do."""
+
+
 Role = Literal["proposer", "solver"]
 ROLES: tuple[Role, ...] = ("proposer", "solver")
 FinishReason = Literal["stop", "length"]
@@ -60,14 +65,15 @@ class Trajectory:
 class Episode:
     """One image's whole self-play: a question, a group of trajectories and what each of them earned.
 
-    `answer_keys` and the arrays in `reward_parts` run parallel to `trajectories`; an unreadable trajectory has the
-    key None. An unreadable question leaves the group empty.
+    `answer_keys`, `rewards` and the values of `reward_parts` run parallel to `trajectories`; an unreadable trajectory
+    has the key None. An unreadable question leaves the group empty. `question_completion` is None where the question
+    came with the image (labels) and was not proposed.
     """
 
     step: int
     image: str
     question: Question
-    question_completion: Completion
+    question_completion: Completion | None
     proposer_reward: float
     trajectories: tuple[Trajectory, ...]
     completions: tuple[Completion, ...]

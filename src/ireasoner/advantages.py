@@ -1,0 +1,47 @@
+"""From rewards to advantages. A baseline is read once and moved once in each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class MovingBaseline:
+    """Exponential moving average of a role's mean reward; it starts at the first batch's mean.
+
+    Starting anywhere else (at 0, say) would give identical rewards a non-zero advantage.
+    """
+
+    momentum: float = 0.9
+    value: float | None = None
+
+    def advantages(self, rewards_B: Tensor) -> Tensor:
+        """A = r − b with b as it stood before this batch, then b moves once by the batch mean.
+
+        Args:
+            rewards_B: [B], the rewards of all of a step's trajectories.
+        """
+        mean = rewards_B.mean().item()
+        if self.value is None:
+            self.value = mean
+        advantages_B = rewards_B - self.value
+        self.value = self.momentum * self.value + (1.0 - self.momentum) * mean
+        return advantages_B
+
+
+def leave_one_out_advantages(rewards_GN: Tensor) -> Tensor:
+    """RLOO: each trajectory against the mean of the others of its group, A_i = r_i − mean_{j≠i} r_j.
+
+    Args:
+        rewards_GN: [groups, N], N ≥ 2.
+
+    Raises:
+        ValueError: groups of one, which have no others.
+    """
+    count = rewards_GN.shape[-1]
+    if count < 2:
+        raise ValueError("leave-one-out advantages need at least 2 trajectories in a group")
+    return (rewards_GN - rewards_GN.mean(-1, keepdim=True)) * count / (count - 1)

@@ -1,0 +1,278 @@
+"""The command line. Thin: it reads options, calls a room and shows what it says; heavy rooms are imported on use."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ireasoner import __version__
+from ireasoner.types import UsageError
+
+PROGRAM = "ireasoner"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its options; training options come from `ireasoner.config`."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Self-evolving visual reasoning from a folder of unlabeled images: a Proposer asks, a Solver answers "
+        "several times, and their agreement is the reward.",
+        epilog=f"Start with: {PROGRAM} demo",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="self-evolve a model on a folder of images",
+        description="Self-evolve a model on a folder of unlabeled images, or continue a run.",
+    )
+    train.add_argument("--out", type=Path, metavar="RUN", help="the run directory to write")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="continue this run")
+    _add_config_options(train)
+    train.set_defaults(function=_train)
+
+    demo = commands.add_parser(
+        "demo",
+        help="watch the tiny model improve itself, in minutes, on a CPU",
+        description="Write a folder of unlabeled pictures, self-evolve the tiny model that ships here on it, and show "
+        "its accuracy on held-out questions before and after.",
+    )
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="run directory (%(default)s)")
+    demo.add_argument("--recipe", default="default", help="recipe (%(default)s)")
+    demo.add_argument(
+        "--style", default="chalk", help="how the pictures are drawn: chalk, varied or plain (%(default)s)"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="seed of training (%(default)s)")
+    demo.add_argument("--steps", type=int, help="training steps (default: the tiny preset's)")
+    demo.set_defaults(function=_demo)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="held-out accuracy of a run or a model; two are compared on the same questions",
+        description="Greedy, mean@1 and maj@5 accuracy with 95 %% intervals on labelled questions.",
+    )
+    evaluate.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="one, or two to compare with a paired test")
+    evaluate.add_argument(
+        "--data", type=Path, required=True, metavar="FILE.jsonl", help="lines of image, question, answer"
+    )
+    evaluate.add_argument("--limit", type=int, help="use the first so many questions")
+    evaluate.add_argument("--preset", help="preset for plain models: prompts and lengths (default: 7b; tiny for tiny)")
+    evaluate.add_argument("--temperature", type=float, default=1.0, help="of the sampled answers (%(default)s)")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of the sampled answers (%(default)s)")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    evaluate.set_defaults(function=_eval)
+
+    bench = commands.add_parser(
+        "bench",
+        help="trajectories per second, beside the published procedure",
+        description="Time one training step of ours and of the published procedure on one checkpoint at equal, forced "
+        "lengths, repetitions interleaved.",
+    )
+    bench.add_argument("--model", default="tiny", help="a folder, a hub id, or 'tiny' (%(default)s)")
+    bench.add_argument("--images-per-step", type=int, nargs="+", default=[1, 16], metavar="N", help="(%(default)s)")
+    bench.add_argument("--tokens", type=int, default=40, help="tokens of each solver completion (%(default)s)")
+    bench.add_argument("--repetitions", type=int, default=5, help="of each measurement (%(default)s)")
+    bench.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    bench.set_defaults(function=_bench)
+
+    world = commands.add_parser(
+        "playground",
+        help="write the embedded world's pictures and questions as files",
+        description="Write unlabeled pictures (OUT/unlabeled) and held-out questions (OUT/SPLIT) of the embedded world.",
+    )
+    world.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    world.add_argument("--style", default="chalk", help="chalk, varied or plain (%(default)s)")
+    world.add_argument("--images", type=int, default=512, help="unlabeled pictures (%(default)s)")
+    world.add_argument("--questions", type=int, default=512, help="labelled questions (%(default)s)")
+    world.add_argument("--split", default="test", choices=["validation", "test"], help="(%(default)s)")
+    world.add_argument(
+        "--items", type=int, nargs=2, default=[2, 4], metavar=("LEAST", "MOST"), help="items in a picture"
+    )
+    world.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    world.set_defaults(function=_playground)
+    return parser
+
+
+def _add_config_options(parser: argparse.ArgumentParser) -> None:
+    from ireasoner.config import Config, Preset, Recipe
+
+    groups = {
+        "run": [
+            name for name in Config.model_fields if name not in Recipe.model_fields and name not in Preset.model_fields
+        ],
+        "scale (a preset sets these)": list(Preset.model_fields),
+        "rewards and advantages (a recipe sets these)": list(Recipe.model_fields),
+    }
+    for title, names in groups.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            field = Config.model_fields[name]
+            group.add_argument(
+                f"--{name.replace('_', '-')}",
+                dest=name,
+                default=argparse.SUPPRESS,
+                nargs="+" if isinstance(field.default, tuple) else None,
+                metavar="VALUE",
+                help=(field.description or "").replace("%", "%%"),
+            )
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from ireasoner import config as configs
+
+    flags = {name: value for name, value in vars(arguments).items() if name in configs.Config.model_fields}
+    if arguments.resume is not None:
+        if arguments.out is not None:
+            raise UsageError("--resume RUN continues RUN in place: leave out --out")
+        config = configs.load_config(arguments.resume / "config.yaml")
+        if differing := configs.conflicts(config, flags):
+            raise UsageError(f"cannot resume with other options: {'; '.join(differing)}")
+        return _follow(config, arguments.resume, resuming=True)
+    missing = [
+        name for name in ("images", "model", "out") if name not in flags and getattr(arguments, name, None) is None
+    ]
+    if missing:
+        raise UsageError(f"train needs {', '.join('--' + name for name in missing)} (or --resume RUN)")
+    for name in ("images", "labels", "eval_data"):  # a run may be resumed from another folder
+        if name in flags:
+            flags[name] = str(Path(flags[name]).absolute())
+    return _follow(configs.resolve(flags), arguments.out, resuming=False)
+
+
+def _follow(config: Any, out: Path, *, resuming: bool) -> int:
+    """Run or resume with a display; the exit code."""
+    from ireasoner.console import Display, results_table
+    from ireasoner.report import write_report
+
+    _quiet_libraries()
+    from ireasoner import train
+
+    with Display(config, out) as display:
+        outcome = (train.resume if resuming else train.start)(config, out, display.observer())
+        if outcome.complete:
+            write_report(out)
+    if not outcome.complete:
+        print(f"Stopped after step {outcome.step}, saved. Continue with: {PROGRAM} train --resume {out}")
+        return 130
+    if outcome.summary and outcome.summary["before"]:
+        results_table(outcome.summary)
+    print(f"Run directory: {out}   adapters: {out}/solver, {out}/proposer   look at: {out}/report.html")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from ireasoner import config as configs
+    from ireasoner.playground import dataset
+
+    out: Path = arguments.out
+    if (out / "config.yaml").exists():
+        config = configs.load_config(out / "config.yaml")
+        if not (out / "summary.json").exists():
+            print(f"Continuing the run in {out}.")
+            return _follow(config, out, resuming=True)
+        raise UsageError(f"{out} holds a finished run: look at {out}/report.html, or choose another --out")
+    data = out / "data"
+    print(f"Drawing 512 unlabeled pictures into {data}/unlabeled and 512 held-out questions into {data}/test.")
+    dataset.write_unlabeled(data / "unlabeled", 512, arguments.style)
+    questions = dataset.write_questions(data / "test", 512, arguments.style)
+    flags = {
+        "images": str((data / "unlabeled").absolute()),
+        "eval_data": str(questions.absolute()),
+        "eval_questions": 512,
+        "model": "tiny",
+        "recipe": arguments.recipe,
+        "seed": arguments.seed,
+        **({"steps": arguments.steps} if arguments.steps else {}),
+    }
+    return _follow(configs.resolve(flags), out, resuming=False)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    if len(arguments.models) > 2:
+        raise UsageError("eval takes one run or model, or two to compare")
+    _quiet_libraries()
+    from ireasoner.console import evaluation_table
+    from ireasoner.evaluate import evaluate_target, load_questions
+    from ireasoner.recorder import write_json
+
+    questions = load_questions(arguments.data, arguments.limit)
+    scores = [
+        evaluate_target(
+            target,
+            questions,
+            preset=arguments.preset,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
+            device=arguments.device,
+        )
+        for target in arguments.models
+    ]
+    result = evaluation_table(arguments.models, scores)
+    if arguments.json:
+        arguments.json.write_text(write_json(result), "utf-8")
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from ireasoner.bench import bench
+    from ireasoner.recorder import write_json
+
+    result = bench(
+        arguments.model,
+        arguments.images_per_step,
+        tokens=arguments.tokens,
+        repetitions=arguments.repetitions,
+        device=arguments.device,
+    )
+    if arguments.json:
+        arguments.json.write_text(write_json(result), "utf-8")
+    return 0
+
+
+def _playground(arguments: argparse.Namespace) -> int:
+    from ireasoner.playground import dataset
+
+    items = (arguments.items[0], arguments.items[1])
+    if arguments.style not in ("chalk", "varied", "plain"):
+        raise UsageError(f"no style {arguments.style!r}: choose chalk, varied or plain")
+    if not 2 <= items[0] <= items[1] <= 6:
+        raise UsageError("--items takes LEAST and MOST between 2 and 6")
+    dataset.write_unlabeled(arguments.out / "unlabeled", arguments.images, arguments.style, arguments.seed, items)
+    folder = arguments.out / arguments.split
+    path = dataset.write_questions(folder, arguments.questions, arguments.style, arguments.split, arguments.seed, items)
+    print(f"Unlabeled pictures: {arguments.out / 'unlabeled'}   labelled questions: {path}")
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Libraries' own progress bars and advice would break the display; their warnings and errors stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (2: a mistake that the user can put right, in one sentence)."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.function(arguments)
+    except UsageError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: interrupted; nothing saved so far is lost", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

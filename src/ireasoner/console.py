@@ -1,0 +1,158 @@
+"""What a person sees in the terminal: one steady live display, or plain lines where output is not a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ireasoner.config import Config
+from ireasoner.types import Episode
+
+if TYPE_CHECKING:  # these import torch
+    from ireasoner.evaluate import Scores
+    from ireasoner.train import Observer
+
+SHOWN = {
+    "reward/solver/total": "reward",
+    "reward/solver/outcome": "outcome",
+    "reward/solver/step_agreement": "step agreement",
+    "answers/majority_fraction": "majority",
+    "answers/entropy": "answer entropy",
+    "kl/solver": "KL",
+    "well_formed/solver": "well-formed",
+}
+
+
+def plain(text: str, limit: int = 120) -> str:
+    """A model's text, safe to print: one line, no control characters, cut at `limit`."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def vote_line(episode: Episode) -> str:
+    """An episode in one line: image, question, and how the group voted."""
+    if not episode.trajectories:
+        return plain(f"{episode.image}: unreadable question ({episode.question.problem})")
+    votes = Counter(t.answer if t.answer is not None else "(unreadable)" for t in episode.trajectories)
+    tally = ", ".join(f"{plain(answer, 24)} x{count}" for answer, count in votes.most_common())
+    return f"{plain(episode.image, 30)}: {plain(episode.question.text, 80)} -> {tally}"
+
+
+class Display:
+    """Shows a run while it goes; a context manager. Progress, time left, and what is being learned."""
+
+    def __init__(self, config: Config, out: Path) -> None:
+        self.config, self.out = config, out
+        self.console = Console(highlight=False)
+        self.live = (
+            Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        )
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task = self.progress.add_task("training", total=config.steps)
+        self.started, self.first_step = time.monotonic(), 1
+
+    def __enter__(self) -> Display:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live:
+            self.live.stop()
+
+    def observer(self) -> Observer:
+        """The callbacks that `train` takes."""
+        from ireasoner.train import Observer
+
+        return Observer(self.on_start, self.on_step, self.on_evaluation, self.say)
+
+    def say(self, message: str) -> None:
+        """One line that stays."""
+        self.console.print(Text(message))
+
+    def on_start(self, config: Config, first_step: int) -> None:
+        self.first_step = first_step
+        self.progress.update(self.task, completed=first_step - 1)
+        self.say(
+            f"{config.model} on {config.images}: recipe {config.recipe}, preset {config.preset}, seed {config.seed}, "
+            f"{config.steps} steps of {config.images_per_step} images x {config.group_size} trajectories -> {self.out}"
+        )
+
+    def on_evaluation(self, which: str, done: int, total: int) -> None:
+        if self.live:
+            self.progress.update(self.task, description=f"evaluating {which}: {done}/{total}")
+            self.live.update(self.progress)
+        elif done == total:
+            self.say(f"evaluated {which}: {total} held-out questions")
+
+    def on_step(self, step: int, metrics: Mapping[str, float], episodes: Sequence[Episode]) -> None:
+        numbers = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in SHOWN.items() if name in metrics)
+        if self.live:
+            self.progress.update(self.task, completed=step, description="training")
+            lines = [Text(vote_line(episode), no_wrap=True, overflow="ellipsis") for episode in episodes[:4]]
+            self.live.update(Group(self.progress, Text(numbers), *lines))
+            return
+        per_step = (time.monotonic() - self.started) / (step - self.first_step + 1)
+        minutes, seconds = divmod(int(per_step * (self.config.steps - step)), 60)
+        self.say(f"step {step}/{self.config.steps}  {numbers}  {per_step:.1f} s/step, {minutes}:{seconds:02d} left")
+        if step % 5 == 1:
+            self.say(f"    {vote_line(episodes[0])}")
+
+
+def _cell(values: Mapping[str, float]) -> str:
+    mean, low, high = (100 * values[name] for name in ("mean", "low", "high"))
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def results_table(summary: Mapping[str, Any]) -> None:
+    """Before and after on the held-out questions, with 95 % intervals."""
+    before, after, difference = summary["before"], summary["after"], summary["difference"]
+    table = Table(title=f"Accuracy in % on {before['questions']} held-out questions, with 95 % intervals", title_justify="left")
+    for name in ("", "before", "after", "difference", "p"):
+        table.add_column(name)
+    for name, change in difference.items():
+        table.add_row(name, _cell(before[name]), _cell(after[name]), _cell(change), f"{change['p']:.4f}")
+    for name in ("answer_entropy", "well_formed"):
+        table.add_row(name.replace("_", " "), f"{before[name]:.3f}", f"{after[name]:.3f}", "", "")
+    Console(highlight=False).print(table)
+
+
+def evaluation_table(names: Sequence[str], scores: Sequence[Scores]) -> dict[str, Any]:
+    """Print the accuracies of one model or two; returns what was printed, ready for JSON."""
+    from ireasoner.evaluate import compare
+
+    if len(scores) == 2:
+        summary = {"before": scores[0].summary(), "after": scores[1].summary(), "difference": compare(*scores)}
+        print(f"before: {plain(names[0])}   after: {plain(names[1])}")
+        results_table(summary)
+        return {"models": list(names), **summary}
+    summary = scores[0].summary()
+    table = Table(title=f"{plain(names[0])}: accuracy in % on {summary['questions']} questions, 95 % intervals", title_justify="left")
+    for name in ("", "accuracy"):
+        table.add_column(name)
+    for name in scores[0].measures:
+        table.add_row(name, _cell(summary[name]))
+    for name in ("answer_entropy", "well_formed"):
+        table.add_row(name.replace("_", " "), f"{summary[name]:.3f}")
+    Console(highlight=False).print(table)
+    return {"models": list(names), "scores": summary}

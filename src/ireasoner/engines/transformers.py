@@ -1,0 +1,107 @@
+"""Sampling on the live policy: every trajectory of a step in one batched decode, each prompt run once.
+
+Rows are drawn by inverting the cumulative distribution at uniform numbers that the caller supplies, so that what a
+trajectory says depends on its own seed and never on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ireasoner.policy import Policy, Prompts
+from ireasoner.types import Completion, Role
+
+
+class TransformersEngine:
+    """Samples from the policy's own weights, at temperature 1 from the whole distribution unless told otherwise."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Prompts,
+        role: Role | None,
+        uniforms_BNC: NDArray[np.float64],
+        *,
+        temperature: float = 1.0,
+        min_tokens: int = 0,
+    ) -> list[list[Completion]]:
+        """N completions of each of B prompts.
+
+        Args:
+            prompts: B prompts.
+            role: whose adapter; None: the backbone alone.
+            uniforms_BNC: numbers in [0, 1): prompts x completions x most tokens of a completion.
+            temperature: 0 is greedy. The log-probabilities returned are those of the distribution sampled from
+                (at 0: of the unscaled one).
+            min_tokens: the end token is not sampled before so many tokens (for benchmarks at equal lengths).
+        """
+        policy = self.policy
+        _, count, longest = uniforms_BNC.shape
+        with policy.acting_as(role):
+            prefix = policy.prefill(prompts).repeat(count)
+            uniforms = torch.from_numpy(uniforms_BNC.reshape(-1, longest)).to(policy.device, torch.float64)
+            total = len(uniforms)
+            tokens = torch.full((total, longest), policy.pad_token, device=policy.device)
+            logprobs = torch.zeros((total, longest), device=policy.device)
+            lengths = torch.full((total,), longest, device=policy.device)
+            rows = torch.arange(total, device=policy.device)  # which trajectory each row of the shrinking batch is
+            done = torch.zeros(total, dtype=torch.bool, device=policy.device)
+            hidden, mask, position = prefix.last_hidden_BD, prefix.mask_BP, prefix.next_position_B
+            for t in range(longest):
+                logits = policy.output_layer(hidden).float()
+                if t < min_tokens:
+                    logits[:, policy.end_token] = -torch.inf
+                chosen, chosen_logprobs = _draw(logits, uniforms[rows, t], temperature)
+                tokens[rows[~done], t] = chosen[~done]
+                logprobs[rows[~done], t] = chosen_logprobs[~done]
+                ended = (chosen == policy.end_token) & ~done
+                lengths[rows[ended]] = t + 1
+                done |= ended
+                left = int((~done).sum())
+                if left == 0 or t == longest - 1:
+                    break
+                if left <= 0.75 * len(rows):  # finished rows cost as much as others: drop them in batches
+                    keep = (~done).nonzero()[:, 0]
+                    prefix.cache.batch_select_indices(keep)
+                    rows, done, chosen = rows[keep], done[keep], chosen[keep]
+                    mask, position = mask[keep], position[keep]
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+                hidden = policy.extend(prefix, chosen[:, None], mask, position + t)[:, 0]
+        return _completions(policy, tokens, logprobs, lengths, count)
+
+
+def _draw(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    scaled = logits_BV if temperature == 0 else logits_BV / temperature
+    logprobs_BV = scaled.log_softmax(-1)
+    if temperature == 0:
+        chosen = logits_BV.argmax(-1)
+    else:
+        cumulative = logprobs_BV.double().exp().cumsum(-1)
+        # The total is 1 but for rounding; scaling by it keeps the last token reachable and the index in range.
+        chosen = torch.searchsorted(cumulative, (uniforms_B * cumulative[:, -1])[:, None], right=True)[:, 0]
+        chosen = chosen.clamp(max=logits_BV.shape[-1] - 1)
+    return chosen, logprobs_BV.gather(-1, chosen[:, None])[:, 0]
+
+
+def _completions(
+    policy: Policy, tokens: torch.Tensor, logprobs: torch.Tensor, lengths: torch.Tensor, count: int
+) -> list[list[Completion]]:
+    flat = []
+    for ids, values, length in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True):
+        ids = ids[:length]
+        stopped = ids[-1] == policy.end_token
+        text = policy.processor.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
+        flat.append(Completion(text, tuple(ids), tuple(values[:length]), "stop" if stopped else "length"))
+    return [flat[i : i + count] for i in range(0, len(flat), count)]
+
+
+def uniforms(seeds: Sequence[Sequence[int]], count: int, longest: int) -> NDArray[np.float64]:
+    """Numbers for `sample`, [len(seeds), count, longest]: each prompt's from its own seed (a sequence of integers)."""
+    return np.stack([np.random.default_rng(list(seed)).random((count, longest)) for seed in seeds])

@@ -1,0 +1,143 @@
+"""The update of one role: REINFORCE with exact KL to the backbone, on the sampled token ids.
+
+What it does: per-trajectory means of token log-probabilities, weighted by advantage, plus β times the exact KL to the
+backbone without adapters; one AdamW step on the role's own LoRA tensors; β then moves toward its KL target.
+
+What it leaves out: importance ratios and clipping (each batch is used once, on the policy that sampled it), value
+functions, advantage normalisation, entropy bonuses, dropout. It does not know how a reward was made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ireasoner.advantages import MovingBaseline, leave_one_out_advantages
+from ireasoner.loss import adapt_kl_coef, reinforce_loss, token_statistics, trajectory_means
+from ireasoner.policy import Policy, Prompts
+from ireasoner.types import Completion, Role
+
+
+class Learner:
+    """Optimiser, baseline and KL coefficient of one role.
+
+    Args:
+        policy: whose adapter is trained.
+        role: which.
+        advantage: "ema": against a moving average; "rloo": against the group's others.
+        tokens_per_batch: most tokens in one forward pass; the update does not depend on it but for rounding.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        role: Role,
+        *,
+        learning_rate: float,
+        weight_decay: float = 0.01,
+        max_grad_norm: float = 1.0,
+        kl_coef: float = 1e-3,
+        kl_target: float = 0.02,
+        advantage: Literal["ema", "rloo"] = "ema",
+        baseline_momentum: float = 0.9,
+        tokens_per_batch: int = 16384,
+    ) -> None:
+        self.policy, self.role, self.advantage = policy, role, advantage
+        self.parameters = policy.parameters(role)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=learning_rate, weight_decay=weight_decay, foreach=True
+        )
+        self.baseline = MovingBaseline(baseline_momentum)
+        self.kl_coef, self.kl_target = kl_coef, kl_target
+        self.max_grad_norm, self.tokens_per_batch = max_grad_norm, tokens_per_batch
+
+    def update(
+        self, prompts: Prompts, groups: Sequence[Sequence[Completion]], rewards: Sequence[Sequence[float]]
+    ) -> dict[str, float]:
+        """One optimiser step on B groups of N completions.
+
+        Args:
+            prompts: B prompts.
+            groups: their completions; the same N for all.
+            rewards: one number for each completion.
+
+        Returns:
+            Metrics by name, without the role.
+        """
+        rewards_BN = torch.tensor(rewards, dtype=torch.float32)
+        if self.advantage == "rloo":
+            advantages_BN = leave_one_out_advantages(rewards_BN)
+        else:
+            advantages_BN = self.baseline.advantages(rewards_BN.flatten()).view_as(rewards_BN)
+        total = rewards_BN.numel()
+        sums = {"loss": 0.0, "kl": 0.0, "token_entropy": 0.0}
+        sampler_gap = 0.0
+        for rows, columns in self._micro_batches(prompts, groups):
+            some = [completion for group in groups[rows] for completion in group[columns]]
+            ids_BC, sampled_BC, mask_BC = _pad(some, self.policy.pad_token, self.policy.device)
+            hidden = self.policy.completion_hidden(prompts[rows], ids_BC, mask_BC, self.role)
+            with torch.no_grad():
+                reference = self.policy.completion_hidden(prompts[rows], ids_BC, mask_BC, None)
+            tokens_T = ids_BC[mask_BC]
+            statistics = token_statistics(hidden, reference, tokens_T, self.policy.output_layer)
+            kl_B = trajectory_means(statistics.kl_T, mask_BC)
+            loss = reinforce_loss(
+                trajectory_means(statistics.logprobs_T, mask_BC),
+                kl_B,
+                advantages_BN[rows, columns].flatten().to(self.policy.device),
+                self.kl_coef,
+            )
+            (loss / total).backward()
+            sums["loss"] += loss.item() / total
+            sums["kl"] += kl_B.sum().item() / total
+            sums["token_entropy"] += trajectory_means(statistics.token_entropy_T, mask_BC).sum().item() / total
+            gap = (statistics.logprobs_T.detach() - sampled_BC[mask_BC]).abs().max().item()
+            sampler_gap = max(sampler_gap, gap)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm).item()
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics = {
+            **sums,
+            "kl_coef": self.kl_coef,
+            "grad_norm": grad_norm,
+            "sampler_gap": sampler_gap,
+            "advantage_std": advantages_BN.std(correction=0).item(),
+        }
+        if math.isfinite(sums["kl"]):
+            self.kl_coef = adapt_kl_coef(self.kl_coef, sums["kl"], self.kl_target)
+        return metrics
+
+    def _micro_batches(self, prompts: Prompts, groups: Sequence[Sequence[Completion]]) -> Iterator[tuple[slice, slice]]:
+        """Slices of prompts and of their trajectories whose padded tokens stay within `tokens_per_batch`."""
+        count = len(groups[0])
+        prompt_length = prompts.mask_BP.shape[1]
+        longest = max(len(c.token_ids) for group in groups for c in group)
+        group_tokens = prompt_length + count * longest
+        if group_tokens <= self.tokens_per_batch:
+            size = self.tokens_per_batch // group_tokens
+            for first in range(0, len(groups), size):
+                yield slice(first, first + size), slice(0, count)
+        else:
+            size = max(1, (self.tokens_per_batch - prompt_length) // longest)
+            for row in range(len(groups)):
+                for first in range(0, count, size):
+                    yield slice(row, row + 1), slice(first, first + size)
+
+
+def _pad(completions: Sequence[Completion], pad_token: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, the sampler's log-probabilities and the mask of real tokens, each [B, C]."""
+    longest = max(len(c.token_ids) for c in completions)
+    ids = torch.full((len(completions), longest), pad_token)
+    sampled = torch.zeros((len(completions), longest))
+    mask = torch.zeros((len(completions), longest), dtype=torch.bool)
+    for row, completion in enumerate(completions):
+        length = len(completion.token_ids)
+        ids[row, :length] = torch.tensor(completion.token_ids)
+        sampled[row, :length] = torch.tensor(completion.logprobs)
+        mask[row, :length] = True
+    return ids.to(device), sampled.to(device), mask.to(device)

@@ -1,0 +1,85 @@
+"""Log-probabilities, exact KL and the REINFORCE loss, over completion tokens only and in bounded memory.
+
+Shape suffixes: T completion tokens of a batch laid end to end, V vocabulary, D width, B trajectories, C completion
+positions (padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# One chunk of float32 logits takes at most 2^25 x 4 bytes = 128 MiB; policy, reference and their gradients are a few
+# of these, whatever the number of tokens and the size of the vocabulary.
+CHUNK_LOGITS = 2**25
+
+
+class TokenStatistics(NamedTuple):
+    """For each completion token: the chosen token's log-probability, exact KL to the reference, entropy (nats)."""
+
+    logprobs_T: Tensor
+    kl_T: Tensor
+    token_entropy_T: Tensor
+
+
+def token_statistics(
+    hidden_TD: Tensor,
+    reference_hidden_TD: Tensor,
+    tokens_T: Tensor,
+    output_layer: Callable[[Tensor], Tensor],
+    chunk_logits: int = CHUNK_LOGITS,
+) -> TokenStatistics:
+    """Statistics of each completion token from the hidden states that predict it.
+
+    KL(policy ‖ reference) = Σ_v π (log π − log π_ref), exact over the vocabulary. Gradients flow through `hidden_TD`;
+    logits are recomputed in the backward pass chunk by chunk, so that memory does not grow with T · V.
+
+    Args:
+        hidden_TD: final hidden states of the policy at the positions before each token.
+        reference_hidden_TD: the same of the reference, without gradient.
+        tokens_T: the sampled token ids.
+        output_layer: hidden states to logits over V; the same for policy and reference.
+        chunk_logits: most logits to hold at once.
+    """
+
+    def of_chunk(hidden: Tensor, reference_hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs_V = output_layer(hidden).float().log_softmax(-1)
+        with torch.no_grad():
+            reference_V = output_layer(reference_hidden).float().log_softmax(-1)
+        probabilities_V = logprobs_V.exp()
+        kl = (probabilities_V * (logprobs_V - reference_V)).sum(-1)
+        with torch.no_grad():
+            entropy = -(probabilities_V * logprobs_V).sum(-1)
+        return logprobs_V.gather(-1, tokens[:, None])[:, 0], kl, entropy
+
+    with torch.no_grad():
+        vocabulary = output_layer(hidden_TD[:1]).shape[-1]
+    size = max(1, chunk_logits // vocabulary)
+    parts = [
+        checkpoint(of_chunk, h, r, t, use_reentrant=False)
+        for h, r, t in zip(hidden_TD.split(size), reference_hidden_TD.split(size), tokens_T.split(size), strict=True)
+    ]
+    return TokenStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]
+
+
+def trajectory_means(values_T: Tensor, mask_BC: Tensor) -> Tensor:
+    """Mean over each trajectory's own tokens: values at the True positions of `mask_BC`, row by row; returns [B]."""
+    values_BC = torch.zeros(mask_BC.shape, dtype=values_T.dtype, device=values_T.device).masked_scatter(
+        mask_BC, values_T
+    )
+    return values_BC.sum(-1) / mask_BC.sum(-1)
+
+
+def reinforce_loss(logprobs_B: Tensor, kl_B: Tensor, advantages_B: Tensor, kl_coef: float) -> Tensor:
+    """Σ_i [A_i · (−log π)_i + β · KL_i], from per-trajectory token means; divide by the number of trajectories."""
+    return (-advantages_B * logprobs_B + kl_coef * kl_B).sum()
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, target: float, rate: float = 0.1) -> float:
+    """β ← clip(β · exp(rate · (KL − τ)/τ), 1e-8, 1e2), after each update."""
+    exponent = min(rate * (kl - target) / target, 50.0)  # exp would overflow long after the clip has decided
+    return min(max(kl_coef * float(torch.tensor(exponent, dtype=torch.float64).exp()), 1e-8), 1e2)

@@ -1,0 +1,51 @@
+"""The world as ordinary files: a folder of unlabeled images, and held-out labelled questions beside their images.
+
+Splits draw their pictures from seeds of their own, so that no picture of one is meant for another; pre-training uses
+`tiny.PRETRAINING_SEED`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from ireasoner.playground import world
+
+SPLIT_SEEDS = {"unlabeled": 1, "validation": 2, "test": 3}
+
+
+def write_unlabeled(
+    folder: Path, count: int, style: str = "chalk", seed: int = 0, items: tuple[int, int] = (2, 4)
+) -> Path:
+    """Write `count` images and nothing about them; returns the folder."""
+    rng = np.random.default_rng([SPLIT_SEEDS["unlabeled"], seed])
+    for index in range(count):
+        picture = world.sample_picture(rng, items=items)
+        target = folder / f"{index // 100:02d}" / f"{index:05d}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        world.draw(picture, world.sample_style(style, rng), rng).save(target)
+    return folder
+
+
+def write_questions(
+    folder: Path, count: int, style: str = "chalk", split: str = "test", seed: int = 0, items: tuple[int, int] = (2, 4)
+) -> Path:
+    """Write `count` questions, one for each image, families in turn; returns the JSONL file.
+
+    Raises:
+        KeyError: a split other than those of SPLIT_SEEDS.
+    """
+    rng = np.random.default_rng([SPLIT_SEEDS[split], seed])
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(count):
+        picture = world.sample_picture(rng, world.FAMILIES[index % len(world.FAMILIES)], items)
+        name = f"images/{index:05d}.png"
+        world.draw(picture, world.sample_style(style, rng), rng).save(folder / name)
+        question = world.sample_question(picture, rng)
+        rows.append({"image": name, "question": question.text, "answer": question.answer})
+    path = folder / f"{split}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path

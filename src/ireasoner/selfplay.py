@@ -1,0 +1,198 @@
+"""Images in, episodes out: propose, solve N times, read, reward."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from ireasoner import rewards
+from ireasoner.answers import answer_key, majority
+from ireasoner.config import Config
+from ireasoner.engines.transformers import TransformersEngine, uniforms
+from ireasoner.policy import EncodedImages, Policy, Prompts
+from ireasoner.roles import parse_question, parse_trajectory, proposer_messages, solver_messages
+from ireasoner.types import Completion, Episode, Question, Trajectory
+
+# The last number of a seed says what is drawn; see `SelfPlay.seed`.
+PROPOSE, SOLVE, RANDOM_REWARD, PICK_LABEL = range(4)
+
+
+@dataclass(frozen=True)
+class Play:
+    """One step's episodes, with the prompts that the learners need.
+
+    `solver_prompts` holds one row for each episode with a group, in order; None where there is no such episode.
+    `proposer_prompts` is None where questions came with the images.
+    """
+
+    episodes: tuple[Episode, ...]
+    proposer_prompts: Prompts | None
+    solver_prompts: Prompts | None
+
+
+class SelfPlay:
+    """The method's story for one step, on the live policy.
+
+    Args:
+        policy: encodes images and prompts, and embeds reasoning steps.
+        engine: samples.
+        config: recipe and scale.
+        labels: questions and true answers by image name, for the oracle recipe; they replace the proposer.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        engine: TransformersEngine,
+        config: Config,
+        labels: Mapping[str, Sequence[tuple[str, str]]] | None = None,
+    ) -> None:
+        self.policy, self.engine, self.config, self.labels = policy, engine, config, labels
+
+    def play(self, step: int, batch: Sequence[tuple[str, Image.Image]]) -> Play:
+        """Play the named images of one step (counted from 1)."""
+        encoded = self.policy.encode_images([image for _, image in batch])
+        names = [name for name, _ in batch]
+        occurrences: Counter[str] = Counter()
+        keys = []
+        for name in names:  # an image played twice in one step must not draw the same numbers twice
+            keys.append((name, occurrences[name]))
+            occurrences[name] += 1
+        proposer_prompts, proposals, questions, truths = None, [None] * len(names), [], [None] * len(names)
+        if self.labels is None:
+            proposer_prompts, proposals = self.propose(step, keys, encoded)
+            questions = [parse_question(c.text, c.finish_reason) for c in proposals]
+        else:
+            for i, key in enumerate(keys):
+                question, truths[i] = self.pick_label(step, key)
+                questions.append(question)
+        asked = [i for i, question in enumerate(questions) if question.well_formed]
+        solver_prompts, groups = self.solve(
+            step, [keys[i] for i in asked], encoded[asked], [questions[i].text for i in asked]
+        )
+        by_image = dict(zip(asked, groups, strict=True))
+        episodes = tuple(
+            self.reward(step, keys[i], questions[i], proposals[i], by_image.get(i, []), truths[i])
+            for i in range(len(names))
+        )
+        return Play(episodes, proposer_prompts, solver_prompts)
+
+    def seed(self, step: int, key: tuple[str, int], purpose: int) -> list[int]:
+        """Randomness is seeded by (seed, step, image, purpose), never carried: a resumed run draws the same."""
+        name, occurrence = key
+        image = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+        return [self.config.seed, step, image, occurrence, purpose]
+
+    def propose(
+        self, step: int, keys: Sequence[tuple[str, int]], encoded: EncodedImages
+    ) -> tuple[Prompts, list[Completion]]:
+        """One question for each image."""
+        prompts = self.policy.prompts(encoded, [proposer_messages(self.config.proposer_prompt)] * len(keys))
+        draws = uniforms([self.seed(step, key, PROPOSE) for key in keys], 1, self.config.max_question_tokens)
+        return prompts, [group[0] for group in self.engine.sample(prompts, "proposer", draws)]
+
+    def solve(
+        self, step: int, keys: Sequence[tuple[str, int]], encoded: EncodedImages, questions: Sequence[str]
+    ) -> tuple[Prompts | None, list[list[Completion]]]:
+        """A group of trajectories for each (image, question)."""
+        if not keys:
+            return None, []
+        prompts = self.policy.prompts(encoded, [solver_messages(self.config.solver_prompt, q) for q in questions])
+        draws = uniforms(
+            [self.seed(step, key, SOLVE) for key in keys], self.config.group_size, self.config.max_solution_tokens
+        )
+        return prompts, self.engine.sample(prompts, "solver", draws)
+
+    def pick_label(self, step: int, key: tuple[str, int]) -> tuple[Question, str | None]:
+        """One of an image's labelled questions, and its true answer."""
+        known = (self.labels or {}).get(key[0], ())
+        if not known:
+            return Question("", "", "no label for this image"), None
+        text, truth = known[np.random.default_rng(self.seed(step, key, PICK_LABEL)).integers(len(known))]
+        return Question(text, "", None), truth
+
+    def reward(
+        self,
+        step: int,
+        key: tuple[str, int],
+        question: Question,
+        proposal: Completion | None,
+        completions: Sequence[Completion],
+        truth: str | None,
+    ) -> Episode:
+        """Read a group and pay it, by the recipe."""
+        config = self.config
+        trajectories = tuple(parse_trajectory(c.text, c.finish_reason) for c in completions)
+        keys = tuple(answer_key(t.answer, question.text) if t.answer is not None else None for t in trajectories)
+        vote = majority(keys)
+        outcome = rewards.outcome_rewards(
+            keys,
+            [t.words_before_answer for t in trajectories],
+            exponent=config.outcome_exponent,
+            length_penalty=config.length_penalty,
+            target_words=config.target_words,
+        )
+        agreement = rewards.step_agreement_rewards(
+            keys,
+            [
+                self.policy.embed_texts(t.reasoning_steps[: config.max_reasoning_steps], config.max_step_tokens)
+                for t in trajectories
+            ],
+            density_exponent=config.density_exponent,
+            position_decay=config.position_decay,
+            max_reasoning_steps=config.max_reasoning_steps,
+        )
+        parts = {"outcome": tuple(outcome.tolist()), "step_agreement": tuple(agreement.tolist())}
+        readable = np.array([k is not None for k in keys], dtype=np.float64)
+        if config.reward == "agreement":
+            earned = rewards.solver_rewards(outcome, agreement, step_weight(config, step))
+        elif config.reward == "discrete":
+            earned = rewards.discrete_rewards(keys)
+        elif config.reward == "random":
+            earned = readable * np.random.default_rng(self.seed(step, key, RANDOM_REWARD)).random(len(keys))
+        elif config.reward == "format":
+            earned = readable
+        else:
+            true_key = answer_key(truth, question.text) if truth is not None else None
+            earned = np.array([float(k is not None and k == true_key) for k in keys])
+        worth = proposer_worth(config, question, trajectories, vote.entropy)
+        return Episode(
+            step=step,
+            image=key[0],
+            question=question,
+            question_completion=proposal,
+            proposer_reward=worth,
+            trajectories=trajectories,
+            completions=tuple(completions),
+            answer_keys=keys,
+            majority_answer=vote.answer,
+            majority_fraction=vote.fraction,
+            answer_entropy=vote.entropy,
+            rewards=tuple(earned.tolist()),
+            reward_parts=parts,
+        )
+
+
+def step_weight(config: Config, step: int) -> float:
+    """λ(t) of a config's schedule."""
+    return rewards.mixing_weight(
+        step,
+        config.steps,
+        warmup=config.step_weight_warmup,
+        initial=config.step_weight_initial,
+        final=config.step_weight_final,
+    )
+
+
+def proposer_worth(
+    config: Config, question: Question, trajectories: Sequence[Trajectory], answer_entropy: float
+) -> float:
+    """The proposer's reward; 0 for an unreadable question and where fewer than 2 trajectories could be read."""
+    if not question.well_formed or sum(t.well_formed for t in trajectories) < 2:
+        return 0.0
+    return rewards.proposer_reward(answer_entropy, target=config.target_entropy, width=config.entropy_width)

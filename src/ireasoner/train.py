@@ -1,0 +1,376 @@
+"""The loop: play, update, record. No maths here.
+
+Everything a step needs is a function of the config, the adapters, the learners' state and the image cursor; all of
+these are in a checkpoint, so a run that was killed and resumed ends like one that was left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+
+from ireasoner import __version__
+from ireasoner.checkpoint import CheckpointError, load_optimizer, newest_checkpoint, optimizer_tensors, save_checkpoint
+from ireasoner.config import Config, dump_config
+from ireasoner.engines.transformers import TransformersEngine, uniforms
+from ireasoner.evaluate import Scores, compare, evaluate, load_questions
+from ireasoner.images import ImagePool, content_hash
+from ireasoner.learner import Learner
+from ireasoner.policy import Policy, resolve_device
+from ireasoner.recorder import Recorder, RunDirectoryError, episode_record, read_records, write_json
+from ireasoner.roles import parse_question, parse_trajectory, proposer_messages, solver_messages
+from ireasoner.selfplay import Play, SelfPlay, step_weight
+from ireasoner.types import ROLES, Episode, Role, UsageError
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pillow")
+
+
+class RunError(UsageError):
+    """A run cannot start or go on; the message says why and what to do."""
+
+
+@dataclass
+class Observer:
+    """Where a run tells what it does; the command line shows it. Every call is optional to listen to."""
+
+    on_start: Callable[[Config, int], None] = lambda config, first_step: None
+    on_step: Callable[[int, Mapping[str, float], Sequence[Episode]], None] = lambda step, metrics, episodes: None
+    on_evaluation: Callable[[str, int, int], None] = lambda which, done, total: None
+    on_message: Callable[[str], None] = lambda message: None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: after which step, whether it is complete, and its `summary.json` if it is."""
+
+    step: int
+    complete: bool
+    summary: dict[str, Any] | None
+
+
+def start(config: Config, out: Path, observer: Observer | None = None) -> Outcome:
+    """Begin a run in a new or empty folder.
+
+    Raises:
+        RunError: the folder holds a run already.
+        RunDirectoryError, ImageError, ModelError, DataError, ConfigError: what they say.
+    """
+    if (out / "config.yaml").exists():
+        raise RunError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
+    recorder = Recorder(out)
+    recorder.write_text("config.yaml", dump_config(config))
+    return _run(config, out, recorder, observer or Observer())
+
+
+def resume(config: Config, out: Path, observer: Observer | None = None) -> Outcome:
+    """Continue a run from its newest sound checkpoint, as if it had never stopped.
+
+    Raises:
+        RunError: nothing to resume from.
+    """
+    summary = out / "summary.json"
+    if summary.exists():
+        return Outcome(config.steps, True, json.loads(summary.read_text("utf-8")))
+    return _run(config, out, Recorder(out), observer or Observer())
+
+
+def _run(config: Config, out: Path, recorder: Recorder, observer: Observer) -> Outcome:
+    run = Run(config, out, recorder, observer)
+    with _stop_on_interrupt() as stop:
+        observer.on_start(config, run.step + 1)
+        before = run.evaluate_before()
+        while run.step < config.steps:
+            if stop.is_set():
+                run.save()
+                return Outcome(run.step, False, None)
+            run.advance()
+        return Outcome(run.step, True, run.finish(before))
+
+
+class Run:
+    """The state of a run and what one step does to it."""
+
+    def __init__(self, config: Config, out: Path, recorder: Recorder, observer: Observer) -> None:
+        self.config, self.out, self.recorder, self.observer = config, out, recorder, observer
+        self.step, self.elapsed = 0, 0.0
+        self.pool = ImagePool(config.images, config.seed, on_skip=lambda name, why: recorder.skip(self.step, name, why))
+        self.policy = Policy(
+            config.model,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_targets=config.lora_targets,
+            max_image_tokens=config.max_image_tokens,
+            dtype=config.dtype,
+            device=resolve_device(config.device),
+            seed=config.seed,
+        )
+        self.engine = TransformersEngine(self.policy)
+        labels = load_labels(config, self.pool) if config.labels else None
+        self.selfplay = SelfPlay(self.policy, self.engine, config, labels)
+        self.learners = {role: self._learner(role) for role in ROLES}
+        self.questions = load_questions(config.eval_data, config.eval_questions) if config.eval_data else []
+        self._restore()
+
+    def _learner(self, role: Role) -> Learner:
+        config = self.config
+        return Learner(
+            self.policy,
+            role,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            kl_coef=config.kl_coef,
+            kl_target=config.kl_target,
+            # A question has no group: its reward is measured against the moving average in every recipe.
+            advantage=config.advantage if role == "solver" else "ema",
+            baseline_momentum=config.baseline_momentum,
+            tokens_per_batch=config.tokens_per_batch,
+        )
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Play, update, record; save and probe when due."""
+        started = time.perf_counter()
+        self.step += 1
+        batch = self.pool.take(self.config.images_per_step)
+        play = self.selfplay.play(self.step, batch)
+        played = time.perf_counter()
+        metrics = {**play_metrics(play, self.config, self.step), **self.update(play)}
+        updated = time.perf_counter()
+        for episode, (name, image) in zip(play.episodes, batch, strict=True):
+            picture = self.recorder.thumbnail(image, content_hash(self.pool.path(name)))
+            self.recorder.episode({**episode_record(episode), "thumbnail": picture})
+        metrics |= {"time/play_seconds": played - started, "time/update_seconds": updated - played}
+        metrics["time/step_seconds"] = time.perf_counter() - started
+        self.recorder.metrics(self.step, metrics)
+        self.elapsed += metrics["time/step_seconds"]
+        self.observer.on_step(self.step, metrics, play.episodes)
+        if self._due(self.config.probe_every):
+            self.probe()
+        if self._due(self.config.save_every) or self.step == self.config.steps:
+            self.save()
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def update(self, play: Play) -> dict[str, float]:
+        """Each role's learner, once: the solver at every step, the proposer at every `proposer_every`-th."""
+        metrics: dict[str, float] = {}
+        groups = [episode for episode in play.episodes if episode.completions]
+        if groups and play.solver_prompts is not None:
+            found = self.learners["solver"].update(
+                play.solver_prompts, [e.completions for e in groups], [e.rewards for e in groups]
+            )
+            metrics |= {f"{name}/solver": value for name, value in found.items()}
+        due = self.config.train_proposer and self.step % self.config.proposer_every == 0
+        if due and play.proposer_prompts is not None:
+            proposals = [[e.question_completion] for e in play.episodes if e.question_completion is not None]
+            found = self.learners["proposer"].update(
+                play.proposer_prompts, proposals, [[e.proposer_reward] for e in play.episodes]
+            )
+            metrics |= {f"{name}/proposer": value for name, value in found.items()}
+        return metrics
+
+    # --- looking back ------------------------------------------------------------------------------------------------
+
+    def probe(self) -> None:
+        """Answer the probe questions greedily. The untrained proposer asks them, once, at step 0."""
+        if self.config.probe_images == 0:
+            return
+        images = self.pool.peek(self.config.probe_images)
+        encoded = self.policy.encode_images([image for _, image in images])
+        asked = {r["image"]: r["question"] for r in read_records(self.out / "probes.jsonl") if r["step"] == 0}
+        if self.step == 0:
+            prompts = self.policy.prompts(encoded, [proposer_messages(self.config.proposer_prompt)] * len(images))
+            draws = uniforms([[self.config.seed, 0, i] for i in range(len(images))], 1, self.config.max_question_tokens)
+            proposals = [group[0] for group in self.engine.sample(prompts, None, draws)]
+            readings = [parse_question(c.text, c.finish_reason) for c in proposals]
+            asked = {name: q.text for (name, _), q in zip(images, readings, strict=True) if q.well_formed}
+        rows = [i for i, (name, _) in enumerate(images) if name in asked]
+        if not rows:
+            return
+        texts = [asked[images[i][0]] for i in rows]
+        prompts = self.policy.prompts(
+            encoded[rows], [solver_messages(self.config.solver_prompt, text) for text in texts]
+        )
+        zeros = np.zeros((len(rows), 1, self.config.max_solution_tokens))
+        answers = self.engine.sample(prompts, "solver", zeros, temperature=0)
+        for i, text, (completion,) in zip(rows, texts, answers, strict=True):
+            name, image = images[i]
+            read = parse_trajectory(completion.text, completion.finish_reason)
+            record = {
+                "step": self.step,
+                "image": name,
+                "question": text,
+                "text": completion.text,
+                "answer": read.answer,
+            }
+            record["reasoning_steps"] = list(read.reasoning_steps)
+            record["thumbnail"] = self.recorder.thumbnail(image, content_hash(self.pool.path(name)))
+            self.recorder.probe(record)
+
+    def evaluate(self, which: str, role: Role | None) -> Scores:
+        """Held-out accuracy of a role (None: the backbone)."""
+        return evaluate(
+            self.policy,
+            self.questions,
+            role,
+            prompt=self.config.solver_prompt,
+            max_tokens=self.config.max_solution_tokens,
+            seed=self.config.seed,
+            on_progress=lambda done, total: self.observer.on_evaluation(which, done, total),
+        )
+
+    def evaluate_before(self) -> Scores | None:
+        """How the backbone does on the held-out questions, if there are any."""
+        return self.evaluate("before", None) if self.questions else None
+
+    # --- keeping -----------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """A checkpoint of everything that the next step depends on."""
+        self.recorder.sync()
+        save_checkpoint(self.out / "checkpoints", self.step, self._write_state, self.config.keep_checkpoints)
+
+    def _write_state(self, folder: Path) -> None:
+        self.policy.save_adapters(folder)
+        state: dict[str, Any] = {"step": self.step, "elapsed": self.elapsed, "pool": self.pool.state(), "learners": {}}
+        for role, learner in self.learners.items():
+            tensors, optimizer = optimizer_tensors(learner.optimizer, learner.parameters)
+            save_file(tensors, folder / f"optimizer-{role}.safetensors")
+            kept = {"optimizer": optimizer, "kl_coef": learner.kl_coef, "baseline": learner.baseline.value}
+            state["learners"][role] = kept
+        (folder / "state.json").write_text(json.dumps(state), "utf-8")
+
+    def _restore(self) -> None:
+        checkpoint, skipped = newest_checkpoint(self.out / "checkpoints")
+        for path, reason in skipped:
+            self.observer.on_message(f"Skipped the damaged checkpoint {path.name}: {reason}.")
+        if checkpoint is None:
+            if skipped:
+                raise RunError(f"every checkpoint of {self.out} is damaged: see the reasons above")
+            # A fresh run, or one that was killed before its first checkpoint: nothing was earned yet.
+            self.recorder.rewind(-1)
+            self.probe()
+            self.save()
+            return
+        try:
+            state = json.loads((checkpoint / "state.json").read_text("utf-8"))
+            self.policy.load_adapters(checkpoint)
+            for role, learner in self.learners.items():
+                kept = state["learners"][role]
+                tensors = load_file(checkpoint / f"optimizer-{role}.safetensors")
+                load_optimizer(learner.optimizer, tensors, kept["optimizer"], learner.parameters)
+                learner.kl_coef, learner.baseline.value = kept["kl_coef"], kept["baseline"]
+        except (CheckpointError, KeyError, ValueError) as error:
+            raise RunError(f"{checkpoint} does not fit this version: {error}") from error
+        self.pool.restore(state["pool"])
+        self.step, self.elapsed = state["step"], state["elapsed"]
+        self.recorder.rewind(self.step)
+        self.observer.on_message(f"Resumed after step {self.step}.")
+
+    def finish(self, before: Scores | None) -> dict[str, Any]:
+        """Evaluate, write `solver/`, `proposer/` and `summary.json`."""
+        after = self.evaluate("after", "solver") if before is not None else None
+        staging = self.out / ".adapters"
+        shutil.rmtree(staging, ignore_errors=True)
+        self.policy.save_adapters(staging)
+        for role in ROLES:
+            shutil.rmtree(self.out / role, ignore_errors=True)
+            (staging / role).rename(self.out / role)
+        shutil.rmtree(staging)
+        summary: dict[str, Any] = {
+            "steps": self.step,
+            "images": len(self.pool),
+            "skipped_images": len(self.pool.skipped),
+            "before": before.summary() if before else None,
+            "after": after.summary() if after else None,
+            "difference": compare(before, after) if before and after else None,
+            "training_seconds": self.elapsed,
+            "versions": {"ireasoner": __version__, **{name: metadata.version(name) for name in PACKAGES}},
+        }
+        self.recorder.sync()
+        self.recorder.write_text("summary.json", write_json(summary))
+        return summary
+
+
+def play_metrics(play: Play, config: Config, step: int) -> dict[str, float]:
+    """What a step's episodes say about the run, by metric name; means over what there is."""
+    episodes = play.episodes
+    groups = [e for e in episodes if e.trajectories]
+    trajectories = [t for e in groups for t in e.trajectories]
+    completions = [c for e in groups for c in e.completions]
+    proposals = [e.question_completion for e in episodes if e.question_completion is not None]
+    asked = [e.question.text for e in groups]
+
+    def mean(values: Sequence[float]) -> float:
+        return float(np.mean(values)) if values else 0.0
+
+    return {
+        "reward/solver/total": mean([r for e in groups for r in e.rewards]),
+        "reward/solver/outcome": mean([r for e in groups for r in e.reward_parts["outcome"]]),
+        "reward/solver/step_agreement": mean([r for e in groups for r in e.reward_parts["step_agreement"]]),
+        "reward/proposer/total": mean([e.proposer_reward for e in episodes]),
+        "answers/majority_fraction": mean([e.majority_fraction for e in groups]),
+        "answers/entropy": mean([e.answer_entropy for e in groups]),
+        "well_formed/solver": mean([t.well_formed for t in trajectories]),
+        "well_formed/proposer": mean([e.question.well_formed for e in episodes]),
+        "length/solver": mean([len(c.token_ids) for c in completions]),
+        "length/proposer": mean([len(c.token_ids) for c in proposals]),
+        "truncated/solver": mean([c.finish_reason == "length" for c in completions]),
+        "questions/distinct": len(set(asked)) / len(asked) if asked else 0.0,
+        "step_weight": step_weight(config, step),
+    }
+
+
+def load_labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, str]]]:
+    """Labelled questions by the pool's image names, for the oracle recipe.
+
+    Raises:
+        RunError: none of them is about an image of the pool.
+    """
+    assert config.labels is not None
+    names = {Path(pool.path(name)).resolve(): name for name in pool.names}
+    labels: dict[str, list[tuple[str, str]]] = {}
+    for row in load_questions(config.labels):
+        if row.image in names:
+            labels.setdefault(names[row.image], []).append((row.question, row.answer))
+    if not labels:
+        raise RunError(f"no question in {config.labels} is about an image in {config.images}")
+    return labels
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C (or SIGTERM) asks the loop to stop after its step; a second one ends it at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: object) -> None:
+        stop.set()
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    for number in previous:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
