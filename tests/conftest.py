@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,9 +15,35 @@ from PIL import Image
 
 from ireasoner.playground import world
 
+if TYPE_CHECKING:
+    from ireasoner.policy import Policy
+
 
 @pytest.fixture(scope="session")
 def pictures() -> list[Image.Image]:
     """Six pictures of the world in the demo's style, all different."""
     rng = np.random.default_rng(123)
     return [world.draw(world.sample_picture(rng), world.sample_style("chalk", rng), rng) for _ in range(6)]
+
+
+@pytest.fixture(scope="session")
+def make_policy() -> Callable[..., Policy]:
+    """`make_policy(filled, **options)`: the shipped model with adapters whose B matrices are N(0, filled²).
+
+    Fresh adapters have B = 0, so that A gets no gradient and the KL is 0: no test of an update should start there.
+    At 0.05 the model still writes what it was trained to; at 0.2 it babbles, from a broad distribution.
+    """
+    import torch
+
+    from ireasoner.policy import Policy
+
+    def make(filled: float = 0.05, **options: Any) -> Policy:
+        policy = Policy("tiny", **options)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, tensor in policy.model.named_parameters():
+                if "lora_B" in name:
+                    tensor.copy_(torch.randn(tensor.shape, generator=generator) * filled)
+        return policy
+
+    return make

@@ -74,7 +74,7 @@ def _plain_characters(text: str) -> str:
     """NFKC, but x², 2½ and 10₂ do not become x2, 21/2 and 102; no invisible characters."""
     text = "".join(c for c in text if unicodedata.category(c) != "Cf").translate(_LOOKALIKES)
     text = re.sub(r"([⁰¹²³⁴-⁹⁺⁻ⁿ]+)", r"^\1", text)
-    text = re.sub(r"(?<=\d)([¼-¾⅐-⅞])", r" \1", text)
+    text = re.sub(r"([¼-¾⅐-⅞])", r" \1 ", text)
     text = re.sub(r"(?<=\d)([₀-₉]+)", r"_\1", text)
     text = unicodedata.normalize("NFKC", text).translate(_LOOKALIKES)
     return text.replace(">=", "≥").replace("<=", "≤").replace("!=", "≠")
@@ -157,7 +157,8 @@ _SCALES = {"trillion": 10**12, "billion": 10**9, "million": 10**6, "thousand": 1
 _UNIT_NAMES = """% percent pct; $ dollar dollars usd us$; € euro euros eur; ¢ cent cents; / per; π pi; mi/h mph
     ° degree degrees deg; °c celsius centigrade; °f fahrenheit; in inch inches "; ft foot feet '; yd yard yards
     mi mile miles; km/h kph kmh; s second seconds sec secs; min minute minutes mins; h hour hours hr hrs
-    yr year years yrs; lb lbs; oz ounce ounces; l liter liters litre litres; ml milliliter milliliters millilitre millilitres
+    yr year years yrs; lb lbs; oz ounce ounces; l liter liters litre litres
+    ml milliliter milliliters millilitre millilitres
     g gram grams; mg milligram milligrams; kg kilogram kilograms; m meter meters metre metres
     mm millimeter millimeters millimetre millimetres; cm centimeter centimeters centimetre centimetres
     km kilometer kilometers kilometre kilometres"""
@@ -191,7 +192,7 @@ def _cardinal(words: Sequence[str]) -> int | None:
             if not tail:
                 return count * scale
             tail = tail[1:] if tail[0] == "and" else tail
-            rest = None if tail[0] in _SCALES else _cardinal(tail)
+            rest = _cardinal(tail) if tail and tail[0] not in _SCALES else None
             return count * scale + rest if rest and rest < scale else None
     values = [_SMALL.get(word, -1) for word in words]
     if len(values) == 2 and values[0] >= 20 and 1 <= values[1] <= 9:

@@ -77,7 +77,9 @@ def _reward(policy: Policy, texts: Sequence[str]) -> list[float]:
     return rewards.solver_rewards(outcome, agreement, 0.5).tolist()
 
 
-def published_step(policy: Policy, learner: Learner, config: Config, images: Sequence[Image.Image], tokens: int) -> Phases:
+def published_step(
+    policy: Policy, learner: Learner, config: Config, images: Sequence[Image.Image], tokens: int
+) -> Phases:
     """The same work by the published procedure, one image after another."""
     phases, processor = Phases(policy.device), policy.processor
     ask = processor.apply_chat_template(proposer_messages(config.proposer_prompt), add_generation_prompt=True)
@@ -104,7 +106,9 @@ def published_step(policy: Policy, learner: Learner, config: Config, images: Seq
     return phases
 
 
-def _published_update(policy: Policy, learner: Learner, image: Image.Image, prompt: str, text: str, reward: float) -> None:
+def _published_update(
+    policy: Policy, learner: Learner, image: Image.Image, prompt: str, text: str, reward: float
+) -> None:
     prompt_length = policy.processor(images=[image], text=[prompt], return_tensors="pt")["input_ids"].shape[1]
     inputs = policy.processor(images=[image], text=[prompt + text], return_tensors="pt").to(policy.device)
     seen = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -134,7 +138,13 @@ def bench(
     """
     config = resolve({"model": model, "images": "."})
     place = resolve_device(device)
-    result: dict[str, Any] = {"model": model, "device": place, "threads": torch.get_num_threads(), "tokens": tokens, "sizes": []}
+    result: dict[str, Any] = {
+        "model": model,
+        "device": place,
+        "threads": torch.get_num_threads(),
+        "tokens": tokens,
+        "sizes": [],
+    }
     if place == "cuda":
         result["device_name"] = torch.cuda.get_device_name()
     policy = Policy(config.model, max_image_tokens=config.max_image_tokens, dtype=config.dtype, device=place)
@@ -162,7 +172,10 @@ def _summarise(size: int, group_size: int, runs: dict[str, list[Phases]]) -> dic
         row[name] = {
             "step_seconds": median,
             "trajectories_per_second": size * group_size / median,
-            "share": {k: statistics.median(p.seconds[k] / sum(p.seconds.values()) for p in repeated) for k in repeated[0].seconds},
+            "share": {
+                k: statistics.median(p.seconds[k] / sum(p.seconds.values()) for p in repeated)
+                for k in repeated[0].seconds
+            },
         }
     ratios = [a / b for a, b in zip(totals["published"], totals["ours"], strict=True)]
     row["speedup"] = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
@@ -170,7 +183,8 @@ def _summarise(size: int, group_size: int, runs: dict[str, list[Phases]]) -> dic
 
 
 def _show(result: dict[str, Any]) -> None:
-    title = f"{result['model']} on {result.get('device_name', result['device'])}, {result['threads']} threads, {result['tokens']} tokens"
+    machine = f"{result.get('device_name', result['device'])}, {result['threads']} threads"
+    title = f"{result['model']} on {machine}, completions of {result['tokens']} tokens"
     table = Table(title=title, title_justify="left")
     for name in ("images a step", "procedure", "trajectories/s", "s a step", "times faster", "share of each phase"):
         table.add_column(name)
@@ -180,6 +194,11 @@ def _show(result: dict[str, Any]) -> None:
             shares = ", ".join(f"{phase} {100 * share:.0f} %" for phase, share in side["share"].items())
             ratio = f"{speedup['median']:.1f} [{speedup['low']:.1f}, {speedup['high']:.1f}]" if name == "ours" else ""
             table.add_row(
-                str(row["images_per_step"]), name, f"{side['trajectories_per_second']:.1f}", f"{side['step_seconds']:.2f}", ratio, shares
+                str(row["images_per_step"]),
+                name,
+                f"{side['trajectories_per_second']:.1f}",
+                f"{side['step_seconds']:.2f}",
+                ratio,
+                shares,
             )
     Console(highlight=False).print(table)

@@ -131,7 +131,7 @@ def _newest_first(root: Path) -> list[tuple[int, Path]]:
 def _files(folder: Path) -> dict[str, dict[str, str | int]]:
     """Size and SHA-256 of every file below `folder` but the manifest; a link or a device is an error."""
     files = {}
-    for path in sorted(folder.rglob("*")):
+    for path in (folder, *sorted(folder.rglob("*"))):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise CheckpointError(f"{name} is a link or a special file")

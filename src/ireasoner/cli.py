@@ -19,8 +19,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Every command with its options; training options come from `ireasoner.config`."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Self-evolving visual reasoning from a folder of unlabeled images: a Proposer asks, a Solver answers "
-        "several times, and their agreement is the reward.",
+        description="Self-evolving visual reasoning from a folder of unlabeled images: a Proposer asks, a Solver "
+        "answers several times, and their agreement is the reward.",
         epilog=f"Start with: {PROGRAM} demo",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     world = commands.add_parser(
         "playground",
         help="write the embedded world's pictures and questions as files",
-        description="Write unlabeled pictures (OUT/unlabeled) and held-out questions (OUT/SPLIT) of the embedded world.",
+        description="Write unlabeled pictures (OUT/unlabeled) and held-out questions (OUT/SPLIT) of the world.",
     )
     world.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     world.add_argument("--style", default="chalk", help="chalk, varied or plain (%(default)s)")

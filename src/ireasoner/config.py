@@ -34,8 +34,8 @@ class Recipe(BaseModel):
     reward: Literal["agreement", "discrete", "random", "format", "oracle"] = Field(
         "agreement",
         description="what a readable trajectory earns: agreement on answers and reasoning steps (the paper), 1 for the "
-        "majority answer (discrete), a random number (control), 1 for being readable (control), or 1 for the true answer "
-        "(ceiling; needs --labels)",
+        "majority answer (discrete), a random number (control), 1 for being readable (control), or 1 for the true "
+        "answer (ceiling; needs --labels)",
     )
     outcome_exponent: NonNegative = Field(0.7, description="γ: the outcome reward is the answer's share to this power")
     length_penalty: Share = Field(0.05, description="η: most that is taken off the outcome reward for length")

@@ -127,7 +127,9 @@ def _cell(values: Mapping[str, float]) -> str:
 def results_table(summary: Mapping[str, Any]) -> None:
     """Before and after on the held-out questions, with 95 % intervals."""
     before, after, difference = summary["before"], summary["after"], summary["difference"]
-    table = Table(title=f"Accuracy in % on {before['questions']} held-out questions, with 95 % intervals", title_justify="left")
+    table = Table(
+        title=f"Accuracy in % on {before['questions']} held-out questions, with 95 % intervals", title_justify="left"
+    )
     for name in ("", "before", "after", "difference", "p"):
         table.add_column(name)
     for name, change in difference.items():
@@ -147,7 +149,10 @@ def evaluation_table(names: Sequence[str], scores: Sequence[Scores]) -> dict[str
         results_table(summary)
         return {"models": list(names), **summary}
     summary = scores[0].summary()
-    table = Table(title=f"{plain(names[0])}: accuracy in % on {summary['questions']} questions, 95 % intervals", title_justify="left")
+    table = Table(
+        title=f"{plain(names[0])}: accuracy in % on {summary['questions']} questions, 95 % intervals",
+        title_justify="left",
+    )
     for name in ("", "accuracy"):
         table.add_column(name)
     for name in scores[0].measures:

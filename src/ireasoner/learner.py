@@ -46,7 +46,8 @@ class Learner:
         baseline_momentum: float = 0.9,
         tokens_per_batch: int = 16384,
     ) -> None:
-        self.policy, self.role, self.advantage = policy, role, advantage
+        self.policy, self.advantage = policy, advantage
+        self.role: Role = role
         self.parameters = policy.parameters(role)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=learning_rate, weight_decay=weight_decay, foreach=True

@@ -114,7 +114,7 @@ class Policy:
             self.model: PeftModel = get_peft_model(backbone, config, adapter_name=ROLES[0])  # type: ignore[assignment]
             self.model.add_adapter(ROLES[1], config)
         self.model.eval()  # no dropout anywhere, in sampling or in the update
-        self.backbone = backbone
+        self.backbone: Any = backbone  # transformers annotates less than it offers
         self.device = torch.device(device)
         self.end_token: int = self.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")  # type: ignore[assignment]
         self.pad_token: int = self.processor.tokenizer.pad_token_id  # type: ignore[assignment]

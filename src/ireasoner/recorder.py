@@ -67,7 +67,7 @@ class Recorder:
         self._append("events.jsonl", {"step": step, "text": text})
 
     def thumbnail(self, image: Image.Image, key: str) -> str:
-        """Save a PNG of at most 256 px a side (lossless if the image is), once for each key; return its relative path.
+        """Save a PNG of at most 256 px a side (smaller images unchanged), once for each key; return its relative path.
 
         `key` stands for the image's content: 8 to 64 lower-case hexadecimal digits; anything else is a `ValueError`.
         """
@@ -150,13 +150,15 @@ def write_json(value: Any) -> str:
 def _lines(path: Path, damage: list[str]) -> Iterator[tuple[bytes, dict[str, Any]]]:
     with _boundary(path), path.open("rb") if path.exists() else nullcontext(()) as lines:
         for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                return  # a kill tore it, or its writer is not done
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 record = None
             if isinstance(record, dict) and type(record.get("step")) is int:
                 yield line, record
-            elif line.endswith(b"\n"):
+            else:
                 damage.append(f"{path.name}, line {number}, is not a record and was left out")
 
 

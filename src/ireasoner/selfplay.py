@@ -63,14 +63,16 @@ class SelfPlay:
         for name in names:  # an image played twice in one step must not draw the same numbers twice
             keys.append((name, occurrences[name]))
             occurrences[name] += 1
-        proposer_prompts, proposals, questions, truths = None, [None] * len(names), [], [None] * len(names)
+        proposer_prompts: Prompts | None = None
+        proposals: list[Completion | None] = [None] * len(names)
+        truths: list[str | None] = [None] * len(names)
         if self.labels is None:
-            proposer_prompts, proposals = self.propose(step, keys, encoded)
-            questions = [parse_question(c.text, c.finish_reason) for c in proposals]
+            proposer_prompts, written = self.propose(step, keys, encoded)
+            proposals = list(written)
+            questions = [parse_question(c.text, c.finish_reason) for c in written]
         else:
-            for i, key in enumerate(keys):
-                question, truths[i] = self.pick_label(step, key)
-                questions.append(question)
+            picked = [self.pick_label(step, key) for key in keys]
+            questions, truths = [question for question, _ in picked], [truth for _, truth in picked]
         asked = [i for i, question in enumerate(questions) if question.well_formed]
         solver_prompts, groups = self.solve(
             step, [keys[i] for i in asked], encoded[asked], [questions[i].text for i in asked]
@@ -113,7 +115,7 @@ class SelfPlay:
         known = (self.labels or {}).get(key[0], ())
         if not known:
             return Question("", "", "no label for this image"), None
-        text, truth = known[np.random.default_rng(self.seed(step, key, PICK_LABEL)).integers(len(known))]
+        text, truth = known[int(np.random.default_rng(self.seed(step, key, PICK_LABEL)).integers(len(known)))]
         return Question(text, "", None), truth
 
     def reward(

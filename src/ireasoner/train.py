@@ -6,6 +6,7 @@ these are in a checkpoint, so a run that was killed and resumed ends like one th
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import signal
@@ -22,14 +23,14 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from ireasoner import __version__
-from ireasoner.checkpoint import CheckpointError, load_optimizer, newest_checkpoint, optimizer_tensors, save_checkpoint
+from ireasoner.checkpoint import load_optimizer, newest_checkpoint, optimizer_tensors, save_checkpoint
 from ireasoner.config import Config, dump_config
 from ireasoner.engines.transformers import TransformersEngine, uniforms
 from ireasoner.evaluate import Scores, compare, evaluate, load_questions
 from ireasoner.images import ImagePool, content_hash
 from ireasoner.learner import Learner
 from ireasoner.policy import Policy, resolve_device
-from ireasoner.recorder import Recorder, RunDirectoryError, episode_record, read_records, write_json
+from ireasoner.recorder import Recorder, episode_record, read_records, write_json
 from ireasoner.roles import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.selfplay import Play, SelfPlay, step_weight
 from ireasoner.types import ROLES, Episode, Role, UsageError
@@ -69,6 +70,10 @@ def start(config: Config, out: Path, observer: Observer | None = None) -> Outcom
     """
     if (out / "config.yaml").exists():
         raise RunError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
+    if out.resolve().is_relative_to(config.images.resolve()):
+        raise RunError(
+            f"{out} lies inside the image folder {config.images}, whose images it would join: choose another --out"
+        )
     recorder = Recorder(out)
     recorder.write_text("config.yaml", dump_config(config))
     return _run(config, out, recorder, observer or Observer())
@@ -87,8 +92,8 @@ def resume(config: Config, out: Path, observer: Observer | None = None) -> Outco
 
 
 def _run(config: Config, out: Path, recorder: Recorder, observer: Observer) -> Outcome:
-    run = Run(config, out, recorder, observer)
-    with _stop_on_interrupt() as stop:
+    with _only_writer(out), _stop_on_interrupt() as stop:
+        run = Run(config, out, recorder, observer)
         observer.on_start(config, run.step + 1)
         before = run.evaluate_before()
         while run.step < config.steps:
@@ -104,7 +109,12 @@ class Run:
 
     def __init__(self, config: Config, out: Path, recorder: Recorder, observer: Observer) -> None:
         self.config, self.out, self.recorder, self.observer = config, out, recorder, observer
-        self.step, self.elapsed = 0, 0.0
+        checkpoint = self._newest_checkpoint()
+        state = _load_state(checkpoint) if checkpoint else {"step": 0, "elapsed": 0.0}
+        self.step, self.elapsed = state["step"], state["elapsed"]
+        # Without a checkpoint nothing was earned yet: a fresh run, or one killed before its first.
+        for warning in recorder.rewind(self.step if checkpoint else -1):
+            observer.on_message(f"Dropped a damaged record: {warning}.")
         self.pool = ImagePool(config.images, config.seed, on_skip=lambda name, why: recorder.skip(self.step, name, why))
         self.policy = Policy(
             config.model,
@@ -121,7 +131,11 @@ class Run:
         self.selfplay = SelfPlay(self.policy, self.engine, config, labels)
         self.learners = {role: self._learner(role) for role in ROLES}
         self.questions = load_questions(config.eval_data, config.eval_questions) if config.eval_data else []
-        self._restore()
+        if checkpoint:
+            self._restore(checkpoint, state)
+        else:
+            self.probe()
+            self.save()
 
     def _learner(self, role: Role) -> Learner:
         config = self.config
@@ -255,31 +269,22 @@ class Run:
             state["learners"][role] = kept
         (folder / "state.json").write_text(json.dumps(state), "utf-8")
 
-    def _restore(self) -> None:
+    def _newest_checkpoint(self) -> Path | None:
         checkpoint, skipped = newest_checkpoint(self.out / "checkpoints")
         for path, reason in skipped:
             self.observer.on_message(f"Skipped the damaged checkpoint {path.name}: {reason}.")
-        if checkpoint is None:
-            if skipped:
-                raise RunError(f"every checkpoint of {self.out} is damaged: see the reasons above")
-            # A fresh run, or one that was killed before its first checkpoint: nothing was earned yet.
-            self.recorder.rewind(-1)
-            self.probe()
-            self.save()
-            return
-        try:
-            state = json.loads((checkpoint / "state.json").read_text("utf-8"))
-            self.policy.load_adapters(checkpoint)
-            for role, learner in self.learners.items():
-                kept = state["learners"][role]
-                tensors = load_file(checkpoint / f"optimizer-{role}.safetensors")
-                load_optimizer(learner.optimizer, tensors, kept["optimizer"], learner.parameters)
-                learner.kl_coef, learner.baseline.value = kept["kl_coef"], kept["baseline"]
-        except (CheckpointError, KeyError, ValueError) as error:
-            raise RunError(f"{checkpoint} does not fit this version: {error}") from error
+        if skipped and checkpoint is None:
+            raise RunError(f"every checkpoint of {self.out} is damaged: {skipped[0][0].name}: {skipped[0][1]}")
+        return checkpoint
+
+    def _restore(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+        self.policy.load_adapters(checkpoint)
+        for role, learner in self.learners.items():
+            kept = state["learners"][role]
+            tensors = load_file(checkpoint / f"optimizer-{role}.safetensors")
+            load_optimizer(learner.optimizer, tensors, kept["optimizer"], learner.parameters)
+            learner.kl_coef, learner.baseline.value = kept["kl_coef"], kept["baseline"]
         self.pool.restore(state["pool"])
-        self.step, self.elapsed = state["step"], state["elapsed"]
-        self.recorder.rewind(self.step)
         self.observer.on_message(f"Resumed after step {self.step}.")
 
     def finish(self, before: Scores | None) -> dict[str, Any]:
@@ -305,6 +310,13 @@ class Run:
         self.recorder.sync()
         self.recorder.write_text("summary.json", write_json(summary))
         return summary
+
+
+def _load_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return json.loads((checkpoint / "state.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{checkpoint} was not written by this program: {error}") from None
 
 
 def play_metrics(play: Play, config: Config, step: int) -> dict[str, float]:
@@ -351,6 +363,17 @@ def load_labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, st
     if not labels:
         raise RunError(f"no question in {config.labels} is about an image in {config.images}")
     return labels
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Hold the run directory; the lock goes with the process, however that ends."""
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"another process is training in {out}: wait for it or stop it") from None
+        yield
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,8 @@ def build_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
         )
         corpus += [prompt, solver_text(question), proposer_text(question), " ".join(world.facts(picture))]
     # Qwen's own splitting: contractions, words with one leading mark, single digits, marks, spaces.
-    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    pattern += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [
@@ -91,14 +93,15 @@ def build_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     wrapped = Qwen2Tokenizer(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None, bos_token=None,
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None,  # type: ignore[arg-type]
+        bos_token=None,
         additional_special_tokens=list(SPECIAL_TOKENS[1:]),
     )  # fmt: skip
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
 
 
-def build_processor(tokenizer: Qwen2Tokenizer) -> ImageTextProcessor:
+def build_processor(tokenizer: Qwen2Tokenizer) -> Any:
     """Qwen2.5-VL's processor at the world's image size."""
     images = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64})
     return ImageTextProcessor(images, tokenizer, None, chat_template=CHAT_TEMPLATE)
@@ -113,16 +116,20 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen2_5_VLForCondit
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
             "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10_000.0},
-            "tie_word_embeddings": True, "eos_token_id": token("<|im_end|>"), "pad_token_id": token("<|endoftext|>"), "bos_token_id": None,
+            "tie_word_embeddings": True, "eos_token_id": token("<|im_end|>"), "pad_token_id": token("<|endoftext|>"),
+            "bos_token_id": None,
         },
         vision_config={
             "depth": 4, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 256,
-            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [0, 1, 2, 3],
+            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+            "fullatt_block_indexes": [0, 1, 2, 3],
         },
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=True,
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
@@ -144,9 +151,7 @@ def example(rng: np.random.Generator, style: str = "varied") -> tuple[Image.Imag
     return image, PROPOSER_PROMPT, proposer_text(question)
 
 
-def batch_tensors(
-    processor: ImageTextProcessor, examples: list[tuple[Image.Image, str, str]]
-) -> dict[str, torch.Tensor]:
+def batch_tensors(processor: Any, examples: list[tuple[Image.Image, str, str]]) -> dict[str, torch.Tensor]:
     """Model inputs of labelled examples, right-padded, with `labels` on the completions and their end tokens."""
     texts, prompt_lengths = [], []
     for _, prompt, completion in examples:
@@ -202,7 +207,7 @@ def pretrain(
             save(model, processor, out)
 
 
-def save(model: Qwen2_5_VLForConditionalGeneration, processor: ImageTextProcessor, out: Path) -> None:
+def save(model: Qwen2_5_VLForConditionalGeneration, processor: Any, out: Path) -> None:
     """Weights in fp16 beside the processor's files."""
     out.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}

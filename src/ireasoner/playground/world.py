@@ -83,9 +83,8 @@ class Style:
 def sample_style(name: str, rng: np.random.Generator) -> Style:
     """One style of the named family of styles.
 
-    `varied`: solid colours on light or dark paper, what the tiny LMM was pre-trained on. `chalk`: pale hollow outlines on
-    a dark and grainy board: what
-    the demo's unlabeled folder is drawn in. `plain`: `varied` without its variety, for tests and figures.
+    `varied`: solid colours on light or dark paper, what the tiny LMM was pre-trained on. `chalk`: pale hollow outlines
+    on a dark and grainy board, what the demo's unlabeled folder is drawn in. `plain`: `varied` without its variety.
 
     Raises:
         ValueError: no such style.
@@ -268,7 +267,7 @@ def _listing(words: Sequence[str]) -> str:
 
 
 def solve(picture: Picture, question: str) -> Question | None:
-    """The truth about a question in the world's own wording; None where it has none (or the wording is not the world's).
+    """The truth about a question in the world's own wording; None where it has none, or the wording is another.
 
     The one place where answers come from: `questions` asks it, and so do the oracle and the evaluation of questions
     that a proposer wrote.

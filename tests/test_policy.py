@@ -1,0 +1,399 @@
+"""The policy and its sampler against plain transformers and PEFT: the same log-probabilities, whatever the batch."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from torch import Tensor
+
+from ireasoner.engines.transformers import TransformersEngine, uniforms
+from ireasoner.policy import TINY_MODEL, ModelError, Policy, language_targets, load_backbone
+from ireasoner.processors import load_processor
+from ireasoner.roles import proposer_messages, solver_messages
+from ireasoner.types import ROLES, Completion, Role
+
+MakePolicy = Callable[..., Policy]
+QUESTIONS = ("Which bar is the tallest?", "Is red more than blue, or is there no telling which of them is?", "Where?")
+TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
+
+
+def ask(policy: Policy, images: Sequence[Image.Image], questions: Sequence[str] = QUESTIONS):
+    return policy.prompts(policy.encode_images(images), [solver_messages("{question}", q) for q in questions])
+
+
+@pytest.fixture(scope="module")
+def babbler(make_policy: MakePolicy) -> Policy:
+    """Adapters so large that the first token already has an entropy of nats; not to be changed."""
+    return make_policy(0.2)
+
+
+@pytest.fixture(scope="module")
+def sized(pictures: list[Image.Image]) -> list[Image.Image]:
+    """Three pictures of different size and shape: 9, 8 and 2 image tokens."""
+    return [pictures[0], pictures[1].resize((112, 56)), pictures[2].resize((56, 28))]
+
+
+@pytest.fixture(scope="module")
+def plain(babbler: Policy, tmp_path_factory: pytest.TempPathFactory) -> dict[Role | None, torch.nn.Module]:
+    """What another program would load: the backbone, and PEFT's own reading of each saved adapter on a fresh one."""
+    folder = tmp_path_factory.mktemp("adapters")
+    babbler.save_adapters(folder)
+    models: dict[Role | None, torch.nn.Module] = {None: load_backbone("tiny")}
+    with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        for role in ROLES:
+            models[role] = PeftModel.from_pretrained(load_backbone("tiny"), folder / role).eval()
+    return models
+
+
+processor_of = cache(load_processor)
+
+
+@torch.no_grad()
+def plain_logprobs(model: torch.nn.Module, image: Image.Image, chat: list[dict[str, Any]], ids: Sequence[int]):
+    """Log-probabilities [tokens, V] by one forward of the whole model on the processor's own inputs."""
+    processor = processor_of(TINY_MODEL)
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    inputs = dict(processor(images=[image], text=[text], return_tensors="pt"))
+    prompt_length = inputs["input_ids"].shape[1]
+    extra = torch.tensor([list(ids)])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], extra], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(extra)], 1)
+    return model(**inputs).logits[0, prompt_length - 1 : -1].log_softmax(-1)
+
+
+@torch.no_grad()
+def policy_logprobs(policy: Policy, prompts: Any, groups: Sequence[Sequence[Sequence[int]]], role: Role | None):
+    """Log-probabilities of groups of token ids by the path that an update takes; one [tokens, V] for each."""
+    flat = [ids for group in groups for ids in group]
+    longest = max(map(len, flat))
+    ids = torch.tensor([[*row, *[policy.pad_token] * (longest - len(row))] for row in flat])
+    mask = torch.tensor([[i < len(row) for i in range(longest)] for row in flat])
+    hidden = policy.completion_hidden(prompts, ids, mask, role)
+    return policy.output_layer(hidden).log_softmax(-1).split([len(row) for row in flat])
+
+
+def chosen(logprobs: Tensor, ids: Sequence[int]) -> Tensor:
+    return logprobs[torch.arange(len(ids)), list(ids)]
+
+
+# --- one path for everything -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", [None, *ROLES])
+def test_batched_logprobs_equal_plain_ones_one_at_a_time(
+    babbler: Policy, sized: list[Image.Image], plain: dict[Role | None, torch.nn.Module], role: Role | None
+):
+    """Left padding, prompts of different length, images of different size, ragged groups: none of it shows."""
+    rng = np.random.default_rng(0)
+    prompts = ask(babbler, sized)
+    assert len(set(prompts.mask_BP.sum(1).tolist())) == 3
+    groups = [[rng.integers(0, 400, length).tolist() for length in row] for row in ((7, 1), (3, 12), (5, 2))]
+    found = iter(policy_logprobs(babbler, prompts, groups, role))
+    for image, question, group in zip(sized, QUESTIONS, groups, strict=True):
+        for ids in group:
+            expected = plain_logprobs(plain[role], image, solver_messages("{question}", question), ids)
+            torch.testing.assert_close(next(found), expected, **TOLERANCE)
+
+
+def test_a_slice_of_prompts_is_those_prompts(babbler: Policy, sized: list[Image.Image]):
+    ids = [[[5, 6, 7]], [[8, 9]], [[10]]]
+    prompts = ask(babbler, sized)
+    whole = policy_logprobs(babbler, prompts, ids, "solver")
+    part = policy_logprobs(babbler, prompts[1:3], ids[1:], "solver")
+    for a, b in zip(whole[1:], part, strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+
+
+def test_no_logprobs_blind_to_the_image(babbler: Policy, pictures: list[Image.Image]):
+    """Same question, same completion, two images of one size: only the pixels differ."""
+    prompts = ask(babbler, pictures[:2], [QUESTIONS[0]] * 2)
+    assert prompts.mask_BP.all()
+    ids = [11, 12, 13, 14]
+    one, other = policy_logprobs(babbler, prompts, [[ids], [ids]], "solver")
+    assert (chosen(one, ids) - chosen(other, ids)).abs().min() > 1e-3
+
+
+def test_fresh_adapters_are_the_reference_and_are_drawn_from_the_seed(pictures: list[Image.Image]):
+    policy, same, other = Policy("tiny", seed=3), Policy("tiny", seed=3), Policy("tiny", seed=4)
+    ids = [[[5, 6, 7]]]
+    prompts = ask(policy, pictures[:1], QUESTIONS[:1])
+    reference = policy_logprobs(policy, prompts, ids, None)[0]
+    for role in ROLES:
+        assert torch.equal(policy_logprobs(policy, prompts, ids, role)[0], reference)
+        for (name, a), b, c in zip(
+            policy.parameters(role).items(), same.parameters(role).values(), other.parameters(role).values(), strict=True
+        ):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c) == ("lora_B" in name)
+
+
+def test_a_prompt_with_image_tokens_of_its_own_is_refused(babbler: Policy, pictures: list[Image.Image]):
+    token = babbler.processor.image_token
+    with pytest.raises(ValueError, match="exactly one image, not 2"):
+        ask(babbler, pictures[:1], [f"What is {token}?"])
+
+
+def test_images_are_scaled_down_to_the_limit(pictures: list[Image.Image]):
+    large = pictures[0].resize((280, 196))  # 10 x 7 tokens of 28 x 28 pixels
+    assert len(Policy("tiny").encode_images([large]).features[0]) > 12
+    assert len(Policy("tiny", max_image_tokens=12).encode_images([large]).features[0]) <= 12
+
+
+def test_embed_texts_is_the_normalised_mean_of_input_embeddings(babbler: Policy):
+    table = load_backbone("tiny").get_input_embeddings().weight.detach().double().numpy()
+    texts = ["The red bar reaches 7.", "", "7"]
+    rows = babbler.embed_texts(texts, max_tokens=64)
+    for text, row in zip(texts, rows, strict=True):
+        ids = babbler.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            assert not row.any()
+            continue
+        mean = sum(table[i] for i in ids) / len(ids)
+        np.testing.assert_allclose(row, mean / math.sqrt(sum(x * x for x in mean)), atol=1e-12)
+    assert rows.shape == (3, table.shape[1])
+    assert not rows[1].any()
+    # Only the first tokens are read, and an adapter changes nothing: the table is the backbone's.
+    first_two = babbler.processor.tokenizer.decode(babbler.processor.tokenizer(texts[0])["input_ids"][:2])
+    np.testing.assert_array_equal(
+        babbler.embed_texts(texts[:1], max_tokens=2), babbler.embed_texts([first_two], max_tokens=64)
+    )
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+
+def test_no_lora_in_the_vision_tower():
+    policy = Policy("tiny")
+    names = [name for name, _ in policy.model.named_parameters() if "lora" in name]
+    assert len(names) == 2 * 4 * 7 * 2  # roles x layers x targets x (A, B)
+    assert not [name for name in names if "visual" in name]
+    assert all("language_model.layers" in name for name in names)
+    for role in ROLES:
+        with policy.acting_as(role):
+            trainable = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+        assert trainable == set(policy.parameters(role))
+    assert set(names) == set(policy.parameters("proposer")) | set(policy.parameters("solver"))
+
+
+@pytest.mark.parametrize("target", ["mm_projector", "qkv", "visual.merger.mlp.0", "q_pro", "proj", ".*"])
+def test_no_silent_lora_target(target: str):
+    """`mm_projector` is nowhere; `qkv` and the merger are linear layers, but of the vision tower."""
+    backbone = load_backbone("tiny")
+    with pytest.raises(ModelError) as error:
+        language_targets(backbone, ["q_proj", target])
+    assert f"{target!r} matches no linear layer of the language model" in str(error.value)
+    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(error.value)
+    with pytest.raises(ModelError):
+        Policy("tiny", lora_targets=["q_proj", target])
+
+
+def test_a_target_may_be_a_single_layer():
+    policy = Policy("tiny", lora_targets=["layers.0.self_attn.q_proj"])
+    assert all("layers.0.self_attn.q_proj" in name for name in policy.parameters("solver"))
+    assert len(policy.parameters("solver")) == 2
+
+
+def test_unusable_models_say_why(tmp_path: Path):
+    with pytest.raises(ModelError, match="cannot load the model"):
+        load_backbone(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ModelError, match="is a bert model: a vision-language model"):
+        load_backbone(str(tmp_path))
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_come_back_bitwise(make_policy: MakePolicy, tmp_path: Path):
+    saved, loaded = make_policy(seed=1), Policy("tiny", seed=2)
+    saved.save_adapters(tmp_path)
+    loaded.load_adapters(tmp_path)
+    for role in ROLES:
+        theirs = saved.parameters(role)
+        assert all(tensor.any() for tensor in theirs.values())
+        assert theirs.keys() == loaded.parameters(role).keys()
+        for name, tensor in loaded.parameters(role).items():
+            assert torch.equal(tensor, theirs[name])
+
+
+def test_adapters_of_another_shape_are_refused(tmp_path: Path):
+    Policy("tiny", lora_rank=4).save_adapters(tmp_path)
+    with pytest.raises(ModelError, match="does not fit"):
+        Policy("tiny", lora_rank=8).load_adapters(tmp_path)
+    with pytest.raises(ModelError, match="has 56 tensors, the model 16"):
+        Policy("tiny", lora_rank=4, lora_targets=["q_proj", "v_proj"]).load_adapters(tmp_path)
+
+
+def test_a_bfloat16_backbone_keeps_its_adapters_in_float32(
+    make_policy: MakePolicy, pictures: list[Image.Image], tmp_path: Path
+):
+    policy = make_policy(dtype="bfloat16")
+    assert {p.dtype for n, p in policy.model.named_parameters() if "lora" not in n} == {torch.bfloat16}
+    prompts = ask(policy, pictures[:1], QUESTIONS[:1])
+    assert prompts.embeddings_BPD.dtype == torch.bfloat16
+    group = TransformersEngine(policy).sample(prompts, "solver", uniforms([[0]], 2, 8))[0]
+    for completion, logprobs in zip(
+        group, policy_logprobs(policy, prompts, [[c.token_ids for c in group]], "solver"), strict=True
+    ):
+        found = chosen(logprobs.float(), completion.token_ids)
+        torch.testing.assert_close(found, torch.tensor(completion.logprobs), atol=0.1, rtol=0.0)
+    policy.save_adapters(tmp_path)
+    loaded = Policy("tiny", dtype="bfloat16")
+    loaded.load_adapters(tmp_path)
+    for role in ROLES:
+        for name, tensor in policy.parameters(role).items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, loaded.parameters(role)[name])
+            assert loaded.parameters(role)[name].dtype == torch.float32
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def sample(policy: Policy, prompts: Any, seeds: Sequence[int], count: int, longest: int, **options: Any):
+    engine, role = TransformersEngine(policy), options.pop("role", "solver")
+    return engine.sample(prompts, role, uniforms([[seed] for seed in seeds], count, longest), **options)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_sampler_logprobs_are_those_of_plain_transformers_and_peft(
+    babbler: Policy, sized: list[Image.Image], plain: dict[Role | None, torch.nn.Module], role: Role
+):
+    prompts = ask(babbler, sized)
+    groups = sample(babbler, prompts, [1, 2, 3], 3, 12, role=role)
+    gaps = [
+        (chosen(plain_logprobs(plain[role], image, solver_messages("{question}", q), c.token_ids), c.token_ids))
+        - torch.tensor(c.logprobs)
+        for image, q, group in zip(sized, QUESTIONS, groups, strict=True)
+        for c in group
+    ]
+    assert torch.cat(gaps).abs().max() < 1e-4
+    # Not for want of uncertainty: these are samples of a broad distribution.
+    assert np.mean([p for group in groups for c in group for p in c.logprobs]) < -0.5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_first_tokens_are_drawn_as_often_as_the_softmax_says(
+    babbler: Policy, pictures: list[Image.Image], plain: dict[Role | None, torch.nn.Module], temperature: float
+):
+    question, draws = QUESTIONS[0], 800
+    logprobs = plain_logprobs(plain["solver"], pictures[0], solver_messages("{question}", question), [0])[0]
+    expected = (logprobs / temperature).softmax(-1).double()
+    assert -(expected * expected.log()).sum() > 1.0  # a distribution worth the name
+    assert (expected > 0).all()
+    prompts = ask(babbler, pictures[:1], [question])
+
+    def counts(numbers: np.ndarray) -> Tensor:
+        group = TransformersEngine(babbler).sample(prompts, "solver", numbers, temperature=temperature)[0]
+        ids = [c.token_ids[0] for c in group]
+        for completion in group[:20]:
+            assert completion.logprobs[0] == pytest.approx(expected[completion.token_ids[0]].log().item(), abs=1e-4)
+        return torch.bincount(torch.tensor(ids), minlength=len(expected)).double()
+
+    # Chi-square over the tokens that are expected five times or more, the others as one.
+    common = expected * draws >= 5
+    found = counts(uniforms([[7]], draws, 1))
+    observed = torch.cat([found[common], found[~common].sum()[None]])
+    hoped = draws * torch.cat([expected[common], expected[~common].sum()[None]])
+    freedom = len(hoped) - 1
+    assert ((observed - hoped) ** 2 / hoped).sum() < freedom + 4 * math.sqrt(2 * freedom)
+    # At evenly spread numbers chance is out of it: every count is right to one draw, the rare tokens' too.
+    evenly = ((np.arange(draws) + 0.5) / draws)[None, :, None]
+    assert (counts(evenly) - draws * expected).abs().max() <= 1.0 + 0.05
+
+
+def test_no_sampling_by_the_checkpoints_generation_config(make_policy: MakePolicy, pictures: list[Image.Image]):
+    """Checkpoints ship top-k, top-p, temperatures and a repetition penalty: none of them is in the update."""
+    policy = make_policy(0.2)
+    prompts = ask(policy, pictures[:2], QUESTIONS[:2])
+    before = sample(policy, prompts, [1, 2], 2, 12)
+    for holder in (policy.model, policy.backbone):
+        settings = holder.generation_config
+        settings.top_k, settings.top_p, settings.temperature, settings.repetition_penalty = 1, 0.1, 0.2, 5.0
+        settings.do_sample, settings.max_new_tokens, settings.min_new_tokens = True, 3, 2
+    assert sample(policy, prompts, [1, 2], 2, 12) == before
+    assert len({c.token_ids for group in before for c in group}) == 4
+
+
+def test_what_is_drawn_does_not_depend_on_the_rest_of_the_batch(babbler: Policy, sized: list[Image.Image]):
+    """Alone or with others, of different lengths and ends: a trajectory follows from its own seed."""
+    together = sample(babbler, ask(babbler, sized), [1, 2, 3], 4, 24)
+    lengths = [len(c.token_ids) for group in together for c in group]
+    assert min(lengths) < 12  # some end early, so that rows were dropped on the way
+    assert max(lengths) == 24
+    for i, image in enumerate(sized):
+        alone = sample(babbler, ask(babbler, [image], QUESTIONS[i : i + 1]), [i + 1], 4, 24)[0]
+        assert [c.text for c in alone] == [c.text for c in together[i]]
+        assert [c.token_ids for c in alone] == [c.token_ids for c in together[i]]
+        for a, b in zip(alone, together[i], strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    other = sample(babbler, ask(babbler, sized[:1], QUESTIONS[:1]), [99], 4, 24)[0]
+    assert [c.text for c in other] != [c.text for c in together[0]]
+
+
+def test_completions_hold_the_end_token_and_text_without_it(babbler: Policy, sized: list[Image.Image]):
+    end = babbler.end_token
+    found: list[Completion] = [c for g in sample(babbler, ask(babbler, sized), [1, 2, 3], 4, 24) for c in g]
+    assert {c.finish_reason for c in found} == {"stop", "length"}
+    for c in found:
+        assert len(c.token_ids) == len(c.logprobs) <= 24
+        assert (c.token_ids[-1] == end) == (c.finish_reason == "stop")
+        assert end not in c.token_ids[:-1]
+        assert c.finish_reason == "stop" or len(c.token_ids) == 24
+        written = [i for i in c.token_ids if i != end]
+        assert c.text == babbler.processor.tokenizer.decode(written, skip_special_tokens=False)
+
+
+def test_temperature_zero_is_greedy(
+    babbler: Policy, pictures: list[Image.Image], plain: dict[Role | None, torch.nn.Module]
+):
+    groups = sample(babbler, ask(babbler, pictures[:1], QUESTIONS[:1]), [1], 2, 8, temperature=0)
+    assert groups == sample(babbler, ask(babbler, pictures[:1], QUESTIONS[:1]), [2], 2, 8, temperature=0)
+    completion = groups[0][0]
+    assert completion == groups[0][1]
+    logprobs = plain_logprobs(
+        plain["solver"], pictures[0], solver_messages("{question}", QUESTIONS[0]), completion.token_ids
+    )
+    assert logprobs.argmax(-1).tolist() == list(completion.token_ids)
+    assert list(completion.logprobs) == pytest.approx(logprobs.amax(-1).tolist(), abs=1e-4)
+
+
+def test_no_end_before_the_least_number_of_tokens(babbler: Policy, sized: list[Image.Image]):
+    prompts = ask(babbler, sized)
+    free = [len(c.token_ids) for g in sample(babbler, prompts, [1, 2, 3], 4, 12) for c in g]
+    held = [len(c.token_ids) for g in sample(babbler, prompts, [1, 2, 3], 4, 12, min_tokens=12) for c in g]
+    assert min(free) < 12
+    assert held == [12] * 12
+    some = [c for g in sample(babbler, prompts, [1, 2, 3], 4, 12, min_tokens=5) for c in g]
+    assert min(len(c.token_ids) for c in some) >= 6
+    assert all(babbler.end_token not in c.token_ids[:5] for c in some)
+
+
+def test_each_prompt_and_place_has_its_own_numbers():
+    one, both = uniforms([[1, 2]], 3, 4), uniforms([[1, 2], [1, 3]], 3, 4)
+    assert one.shape == (1, 3, 4)
+    assert ((both >= 0) & (both < 1)).all()
+    assert (one[0] == both[0]).all()
+    assert len(np.unique(both)) == both.size
+
+
+def test_the_reference_samples_as_the_backbone(babbler: Policy, pictures: list[Image.Image]):
+    prompts = babbler.prompts(babbler.encode_images(pictures[:1]), [proposer_messages("Ask.")])
+    fresh = Policy("tiny")
+    expected = sample(fresh, prompts, [5], 2, 8, role="proposer")  # fresh adapters change nothing
+    found = sample(babbler, prompts, [5], 2, 8, role=None)
+    assert [c.token_ids for c in found[0]] == [c.token_ids for c in expected[0]]
+    assert [c.token_ids for c in sample(babbler, prompts, [5], 2, 8)[0]] != [c.token_ids for c in expected[0]]

@@ -1,0 +1,374 @@
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ireasoner.recorder import FILES, Recorder, RunDirectoryError, episode_record, read_records, write_json
+from ireasoner.types import Completion, Episode, Question, Trajectory
+
+HOSTILE = '\ud800 \u2028\u2029 \x00 \x1b[31m </script><!-- \r\n " \\ \u202e é 🦉 \x85'
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """A disk that is full once a file has `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def reject(token: str) -> None:
+    raise AssertionError(f"{token} is not JSON")
+
+
+def strict_lines(path: Path) -> list[dict]:
+    return [json.loads(line, parse_constant=reject) for line in path.read_text("ascii").split("\n")[:-1]]
+
+
+def write_steps(recorder: Recorder, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        recorder.metrics(step, {"reward/solver/total": step / 3, "kl/solver": math.sin(step)})
+        recorder.episode({"step": step, "question": HOSTILE, "rewards": (1.0, step / 7)})
+        recorder.skip(step, f"broken-{step // 2}.png", "cut off")
+        if step % 2 == 0:
+            recorder.probe({"step": step, "answer": None})
+        if step % 3 == 0:
+            recorder.event(step, "the learning rate is high")
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in FILES}
+
+
+# --- lines ------------------------------------------------------------------------------------------------------------
+
+
+def test_floats_round_trip_and_keys_keep_their_order(tmp_path: Path) -> None:
+    values = {"z": 0.1 + 0.2, "a": 5e-324, "m": -0.0, "k": 1.7976931348623157e308, "f": float(np.float32(0.1))}
+    Recorder(tmp_path).metrics(3, values)
+    (record,) = read_records(tmp_path / "metrics.jsonl")
+    assert list(record) == ["step", *values]
+    assert [record[name].hex() for name in values] == [value.hex() for value in values.values()]
+
+
+def test_what_json_cannot_say_becomes_null_at_any_depth(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    recorder.metrics(1, {"a": math.nan, "b": math.inf, "c": np.float32(-np.inf), "d": 1})
+    recorder.episode({"step": 1, "deep": ({"x": [math.nan, 2.5]},), "proxy": MappingProxyType({"y": math.inf})})
+    assert strict_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "a": None, "b": None, "c": None, "d": 1.0}]
+    assert strict_lines(tmp_path / "episodes.jsonl") == [
+        {"step": 1, "deep": [{"x": [None, 2.5]}], "proxy": {"y": None}}
+    ]
+    assert json.loads(write_json({"mean": math.nan, "low": (0.25, math.inf)}), parse_constant=reject) == {
+        "mean": None,
+        "low": [0.25, None],
+    }
+
+
+def test_hostile_text_stays_one_ascii_line_and_comes_back(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    recorder.episode({"step": 1, "text": HOSTILE, HOSTILE: [HOSTILE]})
+    recorder.skip(1, HOSTILE, HOSTILE)
+    assert (tmp_path / "episodes.jsonl").read_bytes().count(b"\n") == 1
+    assert strict_lines(tmp_path / "episodes.jsonl") == [{"step": 1, "text": HOSTILE, HOSTILE: [HOSTILE]}]
+    assert list(read_records(tmp_path / "skipped.jsonl")) == [{"step": 1, "image": HOSTILE, "reason": HOSTILE}]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(st.characters(codec=None, exclude_categories=[])), max_size=4))
+def test_any_text_comes_back(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+    run = tmp_path_factory.mktemp("run")
+    recorder = Recorder(run)
+    for text in texts:
+        recorder.event(0, text)
+    assert [record["text"] for record in read_records(run / "events.jsonl")] == texts
+
+
+@pytest.mark.parametrize("record", [{}, {"step": "1"}, {"step": 1.0}, {"step": True}, {"step": None}])
+def test_a_record_without_a_step_is_refused(tmp_path: Path, record: dict) -> None:
+    recorder = Recorder(tmp_path)
+    with pytest.raises(ValueError, match="step"):
+        recorder.episode(record)
+    assert not (tmp_path / "episodes.jsonl").exists()
+
+
+def test_a_metric_cannot_replace_the_step(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="step"):
+        Recorder(tmp_path).metrics(1, {"step": 7})
+
+
+def test_an_image_is_reported_once_also_by_a_later_process(tmp_path: Path) -> None:
+    Recorder(tmp_path).skip(1, "a.png", "cut off")
+    recorder = Recorder(tmp_path)
+    recorder.skip(2, "a.png", "cut off")
+    recorder.skip(2, "b.png", "not an image")
+    recorder.skip(3, "b.png", "not an image")
+    assert [(r["step"], r["image"]) for r in read_records(tmp_path / "skipped.jsonl")] == [(1, "a.png"), (2, "b.png")]
+
+
+# --- reading and rewinding --------------------------------------------------------------------------------------------
+
+
+def test_reading_a_missing_file_and_a_torn_last_line(tmp_path: Path) -> None:
+    assert list(read_records(tmp_path / "metrics.jsonl")) == []
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3, "x')
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"nonsense", b"\xff\xfe", b"\x00" * 9, b"[1]", b'"step"', b'{"x": 1}', b"[" * 100_000]
+)
+def test_a_damaged_line_in_the_middle_is_named_and_left_out(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n')
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl, line 2,"):
+        assert [record["step"] for record in read_records(path)] == [1, 2]
+    (sentence,) = Recorder(tmp_path).rewind(9)
+    assert "metrics.jsonl, line 2," in sentence
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 8, "rew', b'{"step": 8}', b"\x00\x00\x00", b"\xff"])
+def test_a_resumed_run_ends_with_the_files_of_an_uninterrupted_one(tmp_path: Path, torn: bytes) -> None:
+    write_steps(Recorder(tmp_path / "whole"), 1, 10)
+    killed = Recorder(tmp_path / "killed")
+    write_steps(killed, 1, 7)
+    killed.sync()
+    for name in FILES:
+        with (tmp_path / "killed" / name).open("ab") as file:
+            file.write(torn)
+
+    resumed = Recorder(tmp_path / "killed")
+    resumed.skip(0, "broken-0.png", "cut off")  # a pool scans its folder before the run is rewound
+    assert resumed.rewind(4) == []
+    assert max(record["step"] for record in read_records(tmp_path / "killed" / "metrics.jsonl")) == 4
+    write_steps(resumed, 5, 10)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {*FILES, "images"}
+
+
+def test_writing_goes_on_after_a_torn_line_before_any_rewind(tmp_path: Path) -> None:
+    (tmp_path / "skipped.jsonl").write_bytes(b'{"step": 0, "image": "a.png", "reason": "empty"}\n{"step": 0, "im')
+    recorder = Recorder(tmp_path)
+    recorder.skip(0, "b.png", "cut off")
+    assert [record["image"] for record in read_records(tmp_path / "skipped.jsonl")] == ["a.png", "b.png"]
+
+
+def test_every_way_to_tear_the_last_line(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    for step in (1, 2, 3):
+        recorder.metrics(step, {"reward/solver/total": 0.5})
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    first_two = whole[: whole[:-1].rindex(b"\n") + 1]
+    for length in range(len(first_two), len(whole)):
+        (tmp_path / "metrics.jsonl").write_bytes(whole[:length])
+        assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2]
+        assert Recorder(tmp_path).rewind(3) == []
+        assert (tmp_path / "metrics.jsonl").read_bytes() == first_two
+
+
+def test_rewinding_before_the_first_step_empties_the_files(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    assert recorder.rewind(-1) == []
+    write_steps(recorder, 0, 6)
+    recorder.rewind(-1)
+    assert set(contents(tmp_path).values()) == {b""}
+    recorder.skip(1, "broken-0.png", "cut off")  # forgotten, so reported anew
+    assert len(list(read_records(tmp_path / "skipped.jsonl"))) == 1
+
+
+def test_a_failed_rewind_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(tmp_path)
+    write_steps(recorder, 1, 6)
+    before = contents(tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunDirectoryError, match="No space left"):
+        recorder.rewind(2)
+    with pytest.raises(RunDirectoryError, match="No space left"):
+        recorder.sync()
+    assert contents(tmp_path) == before
+
+
+# --- a disk that refuses ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match=r"file.*: Not a directory"):
+        Recorder(tmp_path / "file" / "run")
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl: Is a directory"):
+        recorder.metrics(1, {})
+
+
+def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    recorder.event(1, "x" * 100)
+    before = (tmp_path / "events.jsonl").read_bytes()
+    with file_size_limit(200), pytest.raises(RunDirectoryError, match=r"events\.jsonl"):
+        recorder.event(2, "y" * 100)
+    assert (tmp_path / "events.jsonl").read_bytes() == before
+    with file_size_limit(200), pytest.raises(RunDirectoryError, match=r"notes\.txt"):
+        recorder.write_text("notes.txt", "z" * 1000)
+    assert not (tmp_path / "notes.txt").exists()
+    recorder.event(3, "there is room again")
+    assert [record["step"] for record in read_records(tmp_path / "events.jsonl")] == [1, 3]
+
+
+# --- thumbnails -------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_image_is_kept_without_loss_and_written_once(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 256, 3), dtype=np.uint8))
+    name = recorder.thumbnail(image, "0123456789abcdef")
+    assert name == "images/0123456789abcdef.png"
+    with Image.open(tmp_path / name) as saved:
+        assert saved.tobytes() == image.tobytes()
+    recorder.thumbnail(Image.new("RGB", (9, 9)), "0123456789abcdef")
+    with Image.open(tmp_path / name) as saved:
+        assert saved.size == (256, 200)
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["0123456789abcdef.png"]
+
+
+@pytest.mark.parametrize(("size", "small"), [((1024, 512), (256, 128)), ((100, 3000), (9, 256)), ((4000, 1), (256, 1))])
+def test_a_large_image_is_reduced_and_the_original_untouched(
+    tmp_path: Path, size: tuple[int, int], small: tuple[int, int]
+) -> None:
+    image = Image.new("RGB", size, "red")
+    with Image.open(tmp_path / Recorder(tmp_path).thumbnail(image, "a" * 64)) as saved:
+        assert saved.size == small
+    assert image.size == size
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F"]
+)
+def test_every_image_mode_can_be_saved(tmp_path: Path, mode: str) -> None:
+    image = Image.new(mode, (300, 20))
+    image.info |= {"icc_profile": b"x" * 999, "exif": b"y" * 999} | ({"transparency": b"\0\1"} if mode == "P" else {})
+    with Image.open(tmp_path / Recorder(tmp_path).thumbnail(image, "b" * 8)) as saved:
+        assert saved.size == (256, 17)
+        assert saved.mode in ("RGB", "RGBA")
+        assert not {"icc_profile", "exif"} & saved.info.keys()
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "abc", "a" * 65, "A" * 8, "../../../etc", "aaaaaaaa/", "aaaaaaaa\n", "٣٣٣٣٣٣٣٣", "a" * 8 + "\0", "g" * 8],
+)
+def test_a_key_that_is_no_content_hash_is_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ValueError, match="content key"):
+        Recorder(tmp_path).thumbnail(Image.new("RGB", (2, 2)), key)
+    assert not any((tmp_path / "images").iterdir())
+
+
+# --- episodes ---------------------------------------------------------------------------------------------------------
+
+
+def completion(text: str, logprobs: tuple[float, ...], reason: str = "stop") -> Completion:
+    return Completion(text, tuple(range(1000, 1000 + len(logprobs))), logprobs, reason)  # type: ignore[arg-type]
+
+
+def test_an_episode_record_explains_every_reward(tmp_path: Path) -> None:
+    episode = Episode(
+        step=12,
+        image="charts/a.png",
+        question=Question("How many bars?", "they differ", None),
+        question_completion=completion("<question>How many bars?</question>", (-0.5, -1.0)),
+        proposer_reward=0.75,
+        trajectories=(
+            Trajectory(("look", "count"), "three", 9, None),
+            Trajectory((), None, 0, "no closed <answer>"),
+            Trajectory(("guess",), "4", 5, None),
+        ),
+        completions=(completion("A", (-0.25, -0.75)), completion("B", (), "length"), completion("C", (-2.0,))),
+        answer_keys=("3", None, "4"),
+        majority_answer="3",
+        majority_fraction=1 / 3,
+        answer_entropy=math.log(2),
+        rewards=(0.5, 0.0, 0.25),
+        reward_parts=MappingProxyType({"outcome": (0.4, 0.0, 0.3), "step_agreement": (0.6, 0.0, 0.0)}),
+    )
+    record = episode_record(episode)
+    Recorder(tmp_path).episode(record)
+    assert strict_lines(tmp_path / "episodes.jsonl") == [record]
+    trajectories = record.pop("trajectories")
+    assert record == {
+        "step": 12,
+        "image": "charts/a.png",
+        "question": {"text": "How many bars?", "rationale": "they differ", "problem": None, "well_formed": True},
+        "question_completion": {
+            "text": "<question>How many bars?</question>",
+            "finish_reason": "stop",
+            "num_tokens": 2,
+            "mean_sampler_logprob": -0.75,
+        },
+        "proposer_reward": 0.75,
+        "majority_answer": "3",
+        "majority_fraction": 1 / 3,
+        "answer_entropy": math.log(2),
+    }
+    assert trajectories[0] == {
+        "text": "A",
+        "finish_reason": "stop",
+        "num_tokens": 2,
+        "mean_sampler_logprob": -0.5,
+        "reasoning_steps": ["look", "count"],
+        "answer": "three",
+        "answer_key": "3",
+        "in_majority": True,
+        "well_formed": True,
+        "problem": None,
+        "words_before_answer": 9,
+        "reward": 0.5,
+        "reward_parts": {"outcome": 0.4, "step_agreement": 0.6},
+    }
+    assert [t["in_majority"] for t in trajectories] == [True, False, False]
+    assert (trajectories[1]["mean_sampler_logprob"], trajectories[1]["problem"]) == (None, "no closed <answer>")
+    assert trajectories[2]["reward_parts"] == {"outcome": 0.3, "step_agreement": 0.0}
+
+
+def test_an_episode_without_a_readable_question(tmp_path: Path) -> None:
+    question = Question("", "", "no <question>")
+    record = episode_record(Episode(1, "a.png", question, None, 0.0, (), (), (), None, 0.0, 0.0, (), {}))
+    Recorder(tmp_path).episode({**record, "thumbnail": "images/x.png"})
+    assert (record["question_completion"], record["trajectories"]) == (None, [])
+    assert record["question"]["problem"] == "no <question>"
+
+
+def test_no_answer_is_no_majority() -> None:
+    unreadable = Trajectory((), None, 0, "cut off")
+    question = Question("How many?", "", None)
+    episode = Episode(
+        1, "a.png", question, None, 0.0, (unreadable,), (completion("x", ()),), (None,), None, 0.0, 0.0, (0.0,), {}
+    )
+    assert episode_record(episode)["trajectories"][0]["in_majority"] is False
+
+
+def test_the_recorder_imports_no_torch() -> None:
+    code = "import sys, ireasoner.recorder; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
