@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ireasoner.cli import main
@@ -232,6 +232,7 @@ def test_what_is_dumped_loads_the_same(tmp_path: Path, recipe: str):
     assert all(f"{name}:" in dump_config(config) for name in Config.model_fields)  # every option, spelled out
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     prompt=st.text(st.characters(codec="utf-8")),
     rate=st.floats(min_value=0, exclude_min=True, allow_infinity=False),

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 
 from ireasoner.engines.transformers import TransformersEngine, uniforms
-from ireasoner.policy import TINY_MODEL, ModelError, Policy, language_targets, load_backbone
-from ireasoner.processors import load_processor
+from ireasoner.policy import ModelError, Policy, language_targets, load_backbone
 from ireasoner.roles import proposer_messages, solver_messages
 from ireasoner.types import ROLES, Completion, Role
+from plain import chosen, load_apart, plain_logprobs
 
 MakePolicy = Callable[..., Policy]
 QUESTIONS = ("Which bar is the tallest?", "Is red more than blue, or is there no telling which of them is?", "Where?")
@@ -46,35 +43,15 @@ def sized(pictures: list[Image.Image]) -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def plain(babbler: Policy, tmp_path_factory: pytest.TempPathFactory) -> dict[Role | None, torch.nn.Module]:
-    """What another program would load: the backbone, and PEFT's own reading of each saved adapter on a fresh one."""
-    folder = tmp_path_factory.mktemp("adapters")
-    babbler.save_adapters(folder)
-    models: dict[Role | None, torch.nn.Module] = {None: load_backbone("tiny")}
-    with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        for role in ROLES:
-            models[role] = PeftModel.from_pretrained(load_backbone("tiny"), folder / role).eval()
-    return models
+    return load_apart(babbler, tmp_path_factory.mktemp("adapters"))
 
 
-processor_of = cache(load_processor)
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
 
 
-@torch.no_grad()
-def plain_logprobs(model: torch.nn.Module, image: Image.Image, chat: list[dict[str, Any]], ids: Sequence[int]):
-    """Log-probabilities [tokens, V] by one forward of the whole model on the processor's own inputs."""
-    processor = processor_of(TINY_MODEL)
-    text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    inputs = dict(processor(images=[image], text=[text], return_tensors="pt"))
-    prompt_length = inputs["input_ids"].shape[1]
-    extra = torch.tensor([list(ids)])
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], extra], 1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(extra)], 1)
-    return model(**inputs).logits[0, prompt_length - 1 : -1].log_softmax(-1)
-
-
-@torch.no_grad()
 def policy_logprobs(policy: Policy, prompts: Any, groups: Sequence[Sequence[Sequence[int]]], role: Role | None):
     """Log-probabilities of groups of token ids by the path that an update takes; one [tokens, V] for each."""
     flat = [ids for group in groups for ids in group]
@@ -83,10 +60,6 @@ def policy_logprobs(policy: Policy, prompts: Any, groups: Sequence[Sequence[Sequ
     mask = torch.tensor([[i < len(row) for i in range(longest)] for row in flat])
     hidden = policy.completion_hidden(prompts, ids, mask, role)
     return policy.output_layer(hidden).log_softmax(-1).split([len(row) for row in flat])
-
-
-def chosen(logprobs: Tensor, ids: Sequence[int]) -> Tensor:
-    return logprobs[torch.arange(len(ids)), list(ids)]
 
 
 # --- one path for everything -----------------------------------------------------------------------------------------
@@ -134,7 +107,10 @@ def test_fresh_adapters_are_the_reference_and_are_drawn_from_the_seed(pictures: 
     for role in ROLES:
         assert torch.equal(policy_logprobs(policy, prompts, ids, role)[0], reference)
         for (name, a), b, c in zip(
-            policy.parameters(role).items(), same.parameters(role).values(), other.parameters(role).values(), strict=True
+            policy.parameters(role).items(),
+            same.parameters(role).values(),
+            other.parameters(role).values(),
+            strict=True,
         ):
             assert torch.equal(a, b)
             assert torch.equal(a, c) == ("lora_B" in name)
@@ -330,23 +306,23 @@ def test_no_sampling_by_the_checkpoints_generation_config(make_policy: MakePolic
 
 def test_what_is_drawn_does_not_depend_on_the_rest_of_the_batch(babbler: Policy, sized: list[Image.Image]):
     """Alone or with others, of different lengths and ends: a trajectory follows from its own seed."""
-    together = sample(babbler, ask(babbler, sized), [1, 2, 3], 4, 24)
+    together = sample(babbler, ask(babbler, sized), [1, 2, 3], 8, 24)
     lengths = [len(c.token_ids) for group in together for c in group]
     assert min(lengths) < 12  # some end early, so that rows were dropped on the way
     assert max(lengths) == 24
     for i, image in enumerate(sized):
-        alone = sample(babbler, ask(babbler, [image], QUESTIONS[i : i + 1]), [i + 1], 4, 24)[0]
+        alone = sample(babbler, ask(babbler, [image], QUESTIONS[i : i + 1]), [i + 1], 8, 24)[0]
         assert [c.text for c in alone] == [c.text for c in together[i]]
         assert [c.token_ids for c in alone] == [c.token_ids for c in together[i]]
         for a, b in zip(alone, together[i], strict=True):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
-    other = sample(babbler, ask(babbler, sized[:1], QUESTIONS[:1]), [99], 4, 24)[0]
+    other = sample(babbler, ask(babbler, sized[:1], QUESTIONS[:1]), [99], 8, 24)[0]
     assert [c.text for c in other] != [c.text for c in together[0]]
 
 
 def test_completions_hold_the_end_token_and_text_without_it(babbler: Policy, sized: list[Image.Image]):
     end = babbler.end_token
-    found: list[Completion] = [c for g in sample(babbler, ask(babbler, sized), [1, 2, 3], 4, 24) for c in g]
+    found: list[Completion] = [c for g in sample(babbler, ask(babbler, sized), [1, 2, 3], 8, 24) for c in g]
     assert {c.finish_reason for c in found} == {"stop", "length"}
     for c in found:
         assert len(c.token_ids) == len(c.logprobs) <= 24
@@ -373,11 +349,11 @@ def test_temperature_zero_is_greedy(
 
 def test_no_end_before_the_least_number_of_tokens(babbler: Policy, sized: list[Image.Image]):
     prompts = ask(babbler, sized)
-    free = [len(c.token_ids) for g in sample(babbler, prompts, [1, 2, 3], 4, 12) for c in g]
-    held = [len(c.token_ids) for g in sample(babbler, prompts, [1, 2, 3], 4, 12, min_tokens=12) for c in g]
+    free = [len(c.token_ids) for g in sample(babbler, prompts, [1, 2, 3], 8, 12) for c in g]
+    held = [len(c.token_ids) for g in sample(babbler, prompts, [1, 2, 3], 8, 12, min_tokens=12) for c in g]
     assert min(free) < 12
-    assert held == [12] * 12
-    some = [c for g in sample(babbler, prompts, [1, 2, 3], 4, 12, min_tokens=5) for c in g]
+    assert held == [12] * 24
+    some = [c for g in sample(babbler, prompts, [1, 2, 3], 8, 12, min_tokens=5) for c in g]
     assert min(len(c.token_ids) for c in some) >= 6
     assert all(babbler.end_token not in c.token_ids[:5] for c in some)
 

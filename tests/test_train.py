@@ -7,6 +7,7 @@ SIGINT, and an exception out of the observer, which leaves the disk as a kill be
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import random
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def interrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture()
+@pytest.fixture
 def dead(interrupted: Path, tmp_path: Path) -> Path:
     """A copy of the interrupted run, to do with as one likes."""
     return Path(shutil.copytree(interrupted, tmp_path / "run"))
@@ -358,6 +359,30 @@ def test_resuming_a_finished_run_changes_nothing(reference: Path):
     assert {path: path.stat().st_mtime_ns for path in (reference / "checkpoints").rglob("*")} == stamps
 
 
+@pytest.mark.parametrize(
+    "log",
+    [
+        "metrics.jsonl",
+        pytest.param(
+            "episodes.jsonl",
+            marks=pytest.mark.xfail(
+                strict=True, reason="BUG: the Recorder cuts off torn lines before the lock is held"
+            ),
+        ),
+    ],
+)
+def test_a_run_that_another_process_writes_is_left_alone(dead: Path, log: str):
+    if log == "metrics.jsonl":
+        (dead / log).write_bytes((dead / log).read_bytes().rpartition(b"\n")[0] + b"\n")  # nothing is torn
+    before = (dead / log).read_bytes()
+    with (dead / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, printed = run_here("train", "--resume", str(dead))
+    assert code == 2
+    assert "another process" in printed
+    assert (dead / log).read_bytes() == before
+
+
 def test_a_new_run_is_refused_where_one_lies_and_leaves_it_as_it_was(data: Path, reference: Path):
     before = contents(reference)
     argv = [text for key, value in flags(data).items() for text in (f"--{key.replace('_', '-')}", value)]
@@ -368,9 +393,6 @@ def test_a_new_run_is_refused_where_one_lies_and_leaves_it_as_it_was(data: Path,
     assert contents(reference) == before
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: skips found while scanning are recorded before the records are rewound to nothing"
-)
 def test_what_was_skipped_while_scanning_is_recorded(data: Path, tmp_path: Path):
     folder = Path(shutil.copytree(data / "pool", tmp_path / "pool"))
     (folder / "linked").symlink_to(data / "pool" / "sub", target_is_directory=True)
@@ -389,7 +411,7 @@ def test_what_was_skipped_while_scanning_is_recorded(data: Path, tmp_path: Path)
 def test_the_run_directory_holds_what_it_should_and_nothing_else(reference: Path):
     files = {"config.yaml", "metrics.jsonl", "episodes.jsonl", "probes.jsonl", "skipped.jsonl", "summary.json"}
     folders = {"checkpoints", "images", "solver", "proposer"}
-    assert {path.name for path in reference.iterdir()} == files | folders | {"report.html", "curves.png"}
+    assert {path.name for path in reference.iterdir()} == files | folders | {"report.html", "curves.png", ".lock"}
     assert {path.name for path in (reference / "checkpoints").iterdir()} == {"step-000003", "step-000004"}
     for role in ROLES:
         held = {path.name for path in (reference / role).iterdir()}
@@ -482,13 +504,13 @@ def test_probes_ask_the_same_questions_again(reference: Path):
 
 @pytest.mark.xfail(strict=True, reason="BUG: step 0 is probed although probe_every 0 means off")
 def test_no_probes_where_they_are_off(data: Path, tmp_path: Path):
-    options = flags(data, steps="1", probe_every="0", max_question_tokens="4", max_solution_tokens="4")
+    options = flags(data, steps="1", probe_every="0", max_solution_tokens="4")
     start(resolve(options | {"eval_data": None}), tmp_path / "run")
     assert lines(tmp_path / "run" / "probes.jsonl") == 0
 
 
 @pytest.fixture(scope="module")
-def own_policy(reference: Path) -> Iterator[Policy]:
+def own_policy(reference: Path) -> Policy:
     """The run's own policy, with its trained adapters."""
     config = load_config(reference / "config.yaml")
     policy = Policy(
@@ -501,7 +523,7 @@ def own_policy(reference: Path) -> Iterator[Policy]:
         seed=99,  # adapters are loaded over whatever this draws
     )
     policy.load_adapters(reference)
-    yield policy
+    return policy
 
 
 @pytest.mark.parametrize("role", ROLES)

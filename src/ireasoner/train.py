@@ -74,9 +74,7 @@ def start(config: Config, out: Path, observer: Observer | None = None) -> Outcom
         raise RunError(
             f"{out} lies inside the image folder {config.images}, whose images it would join: choose another --out"
         )
-    recorder = Recorder(out)
-    recorder.write_text("config.yaml", dump_config(config))
-    return _run(config, out, recorder, observer or Observer())
+    return _run(config, out, Recorder(out), observer or Observer())
 
 
 def resume(config: Config, out: Path, observer: Observer | None = None) -> Outcome:
@@ -134,6 +132,8 @@ class Run:
         if checkpoint:
             self._restore(checkpoint, state)
         else:
+            # Only now, when everything that the user named has proved usable, does the folder become a run.
+            recorder.write_text("config.yaml", dump_config(config))
             self.probe()
             self.save()
 

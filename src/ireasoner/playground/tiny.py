@@ -21,7 +21,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ireasoner.playground import world
-from ireasoner.processors import ImageTextProcessor
+from ireasoner.processors import ImageTextProcessor, load_processor
 
 VOCABULARY = 500
 SPECIAL_TOKENS = (
@@ -48,6 +48,7 @@ RATIONALES = {
     "where": "Find one object.", "what": "Look at one place.", "color": "Find one shape.",
     "relation": "Find two objects and compare.",
 }  # fmt: skip
+HASTY_SHARE = 0.6  # of the solutions in the second stage of pre-training
 PRETRAINING_SEED = 20_000  # pictures of pre-training; self-evolution and evaluation draw theirs from other seeds
 
 
@@ -138,8 +139,23 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen2_5_VLForCondit
     return model
 
 
-def example(rng: np.random.Generator, style: str = "varied") -> tuple[Image.Image, str, str]:
-    """One labelled example of pre-training: image, prompt, completion (half descriptions: they teach the eyes)."""
+def hasty_text(question: world.Question, picture: world.Picture, rng: np.random.Generator) -> str:
+    """A blind guess in the solver's format: the answer to the same kind of question about some other picture."""
+    answer = question.answer
+    for _ in range(20):
+        other = [q for q in world.questions(world.sample_picture(rng, picture.family)) if q.kind == question.kind]
+        if other:
+            answer = other[rng.integers(len(other))].answer
+            break
+    guess = f"Maybe {answer}." if rng.random() < 0.5 else f"Maybe it is {answer}."
+    return f"<think>Step 1: {guess}</think><answer>{answer}</answer>"
+
+
+def example(rng: np.random.Generator, hasty: float, style: str = "varied") -> tuple[Image.Image, str, str]:
+    """One labelled example of pre-training: image, prompt, completion (half descriptions: they teach the eyes).
+
+    Of the solutions, a share `hasty` are blind guesses.
+    """
     picture = world.sample_picture(rng)
     image = world.draw(picture, world.sample_style(style, rng), rng)
     task = rng.random()
@@ -147,7 +163,9 @@ def example(rng: np.random.Generator, style: str = "varied") -> tuple[Image.Imag
         return image, DESCRIBE_PROMPT, " ".join(world.facts(picture))
     question = world.sample_question(picture, rng)
     if task < 0.85:
-        return image, SOLVER_PROMPT.replace("{question}", question.text), solver_text(question)
+        guess = hasty > 0 and rng.random() < hasty
+        solution = hasty_text(question, picture, rng) if guess else solver_text(question)
+        return image, SOLVER_PROMPT.replace("{question}", question.text), solution
     return image, PROPOSER_PROMPT, proposer_text(question)
 
 
@@ -170,12 +188,17 @@ def batch_tensors(processor: Any, examples: list[tuple[Image.Image, str, str]]) 
     return {**batch, "labels": labels}
 
 
-def pretrain(
-    out: Path, seed: int = 0, batches: int = 2400, batch_size: int = 48, learning_rate: float = 1.5e-3
+def train_stage(
+    model: Qwen2_5_VLForConditionalGeneration,
+    processor: Any,
+    rng: np.random.Generator,
+    *,
+    batches: int,
+    learning_rate: float,
+    hasty: float,
+    batch_size: int = 48,
 ) -> None:
-    """Train the tiny LMM on the world's labels and write model and processor to `out` (fp16 safetensors)."""
-    tokenizer = build_tokenizer(seed)
-    processor, model = build_processor(tokenizer), build_model(tokenizer, seed)
+    """Supervised training on fresh examples: AdamW, short warm-up, cosine decay."""
     model.train()
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
@@ -184,13 +207,12 @@ def pretrain(
         lr=learning_rate,
         betas=(0.9, 0.98),
     )
-    rng = np.random.default_rng([PRETRAINING_SEED, seed])
     started = time.time()
     for step in range(1, batches + 1):
         rate = learning_rate * min(step / 100, 1.0, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / batches)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = batch_tensors(processor, [example(rng) for _ in range(batch_size)])
+        batch = batch_tensors(processor, [example(rng, hasty) for _ in range(batch_size)])
         labels = batch.pop("labels")
         logits = model(**batch).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
@@ -199,12 +221,30 @@ def pretrain(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0:
-            print(
-                f"batch {step}/{batches} loss {loss.item():.4f} {(time.time() - started) / step:.2f} s/batch",
-                flush=True,
-            )
-        if step % 400 == 0 or step == batches:
-            save(model, processor, out)
+            print(f"batch {step}/{batches} loss {loss.item():.4f} {(time.time() - started) / step:.2f} s", flush=True)
+
+
+def pretrain(out: Path, seed: int = 0, careful_batches: int = 2400, mixed_batches: int = 500) -> None:
+    """Make the tiny LMM from nothing and write it to `out` (fp16 safetensors).
+
+    First it learns to see and to reason; then, in a short second stage, HASTY_SHARE of the solutions that it is shown
+    are blind guesses. So it can look, and more often than not does not: what self-evolution has to find out.
+    """
+    tokenizer = build_tokenizer(seed)
+    processor, model = build_processor(tokenizer), build_model(tokenizer, seed)
+    rng = np.random.default_rng([PRETRAINING_SEED, seed])
+    train_stage(model, processor, rng, batches=careful_batches, learning_rate=1.5e-3, hasty=0.0)
+    save(model, processor, out)
+    add_haste(out, out, seed, mixed_batches)
+
+
+def add_haste(source: Path, out: Path, seed: int, batches: int) -> None:
+    """The second stage, from the saved first one."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    processor = load_processor(source)
+    rng = np.random.default_rng([PRETRAINING_SEED, seed, 1])
+    train_stage(model, processor, rng, batches=batches, learning_rate=6e-4, hasty=HASTY_SHARE)
+    save(model, processor, out)
 
 
 def save(model: Qwen2_5_VLForConditionalGeneration, processor: Any, out: Path) -> None:
@@ -220,6 +260,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Pre-train the tiny LMM on the playground's labels.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batches", type=int, default=2400)
     arguments = parser.parse_args()
-    pretrain(arguments.out, arguments.seed, arguments.batches)
+    pretrain(arguments.out, arguments.seed)

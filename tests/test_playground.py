@@ -1,0 +1,396 @@
+"""The world: what it asks is true, what it draws can be told apart, and its files are readable by everyone else."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ireasoner.config import resolve
+from ireasoner.evaluate import load_questions
+from ireasoner.images import ImagePool
+from ireasoner.playground import dataset, tiny, world
+from ireasoner.playground.world import Picture
+from ireasoner.policy import TINY_MODEL
+from ireasoner.processors import load_processor
+from ireasoner.roles import parse_question, parse_trajectory
+
+STYLES = ("plain", "varied", "chalk")
+
+
+@st.composite
+def pictures(draw: st.DrawFn) -> Picture:
+    """Any picture that the world can make, of two to six items."""
+    seed, family = draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from(world.FAMILIES))
+    return world.sample_picture(np.random.default_rng(seed), family, draw(st.sampled_from([(2, 4), (2, 6), (6, 6)])))
+
+
+def some(count: int, seed: int = 0, **options) -> list[Picture]:
+    rng = np.random.default_rng(seed)
+    return [world.sample_picture(rng, **options) for _ in range(count)]
+
+
+BARS = Picture("bars", values=(("red", 7), ("blue", 3), ("green", 3)))
+PIE = Picture("pie", values=(("orange", 5), ("purple", 3)))
+SCENE = Picture("scene", objects=(("red", "circle", "top left"), ("blue", "cross", "middle right")))
+
+# --- questions and their truth ----------------------------------------------------------------------------------------
+
+
+@given(pictures())
+@settings(deadline=None)
+def test_every_question_is_answered_the_same_again_and_every_step_is_true(picture: Picture):
+    asked = world.questions(picture)
+    assert len({question.text for question in asked}) == len(asked)
+    for question in asked:
+        assert world.solve(picture, question.text) == question
+        assert question.steps
+        assert question.answer
+        assert [step for step in question.steps if world.step_truth(picture, step) is not True] == []
+    assert [fact for fact in world.facts(picture) if world.step_truth(picture, fact) is not True] == []
+
+
+@given(pictures(), st.randoms(use_true_random=False))
+@settings(deadline=None)
+def test_a_changed_number_makes_a_step_false(picture: Picture, random):
+    for step in {step for question in world.questions(picture) for step in question.steps}:
+        numbers = list(re.finditer(r"\d+", step))
+        if not numbers or "more than" in step:  # "3 is more than 2" may stay true
+            continue
+        number = random.choice(numbers)
+        other = int(number[0]) + random.choice([1, 2, 10])
+        changed = f"{step[: number.start()]}{other}{step[number.end() :]}"
+        assert world.step_truth(picture, changed) is False, changed
+
+
+@given(pictures())
+@settings(deadline=None)
+def test_a_changed_color_or_place_makes_a_fact_false(picture: Picture):
+    values = dict(picture.values)
+    for fact in world.facts(picture):
+        for color, other in itertools.permutations(world.COLORS, 2):
+            if f"The {color} " in fact:
+                same = other in values and values[other] == values[color]
+                assert world.step_truth(picture, fact.replace(f"The {color} ", f"The {other} ")) is same
+        for place, other in itertools.permutations(world.CELLS, 2):
+            if fact.endswith(f" {place}."):
+                assert world.step_truth(picture, fact.replace(place, other)) is False
+
+
+@given(pictures())
+@settings(deadline=None)
+def test_conclusions_are_checked_too(picture: Picture):
+    for question in world.questions(picture):
+        last = question.steps[-1]
+        if question.kind == "extreme":
+            for color in set(world.COLORS) - {question.answer}:
+                assert world.step_truth(picture, last.replace(question.answer, color)) is False
+        elif question.kind in ("compare", "relation"):
+            turned = last.replace("is not ", "is ") if "is not " in last else last.replace("is ", "is not ", 1)
+            assert world.step_truth(picture, turned) is False
+        elif question.kind == "count":
+            head, _, names = last.rstrip(".").partition(" are ")
+            fewer = names.split(", ")[1:]
+            assert world.step_truth(picture, f"{head} are {', '.join(fewer)}.") is False
+            assert world.step_truth(picture, f"{head} are {', '.join(reversed(names.split(', ')))}.") is True
+
+
+@pytest.mark.parametrize("picture", [BARS, PIE, SCENE])
+@pytest.mark.parametrize(
+    "step", ["", ".", "Look at the picture.", "The answer is 7.", "I compare them.", "Step 1", "7", "The red one."]
+)
+def test_what_states_nothing_is_neither_true_nor_false(picture: Picture, step: str):
+    assert world.step_truth(picture, step) is None
+
+
+@pytest.mark.parametrize(
+    ("picture", "step", "truth"),
+    [
+        (BARS, "the RED bar  reaches 7", True),  # case, blanks and the full stop do not matter
+        (BARS, "The red bar reaches 07.", True),
+        (BARS, "The red row has 7.", False),  # another chart's words
+        (BARS, "The yellow bar reaches 7.", False),
+        (BARS, "The tallest is red.", True),
+        (BARS, "The shortest is blue.", True),  # one of two
+        (BARS, "The longest is red.", False),
+        (BARS, "The bars are red, blue, green.", True),
+        (BARS, "The bars are red, blue.", False),
+        (BARS, "The red circle is at the top left.", False),
+        (BARS, "4 + 3 = 7.", True),
+        (BARS, "3 - 4 = -1.", None),
+        (BARS, "7 is more than 3.", True),
+        (BARS, "3 is not more than 3.", True),
+        (BARS, "3 is more than 3.", False),
+        (PIE, "The orange slice takes 5.", True),
+        (PIE, "The biggest is orange.", True),
+        (PIE, "The orange bar reaches 5.", False),
+        (SCENE, "The red circle is at the top left.", True),
+        (SCENE, "The red square is at the top left.", False),
+        (SCENE, "The objects are blue cross, red circle.", True),
+        (SCENE, "The objects are blue cross.", False),
+        (SCENE, "top is above middle.", True),
+        (SCENE, "left is not left of right.", False),
+        (SCENE, "sky is above earth.", False),
+        (SCENE, "The tallest is red.", False),
+        (SCENE, "The red bar reaches 7.", False),
+    ],
+)
+def test_statements_by_hand(picture: Picture, step: str, truth: bool | None):
+    assert world.step_truth(picture, step) is truth
+
+
+@pytest.mark.parametrize(
+    ("picture", "question", "answer"),
+    [
+        (BARS, "What is the value of the red bar?", "7"),
+        (BARS, "  What is the   value of the red bar? ", "7"),
+        (BARS, "Which bar is the tallest?", "red"),
+        (BARS, "Which bar is the shortest?", None),  # two are
+        (BARS, "How much more is red than blue?", "4"),
+        (BARS, "How much more is blue than red?", None),
+        (BARS, "How much more is blue than green?", None),
+        (BARS, "What do red and blue add up to?", "10"),
+        (BARS, "What do red and red add up to?", None),
+        (BARS, "Is red more than blue?", "yes"),
+        (BARS, "Is blue more than green?", "no"),
+        (BARS, "Is red more than red?", None),
+        (BARS, "How many bars are there?", "3"),
+        (BARS, "How many rows are there?", None),
+        (BARS, "What is the value of the yellow bar?", None),
+        (BARS, "Where is the red circle?", None),
+        (BARS, "How many bars are there", None),
+        (BARS, "", None),
+        (PIE, "Which slice is the smallest?", "purple"),
+        (SCENE, "Where is the red circle?", "top left"),
+        (SCENE, "What is at the middle right?", "blue cross"),
+        (SCENE, "What is at the middle center?", None),
+        (SCENE, "What color is the cross?", "blue"),
+        (SCENE, "What color is the square?", None),
+        (SCENE, "Is the red circle above the blue cross?", "yes"),
+        (SCENE, "Is the blue cross left of the red circle?", "no"),
+        (SCENE, "Is the red circle above the red circle?", None),
+        (SCENE, "How many objects are there?", "2"),
+        (SCENE, "How many bars are there?", None),
+    ],
+)
+def test_answers_by_hand(picture: Picture, question: str, answer: str | None):
+    found = world.solve(picture, question)
+    assert (found and found.answer) == answer
+
+
+def test_every_kind_of_question_is_asked():
+    kinds = {question.kind for picture in some(200) for question in world.questions(picture)}
+    assert kinds == set(tiny.RATIONALES)
+    rng = np.random.default_rng(0)
+    assert {world.sample_question(picture, rng).kind for picture in some(300)} == kinds
+
+
+@given(pictures())
+@settings(deadline=None)
+def test_a_picture_holds_what_it_may(picture: Picture):
+    items = picture.values or picture.objects
+    assert 2 <= len(items) <= 6
+    if picture.family == "scene":
+        assert len({cell for *_, cell in picture.objects}) == len(items)
+        assert len({(color, shape) for color, shape, _ in picture.objects}) == len(items)
+        assert all(o[0] in world.COLORS and o[1] in world.SHAPES and o[2] in world.CELLS for o in picture.objects)
+    else:
+        assert len(dict(picture.values)) == len(items)
+        top = {"bars": 9, "dots": 6, "pie": world.PIE_PARTS}[picture.family]
+        assert all(color in world.COLORS and 1 <= value <= top for color, value in picture.values)
+        if picture.family == "pie":
+            assert sum(dict(picture.values).values()) == world.PIE_PARTS
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def drawn(picture: Picture, style: str, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    image = world.draw(picture, world.sample_style(style, rng), rng)
+    assert (image.mode, image.size) == ("RGB", (world.IMAGE_SIZE, world.IMAGE_SIZE))
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("family", world.FAMILIES)
+def test_every_family_is_drawn_in_every_style_and_the_same_again(family: world.Family, style: str):
+    for seed, picture in enumerate(some(6, family=family, items=(2, 6))):
+        pixels = drawn(picture, style, seed)
+        assert pixels.std() > 5  # something is there
+        assert np.array_equal(pixels, drawn(picture, style, seed))
+    if style != "plain":
+        assert not np.array_equal(pixels, drawn(picture, style, seed + 1))
+
+
+@given(pictures(), st.sampled_from(world.COLORS))
+@settings(deadline=None, max_examples=40)
+def test_another_color_or_number_or_place_looks_different(picture: Picture, color: str):
+    if picture.family == "scene":
+        (old, shape, cell), *rest = picture.objects
+        free = next(c for c in world.CELLS if c not in {o[2] for o in picture.objects})
+        others = [replace(picture, objects=((old, shape, free), *rest))]
+        others += [replace(picture, objects=((color, shape, cell), *rest))] if color != old else []
+    else:
+        (old, value), *rest = picture.values
+        others = [replace(picture, values=((color, value), *rest))] if color != old else []
+        if picture.family != "pie":
+            others += [replace(picture, values=((old, value - 1 if value > 3 else value + 1), *rest))]
+    for other in others:
+        assert np.abs(drawn(picture, "plain") - drawn(other, "plain")).max() > 40
+
+
+def test_the_two_worlds_look_different():
+    """The demo's style is not the one that the tiny LMM was pre-trained on."""
+    chalk, varied = (np.mean([drawn(p, style, i).mean() for i, p in enumerate(some(30))]) for style in STYLES[:0:-1])
+    assert chalk < varied - 30  # dark boards, mostly light paper
+
+
+def test_an_unknown_style_is_named():
+    with pytest.raises(ValueError, match=r"'oil'.*chalk"):
+        world.sample_style("oil", np.random.default_rng(0))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_splits_and_pretraining_hold_different_pictures(tmp_path: Path):
+    dataset.write_unlabeled(tmp_path / "unlabeled", 40)
+    for split in ("validation", "test"):
+        dataset.write_questions(tmp_path / split, 40, split=split)
+    found = {name: {data for path, data in files(tmp_path / name).items() if path.endswith(".png")} for name in
+             ("unlabeled", "validation", "test")}  # fmt: skip
+    assert all(len(pictures) == 40 for pictures in found.values())
+    for one, other in itertools.combinations(found.values(), 2):
+        assert not one & other
+    assert tiny.PRETRAINING_SEED not in dataset.SPLIT_SEEDS.values()
+    assert len(set(dataset.SPLIT_SEEDS.values())) == 3
+
+
+def test_the_files_are_the_same_for_the_same_seed(tmp_path: Path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        dataset.write_unlabeled(tmp_path / name / "u", 5, seed=seed)
+        dataset.write_questions(tmp_path / name / "q", 5, seed=seed)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert not set(files(tmp_path / "a").values()) & set(files(tmp_path / "c").values())
+
+
+def test_the_unlabeled_folder_holds_pictures_and_nothing_else(tmp_path: Path):
+    assert dataset.write_unlabeled(tmp_path / "u", 103) == tmp_path / "u"
+    names = list(files(tmp_path / "u"))
+    assert len(names) == 103
+    assert all(re.fullmatch(r"\d\d/\d{5}\.png", name) for name in names)
+    pool = ImagePool(tmp_path / "u", 0)
+    assert sorted(pool.names) == names
+    assert len(pool.take(103)) == 103
+    assert not pool.skipped
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_questions_can_be_read_for_evaluation(tmp_path: Path, style: str):
+    path = dataset.write_questions(tmp_path / "v", 12, style, "validation", items=(2, 3))
+    assert path == tmp_path / "v" / "validation.jsonl"
+    found = load_questions(path)
+    assert len(found) == 12
+    assert len({q.image for q in found}) == 12
+    texts = [q.question for q in found]
+    for index, words in enumerate(
+        ("bar|more|add up", "row|more|add up", "slice|more|add up", "Where|What|Is the|objects")
+    ):
+        assert all(re.search(words, text) for text in texts[index::4])  # the families take turns
+    assert all(q.answer for q in found)
+
+
+def test_an_unknown_split_is_named(tmp_path: Path):
+    with pytest.raises(KeyError, match="training"):
+        dataset.write_questions(tmp_path, 1, split="training")
+
+
+# --- what the tiny LMM learned from -----------------------------------------------------------------------------------
+
+
+@given(pictures())
+@settings(deadline=None, max_examples=50)
+def test_true_reasoning_is_well_formed_and_reads_back(picture: Picture):
+    for question in world.questions(picture):
+        read = parse_trajectory(tiny.solver_text(question))
+        assert read.problem is None
+        assert read.reasoning_steps == question.steps
+        assert read.answer == question.answer
+        asked = parse_question(tiny.proposer_text(question))
+        assert (asked.problem, asked.text) == (None, question.text)
+        assert asked.rationale == tiny.RATIONALES[question.kind]
+
+
+def test_a_guess_is_well_formed_and_an_answer_of_its_kind():
+    rng = np.random.default_rng(2)
+    wrong = 0
+    for picture in some(60):
+        question = world.sample_question(picture, rng)
+        read = parse_trajectory(tiny.hasty_text(question, picture, rng))
+        assert read.problem is None
+        assert len(read.reasoning_steps) == 1
+        assert read.answer is not None
+        assert read.answer in read.reasoning_steps[0]
+        assert world.step_truth(picture, read.reasoning_steps[0]) is None  # it states nothing about the picture
+        if question.kind in ("value", "difference", "sum", "count"):
+            assert read.answer.isdigit()
+        elif question.kind in ("compare", "relation"):
+            assert read.answer in ("yes", "no")
+        wrong += read.answer != question.answer
+    assert wrong > 20
+
+
+def test_pretraining_examples_are_well_formed_and_of_all_three_tasks():
+    rng = np.random.default_rng(4)
+    tasks = {"describe": 0, "ask": 0, "solve": 0}
+    for _ in range(150):
+        image, prompt, completion = tiny.example(rng, hasty=0.5)
+        assert image.size == (world.IMAGE_SIZE, world.IMAGE_SIZE)
+        if prompt == tiny.DESCRIBE_PROMPT:
+            tasks["describe"] += 1
+            assert completion.startswith("The ")
+        elif prompt == tiny.PROPOSER_PROMPT:
+            tasks["ask"] += 1
+            assert parse_question(completion).well_formed
+        else:
+            tasks["solve"] += 1
+            assert prompt.endswith("?")
+            assert parse_trajectory(completion).well_formed
+    assert min(tasks.values()) >= 10
+
+
+def test_the_tiny_preset_speaks_as_in_pretraining_and_leaves_room_for_true_answers():
+    config = resolve({"images": "/x", "model": "tiny"})
+    assert (config.proposer_prompt, config.solver_prompt) == (tiny.PROPOSER_PROMPT, tiny.SOLVER_PROMPT)
+    tokenizer = load_processor(TINY_MODEL).tokenizer
+    asked = [question for picture in some(150, seed=8) for question in world.questions(picture)]
+    ends = [
+        text + "<|im_end|>" for question in asked for text in (tiny.solver_text(question), tiny.proposer_text(question))
+    ]
+    lengths = np.array([len(ids) for ids in tokenizer(ends)["input_ids"]]).reshape(-1, 2)
+    assert lengths[:, 0].max() <= config.max_solution_tokens
+    assert lengths[:, 1].max() <= config.max_question_tokens
+    assert tokenizer.decode(tokenizer(ends[0])["input_ids"]) == ends[0]
+
+
+def test_labels_of_pretraining_lie_on_completions_alone():
+    processor = load_processor(TINY_MODEL)
+    rng = np.random.default_rng(6)
+    examples = [tiny.example(rng, hasty=0.5) for _ in range(6)]
+    batch = tiny.batch_tensors(processor, examples)
+    for ids, labels, (_, _, completion) in zip(batch["input_ids"], batch["labels"], examples, strict=True):
+        taught = labels[labels != -100]
+        assert processor.tokenizer.decode(taught) == f"{completion}<|im_end|>"
+        assert (ids[labels != -100] == taught).all()
+    assert batch["mm_token_type_ids"].sum() == 6 * 9  # positions in the image come from these
