@@ -213,12 +213,14 @@ def test_no_live_policy_as_the_reference(
 # --- whose tensors move ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("role", ROLES)
 def test_no_role_left_untrained_and_no_tensor_of_another_moved(
-    make_policy: MakePolicy, pictures: list[Image.Image], role: Role
+    make_policy: MakePolicy, pictures: list[Image.Image], role: Role, weight_decay: float
 ):
+    """Without weight decay only a gradient moves a tensor; with it, whatever an optimiser holds would move."""
     scene = make_scene(make_policy(0.05), pictures, role)
-    learners = {r: scene.learner(r, weight_decay=0.0) for r in ROLES}  # both exist, as in a run
+    learners = {r: scene.learner(r, weight_decay=weight_decay) for r in ROLES}  # both exist, as in a run
     before = weights(scene.policy)
     metrics = learners[role].update(scene.prompts, scene.groups, REWARDS)
     after = weights(scene.policy)
