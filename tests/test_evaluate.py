@@ -265,14 +265,14 @@ def test_the_tiny_model_looks_at_its_world(tiny: Policy, questions: list[Labelle
         on_progress=lambda done, total: told.append((done, total)),
     )  # fmt: skip
     assert told == [(30, 60), (60, 60)]
-    # Not the greedy answer: the tiny LMM can look, but it was shown guesses too and may well guess more often.
-    accuracy = found.measures["mean@1"].mean()
-    assert accuracy > answer_prior() + 0.1
+    # Not the greedy answer: the tiny LMM can look, but guesses more often than not; guesses seldom agree.
+    accuracy = found.measures["maj@5"].mean()
+    assert accuracy > answer_prior() + 0.12
     assert found.well_formed.mean() > 0.8
     assert all(set(values) <= {k / 5 for k in range(6)} for values in found.measures.values())
     others = [LabelledQuestion(questions[i - 1].image, q.question, q.answer) for i, q in enumerate(questions)]
     swapped = evaluate(tiny, others, None, prompt="{question}", max_tokens=96)
-    assert swapped.measures["mean@1"].mean() < accuracy - 0.1  # it was the picture
+    assert swapped.measures["maj@5"].mean() < accuracy - 0.1  # it was the picture
 
 
 def test_scores_depend_on_the_seed_alone_and_not_on_the_batches(tiny: Policy, questions: list[LabelledQuestion]):

@@ -352,16 +352,10 @@ def test_no_retokenised_text_is_trained(scene: Scene, tmp_path: Path):
         model = load_apart(scene.policy, tmp_path)["solver"]
         logprobs = plain_logprobs(model, scene.images[0], chat(QUESTIONS[0]), ids)
     spelled = Completion(text, tuple(ids), tuple(chosen(logprobs, ids).tolist()), "stop")
-    learner = scene.learner()
-    learner.update(scene.prompts[:1], [[spelled, scene.groups[0][0]]], [[1.0, 0.0]])
-    metrics = scene.learner().update(scene.prompts[:1], [[spelled, spelled]], [[1.0, 0.0]])
-    assert metrics["sampler_gap"] > 1e-3  # the policy has moved
-    with torch.no_grad():
-        model = load_apart(scene.policy, tmp_path)["solver"]
-        after = plain_logprobs(model, scene.images[0], chat(QUESTIONS[0]), ids)
-    assert (chosen(after, ids) - chosen(logprobs, ids)).mean() > 0.1  # toward the ids that were sampled
-    again = replace(spelled, logprobs=tuple(chosen(after, ids).tolist()))
-    assert scene.learner().update(scene.prompts[:1], [[again, again]], [[0.5, 0.5]])["sampler_gap"] < 1e-4
+    metrics = scene.learner().update(scene.prompts[:1], [[spelled, scene.groups[0][0]]], [[1.0, 0.0]])
+    assert metrics["sampler_gap"] < 1e-4
+    after = logprobs_of(scene.policy, scene.prompts[:1], ids)
+    assert (after - chosen(logprobs, ids)).mean() > 0.1  # toward the ids that were sampled
 
 
 def test_no_end_token_left_untrained(scene: Scene):

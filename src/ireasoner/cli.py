@@ -5,19 +5,50 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ireasoner import __version__
 from ireasoner.types import UsageError
 
 PROGRAM = "ireasoner"
+STYLES = ("chalk", "varied", "plain")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage of `train` alone would fill a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return whole_number
+
+
+def _temperature(text: str) -> float:
+    if not 0 <= (value := float(text)) < 100:
+        raise argparse.ArgumentTypeError(f"{text} is not a temperature: 0 (greedy) or more")
+    return value
+
+
+def _writable(text: str) -> Path:
+    """A file to write later; better to find out now than after hours of work."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written")
+    return path
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Every command with its options; training options come from `ireasoner.config`."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROGRAM,
         description="Self-evolving visual reasoning from a folder of unlabeled images: a Proposer asks, a Solver "
         "answers several times, and their agreement is the reward.",
@@ -44,11 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="run directory (%(default)s)")
     demo.add_argument("--recipe", default="default", help="recipe (%(default)s)")
-    demo.add_argument(
-        "--style", default="chalk", help="how the pictures are drawn: chalk, varied or plain (%(default)s)"
-    )
-    demo.add_argument("--seed", type=int, default=0, help="seed of training (%(default)s)")
-    demo.add_argument("--steps", type=int, help="training steps (default: the tiny preset's)")
+    demo.add_argument("--style", default="chalk", choices=STYLES, help="how the pictures are drawn (%(default)s)")
+    demo.add_argument("--seed", type=_whole(0), default=0, help="seed of training (%(default)s)")
+    demo.add_argument("--steps", type=_whole(1), help="training steps (default: the tiny preset's)")
     demo.set_defaults(function=_demo)
 
     evaluate = commands.add_parser(
@@ -60,12 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--data", type=Path, required=True, metavar="FILE.jsonl", help="lines of image, question, answer"
     )
-    evaluate.add_argument("--limit", type=int, help="use the first so many questions")
+    evaluate.add_argument("--limit", type=_whole(1), help="use the first so many questions")
     evaluate.add_argument("--preset", help="preset for plain models: prompts and lengths (default: 7b; tiny for tiny)")
-    evaluate.add_argument("--temperature", type=float, default=1.0, help="of the sampled answers (%(default)s)")
-    evaluate.add_argument("--seed", type=int, default=0, help="seed of the sampled answers (%(default)s)")
+    evaluate.add_argument("--temperature", type=_temperature, default=1.0, help="of the sampled answers (%(default)s)")
+    evaluate.add_argument("--seed", type=_whole(0), default=0, help="seed of the sampled answers (%(default)s)")
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    evaluate.add_argument("--json", type=_writable, metavar="FILE", help="write the results here too")
     evaluate.set_defaults(function=_eval)
 
     bench = commands.add_parser(
@@ -75,11 +104,13 @@ def build_parser() -> argparse.ArgumentParser:
         "lengths, repetitions interleaved.",
     )
     bench.add_argument("--model", default="tiny", help="a folder, a hub id, or 'tiny' (%(default)s)")
-    bench.add_argument("--images-per-step", type=int, nargs="+", default=[1, 16], metavar="N", help="(%(default)s)")
-    bench.add_argument("--tokens", type=int, default=40, help="tokens of each solver completion (%(default)s)")
-    bench.add_argument("--repetitions", type=int, default=5, help="of each measurement (%(default)s)")
+    bench.add_argument(
+        "--images-per-step", type=_whole(1), nargs="+", default=[1, 16], metavar="N", help="(%(default)s)"
+    )
+    bench.add_argument("--tokens", type=_whole(2), default=40, help="tokens of each solver completion (%(default)s)")
+    bench.add_argument("--repetitions", type=_whole(1), default=5, help="of each measurement (%(default)s)")
     bench.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    bench.add_argument("--json", type=_writable, metavar="FILE", help="write the results here too")
     bench.set_defaults(function=_bench)
 
     world = commands.add_parser(
@@ -88,14 +119,14 @@ def build_parser() -> argparse.ArgumentParser:
         description="Write unlabeled pictures (OUT/unlabeled) and held-out questions (OUT/SPLIT) of the world.",
     )
     world.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    world.add_argument("--style", default="chalk", help="chalk, varied or plain (%(default)s)")
-    world.add_argument("--images", type=int, default=512, help="unlabeled pictures (%(default)s)")
-    world.add_argument("--questions", type=int, default=512, help="labelled questions (%(default)s)")
+    world.add_argument("--style", default="chalk", choices=STYLES, help="how the pictures are drawn (%(default)s)")
+    world.add_argument("--images", type=_whole(1), default=512, help="unlabeled pictures (%(default)s)")
+    world.add_argument("--questions", type=_whole(1), default=512, help="labelled questions (%(default)s)")
     world.add_argument("--split", default="test", choices=["validation", "test"], help="(%(default)s)")
     world.add_argument(
         "--items", type=int, nargs=2, default=[2, 4], metavar=("LEAST", "MOST"), help="items in a picture"
     )
-    world.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    world.add_argument("--seed", type=_whole(0), default=0, help="(%(default)s)")
     world.set_defaults(function=_playground)
     return parser
 
@@ -128,6 +159,11 @@ def _train(arguments: argparse.Namespace) -> int:
     from ireasoner import config as configs
 
     flags = {name: value for name, value in vars(arguments).items() if name in configs.Config.model_fields}
+    for name in ("images", "labels", "eval_data"):  # a run may be resumed from another folder
+        if name in flags:
+            flags[name] = str(Path(flags[name]).absolute())
+    if "model" in flags and Path(flags["model"]).is_dir():
+        flags["model"] = str(Path(flags["model"]).absolute())
     if arguments.resume is not None:
         if arguments.out is not None:
             raise UsageError("--resume RUN continues RUN in place: leave out --out")
@@ -140,9 +176,6 @@ def _train(arguments: argparse.Namespace) -> int:
     ]
     if missing:
         raise UsageError(f"train needs {', '.join('--' + name for name in missing)} (or --resume RUN)")
-    for name in ("images", "labels", "eval_data"):  # a run may be resumed from another folder
-        if name in flags:
-            flags[name] = str(Path(flags[name]).absolute())
     return _follow(configs.resolve(flags), arguments.out, resuming=False)
 
 
@@ -172,26 +205,31 @@ def _demo(arguments: argparse.Namespace) -> int:
     from ireasoner.playground import dataset
 
     out: Path = arguments.out
-    if (out / "config.yaml").exists():
-        config = configs.load_config(out / "config.yaml")
-        if not (out / "summary.json").exists():
-            print(f"Continuing the run in {out}.")
-            return _follow(config, out, resuming=True)
-        raise UsageError(f"{out} holds a finished run: look at {out}/report.html, or choose another --out")
     data = out / "data"
-    print(f"Drawing 512 unlabeled pictures into {data}/unlabeled and 512 held-out questions into {data}/test.")
-    dataset.write_unlabeled(data / "unlabeled", 512, arguments.style)
-    questions = dataset.write_questions(data / "test", 512, arguments.style)
     flags = {
         "images": str((data / "unlabeled").absolute()),
-        "eval_data": str(questions.absolute()),
+        "eval_data": str((data / "test" / "test.jsonl").absolute()),
         "eval_questions": 512,
         "model": "tiny",
         "recipe": arguments.recipe,
         "seed": arguments.seed,
         **({"steps": arguments.steps} if arguments.steps else {}),
     }
-    return _follow(configs.resolve(flags), out, resuming=False)
+    config = configs.resolve(flags)
+    if (out / "summary.json").exists():
+        raise UsageError(f"{out} holds a finished run: look at {out}/report.html, or choose another --out")
+    if (out / "config.yaml").exists():
+        if differing := configs.conflicts(configs.load_config(out / "config.yaml"), flags):
+            raise UsageError(f"{out} holds an unfinished run with other options: {'; '.join(differing)}")
+        print(f"Continuing the run in {out}.")
+        return _follow(config, out, resuming=True)
+    print(f"Drawing 512 unlabeled pictures into {data}/unlabeled and 512 held-out questions into {data}/test.")
+    try:
+        dataset.write_unlabeled(data / "unlabeled", 512, arguments.style)
+        dataset.write_questions(data / "test", 512, arguments.style)
+    except OSError as error:
+        raise UsageError(f"cannot write to {data}: {error.strerror}") from None
+    return _follow(config, out, resuming=False)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -241,13 +279,14 @@ def _playground(arguments: argparse.Namespace) -> int:
     from ireasoner.playground import dataset
 
     items = (arguments.items[0], arguments.items[1])
-    if arguments.style not in ("chalk", "varied", "plain"):
-        raise UsageError(f"no style {arguments.style!r}: choose chalk, varied or plain")
     if not 2 <= items[0] <= items[1] <= 6:
         raise UsageError("--items takes LEAST and MOST between 2 and 6")
-    dataset.write_unlabeled(arguments.out / "unlabeled", arguments.images, arguments.style, arguments.seed, items)
-    folder = arguments.out / arguments.split
-    path = dataset.write_questions(folder, arguments.questions, arguments.style, arguments.split, arguments.seed, items)
+    out, style, seed = arguments.out, arguments.style, arguments.seed
+    try:
+        dataset.write_unlabeled(out / "unlabeled", arguments.images, style, seed, items)
+        path = dataset.write_questions(out / arguments.split, arguments.questions, style, arguments.split, seed, items)
+    except OSError as error:
+        raise UsageError(f"cannot write to {out}: {error.strerror}") from None
     print(f"Unlabeled pictures: {arguments.out / 'unlabeled'}   labelled questions: {path}")
     return 0
 

@@ -17,8 +17,8 @@ from ireasoner.roles import PROPOSER_PROMPT, SOLVER_PROMPT
 from ireasoner.types import UsageError
 
 Share = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -71,7 +71,7 @@ class Preset(BaseModel):
     solver_prompt: str = Field(SOLVER_PROMPT, description="what the solver is told; {question} stands for the question")
     lora_rank: Count = Field(16, description="rank of both adapters")
     lora_alpha: Count = Field(32, description="LoRA's scale is alpha / rank")
-    lora_targets: tuple[str, ...] = Field(
+    lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         description="linear layers of the language model that get LoRA",
     )
@@ -120,19 +120,19 @@ def names(kind: Literal["recipes", "presets"]) -> list[str]:
 
 def _load_part(kind: Literal["recipes", "presets"], name: str, part: type[BaseModel]) -> dict[str, Any]:
     if name in names(kind):
-        text = resources.files("ireasoner").joinpath(kind, f"{name}.yaml").read_text("utf-8")
+        path = resources.files("ireasoner").joinpath(kind, f"{name}.yaml")
     elif Path(name).is_file():
-        text = Path(name).read_text("utf-8")
+        path = Path(name)
     else:
         raise ConfigError(f"no {kind[:-1]} {name!r}: neither a file nor one of {', '.join(names(kind))}")
     try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{kind[:-1]} {name!r} is not YAML: {' '.join(str(error).split())}") from error
+        values = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{kind[:-1]} {name!r} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{kind[:-1]} {name!r} must be a mapping of options to values")
-    if strangers := sorted(set(values) - set(part.model_fields)):
-        raise ConfigError(f"{kind[:-1]} {name!r} has unknown options: {', '.join(map(str, strangers))}")
+    if strangers := sorted(map(str, set(values) - set(part.model_fields))):
+        raise ConfigError(f"{kind[:-1]} {name!r} has unknown options: {', '.join(strangers)}")
     return values
 
 
@@ -185,7 +185,9 @@ def load_config(path: Path) -> Config:
 
 def dump_config(config: Config) -> str:
     """The config as YAML, every option spelled out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(
+        config.model_dump(mode="json"), sort_keys=False
+    )  # ASCII: YAML takes some line ends in text for blanks
 
 
 def conflicts(stored: Config, flags: dict[str, Any]) -> list[str]:

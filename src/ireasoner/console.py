@@ -88,7 +88,7 @@ class Display:
 
     def say(self, message: str) -> None:
         """One line that stays."""
-        self.console.print(Text(message))
+        self.console.print(Text(message), soft_wrap=self.live is None)
 
     def on_start(self, config: Config, first_step: int) -> None:
         self.first_step = first_step
@@ -150,7 +150,7 @@ def evaluation_table(names: Sequence[str], scores: Sequence[Scores]) -> dict[str
         return {"models": list(names), **summary}
     summary = scores[0].summary()
     table = Table(
-        title=f"{plain(names[0])}: accuracy in % on {summary['questions']} questions, 95 % intervals",
+        title=Text(f"{plain(names[0])}: accuracy in % on {summary['questions']} questions, 95 % intervals"),
         title_justify="left",
     )
     for name in ("", "accuracy"):

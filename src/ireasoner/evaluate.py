@@ -6,6 +6,7 @@ Labels are read here and nowhere else but in the oracle recipe.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,22 +71,26 @@ def load_questions(path: Path, limit: int | None = None) -> list[LabelledQuestio
     """
     found = []
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")  # splitlines would also break at U+2028, which JSON allows
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             row = json.loads(line)
             texts = [row[name] for name in ("image", "question", "answer")]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise DataError(f"{path}, line {number}: needs an object with image, question and answer") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise DataError(f"{where}: needs an object with image, question and answer") from None
         if not all(isinstance(text, str) for text in texts[:2]) or not isinstance(texts[2], str | int | float):
-            raise DataError(f"{path}, line {number}: image and question must be text, answer text or a number")
-        image = (path.parent / texts[0]).resolve()
-        if not image.is_file():
-            raise DataError(f"{path}, line {number}: no image {texts[0]}")
+            raise DataError(f"{where}: image and question must be text, answer text or a number")
+        if special := re.search(r"<\|\w+\|>", texts[1]):
+            raise DataError(f"{where}: the question holds the special token {special[0]}")
+        try:
+            image = (path.parent / texts[0]).resolve(strict=True)
+        except (OSError, ValueError):
+            raise DataError(f"{where}: no image {texts[0][:100]!r}") from None
         found.append(LabelledQuestion(image, texts[1], str(texts[2])))
         if len(found) == limit:
             break

@@ -323,10 +323,18 @@ def resolve_device(device: str) -> str:
     """'auto' is the first GPU if there is one.
 
     Raises:
-        ModelError: a GPU was asked for that is not there.
+        ModelError: no such device here.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"device {device} was asked for, but torch sees no GPU: use --device cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise ModelError(f"no device {device!r}: use auto, cpu, cuda or cuda:N")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"device {device} was asked for, but torch sees {torch.cuda.device_count()} GPUs: use --device cpu"
+        )
     return device

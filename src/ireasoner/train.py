@@ -30,7 +30,7 @@ from ireasoner.evaluate import Scores, compare, evaluate, load_questions
 from ireasoner.images import ImagePool, content_hash
 from ireasoner.learner import Learner
 from ireasoner.policy import Policy, resolve_device
-from ireasoner.recorder import Recorder, episode_record, read_records, write_json
+from ireasoner.recorder import Recorder, RunDirectoryError, episode_record, read_records, write_json
 from ireasoner.roles import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.selfplay import Play, SelfPlay, step_weight
 from ireasoner.types import ROLES, Episode, Role, UsageError
@@ -68,13 +68,13 @@ def start(config: Config, out: Path, observer: Observer | None = None) -> Outcom
         RunError: the folder holds a run already.
         RunDirectoryError, ImageError, ModelError, DataError, ConfigError: what they say.
     """
-    if (out / "config.yaml").exists():
+    if (out / "config.yaml").exists() or (out / "checkpoints").exists():
         raise RunError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
     if out.resolve().is_relative_to(config.images.resolve()):
         raise RunError(
             f"{out} lies inside the image folder {config.images}, whose images it would join: choose another --out"
         )
-    return _run(config, out, Recorder(out), observer or Observer())
+    return _run(config, out, observer or Observer())
 
 
 def resume(config: Config, out: Path, observer: Observer | None = None) -> Outcome:
@@ -86,12 +86,12 @@ def resume(config: Config, out: Path, observer: Observer | None = None) -> Outco
     summary = out / "summary.json"
     if summary.exists():
         return Outcome(config.steps, True, json.loads(summary.read_text("utf-8")))
-    return _run(config, out, Recorder(out), observer or Observer())
+    return _run(config, out, observer or Observer())
 
 
-def _run(config: Config, out: Path, recorder: Recorder, observer: Observer) -> Outcome:
+def _run(config: Config, out: Path, observer: Observer) -> Outcome:
     with _only_writer(out), _stop_on_interrupt() as stop:
-        run = Run(config, out, recorder, observer)
+        run = Run(config, out, Recorder(out), observer)
         observer.on_start(config, run.step + 1)
         before = run.evaluate_before()
         while run.step < config.steps:
@@ -202,7 +202,7 @@ class Run:
 
     def probe(self) -> None:
         """Answer the probe questions greedily. The untrained proposer asks them, once, at step 0."""
-        if self.config.probe_images == 0:
+        if self.config.probe_every == 0 or self.config.probe_images == 0:
             return
         images = self.pool.peek(self.config.probe_images)
         encoded = self.policy.encode_images([image for _, image in images])
@@ -368,7 +368,12 @@ def load_labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, st
 @contextmanager
 def _only_writer(out: Path) -> Iterator[None]:
     """Hold the run directory; the lock goes with the process, however that ends."""
-    with (out / ".lock").open("w") as file:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("w")
+    except OSError as error:
+        raise RunDirectoryError(f"the run directory cannot be used: {out}: {error.strerror}") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

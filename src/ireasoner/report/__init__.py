@@ -73,7 +73,7 @@ def draw_curves(run: Path, target: Path) -> None:
             axis.plot(steps, values, color=line.get_color(), alpha=0.25)
         axis.set_title(title, fontsize=10)
         axis.tick_params(labelsize=8)
-        if len(names) > 1:
+        if len(names) > 1 and axis.lines:
             axis.legend(fontsize=7)
     figure.savefig(target, dpi=110)
 
