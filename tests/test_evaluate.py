@@ -192,13 +192,11 @@ def test_a_bad_line_is_named(tmp_path: Path, bad: object):
         pytest.param("[" * 100_000, id="nested-too-deep"),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="BUG: OSError, ValueError and RecursionError leave load_questions")
 def test_a_very_bad_line_is_named(tmp_path: Path, bad: object):
     with pytest.raises(DataError, match=r"data\.jsonl, line 1: "):
         load_questions(lines(tmp_path, bad))
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: str.splitlines also breaks where JSON does not")
 @pytest.mark.parametrize("mark", ["\u2028", "\u0085", "\u2029"])
 def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path: Path, mark: str):
     (question,) = load_questions(lines(tmp_path, {**ROW, "question": f"one{mark}two"}))
@@ -214,7 +212,6 @@ def test_a_file_without_questions_is_named(tmp_path: Path, content: bytes | None
         load_questions(path)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: a limit of 0 or less means no limit")
 @pytest.mark.parametrize("limit", [0, -3])
 def test_a_limit_below_one_is_a_mistake(tmp_path: Path, limit: int):
     with pytest.raises(UsageError, match="limit"):

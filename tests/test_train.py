@@ -324,9 +324,6 @@ def test_resuming_with_the_same_options_in_another_spelling_goes_on(data: Path, 
     assert_same(dead, reference)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: paths are made absolute when a run starts but not when a resume compares them"
-)
 def test_resuming_with_the_folder_named_as_it_was_at_the_start_goes_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -363,12 +360,7 @@ def test_resuming_a_finished_run_changes_nothing(reference: Path):
     "log",
     [
         "metrics.jsonl",
-        pytest.param(
-            "episodes.jsonl",
-            marks=pytest.mark.xfail(
-                strict=True, reason="BUG: the Recorder cuts off torn lines before the lock is held"
-            ),
-        ),
+        "episodes.jsonl",
     ],
 )
 def test_a_run_that_another_process_writes_is_left_alone(dead: Path, log: str):
@@ -502,7 +494,6 @@ def test_probes_ask_the_same_questions_again(reference: Path):
     assert all((reference / p["thumbnail"]).is_file() for p in probes)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: step 0 is probed although probe_every 0 means off")
 def test_no_probes_where_they_are_off(data: Path, tmp_path: Path):
     options = flags(data, steps="1", probe_every="0", max_solution_tokens="4")
     start(resolve(options | {"eval_data": None}), tmp_path / "run")

@@ -20,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage of `train` alone would fill a screen."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def _whole(least: int) -> Callable[[str], int]:
@@ -302,8 +302,8 @@ def _quiet_libraries() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (2: a mistake that the user can put right, in one sentence)."""
-    arguments = build_parser().parse_args(argv)
     try:
+        arguments = build_parser().parse_args(argv)
         return arguments.function(arguments)
     except UsageError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)

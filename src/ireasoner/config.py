@@ -128,7 +128,7 @@ def _load_part(kind: Literal["recipes", "presets"], name: str, part: type[BaseMo
     try:
         values = yaml.safe_load(path.read_text("utf-8")) or {}
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{kind[:-1]} {name!r} cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{kind[:-1]} {name!r} is not YAML text: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{kind[:-1]} {name!r} must be a mapping of options to values")
     if strangers := sorted(map(str, set(values) - set(part.model_fields))):
@@ -184,10 +184,8 @@ def load_config(path: Path) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The config as YAML, every option spelled out."""
-    return yaml.safe_dump(
-        config.model_dump(mode="json"), sort_keys=False
-    )  # ASCII: YAML takes some line ends in text for blanks
+    """The config as YAML, every option spelled out; in ASCII, for YAML reads some line ends in text as blanks."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def conflicts(stored: Config, flags: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -134,8 +135,8 @@ def results_table(summary: Mapping[str, Any]) -> None:
         table.add_column(name)
     for name, change in difference.items():
         table.add_row(name, _cell(before[name]), _cell(after[name]), _cell(change), f"{change['p']:.4f}")
-    for name in ("answer_entropy", "well_formed"):
-        table.add_row(name.replace("_", " "), f"{before[name]:.3f}", f"{after[name]:.3f}", "", "")
+    for name, label in (("answer_entropy", "entropy"), ("well_formed", "readable")):
+        table.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}", "", "")
     Console(highlight=False).print(table)
 
 
@@ -152,12 +153,14 @@ def evaluation_table(names: Sequence[str], scores: Sequence[Scores]) -> dict[str
     table = Table(
         title=Text(f"{plain(names[0])}: accuracy in % on {summary['questions']} questions, 95 % intervals"),
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
     for name in ("", "accuracy"):
         table.add_column(name)
     for name in scores[0].measures:
         table.add_row(name, _cell(summary[name]))
-    for name in ("answer_entropy", "well_formed"):
-        table.add_row(name.replace("_", " "), f"{summary[name]:.3f}")
+    for name, label in (("answer_entropy", "entropy"), ("well_formed", "readable")):
+        table.add_row(label, f"{summary[name]:.3f}")
     Console(highlight=False).print(table)
     return {"models": list(names), "scores": summary}

@@ -19,7 +19,7 @@ from ireasoner.answers import answer_key, majority
 from ireasoner.config import load_config, resolve
 from ireasoner.engines.transformers import TransformersEngine, uniforms
 from ireasoner.images import load_image
-from ireasoner.policy import Policy, resolve_device
+from ireasoner.policy import Policy
 from ireasoner.roles import parse_trajectory, solver_messages
 from ireasoner.types import Completion, Role, UsageError
 
@@ -69,6 +69,8 @@ def load_questions(path: Path, limit: int | None = None) -> list[LabelledQuestio
     Raises:
         DataError: a missing file, a line that is not such an object, or an image that is not there.
     """
+    if limit is not None and limit < 1:
+        raise DataError(f"a limit of {limit} leaves no question of {path}")
     found = []
     try:
         lines = path.read_text("utf-8").split("\n")  # splitlines would also break at U+2028, which JSON allows
@@ -88,7 +90,9 @@ def load_questions(path: Path, limit: int | None = None) -> list[LabelledQuestio
         if special := re.search(r"<\|\w+\|>", texts[1]):
             raise DataError(f"{where}: the question holds the special token {special[0]}")
         try:
-            image = (path.parent / texts[0]).resolve(strict=True)
+            image = (path.parent / texts[0]).resolve()
+            if not image.is_file():
+                raise ValueError
         except (OSError, ValueError):
             raise DataError(f"{where}: no image {texts[0][:100]!r}") from None
         found.append(LabelledQuestion(image, texts[1], str(texts[2])))
@@ -211,15 +215,7 @@ def evaluate_target(
     else:
         flags = {"model": target, "images": ".", **({"preset": preset} if preset else {})}
         config = resolve(flags)
-    policy = Policy(
-        config.model,
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_targets=config.lora_targets,
-        max_image_tokens=config.max_image_tokens,
-        dtype=config.dtype,
-        device=resolve_device(device),
-    )
+    policy = Policy.from_config(config.model_copy(update={"device": device}))
     if is_run:
         policy.load_adapters(run)
     return evaluate(

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, Cache, DynamicCache, Qwen2_5_VLForConditionalGeneration
 
+from ireasoner.config import Config
 from ireasoner.processors import load_processor
 from ireasoner.types import ROLES, Role, UsageError
 
@@ -118,6 +119,24 @@ class Policy:
         self.device = torch.device(device)
         self.end_token: int = self.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")  # type: ignore[assignment]
         self.pad_token: int = self.processor.tokenizer.pad_token_id  # type: ignore[assignment]
+
+    @classmethod
+    def from_config(cls, config: Config) -> Policy:
+        """The policy of a run, adapters as they are at step 0.
+
+        Raises:
+            ModelError: as above, or a device that is not there.
+        """
+        return cls(
+            config.model,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_targets=config.lora_targets,
+            max_image_tokens=config.max_image_tokens,
+            dtype=config.dtype,
+            device=resolve_device(config.device),
+            seed=config.seed,
+        )
 
     # --- adapters ----------------------------------------------------------------------------------------------------
 

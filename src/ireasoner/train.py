@@ -29,7 +29,7 @@ from ireasoner.engines.transformers import TransformersEngine, uniforms
 from ireasoner.evaluate import Scores, compare, evaluate, load_questions
 from ireasoner.images import ImagePool, content_hash
 from ireasoner.learner import Learner
-from ireasoner.policy import Policy, resolve_device
+from ireasoner.policy import Policy
 from ireasoner.recorder import Recorder, RunDirectoryError, episode_record, read_records, write_json
 from ireasoner.roles import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.selfplay import Play, SelfPlay, step_weight
@@ -114,16 +114,7 @@ class Run:
         for warning in recorder.rewind(self.step if checkpoint else -1):
             observer.on_message(f"Dropped a damaged record: {warning}.")
         self.pool = ImagePool(config.images, config.seed, on_skip=lambda name, why: recorder.skip(self.step, name, why))
-        self.policy = Policy(
-            config.model,
-            lora_rank=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_targets=config.lora_targets,
-            max_image_tokens=config.max_image_tokens,
-            dtype=config.dtype,
-            device=resolve_device(config.device),
-            seed=config.seed,
-        )
+        self.policy = Policy.from_config(config)
         self.engine = TransformersEngine(self.policy)
         labels = load_labels(config, self.pool) if config.labels else None
         self.selfplay = SelfPlay(self.policy, self.engine, config, labels)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers.utils import logging
 
 from ireasoner.config import Config, resolve
 from ireasoner.evaluate import MEASURES, RESAMPLES, Scores, evaluate, load_questions
@@ -38,9 +39,7 @@ def train_arm(config: Config, folder: Path) -> None:
 
 def run_scores(folder: Path, config: Config, questions: list[Any], role: Any, temperature: float = 1.0) -> Scores:
     """Held-out scores of an arm's solver (role) or of the base (None); the sampling seed is the arm's."""
-    policy = Policy(
-        config.model, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, lora_targets=config.lora_targets
-    )
+    policy = Policy.from_config(config)
     if role is not None:
         policy.load_adapters(folder)
     return evaluate(
@@ -91,7 +90,6 @@ def study(
     scores: dict[str, list[Scores]] = {"base": []}
     for seed in range(seeds):
         scores["base"].append(run_scores(out, arm_config(out, "default", seed, style, flags), held_out, None))
-    temperatures = []
     for recipe in recipes:
         scores[recipe] = []
         for seed in range(seeds):
@@ -102,7 +100,6 @@ def study(
     target = float(np.mean([s.answer_entropy.mean() for s in scores[recipes[0]]]))
     base_config = arm_config(out, "default", 0, style, flags)
     temperature = matching_temperature(base_config, validation, target)
-    temperatures.append(temperature)
     cooled = f"base at temperature {temperature:.2f}"
     scores[cooled] = []
     for seed in range(seeds):
@@ -164,6 +161,7 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--flags", type=json.loads, default={}, help='training options as JSON, {"steps": 30}')
     a = parser.parse_args()
+    logging.disable_progress_bar()
     print(table(study(a.out, a.recipes, a.seeds, a.style, a.questions, a.split, a.flags)))
 
 
