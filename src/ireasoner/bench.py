@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -185,20 +186,19 @@ def _summarise(size: int, group_size: int, runs: dict[str, list[Phases]]) -> dic
 def _show(result: dict[str, Any]) -> None:
     machine = f"{result.get('device_name', result['device'])}, {result['threads']} threads"
     title = f"{result['model']} on {machine}, completions of {result['tokens']} tokens"
-    table = Table(title=title, title_justify="left")
-    for name in ("images a step", "procedure", "trajectories/s", "s a step", "times faster", "share of each phase"):
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("images a step", "procedure", "trajectories/s", "s a step", "times faster [range]"):
         table.add_column(name)
+    lines = []
     for row in result["sizes"]:
+        size, speedup = row["images_per_step"], row["speedup"]
+        ratio = f"{speedup['median']:.1f} [{speedup['low']:.1f}, {speedup['high']:.1f}]"
         for name in ("published", "ours"):
-            side, speedup = row[name], row["speedup"]
+            side = row[name]
+            numbers = (f"{side['trajectories_per_second']:.1f}", f"{side['step_seconds']:.2f}")
+            table.add_row(str(size), name, *numbers, ratio if name == "ours" else "")
             shares = ", ".join(f"{phase} {100 * share:.0f} %" for phase, share in side["share"].items())
-            ratio = f"{speedup['median']:.1f} [{speedup['low']:.1f}, {speedup['high']:.1f}]" if name == "ours" else ""
-            table.add_row(
-                str(row["images_per_step"]),
-                name,
-                f"{side['trajectories_per_second']:.1f}",
-                f"{side['step_seconds']:.2f}",
-                ratio,
-                shares,
-            )
-    Console(highlight=False).print(table)
+            lines.append(f"{name}, {size} images a step: {shares}")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("\n".join(lines), soft_wrap=True)
