@@ -190,7 +190,10 @@ def _follow(config: Any, out: Path, *, resuming: bool) -> int:
     with Display(config, out) as display:
         outcome = (train.resume if resuming else train.start)(config, out, display.observer())
         if outcome.complete:
-            write_report(out)
+            try:
+                write_report(out)
+            except OSError as error:  # the run itself is safe by now
+                raise UsageError(f"the run is complete, but its report could not be written: {error}") from None
     if not outcome.complete:
         print(f"Stopped after step {outcome.step}, saved. Continue with: {PROGRAM} train --resume {out}")
         return 130

@@ -129,7 +129,10 @@ def results_table(summary: Mapping[str, Any]) -> None:
     """Before and after on the held-out questions, with 95 % intervals."""
     before, after, difference = summary["before"], summary["after"], summary["difference"]
     table = Table(
-        title=f"Accuracy in % on {before['questions']} held-out questions, with 95 % intervals", title_justify="left"
+        title=f"Accuracy in % on {before['questions']} held-out questions, with 95 % intervals",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
     for name in ("", "before", "after", "difference", "p"):
         table.add_column(name)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ireasoner import __version__
@@ -278,16 +279,23 @@ class Run:
         self.pool.restore(state["pool"])
         self.observer.on_message(f"Resumed after step {self.step}.")
 
+    def _publish_adapters(self) -> None:
+        staging = self.out / ".adapters"
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            self.policy.save_adapters(staging)
+            for role in ROLES:
+                shutil.rmtree(self.out / role, ignore_errors=True)
+                (staging / role).rename(self.out / role)
+        except (OSError, SafetensorError) as error:
+            raise RunDirectoryError(f"the adapters could not be written to {self.out}: {error}") from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
     def finish(self, before: Scores | None) -> dict[str, Any]:
         """Evaluate, write `solver/`, `proposer/` and `summary.json`."""
         after = self.evaluate("after", "solver") if before is not None else None
-        staging = self.out / ".adapters"
-        shutil.rmtree(staging, ignore_errors=True)
-        self.policy.save_adapters(staging)
-        for role in ROLES:
-            shutil.rmtree(self.out / role, ignore_errors=True)
-            (staging / role).rename(self.out / role)
-        shutil.rmtree(staging)
+        self._publish_adapters()
         summary: dict[str, Any] = {
             "steps": self.step,
             "images": len(self.pool),
