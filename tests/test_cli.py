@@ -301,10 +301,10 @@ def test_a_demo_that_cannot_be_draws_nothing(capsys: pytest.CaptureFixture[str],
     assert not (tmp_path / "demo").exists()
 
 
-def test_a_demo_where_a_finished_run_lies(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path):
+def test_a_demo_where_another_run_lies(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path):
     (tmp_path / "config.yaml").write_text((place / "unfinished" / "config.yaml").read_text())
     (tmp_path / "summary.json").write_text("{}")
-    assert "finished run" in mistake(capsys, "demo", "--out", tmp_path)
+    assert "other options" in mistake(capsys, "demo", "--out", tmp_path)
 
 
 # --- commands that work -----------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_the_page_forbids_itself_scripts_and_the_network(recorder: Recorder):
 def test_an_episode_shows_question_votes_and_rewards(recorder: Recorder):
     with_metrics(recorder).episode(episode("blue", question="Which one?"))
     page = report(recorder)
-    for text in ("Which one?", "I see blue.", "So it is.", "reward 0.750", "outcome 0.750", "step_agreement 0.250"):
+    for text in ("Which one?", "I see blue.", "So it is.", "reward 0.750", "outcome 0.750", "step agreement 0.250"):
         assert text in page.text
     assert "no closed <think>: blue" in page.text  # of the unreadable one its problem
     classes = [attributes.get("class") for _, attributes in page.elements]

@@ -219,12 +219,11 @@ def _demo(arguments: argparse.Namespace) -> int:
         **({"steps": arguments.steps} if arguments.steps else {}),
     }
     config = configs.resolve(flags)
-    if (out / "summary.json").exists():
-        raise UsageError(f"{out} holds a finished run: look at {out}/report.html, or choose another --out")
     if (out / "config.yaml").exists():
         if differing := configs.conflicts(configs.load_config(out / "config.yaml"), flags):
-            raise UsageError(f"{out} holds an unfinished run with other options: {'; '.join(differing)}")
-        print(f"Continuing the run in {out}.")
+            raise UsageError(f"{out} holds a run with other options ({'; '.join(differing)}): choose another --out")
+        finished = (out / "summary.json").exists()
+        print(f"{out} holds this run{', finished: choose another --out for a new one' if finished else ': going on'}.")
         return _follow(config, out, resuming=True)
     print(f"Drawing 512 unlabeled pictures into {data}/unlabeled and 512 held-out questions into {data}/test.")
     try:
