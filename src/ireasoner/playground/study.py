@@ -109,7 +109,8 @@ def study(
         "style": style, "split": split, "questions": len(held_out), "seeds": seeds, "flags": flags,
         "arms": {name: _arm_row(found, scores["base"]) for name, found in scores.items()},
     }  # fmt: skip
-    result["first_recipe_minus_cooled_base"] = _differences(scores[recipes[0]], scores[cooled])
+    first, others = recipes[0], [name for name in scores if name != recipes[0]]
+    result["differences"] = {f"{first} − {name}": _differences(scores[first], scores[name]) for name in others}
     (out / "study.json").write_text(write_json(result), "utf-8")
     (out / "study.md").write_text(table(result), "utf-8")
     return result
@@ -148,6 +149,10 @@ def table(result: dict[str, Any]) -> str:
             change = "" if name == "base" else f" ({mean:+.1f} [{low:+.1f}, {high:+.1f}])"
             cells.append(f"{100 * row['mean'][measure]:.1f}{change}")
         lines.append(f"| {name} | {' | '.join(cells)} | {row['answer_entropy']:.2f} | {100 * row['well_formed']:.1f} |")
+    lines += ["", "| paired difference | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
+    for name, row in result["differences"].items():
+        cells = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in row[measure])) for measure in MEASURES]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
