@@ -504,15 +504,7 @@ def test_no_probes_where_they_are_off(data: Path, tmp_path: Path):
 def own_policy(reference: Path) -> Policy:
     """The run's own policy, with its trained adapters."""
     config = load_config(reference / "config.yaml")
-    policy = Policy(
-        config.model,
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_targets=config.lora_targets,
-        max_image_tokens=config.max_image_tokens,
-        dtype=config.dtype,
-        seed=99,  # adapters are loaded over whatever this draws
-    )
+    policy = Policy.from_config(config.model_copy(update={"seed": 99}))  # adapters are loaded over whatever this draws
     policy.load_adapters(reference)
     return policy
 

@@ -24,7 +24,7 @@ from ireasoner.recorder import write_json
 from ireasoner.train import Observer, resume, start
 
 
-def arm_config(out: Path, recipe: str, seed: int, style: str, flags: dict[str, Any]) -> Config:
+def arm_config(out: Path, recipe: str, seed: int, flags: dict[str, Any]) -> Config:
     """The config of one arm: the tiny preset on OUT's unlabeled pictures."""
     return resolve(
         {"model": "tiny", "images": str(out / "data" / "unlabeled"), "recipe": recipe, "seed": seed, **flags}
@@ -89,21 +89,21 @@ def study(
     validation = load_questions(data / "validation" / "validation.jsonl", 128)
     scores: dict[str, list[Scores]] = {"base": []}
     for seed in range(seeds):
-        scores["base"].append(run_scores(out, arm_config(out, "default", seed, style, flags), held_out, None))
+        scores["base"].append(run_scores(out, arm_config(out, "default", seed, flags), held_out, None))
     for recipe in recipes:
         scores[recipe] = []
         for seed in range(seeds):
-            config, folder = arm_config(out, recipe, seed, style, flags), out / f"{recipe}-{seed}"
+            config, folder = arm_config(out, recipe, seed, flags), out / f"{recipe}-{seed}"
             train_arm(config, folder)
             scores[recipe].append(run_scores(folder, config, held_out, "solver"))
             print(f"{folder.name}: " + "  ".join(f"{m} {scores[recipe][-1].measures[m].mean():.3f}" for m in MEASURES))
     target = float(np.mean([s.answer_entropy.mean() for s in scores[recipes[0]]]))
-    base_config = arm_config(out, "default", 0, style, flags)
+    base_config = arm_config(out, "default", 0, flags)
     temperature = matching_temperature(base_config, validation, target)
     cooled = f"base at temperature {temperature:.2f}"
     scores[cooled] = []
     for seed in range(seeds):
-        config = arm_config(out, "default", seed, style, flags)
+        config = arm_config(out, "default", seed, flags)
         scores[cooled].append(run_scores(out, config, held_out, None, temperature))
     result = {
         "style": style, "split": split, "questions": len(held_out), "seeds": seeds, "flags": flags,

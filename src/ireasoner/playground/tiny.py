@@ -151,13 +151,13 @@ def hasty_text(question: world.Question, picture: world.Picture, rng: np.random.
     return f"<think>Step 1: {guess}</think><answer>{answer}</answer>"
 
 
-def example(rng: np.random.Generator, hasty: float, style: str = "varied") -> tuple[Image.Image, str, str]:
+def example(rng: np.random.Generator, hasty: float) -> tuple[Image.Image, str, str]:
     """One labelled example of pre-training: image, prompt, completion (half descriptions: they teach the eyes).
 
     Of the solutions, a share `hasty` are blind guesses.
     """
     picture = world.sample_picture(rng)
-    image = world.draw(picture, world.sample_style(style, rng), rng)
+    image = world.draw(picture, world.sample_style("varied", rng), rng)
     task = rng.random()
     if task < 0.5:
         return image, DESCRIBE_PROMPT, " ".join(world.facts(picture))
