@@ -20,7 +20,7 @@ from ireasoner.console import Display, evaluation_table, plain, results_table, v
 from ireasoner.evaluate import MEASURES, Scores, compare
 from ireasoner.types import Completion, Episode, Question, Trajectory
 
-COMMANDS = ("train", "demo", "eval", "bench", "playground")
+COMMANDS = ("train", "demo", "eval", "ablate", "validity", "bench", "playground")
 
 # --- what is imported -------------------------------------------------------------------------------------------------
 
@@ -44,7 +44,8 @@ for argv in (["--help"], ["--version"], *([name, "--help"] for name in {COMMANDS
             assert stopped.code == 0, argv
     assert out.getvalue().strip(), argv
 import ireasoner.types, ireasoner.config, ireasoner.roles, ireasoner.answers, ireasoner.rewards
-import ireasoner.recorder, ireasoner.report, ireasoner.console, ireasoner.images
+import ireasoner.recorder, ireasoner.report, ireasoner.report.ablation, ireasoner.intervals
+import ireasoner.console, ireasoner.images
 import ireasoner.playground.world, ireasoner.playground.dataset
 print(sorted(set(sys.modules) & {{"torch", "transformers", "peft", "accelerate", "safetensors"}}))
 """
@@ -317,7 +318,7 @@ def test_playground_writes_pictures_and_questions(capsys: pytest.CaptureFixture[
     assert len(list((tmp_path / "unlabeled").rglob("*.png"))) == 3
     rows = (tmp_path / "validation" / "validation.jsonl").read_text().splitlines()
     assert len(rows) == 4
-    assert {"image", "question", "answer"} == set(json.loads(rows[0]))
+    assert {"image", "question", "answer", "picture"} == set(json.loads(rows[0]))
 
 
 def test_eval_of_one_model_and_of_two(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path):
@@ -333,6 +334,17 @@ def test_eval_of_one_model_and_of_two(capsys: pytest.CaptureFixture[str], place:
     assert "difference" in printed
     assert found["before"] == found["after"]  # the same model under the same seed
     assert all(change["mean"] == 0 and change["p"] == 1 for change in found["difference"].values())
+
+
+def test_eval_of_blank_images_names_the_answer_prior(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path):
+    target = tmp_path / "scores.json"
+    argv = ["eval", "tiny", "--data", str(place / "good.jsonl"), "--device", "cpu", "--blank", "--json", str(target)]
+    assert main(argv) == 0
+    printed, found = capsys.readouterr().out, json.loads(target.read_text())
+    assert "blanked" in printed
+    assert "Answer prior" in printed
+    assert "upper bound" in printed
+    assert found["answer_prior"] == {"overall": 1.0, "by_first_words": 1.0}  # of a single question
 
 
 # --- the display ------------------------------------------------------------------------------------------------------
@@ -444,7 +456,7 @@ def test_a_log_keeps_its_lines_whole(capsys: pytest.CaptureFixture[str], monkeyp
 def scores(accuracy: float, questions: int = 64) -> Scores:
     values = (np.arange(questions) < accuracy * questions).astype(float)
     entropy = np.full(questions, 1.2345)
-    return Scores(dict.fromkeys(MEASURES, values), entropy, np.ones(questions), ("",) * questions)
+    return Scores(dict.fromkeys(MEASURES, values), entropy, np.ones(questions), np.ones(questions), ("",) * questions)
 
 
 def table_rows(
@@ -469,8 +481,8 @@ def test_the_table_of_results_fits_80_columns(
     for measure in MEASURES:
         assert sum(measure in row for row in rows) == 1
     numbers = re.findall(r"-?\d+\.\d+", "".join(rows[rows.index(rows[0]) + 1 :]))
-    # 3 measures of before, after and difference with an interval each, and p; 2 more rows of before and after.
-    assert len(numbers) == 3 * 10 + 2 * 2
+    # Measures of before, after and difference with an interval each, and p; 3 more rows of before and after.
+    assert len(numbers) == len(MEASURES) * 10 + 3 * 2
 
 
 def test_no_interval_is_broken_over_two_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -100,7 +100,10 @@ def test_the_recipes_say_what_their_names_say():
         config = resolve({**NEEDED, "recipe": recipe, "labels": "/l"})
         return {name: value for name in Recipe.model_fields if (value := getattr(config, name)) != getattr(paper, name)}
 
-    assert changed("default") == {"advantage": "rloo"}
+    assert changed("default") == {
+        "advantage": "rloo", "step_measure": "claims", "recurrence_window": 128, "step_weight_initial": 0.5,
+        "step_weight_final": 0.5,
+    }  # fmt: skip
     assert changed("discrete") == {"reward": "discrete"}
     assert changed("outcome-only") == {"step_weight_final": 0.0}
     assert changed("step-only") == {"step_weight_initial": 1.0, "step_weight_final": 1.0}

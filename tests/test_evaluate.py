@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ireasoner.engines.transformers import TransformersEngine, uniforms
 from ireasoner.evaluate import (
     MEASURES,
     DataError,
     LabelledQuestion,
     Scores,
+    answer_prior,
     compare,
     evaluate,
     evaluate_target,
-    interval,
     load_questions,
 )
-from ireasoner.images import ImageError
+from ireasoner.images import ImageError, load_image
+from ireasoner.intervals import interval, paired_interval, plus_minus, resampled_means
 from ireasoner.playground import dataset, world
 from ireasoner.policy import Policy
+from ireasoner.roles import parse_trajectory, solver_messages
 from ireasoner.types import UsageError
 
 # --- intervals --------------------------------------------------------------------------------------------------------
@@ -56,12 +60,59 @@ def test_the_interval_is_the_same_whenever_it_is_asked_for():
     assert low < mean < high
 
 
+@pytest.mark.parametrize(
+    ("by_seed", "half"),
+    [
+        ([0.3], None),
+        ([0.2, 0.2, 0.2], 0.0),
+        ([0.1, 0.3], 12.706 * 0.1),  # deviation √0.02, over √2
+        ([0.1, 0.2, 0.3], 4.303 * 0.1 / 3**0.5),
+        ([0.1, 0.2] * 6, 2.201 * (0.0025 * 12 / 11) ** 0.5 / 12**0.5),  # past the table of quantiles
+    ],
+)
+def test_the_interval_over_seeds_is_students(by_seed: list[float], half: float | None):
+    assert plus_minus(by_seed) == (half if half is None else pytest.approx(half, rel=2e-3, abs=1e-12))
+
+
+def test_seeds_and_questions_are_both_resampled():
+    seeds = np.array([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])  # all the spread is between two seeds: means 0, 0.5, 1
+    questions = np.array([[0.0, 1.0]] * 7)  # all the spread is between two questions
+    for values in (seeds, questions):
+        means, counts = np.unique(resampled_means(values[None]).round(9), return_counts=True)
+        assert means.tolist() == [0.0, 0.5, 1.0]
+        assert counts / counts.sum() == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
+        assert paired_interval(values) == (0.5, 0.0, 1.0)
+
+
+def test_two_models_are_resampled_alike():
+    rng = np.random.default_rng(4)
+    a, b = rng.random((2, 3, 40))
+    apart = resampled_means(np.stack([a, b]))
+    together = resampled_means((a - b)[None])[:, 0]
+    assert apart[:, 0] - apart[:, 1] == pytest.approx(together)
+    mean, low, high = paired_interval(a - b)
+    assert (mean, low, high) == pytest.approx(((a - b).mean(), *np.quantile(together, [0.025, 0.975])))
+    assert paired_interval(np.full((3, 5), 0.25)) == pytest.approx((0.25, 0.25, 0.25))
+
+
+# --- without looking --------------------------------------------------------------------------------------------------
+
+
+def test_the_answer_prior_by_hand():
+    rows = [("How many bars?", "3"), ("how  many dots?", "three"), ("How many rows?", "4"), ("Is it red?", "4"),
+            ("Is it blue?", "no"), ("Is it low?", "no"), ("Why?", "yes")]  # fmt: skip
+    found = answer_prior([LabelledQuestion(Path("a.png"), question, answer) for question, answer in rows])
+    # Of all: 3 (twice), 4 (twice) or no (twice), of 7. By words: 2 of the 3 how many, 2 of the 3 is it, 1 of 1 why.
+    assert found == {"overall": pytest.approx(2 / 7), "by_first_words": pytest.approx(5 / 7)}
+
+
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
 def scores(values: np.ndarray) -> Scores:
     values = np.asarray(values, dtype=np.float64)
-    return Scores(dict.fromkeys(MEASURES, values), np.zeros(len(values)), np.ones(len(values)), ("",) * len(values))
+    ones = np.ones(len(values))
+    return Scores(dict.fromkeys(MEASURES, values), 0 * ones, ones, 20 * ones, ("",) * len(values))
 
 
 def one(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
@@ -119,6 +170,8 @@ def test_a_summary_is_json_and_has_every_measure():
         assert summary[name]["mean"] == 0.75
         assert summary[name]["low"] <= 0.75 <= summary[name]["high"]
     assert summary["well_formed"] == 1.0
+    assert summary["tokens"] == 20.0
+    assert summary["step_truth"] is summary["checkable_steps"] is None  # no question came with its picture
 
 
 # --- labelled questions -----------------------------------------------------------------------------------------------
@@ -218,6 +271,23 @@ def test_a_limit_below_one_is_a_mistake(tmp_path: Path, limit: int):
         load_questions(lines(tmp_path, ROW, ROW), limit)
 
 
+PICTURE = world.picture_record(world.sample_picture(np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize(("given", "kept"), [(PICTURE, True), ("a photo", False), (None, False)])
+def test_a_picture_of_the_world_is_kept(tmp_path: Path, given: object, kept: bool):
+    (question,) = load_questions(lines(tmp_path, {**ROW, "picture": given}))
+    assert (question.picture is not None) == kept
+    if question.picture is not None:
+        assert world.picture_record(world.picture_from_record(question.picture)) == PICTURE
+
+
+@pytest.mark.parametrize("bad", [{}, {"family": "oil"}, {**PICTURE, "values": 3}, {"bytes": "", "path": "a.png"}])
+def test_a_picture_that_is_none_is_named(tmp_path: Path, bad: object):
+    with pytest.raises(DataError, match=r"data\.jsonl, line 2: .*picture"):
+        load_questions(lines(tmp_path, ROW, {**ROW, "picture": bad}))
+
+
 # --- a model on questions ---------------------------------------------------------------------------------------------
 
 LOOKING = ("value", "where", "what", "color", "extreme", "count")  # the kinds that can be answered only by looking
@@ -240,11 +310,11 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> list[LabelledQuestion
         if question.kind in LOOKING:
             path = folder / f"{len(found)}.png"
             world.draw(picture, world.sample_style("varied", rng), rng).save(path)
-            found.append(LabelledQuestion(path, question.text, question.answer))
+            found.append(LabelledQuestion(path, question.text, question.answer, world.picture_record(picture)))
     return found
 
 
-def answer_prior() -> float:
+def knowing_blindly() -> float:
     """Accuracy of who knows the world, and the kind of a question, but does not look."""
     rng = np.random.default_rng(5)
     answers: dict[str, Counter[str]] = defaultdict(Counter)
@@ -264,7 +334,7 @@ def test_the_tiny_model_looks_at_its_world(tiny: Policy, questions: list[Labelle
     assert told == [(30, 60), (60, 60)]
     # Not the greedy answer: the tiny LMM can look, but guesses more often than not; guesses seldom agree.
     accuracy = found.measures["maj@5"].mean()
-    assert accuracy > answer_prior() + 0.12
+    assert accuracy > knowing_blindly() + 0.12
     assert found.well_formed.mean() > 0.8
     assert all(set(values) <= {k / 5 for k in range(6)} for values in found.measures.values())
     others = [LabelledQuestion(questions[i - 1].image, q.question, q.answer) for i, q in enumerate(questions)]
@@ -284,6 +354,54 @@ def test_scores_depend_on_the_seed_alone_and_not_on_the_batches(tiny: Policy, qu
         assert np.array_equal(first.measures[name], again.measures[name])
     assert np.array_equal(first.answer_entropy, again.answer_entropy)
     assert not np.array_equal(first.answer_entropy, other.answer_entropy)
+
+
+def test_any_right_sample_passes(tiny: Policy, questions: list[LabelledQuestion]):
+    found = evaluate(tiny, questions[:20], None, prompt="{question}", max_tokens=64).measures
+    assert np.array_equal(found["pass@5"], found["mean@1"] > 0)
+    assert found["pass@5"].mean() > found["mean@1"].mean()
+
+
+def test_the_truth_of_steps_is_that_of_the_sampled_steps(tiny: Policy, questions: list[LabelledQuestion]):
+    some = questions[:8]
+    found = evaluate(tiny, some, None, prompt="{question}", max_tokens=64, seed=3)
+    prompts = tiny.prompts(
+        tiny.encode_images([load_image(q.image) for q in some]),
+        [solver_messages("{question}", q.question) for q in some],
+    )
+    groups = TransformersEngine(tiny).sample(prompts, None, uniforms([[3, i] for i in range(8)], 5, 64))
+    checkable, true = np.zeros(8), np.zeros(8)
+    for i, (question, group) in enumerate(zip(some, groups, strict=True)):
+        assert question.picture is not None
+        picture = world.picture_from_record(question.picture)
+        for read in (parse_trajectory(c.text, c.finish_reason) for c in group):
+            for step in read.reasoning_steps if read.well_formed else ():
+                verdict = world.step_truth(picture, step)
+                checkable[i] += verdict is not None
+                true[i] += verdict is True
+    assert 0 < true.sum() < checkable.sum()
+    assert found.checkable_steps == pytest.approx(checkable / 5)
+    assert found.true_steps == pytest.approx(true / 5)
+    assert found.step_truth == pytest.approx(true.sum() / checkable.sum())
+    assert found.summary()["step_truth"] == found.step_truth
+    assert found.tokens == pytest.approx([np.mean([len(c.token_ids) for c in group]) for group in groups])
+
+
+def test_without_every_picture_there_is_no_truth(tiny: Policy, questions: list[LabelledQuestion]):
+    mixed = [questions[0], replace(questions[1], picture=None)]
+    found = evaluate(tiny, mixed, None, prompt="{question}", max_tokens=32)
+    assert found.checkable_steps is found.true_steps is found.step_truth is None
+    cut = evaluate(tiny, questions[:2], None, prompt="{question}", max_tokens=3)  # nothing readable, so nothing checked
+    assert cut.checkable_steps is not None
+    assert not cut.checkable_steps.any()
+    assert cut.step_truth is None
+
+
+def test_blank_images_tell_nothing(tiny: Policy, questions: list[LabelledQuestion]):
+    same = [LabelledQuestion(q.image, "How many bars are there?", "3") for q in questions[:6]]
+    blank = evaluate(tiny, same, None, prompt="{question}", max_tokens=64, blank=True).greedy_texts
+    assert len(set(blank)) == 1
+    assert len(set(evaluate(tiny, same, None, prompt="{question}", max_tokens=64).greedy_texts)) > 1
 
 
 def test_a_truncated_answer_is_wrong(tiny: Policy, questions: list[LabelledQuestion]):

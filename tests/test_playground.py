@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from ireasoner.config import resolve
 from ireasoner.evaluate import load_questions
 from ireasoner.images import ImagePool
-from ireasoner.playground import dataset, tiny, world
+from ireasoner.playground import dataset, easyvqa, tiny, wording, world
 from ireasoner.playground.world import Picture
 from ireasoner.policy import TINY_MODEL
 from ireasoner.processors import load_processor
@@ -39,6 +40,7 @@ def some(count: int, seed: int = 0, **options) -> list[Picture]:
 BARS = Picture("bars", values=(("red", 7), ("blue", 3), ("green", 3)))
 PIE = Picture("pie", values=(("orange", 5), ("purple", 3)))
 SCENE = Picture("scene", objects=(("red", "circle", "top left"), ("blue", "cross", "middle right")))
+SIGN = Picture("sign", objects=(("teal", "rectangle", ""),))
 
 # --- questions and their truth ----------------------------------------------------------------------------------------
 
@@ -78,6 +80,9 @@ def test_a_changed_color_or_place_makes_a_fact_false(picture: Picture):
             if f"The {color} " in fact:
                 same = other in values and values[other] == values[color]
                 assert world.step_truth(picture, fact.replace(f"The {color} ", f"The {other} ")) is same
+        for color, other in itertools.permutations(world.SIGN_COLORS, 2):
+            if f" a {color} " in fact:
+                assert world.step_truth(picture, fact.replace(f" a {color} ", f" a {other} ")) is False
         for place, other in itertools.permutations(world.CELLS, 2):
             if fact.endswith(f" {place}."):
                 assert world.step_truth(picture, fact.replace(place, other)) is False
@@ -91,7 +96,7 @@ def test_conclusions_are_checked_too(picture: Picture):
         if question.kind == "extreme":
             for color in set(world.COLORS) - {question.answer}:
                 assert world.step_truth(picture, last.replace(question.answer, color)) is False
-        elif question.kind in ("compare", "relation"):
+        elif question.kind in ("compare", "relation", "exists", "absent"):
             turned = last.replace("is not ", "is ") if "is not " in last else last.replace("is ", "is not ", 1)
             assert world.step_truth(picture, turned) is False
         elif question.kind == "count":
@@ -101,9 +106,47 @@ def test_conclusions_are_checked_too(picture: Picture):
             assert world.step_truth(picture, f"{head} are {', '.join(reversed(names.split(', ')))}.") is True
 
 
-@pytest.mark.parametrize("picture", [BARS, PIE, SCENE])
+@given(pictures(), st.integers(0, 5))
+@settings(deadline=None)
+def test_every_wording_says_the_same(picture: Picture, manner: int):
+    for step in {step for question in world.questions(picture) for step in question.steps}:
+        said = wording.reword(step, manner)
+        assert world.step_truth(picture, said) is True, said
+        found, plain = wording.read(said), wording.read(step)
+        assert found is not None
+        assert plain is not None
+        assert found[0] == plain[0]
+        assert found[1].items() <= plain[1].items()  # some wordings leave the noun out
+
+
+def test_no_form_is_read_as_another_kind():
+    slots = {
+        "c": "red", "s": "circle", "n": "bar", "k": "object", "verb": "reaches", "m": "tallest", "p": "top left",
+        "w": "top", "u": "bottom", "rel": "above", "no": "not ", "l": "red, blue", "x": "red shape",
+        "v": "7", "a": "5", "b": "4", "r": "9",
+    }  # fmt: skip
+    for kind, forms in wording.FORMS.items():
+        for form in forms:
+            found = wording.read(form.format(**slots))
+            assert found
+            assert found[0] == kind
+            assert found[1] == {name: slots[name] for name in found[1]}
+
+
+@pytest.mark.parametrize("picture", [BARS, PIE, SCENE, SIGN])
 @pytest.mark.parametrize(
-    "step", ["", ".", "Look at the picture.", "The answer is 7.", "I compare them.", "Step 1", "7", "The red one."]
+    "step",
+    [
+        "",
+        ".",
+        "Look at the picture.",
+        "The answer is 7.",
+        "I compare them.",
+        "Step 1",
+        "7",
+        "The red one.",
+        *wording.FILLERS,
+    ],
 )
 def test_what_states_nothing_is_neither_true_nor_false(picture: Picture, step: str):
     assert world.step_truth(picture, step) is None
@@ -122,6 +165,21 @@ def test_what_states_nothing_is_neither_true_nor_false(picture: Picture, step: s
         (BARS, "The bars are red, blue, green.", True),
         (BARS, "The bars are red, blue.", False),
         (BARS, "The red circle is at the top left.", False),
+        (BARS, "I read 7 for red.", True),
+        (BARS, "Blue is at 4.", False),
+        (BARS, "Red is the tallest.", True),
+        (BARS, "7 minus 3 is 5.", False),
+        (BARS, "3 is not larger than 7.", True),
+        (SCENE, "At the middle right is the blue cross.", True),
+        (SCENE, "I count red circle, blue cross.", True),
+        (SCENE, "Top is not further above middle.", False),
+        (SCENE, "This is a red circle.", False),  # of signs alone
+        (SIGN, "The shape is a teal rectangle.", True),
+        (SIGN, "I see a teal square.", False),
+        (SIGN, "It is a teal shape.", True),
+        (SIGN, "That is not a circle.", True),
+        (SIGN, "It is not a rectangle.", False),
+        (SIGN, "The tallest is teal.", False),
         (BARS, "4 + 3 = 7.", True),
         (BARS, "3 - 4 = -1.", None),
         (BARS, "7 is more than 3.", True),
@@ -188,15 +246,42 @@ def test_every_kind_of_question_is_asked():
     kinds = {question.kind for picture in some(200) for question in world.questions(picture)}
     assert kinds == set(tiny.RATIONALES)
     rng = np.random.default_rng(0)
-    assert {world.sample_question(picture, rng).kind for picture in some(300)} == kinds
+    assert {world.sample_question(picture, rng).kind for picture in some(400)} == kinds
+
+
+def test_signs_are_asked_about_evenly():
+    """Most shapes and colours are not there; an answerer that always denies must not be right for it."""
+    rng = np.random.default_rng(0)
+    asked = [world.sample_question(picture, rng) for picture in some(800, family="sign")]
+    for kind in ("exists", "absent"):
+        answers = [question.answer for question in asked if question.kind == kind]
+        assert 0.4 < np.mean([answer == "yes" for answer in answers]) < 0.6
+    assert 0.4 < np.mean([question.text.islower() for question in asked]) < 0.6
+
+
+@given(pictures())
+@settings(deadline=None)
+def test_a_picture_survives_its_record(picture: Picture):
+    assert world.picture_from_record(json.loads(json.dumps(world.picture_record(picture)))) == picture
+
+
+@pytest.mark.parametrize(
+    "record", [{}, {"family": "oil", "values": [], "objects": []}, {"family": "bars", "values": 3}]
+)
+def test_a_bad_record_is_an_error(record: dict):
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        world.picture_from_record(record)
 
 
 @given(pictures())
 @settings(deadline=None)
 def test_a_picture_holds_what_it_may(picture: Picture):
     items = picture.values or picture.objects
-    assert 2 <= len(items) <= 6
-    if picture.family == "scene":
+    assert len(items) == 1 if picture.family == "sign" else 2 <= len(items) <= 6
+    if picture.family == "sign":
+        assert picture.objects[0][0] in world.SIGN_COLORS
+        assert picture.objects[0][1] in world.SIGN_SHAPES
+    elif picture.family == "scene":
         assert len({cell for *_, cell in picture.objects}) == len(items)
         assert len({(color, shape) for color, shape, _ in picture.objects}) == len(items)
         assert all(o[0] in world.COLORS and o[1] in world.SHAPES and o[2] in world.CELLS for o in picture.objects)
@@ -223,7 +308,7 @@ def drawn(picture: Picture, style: str, seed: int = 0) -> np.ndarray:
 def test_every_family_is_drawn_in_every_style_and_the_same_again(family: world.Family, style: str):
     for seed, picture in enumerate(some(6, family=family, items=(2, 6))):
         pixels = drawn(picture, style, seed)
-        assert pixels.std() > 5  # something is there
+        assert pixels.std() > 3  # something is there
         assert np.array_equal(pixels, drawn(picture, style, seed))
     if style != "plain":
         assert not np.array_equal(pixels, drawn(picture, style, seed + 1))
@@ -237,6 +322,11 @@ def test_another_color_or_number_or_place_looks_different(picture: Picture, colo
         free = next(c for c in world.CELLS if c not in {o[2] for o in picture.objects})
         others = [replace(picture, objects=((old, shape, free), *rest))]
         others += [replace(picture, objects=((color, shape, cell), *rest))] if color != old else []
+    elif picture.family == "sign":
+        ((old, shape, _),) = picture.objects
+        others = [replace(picture, objects=((color, shape, ""),))] if color != old else []
+        other_shape = world.SIGN_SHAPES[(world.SIGN_SHAPES.index(shape) + 1) % len(world.SIGN_SHAPES)]
+        others += [replace(picture, objects=((old, other_shape, ""),))]
     else:
         (old, value), *rest = picture.values
         others = [replace(picture, values=((color, value), *rest))] if color != old else []
@@ -289,6 +379,8 @@ def test_the_unlabeled_folder_holds_pictures_and_nothing_else(tmp_path: Path):
     assert dataset.write_unlabeled(tmp_path / "u", 103) == tmp_path / "u"
     names = list(files(tmp_path / "u"))
     assert len(names) == 103
+    assert sorted(dataset.load_truth(tmp_path / "u")) == names  # which lies beside the folder
+    assert dataset.load_truth(tmp_path) == {}
     assert all(re.fullmatch(r"\d\d/\d{5}\.png", name) for name in names)
     pool = ImagePool(tmp_path / "u", 0)
     assert sorted(pool.names) == names
@@ -305,15 +397,35 @@ def test_the_questions_can_be_read_for_evaluation(tmp_path: Path, style: str):
     assert len({q.image for q in found}) == 12
     texts = [q.question for q in found]
     for index, words in enumerate(
-        ("bar|more|add up", "row|more|add up", "slice|more|add up", "Where|What|Is the|objects")
+        (
+            "bar|more|add up",
+            "row|more|add up",
+            "slice|more|add up",
+            "where|what|is the|objects",
+            "|".join(("shape", *world.SIGN_SHAPES)),
+        )
     ):
-        assert all(re.search(words, text) for text in texts[index::4])  # the families take turns
+        assert all(re.search(words, text.lower()) for text in texts[index::5])  # the families take turns
     assert all(q.answer for q in found)
 
 
 def test_an_unknown_split_is_named(tmp_path: Path):
     with pytest.raises(KeyError, match="training"):
         dataset.write_questions(tmp_path, 1, split="training")
+
+
+def test_easy_vqa_becomes_files_without_its_training_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = []
+    real = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: opened.append(self) or real(self, *a, **k))
+    path = easyvqa.write(tmp_path)
+    assert [file.parent.name for file in opened] == ["test"]
+    assert len(list((tmp_path / "unlabeled").iterdir())) == 4000
+    monkeypatch.undo()
+    found = load_questions(path)
+    assert len(found) == 9673
+    assert len({question.answer for question in found}) == 13
+    assert len({question.image for question in found}) == 1000
 
 
 # --- what the tiny LMM learned from -----------------------------------------------------------------------------------
@@ -330,6 +442,18 @@ def test_true_reasoning_is_well_formed_and_reads_back(picture: Picture):
         asked = parse_question(tiny.proposer_text(question))
         assert (asked.problem, asked.text) == (None, question.text)
         assert asked.rationale == tiny.RATIONALES[question.kind]
+
+
+@given(pictures(), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=50)
+def test_reasoning_in_any_voice_is_well_formed_and_true(picture: Picture, seed: int):
+    rng = np.random.default_rng(seed)
+    question = world.sample_question(picture, rng)
+    read = parse_trajectory(tiny.solver_text(question, rng))
+    assert read.answer == question.answer
+    said = [step for step in read.reasoning_steps if step not in wording.FILLERS]
+    assert len(read.reasoning_steps) - len(said) <= 1
+    assert [world.step_truth(picture, step) for step in said] == [True] * len(question.steps)
 
 
 def test_a_guess_is_well_formed_and_an_answer_of_its_kind():
@@ -351,11 +475,31 @@ def test_a_guess_is_well_formed_and_an_answer_of_its_kind():
     assert wrong > 20
 
 
+def test_a_glib_line_of_reasoning_is_right_in_the_end_and_made_up_on_the_way():
+    rng = np.random.default_rng(3)
+    truths, kinds = [], set()
+    for picture in some(200):
+        question = world.sample_question(picture, rng)
+        read = parse_trajectory(tiny.glib_text(question, picture, rng))
+        assert read.problem is None
+        if read.reasoning_steps[0] != wording.GLANCE:  # nothing was found to make up: a guess
+            continue
+        kinds.add(question.kind)
+        assert read.answer == question.answer
+        truth = [world.step_truth(picture, step) for step in read.reasoning_steps[1:]]
+        assert None not in truth
+        assert not all(truth)
+        truths.append(np.mean(truth))
+    assert {"difference", "sum", "compare", "extreme", "relation", "count"} <= kinds
+    assert not kinds & {"value", "where", "what"}  # whose one step is the answer
+    assert np.mean(truths) < 0.6
+
+
 def test_pretraining_examples_are_well_formed_and_of_all_three_tasks():
     rng = np.random.default_rng(4)
     tasks = {"describe": 0, "ask": 0, "solve": 0}
     for _ in range(150):
-        image, prompt, completion = tiny.example(rng, hasty=0.5)
+        image, prompt, completion = tiny.example(rng, hasty=0.3, glib=0.3)
         assert image.size == (world.IMAGE_SIZE, world.IMAGE_SIZE)
         if prompt == tiny.DESCRIBE_PROMPT:
             tasks["describe"] += 1
@@ -365,7 +509,7 @@ def test_pretraining_examples_are_well_formed_and_of_all_three_tasks():
             assert parse_question(completion).well_formed
         else:
             tasks["solve"] += 1
-            assert prompt.endswith("?")
+            assert prompt[-1] in "?."
             assert parse_trajectory(completion).well_formed
     assert min(tasks.values()) >= 10
 
@@ -387,7 +531,7 @@ def test_the_tiny_preset_speaks_as_in_pretraining_and_leaves_room_for_true_answe
 def test_labels_of_pretraining_lie_on_completions_alone():
     processor = load_processor(TINY_MODEL)
     rng = np.random.default_rng(6)
-    examples = [tiny.example(rng, hasty=0.5) for _ in range(6)]
+    examples = [tiny.example(rng, hasty=0.3, glib=0.3) for _ in range(6)]
     batch = tiny.batch_tensors(processor, examples)
     for ids, labels, (_, _, completion) in zip(batch["input_ids"], batch["labels"], examples, strict=True):
         taught = labels[labels != -100]

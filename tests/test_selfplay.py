@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,8 +20,9 @@ from ireasoner.config import Config, names, resolve
 from ireasoner.engines.transformers import TransformersEngine
 from ireasoner.learner import Learner
 from ireasoner.policy import Policy
-from ireasoner.selfplay import SelfPlay, step_weight
-from ireasoner.types import Completion, Episode, FinishReason, Question
+from ireasoner.roles import parse_trajectory
+from ireasoner.selfplay import ClaimMemory, SelfPlay, step_weight
+from ireasoner.types import Completion, Episode, FinishReason, Question, Trajectory
 
 MakePolicy = Callable[..., Policy]
 RECIPES = [name for name in names("recipes") if name != "oracle"]
@@ -59,17 +61,24 @@ def solution(answer: str, *steps: str) -> str:
     return f"<think>{lines}</think><answer>{answer}</answer>"
 
 
+def read(completions: Sequence[Completion]) -> tuple[Trajectory, ...]:
+    return tuple(parse_trajectory(c.text, c.finish_reason) for c in completions)
+
+
 def pay(
     policy: Policy, config: Config, texts: Sequence[str | Completion], step: int = LAST, truth: str | None = None
 ) -> Episode:
     completions = [written(text) if isinstance(text, str) else text for text in texts]
-    return selfplay(policy, config).reward(step, ("a.png", 0), QUESTION, None, completions, truth)
+    return selfplay(policy, config).reward(step, ("a.png", 0), QUESTION, None, completions, read(completions), truth)
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
-DIFFERENCES_FROM_PAPER = {
-    "default": {"advantage": "rloo"},
+DIFFERENCES_FROM_PAPER: dict[str, dict[str, Any]] = {
+    "default": {
+        "advantage": "rloo", "step_measure": "claims", "recurrence_window": 128, "step_weight_initial": 0.5,
+        "step_weight_final": 0.5,
+    },
     "discrete": {"reward": "discrete"},
     "format-only": {"reward": "format"},
     "frozen-proposer": {"train_proposer": False},
@@ -81,7 +90,7 @@ DIFFERENCES_FROM_PAPER = {
     "paper": {},
     "random-reward": {"reward": "random"},
     "step-only": {"step_weight_initial": 1.0, "step_weight_final": 1.0},
-}
+}  # fmt: skip
 
 
 def test_the_paper_recipe_is_the_published_run():
@@ -107,12 +116,62 @@ def test_recipes_differ_from_the_paper_in_the_keys_they_name_and_no_others(recip
     assert named.items() <= other.items()
 
 
+# --- what is said of every image ------------------------------------------------------------------------------------
+
+
+def group_of(*texts: str) -> list[Trajectory]:
+    return [parse_trajectory(text) for text in texts]
+
+
+def test_recurrence_is_the_share_of_other_images_groups_with_the_claim():
+    memory = ClaimMemory(3)
+    memory.add([("a", group_of(solution("7", "The red bar reaches 7."), solution("6", "The red bar reaches 6.")))])
+    memory.add([("b", group_of(solution("7", "the red bar reaches 7")))])
+    memory.add([("c", group_of("<answer>7</answer>", "Step 1: The red bar reaches 7."))])  # unreadable: claims nothing
+    assert memory.recurrence("d", ["The red bar reaches 7.", "The red bar reaches 6."]).tolist() == [1.0, 0.5]
+    assert memory.recurrence("a", ["The red bar reaches 7.", "The red bar reaches 6."]).tolist() == [1.0, 0.0]
+    memory.add(("e", group_of(solution("1", f"The blue bar reaches {i}."))) for i in range(2))
+    assert memory.recurrence("d", ["The red bar reaches 6."]).tolist() == [0.0]  # a is forgotten: 3 are remembered
+    assert ClaimMemory(0).recurrence("d", ["The red bar reaches 7."]).tolist() == [0.0]
+
+
+def test_a_memory_survives_its_state():
+    memory = ClaimMemory(3)
+    memory.add((name, group_of(solution("7", "The red bar reaches 7."))) for name in "ab")
+    again = ClaimMemory(3)
+    again.restore(json.loads(json.dumps(memory.state())))
+    assert again.groups == memory.groups
+    assert again.recurrence("c", ["The red bar reaches 7."]).tolist() == [1.0]
+
+
+def test_boilerplate_with_a_constant_answer_does_not_pay(policy: Policy):
+    """Said of every image, it earns nothing; the same group of true readings earns nearly all."""
+    config = config_of("default")
+    player = selfplay(policy, config)
+    boilerplate = [solution("yes", "I look at the image carefully.", "Therefore the answer follows.")] * 3
+    readings = [solution("7", "The red bar reaches 7."), solution("7", "Red is at 7."), solution("6", "Red is at 6.")]
+    for i in range(64):
+        player.memory.add([(f"{i}.png", group_of(*boilerplate))])
+
+    def earned(texts: list[str]) -> tuple[float, ...]:
+        group = tuple(group_of(*texts))
+        player.memory.add([("new.png", group)])
+        written_ = [written(text) for text in texts]
+        return player.reward(LAST, ("new.png", 0), QUESTION, None, written_, group, None).rewards
+
+    assert max(earned(boilerplate)) < 0.05
+    honest = earned(readings)
+    assert min(honest[:2]) > 0.5
+    assert min(honest[:2]) > honest[2]
+
+
 # λ at steps 1 to 10. The paper: 0 for the first 3 (30 %), then 0.7 · (t − 3)/7 = 0.1 · (t − 3).
 SCHEDULES = {
     "paper": [0.0, 0.0, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
     "no-warmup": [0.07, 0.14, 0.21, 0.28, 0.35, 0.42, 0.49, 0.56, 0.63, 0.7],
     "step-only": [1.0] * 10,
     "outcome-only": [0.0] * 10,
+    "default": [0.5] * 10,
 }
 
 
@@ -128,11 +187,12 @@ def test_weight_of_step_agreement_over_training(recipe: str):
 
 # Three of five answer 7, one 3, one cannot be read; all readable ones reason alike, so that s = 1.
 # r_out = 0.6^0.7 = 0.699368 and 0.2^0.7 = 0.324131; r_step = 0.6^0.7 and 0. At the last step λ = 0.7:
+# default: λ = 0.5, and every readable step is said by all the others: 0.5 · 0.699368 + 0.5 and 0.5 · 0.324131 + 0.5.
 # 7: 0.3 · 0.699368 + 0.7 · 0.699368; 3: 0.3 · 0.324131 = 0.097239. No density: 0.3 · 0.699368 + 0.7 = 0.909810.
 GROUP = [solution("7"), solution("3"), "I say 7", solution("7"), solution("7.0")]
 PAPER_PAY = (0.699368, 0.097239)
 EARNED = {
-    "default": PAPER_PAY,
+    "default": (0.849684, 0.662066),
     "discrete": (1.0, 0.0),
     "format-only": (1.0, 1.0),
     "frozen-proposer": PAPER_PAY,
@@ -153,7 +213,8 @@ def test_rewards_of_a_group_by_hand(policy: Policy, recipe: str):
     # The parts are told apart, whatever the recipe makes of them.
     density = 1.0 if recipe == "no-density" else 0.699368
     assert episode.reward_parts["outcome"] == pytest.approx([0.699368, 0.324131, 0, 0.699368, 0.699368], abs=1e-6)
-    assert episode.reward_parts["step_agreement"] == pytest.approx([density, 0, 0, density, density], abs=1e-6)
+    agreement = [1, 1, 0, 1, 1] if recipe == "default" else [density, 0, 0, density, density]
+    assert episode.reward_parts["step_agreement"] == pytest.approx(agreement, abs=1e-6)
     assert episode.answer_keys == ("number:7", "number:3", None, "number:7", "number:7")
     assert (episode.majority_answer, episode.majority_fraction) == ("number:7", pytest.approx(0.6))
     # H over the four readable votes, 3–1: −¾ ln ¾ − ¼ ln ¼ = 0.562335;
@@ -255,8 +316,9 @@ def test_an_unreadable_question_earns_nothing(policy: Policy):
     """Even with a group that would have paid: and its group is empty."""
     bad = Question("How tall?", "", "no closed <question>")
     player = selfplay(policy)
-    assert player.reward(LAST, ("a", 0), bad, None, [written(t) for t in GROUP], None).proposer_reward == 0.0
-    episode = player.reward(LAST, ("a", 0), bad, written("How tall?"), [], None)
+    group = [written(t) if isinstance(t, str) else t for t in GROUP]
+    assert player.reward(LAST, ("a", 0), bad, None, group, read(group), None).proposer_reward == 0.0
+    episode = player.reward(LAST, ("a", 0), bad, written("How tall?"), [], (), None)
     assert (episode.proposer_reward, episode.rewards, episode.trajectories) == (0.0, (), ())
     assert (episode.majority_answer, episode.majority_fraction, episode.answer_entropy) == (None, 0.0, 0.0)
 
@@ -264,7 +326,7 @@ def test_an_unreadable_question_earns_nothing(policy: Policy):
 def test_lettered_options_of_the_question_count(policy: Policy):
     question = Question("Which is tallest? A) red B) blue", "", None)
     completions = [written(solution(answer)) for answer in ("A", "A. red", "blue")]
-    episode = selfplay(policy).reward(1, ("a", 0), question, None, completions, None)
+    episode = selfplay(policy).reward(1, ("a", 0), question, None, completions, read(completions), None)
     assert episode.answer_keys == ("option:A", "option:A", "option:B")
 
 

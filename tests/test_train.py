@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import io
 import json
+import os
 import random
 import shutil
 import signal
@@ -18,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,14 +32,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ireasoner.cli import main
-from ireasoner.config import load_config, resolve
+from ireasoner.config import ConfigError, load_config, resolve
 from ireasoner.images import content_hash, load_image
 from ireasoner.playground import world
 from ireasoner.policy import TINY_MODEL, Policy, load_backbone
 from ireasoner.processors import load_processor
-from ireasoner.recorder import read_records
+from ireasoner.recorder import Recorder, read_records
 from ireasoner.roles import proposer_messages, solver_messages
-from ireasoner.train import Observer, resume, start
+from ireasoner.train import Observer, Run, RunError, resume, start
 from ireasoner.types import ROLES
 
 # Long enough that most trajectories are readable, and a rate at which every step moves what the next one samples.
@@ -135,17 +137,17 @@ def dead(interrupted: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(interrupted, tmp_path / "run"))
 
 
-def contents(run: Path) -> dict[str, Any]:
-    """Everything about a finished run that must not depend on how often it was interrupted."""
+def contents(run: Path, last: str = LAST) -> dict[str, Any]:
+    """Everything about a finished run that must not depend on how often it was interrupted; `last`: its checkpoint."""
     found: dict[str, Any] = {name: (run / name).read_bytes() for name in LOGS if (run / name).exists()}
     found["config.yaml"] = (run / "config.yaml").read_bytes()
     found["metrics.jsonl"] = [
         {name: value for name, value in record.items() if not name.startswith("time/")}
         for record in read_records(run / "metrics.jsonl")
     ]
-    for file in sorted([*run.glob("*/*.safetensors"), *(run / LAST).rglob("*.safetensors"), *run.glob("images/*")]):
+    for file in sorted([*run.glob("*/*.safetensors"), *(run / last).rglob("*.safetensors"), *run.glob("images/*")]):
         found[str(file.relative_to(run))] = file.read_bytes()
-    found["state"] = json.loads((run / LAST / "state.json").read_text())
+    found["state"] = json.loads((run / last / "state.json").read_text())
     found["summary"] = json.loads((run / "summary.json").read_text())
     del found["state"]["elapsed"], found["summary"]["training_seconds"]
     return found
@@ -238,7 +240,8 @@ def test_a_run_killed_again_and_again_ends_like_the_reference(data: Path, tmp_pa
 def test_a_run_that_died_between_records_and_checkpoint_ends_like_the_reference(
     data: Path, dead: Path, reference: Path
 ):
-    assert {path.name for path in (dead / "checkpoints").glob("step-*")} == {"step-000001", "step-000002"}
+    kept = {path.name for path in (dead / "checkpoints").glob("step-*")}
+    assert kept == {"step-000000", "step-000001", "step-000002"}
     assert lines(dead / "episodes.jsonl") == 6
     printed = complete(data, dead)
     assert "Resumed after step 2." in printed
@@ -258,7 +261,21 @@ def test_a_damaged_newest_checkpoint_is_skipped_by_name_and_kept(data: Path, dea
     assert "Resumed after step 1." in printed
     (kept,) = (dead / "checkpoints").glob("step-000002.damaged-*")
     assert (kept / damaged.name).read_bytes() == raw
+    (event,) = read_records(dead / "events.jsonl")
+    assert event["step"] == 1
+    assert "step-000002" in event["text"]
+    (dead / "events.jsonl").unlink()  # nothing happened to the reference
     assert_same(dead, reference)
+
+
+def test_a_damaged_record_is_dropped_and_said(dead: Path):
+    with (dead / "probes.jsonl").open("rb+") as file:
+        file.write(b"\xff")
+    resume(load_config(dead / "config.yaml").model_copy(update={"steps": 3, "eval_data": None}), dead)
+    (event,) = read_records(dead / "events.jsonl")
+    assert event == {
+        "step": 2, "text": "Dropped a damaged record: probes.jsonl, line 1, is not a record and was left out."
+    }  # fmt: skip
 
 
 def test_a_run_whose_every_checkpoint_is_damaged_says_so_and_loses_nothing(dead: Path):
@@ -397,6 +414,173 @@ def test_what_was_skipped_while_scanning_is_recorded(data: Path, tmp_path: Path)
     assert sorted(recorded) == ["gone.png", "linked/", "sub/broken.jpg"]
 
 
+# --- the gate ---------------------------------------------------------------------------------------------------------
+
+
+def solver_state(run: Run) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in run.policy.parameters("solver").items()}
+
+
+def test_groups_that_teach_nothing_do_not_update_the_solver(data: Path, tmp_path: Path):
+    """The gated update is bitwise that of the kept groups alone; rows that match nobody's tokens would show."""
+    options = flags(data, probe_every="0", images_per_step="5", step_weight_final="0") | {"eval_data": None}
+    found: list[tuple[dict[str, float], dict[str, torch.Tensor]]] = []
+    for index, gates in enumerate(({"gate_low": "0.5", "gate_high": "0.9"}, {})):
+        out = tmp_path / str(index)
+        run = Run(resolve(options | gates), out, Recorder(out), Observer())
+        run.step = 1
+        play = run.selfplay.play(1, run.pool.take(5))
+        groups = [e for e in play.episodes if e.completions]
+        kept = [i for i, e in enumerate(groups) if e.majority_fraction == pytest.approx(2 / 3)]
+        assert 0 < len(kept) < len(groups)  # else this shows nothing
+        assert play.solver_prompts is not None
+        if not gates:
+            play = replace(play, episodes=tuple(groups[i] for i in kept), solver_prompts=play.solver_prompts[kept])
+        found.append((run.update(play), solver_state(run)))
+        if gates:
+            metrics = found[0][0]
+            assert metrics["gate/kept"] == len(kept) / len(groups)
+            assert metrics["gate/hopeless"] == np.mean([e.majority_fraction < 0.5 for e in groups])
+            assert metrics["gate/unanimous"] == np.mean([e.majority_fraction > 0.9 for e in groups])
+            assert metrics["sampler_gap/solver"] < 1e-4
+    (gated, ours), (plain, theirs) = found
+    assert any(tensor.any() for name, tensor in ours.items() if "lora_B" in name)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    solver = [name for name in plain if name.endswith("/solver")]
+    assert "loss/solver" in solver
+    assert [gated[name] for name in solver] == [plain[name] for name in solver]
+
+
+def test_where_no_group_passes_the_solver_waits_and_the_proposer_goes_on(data: Path, tmp_path: Path):
+    # A group of three has a majority fraction of 0, 1/3, 2/3 or 1.
+    options = flags(data, gate_low="0.8", gate_high="0.9", steps="2", probe_every="0", save_every="0")
+    out = tmp_path / "run"
+    outcome = start(resolve(options | {"eval_data": None}), out)
+    assert (outcome.step, outcome.complete) == (2, True)
+    for record in read_records(out / "metrics.jsonl"):
+        assert record["gate/kept"] == 0
+        assert record["gate/hopeless"] + record["gate/unanimous"] == pytest.approx(1)
+        assert "loss/solver" not in record
+        assert "reward/solver/total" in record
+    solver = load_file(out / "solver" / "adapter_model.safetensors")
+    assert not any(tensor.any() for name, tensor in solver.items() if "lora_B" in name)
+    last = out / "checkpoints" / "step-000002"
+    state = json.loads((last / "state.json").read_text())["learners"]
+    assert (state["solver"]["kl_coef"], state["solver"]["baseline"]) == (1e-3, None)
+    assert load_file(last / "optimizer-solver.safetensors") == {}
+    assert load_file(last / "optimizer-proposer.safetensors") != {}
+
+
+def test_a_gate_that_nothing_can_pass_is_refused(data: Path):
+    with pytest.raises(ConfigError, match=r"gate_low 0\.9 is above gate_high 0\.5"):
+        resolve(flags(data, gate_low="0.9", gate_high="0.5"))
+
+
+def test_by_default_every_group_is_kept(reference: Path):
+    for record in read_records(reference / "metrics.jsonl"):
+        if "loss/solver" in record:
+            assert (record["gate/kept"], record["gate/hopeless"], record["gate/unanimous"]) == (1, 0, 0)
+
+
+# --- the watch --------------------------------------------------------------------------------------------------------
+
+# A rate that destroys the solver within a few steps.
+RUIN = {"learning_rate": "1.4e-2", "steps": "12", "watch_window": "2", "blank_every": "1", "probe_every": "0"}
+RUIN |= {"save_every": "1", "keep_checkpoints": "1", "eval_questions": "2"}
+
+
+@pytest.fixture(scope="module")
+def ruined(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that collapsed and went back, uninterrupted."""
+    out = tmp_path_factory.mktemp("ruined") / "run"
+    printed = complete(data, out, **RUIN)
+    assert "The run ends itself and goes back to step" in printed
+    return out
+
+
+def last_checkpoint(run: Path) -> str:
+    return str(max((run / "checkpoints").glob("step-*[0-9]")).relative_to(run))
+
+
+def test_a_collapsing_run_ends_itself_and_publishes_the_checkpoint_from_before(ruined: Path):
+    summary = json.loads((ruined / "summary.json").read_text())
+    assert summary["stopped_early"] is True
+    assert summary["steps"] < 12
+    assert summary["best_step"] <= summary["steps"] - 2
+    for role in ROLES:
+        published = (ruined / role / "adapter_model.safetensors").read_bytes()
+        best = ruined / "checkpoints" / f"step-{summary['best_step']:06d}"
+        newest = ruined / last_checkpoint(ruined)
+        assert published == (best / role / "adapter_model.safetensors").read_bytes()
+        assert role == "proposer" or published != (newest / role / "adapter_model.safetensors").read_bytes()
+    (event,) = read_records(ruined / "events.jsonl")
+    assert event["step"] == summary["steps"]
+    assert summary["reason"] in event["text"]
+    assert f"goes back to step {summary['best_step']}" in event["text"]
+    assert summary["reason"].split(" (")[0] in (ruined / "report.html").read_text()
+    metrics = list(read_records(ruined / "metrics.jsonl"))
+    assert len(metrics) == summary["steps"]
+    assert metrics[0]["watch/majority_fraction"] == metrics[0]["answers/majority_fraction"]
+    assert 0 <= metrics[0]["watch/blank_survival"] <= 1
+
+
+def test_without_the_watch_the_same_run_goes_on(data: Path, ruined: Path, tmp_path: Path):
+    ended = json.loads((ruined / "summary.json").read_text())["steps"]
+    options = flags(data, **{**RUIN, "steps": str(ended + 1)}, watch="false") | {"eval_data": None}
+    outcome = start(resolve(options), tmp_path / "run")
+    assert outcome.summary is not None
+    assert (outcome.step, outcome.summary["stopped_early"], outcome.summary["reason"]) == (ended + 1, False, None)
+    assert outcome.summary["best_step"] == ended + 1
+
+
+def test_interrupted_and_killed_it_ends_itself_at_the_same_step_in_the_same_way(
+    data: Path, ruined: Path, tmp_path: Path
+):
+    out, ended = tmp_path / "run", json.loads((ruined / "summary.json").read_text())["steps"]
+    config = resolve(flags(data, **RUIN))
+
+    def interrupt(step: int, metrics: object, episodes: object) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def die(step: int, metrics: object, episodes: object) -> None:
+        if step == ended:
+            raise RuntimeError("as if killed")
+
+    def die_late(which: str, done: int, total: int) -> None:
+        if which == "after":
+            raise RuntimeError("as if killed")
+
+    assert not start(config, out, Observer(on_step=interrupt)).complete
+    for observer in (Observer(on_step=die), Observer(on_evaluation=die_late)):
+        with pytest.raises(RuntimeError, match="as if killed"):
+            resume(config, out, observer)
+    complete(data, out)
+    last = last_checkpoint(ruined)
+    ours, theirs = contents(out, last), contents(ruined, last)
+    assert [name for name in theirs if ours[name] != theirs[name]] == []
+    assert resume(config, out).step == ended
+
+
+def test_it_goes_back_further_where_the_best_checkpoint_is_damaged(data: Path, ruined: Path, tmp_path: Path):
+    best = json.loads((ruined / "summary.json").read_text())["best_step"]
+    out = tmp_path / "run"
+
+    def damage(message: str) -> None:
+        if "ends itself" in message:
+            (out / "checkpoints" / f"step-{best:06d}" / "solver" / "adapter_model.safetensors").write_bytes(b"")
+
+    config = resolve(flags(data, **{**RUIN, "keep_checkpoints": "0"}) | {"eval_data": None})
+    if best == 0:
+        with pytest.raises(RunError, match="no sound checkpoint to go back to"):
+            start(config, out, Observer(on_message=damage))
+        return
+    summary = start(config, out, Observer(on_message=damage)).summary
+    assert summary is not None
+    assert summary["best_step"] == best - 1
+    assert f"step-{best:06d}" in list(read_records(out / "events.jsonl"))[-1]["text"]
+
+
 # --- what a finished run holds ----------------------------------------------------------------------------------------
 
 
@@ -404,7 +588,10 @@ def test_the_run_directory_holds_what_it_should_and_nothing_else(reference: Path
     files = {"config.yaml", "metrics.jsonl", "episodes.jsonl", "probes.jsonl", "skipped.jsonl", "summary.json"}
     folders = {"checkpoints", "images", "solver", "proposer"}
     assert {path.name for path in reference.iterdir()} == files | folders | {"report.html", "curves.png", ".lock"}
-    assert {path.name for path in (reference / "checkpoints").iterdir()} == {"step-000003", "step-000004"}
+    # The two newest, as asked for, and one that the watch may want to go back to.
+    assert {path.name for path in (reference / "checkpoints").iterdir()} == {
+        "step-000000", "step-000003", "step-000004"
+    }  # fmt: skip
     for role in ROLES:
         held = {path.name for path in (reference / role).iterdir()}
         assert {"adapter_model.safetensors", "adapter_config.json"} <= held

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ class CheckpointError(UsageError):
     """A checkpoint could not be saved, or does not fit the optimizer; the message says why in one sentence."""
 
 
-def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+def save_checkpoint(
+    root: Path, step: int, write: Callable[[Path], None], keep: int, spare: Collection[int] = ()
+) -> Path:
     """Save one checkpoint under `root` and return its folder; `write(folder)` fills the folder it is given.
 
-    When it has been read back, complete older ones beyond the `keep` newest are removed (`keep` <= 0: none). A folder
-    that already has this name stays if complete and the same, and is otherwise renamed `….damaged-1`; a damaged one is
-    never deleted. Raises `CheckpointError` if anything fails, `write` included.
+    When it has been read back, complete older ones beyond the `keep` newest are removed (`keep` <= 0: none), but those
+    of the steps in `spare`. A folder that already has this name stays if complete and the same, and is otherwise
+    renamed `….damaged-1`; a damaged one is never deleted. Raises `CheckpointError` if anything fails, `write` included.
     """
     final = root / f"step-{step:06d}"
     temporary = root / f".tmp-{final.name}-{os.getpid()}"
@@ -45,7 +47,7 @@ def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep: 
         if problem := verify_checkpoint(final):
             raise CheckpointError(f"it did not read back as written ({problem})")
         if keep > 0:
-            _prune(root, step, keep)
+            _prune(root, step, keep, spare)
     except Exception as error:  # a named boundary: `write` is the caller's and may raise anything
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"saving {final} failed: {type(error).__name__}: {error}") from error
@@ -71,13 +73,16 @@ def verify_checkpoint(path: Path) -> str | None:
     return None
 
 
-def newest_checkpoint(root: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+def newest_checkpoint(root: Path, at_most: int | None = None) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest checkpoint under `root` that verifies (None: there is none), and each newer one with its problem.
 
-    A `root` that does not exist holds none; one that cannot be listed raises `OSError`, lest the run start anew.
+    Those after the step `at_most` are passed over. A `root` that does not exist holds none; one that cannot be listed
+    raises `OSError`, lest the run start anew.
     """
     skipped: list[tuple[Path, str]] = []
-    for _, path in _newest_first(root) if root.exists() else ():
+    for step, path in _newest_first(root) if root.exists() else ():
+        if at_most is not None and step > at_most:
+            continue
         if (problem := verify_checkpoint(path)) is None:
             return path, skipped
         skipped.append((path, problem))
@@ -156,9 +161,10 @@ def _publish(temporary: Path, final: Path, step: int) -> None:
     _fsync(final.parent, final.parent.parent)  # the first save makes final.parent
 
 
-def _prune(root: Path, step: int, keep: int) -> None:
-    older = [path for other, path in _newest_first(root) if other < step and verify_checkpoint(path) is None]
-    for path in older[keep - 1 :]:  # renamed first: a kill must leave nothing that looks like a damaged checkpoint
+def _prune(root: Path, step: int, keep: int, spare: Collection[int]) -> None:
+    older = [(other, p) for other, p in _newest_first(root) if other < step and verify_checkpoint(p) is None]
+    for path in [path for other, path in older[keep - 1 :] if other not in spare]:
+        # renamed first: a kill must leave nothing that looks like a damaged checkpoint
         shutil.rmtree(path.rename(root / f".tmp-{path.name}-pruned"), ignore_errors=True)
 
 

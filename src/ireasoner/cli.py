@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--out", type=Path, metavar="RUN", help="the run directory to write")
     train.add_argument("--resume", type=Path, metavar="RUN", help="continue this run")
-    _add_config_options(train)
+    _add_config_options(train, _config_groups())
     train.set_defaults(function=_train)
 
     demo = commands.add_parser(
@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval",
         help="held-out accuracy of a run or a model; two are compared on the same questions",
-        description="Greedy, mean@1 and maj@5 accuracy with 95 %% intervals on labelled questions.",
+        description="Greedy, mean@1, maj@5 and pass@5 accuracy with 95 %% intervals on labelled questions.",
     )
     evaluate.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="one, or two to compare with a paired test")
     evaluate.add_argument(
@@ -94,8 +94,62 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--temperature", type=_temperature, default=1.0, help="of the sampled answers (%(default)s)")
     evaluate.add_argument("--seed", type=_whole(0), default=0, help="seed of the sampled answers (%(default)s)")
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    evaluate.add_argument(
+        "--blank", action="store_true", help="gray images instead of the true ones: how much is answered unseen"
+    )
     evaluate.add_argument("--json", type=_writable, metavar="FILE", help="write the results here too")
     evaluate.set_defaults(function=_eval)
+
+    ablate = commands.add_parser(
+        "ablate",
+        help="recipes x seeds beside the base and the controls: one table with intervals",
+        description="Train every recipe under every seed, score all of them and the base on the same held-out "
+        "questions, and write OUT/ablation.md, .csv, .png and .json. Stopped, it goes on with: ireasoner ablate OUT. "
+        "More recipes or seeds may be named later; what OUT holds is not made again.",
+        argument_default=argparse.SUPPRESS,
+    )
+    ablate.add_argument("out", type=Path, metavar="OUT", help="folder to write, or to go on in")
+    ablate.add_argument(
+        "--recipes",
+        nargs="+",
+        metavar="RECIPE",
+        help="names or YAML files (paper outcome-only random-reward default)",
+    )
+    ablate.add_argument("--seeds", type=_whole(1), metavar="N", help="runs of each recipe, seeds 0 to N - 1 (5)")
+    ablate.add_argument(
+        "--quick", action="store_true", help="2 seeds, 256 questions, 24 steps: 15 minutes on two CPU cores at most"
+    )
+    ablate.add_argument(
+        "--cooled", action="store_true", help="one more control: the base sampled as confidently as the first recipe"
+    )
+    ablate.add_argument("--questions", type=_whole(1), metavar="N", help="held-out questions, at most (512)")
+    ablate.add_argument("--style", choices=STYLES, help="how the embedded world is drawn (chalk)")
+    ablate.add_argument("--split", choices=["validation", "test"], help="of the embedded world's questions (test)")
+    ablate.add_argument("--model", help="a folder, a hub id, or 'tiny' (tiny)")
+    ablate.add_argument("--images", metavar="FOLDER", help="your own unlabeled images; needs --data")
+    ablate.add_argument("--data", metavar="FILE.jsonl", help="your own held-out questions: image, question, answer")
+    ablate.add_argument("--labels", metavar="FILE.jsonl", help="labelled questions on your images, for oracle")
+    _add_config_options(ablate, {"scale (a preset sets these; the same for every arm)": _scale_options()})
+    ablate.set_defaults(function=_ablate)
+
+    validity = commands.add_parser(
+        "validity",
+        help="is step agreement worth being a reward? from a run's episodes, without training",
+        description="Of a run's trajectories with the same answer, does the one with the truer steps have the higher "
+        "step agreement; what does it say beyond answer agreement; and what do edits of a step do to it?",
+    )
+    validity.add_argument("run", type=Path, metavar="RUN", help="a run directory, finished or not; it is only read")
+    validity.add_argument(
+        "--truth",
+        type=Path,
+        metavar="FILE",
+        help="lines of image and picture, as playground writes (default: FOLDER.truth.jsonl beside the run's images)",
+    )
+    validity.add_argument(
+        "--steps", type=_whole(1), nargs=2, metavar=("FIRST", "LAST"), help="training steps to read (default: all)"
+    )
+    validity.add_argument("--json", type=_writable, metavar="FILE", help="write the results here too")
+    validity.set_defaults(function=_validity)
 
     bench = commands.add_parser(
         "bench",
@@ -131,16 +185,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config_options(parser: argparse.ArgumentParser) -> None:
+def _config_groups() -> dict[str, list[str]]:
     from ireasoner.config import Config, Preset, Recipe
 
-    groups = {
+    return {
         "run": [
             name for name in Config.model_fields if name not in Recipe.model_fields and name not in Preset.model_fields
         ],
         "scale (a preset sets these)": list(Preset.model_fields),
         "rewards and advantages (a recipe sets these)": list(Recipe.model_fields),
     }
+
+
+def _scale_options() -> list[str]:
+    """Training options that an ablation takes: what its arms share."""
+    from ireasoner.config import Preset
+
+    return ["preset", "device", *(name for name in Preset.model_fields if name != "eval_questions")]
+
+
+def _add_config_options(parser: argparse.ArgumentParser, groups: dict[str, list[str]]) -> None:
+    from ireasoner.config import Config
+
     for title, names in groups.items():
         group = parser.add_argument_group(title)
         for name in names:
@@ -158,12 +224,7 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from ireasoner import config as configs
 
-    flags = {name: value for name, value in vars(arguments).items() if name in configs.Config.model_fields}
-    for name in ("images", "labels", "eval_data"):  # a run may be resumed from another folder
-        if name in flags:
-            flags[name] = str(Path(flags[name]).absolute())
-    if "model" in flags and Path(flags["model"]).is_dir():
-        flags["model"] = str(Path(flags["model"]).absolute())
+    flags = _absolute({name: value for name, value in vars(arguments).items() if name in configs.Config.model_fields})
     if arguments.resume is not None:
         if arguments.out is not None:
             raise UsageError("--resume RUN continues RUN in place: leave out --out")
@@ -177,6 +238,13 @@ def _train(arguments: argparse.Namespace) -> int:
     if missing:
         raise UsageError(f"train needs {', '.join('--' + name for name in missing)} (or --resume RUN)")
     return _follow(configs.resolve(flags), arguments.out, resuming=False)
+
+
+def _absolute(flags: dict[str, Any]) -> dict[str, Any]:
+    """Paths from the root, for a run may be resumed from another folder."""
+    paths = {name for name in ("images", "labels", "eval_data", "data") if name in flags}
+    paths |= {name for name in ("model",) if name in flags and Path(flags[name]).is_dir()}
+    return {name: str(Path(value).absolute()) if name in paths else value for name, value in flags.items()}
 
 
 def _follow(config: Any, out: Path, *, resuming: bool) -> int:
@@ -238,11 +306,12 @@ def _eval(arguments: argparse.Namespace) -> int:
     if len(arguments.models) > 2:
         raise UsageError("eval takes one run or model, or two to compare")
     _quiet_libraries()
-    from ireasoner.console import evaluation_table
-    from ireasoner.evaluate import evaluate_target, load_questions
+    from ireasoner.console import evaluation_table, print_text, prior_line
+    from ireasoner.evaluate import answer_prior, evaluate_target, load_questions
     from ireasoner.recorder import write_json
 
     questions = load_questions(arguments.data, arguments.limit)
+    names = [f"{target}, images blanked" if arguments.blank else target for target in arguments.models]
     scores = [
         evaluate_target(
             target,
@@ -251,12 +320,61 @@ def _eval(arguments: argparse.Namespace) -> int:
             temperature=arguments.temperature,
             seed=arguments.seed,
             device=arguments.device,
+            blank=arguments.blank,
         )
         for target in arguments.models
     ]
-    result = evaluation_table(arguments.models, scores)
+    result = evaluation_table(names, scores)
+    if arguments.blank:
+        result["answer_prior"] = answer_prior(questions)
+        print_text(prior_line(result["answer_prior"]))
     if arguments.json:
         arguments.json.write_text(write_json(result), "utf-8")
+    return 0
+
+
+def _ablate(arguments: argparse.Namespace) -> int:
+    from ireasoner import config as configs
+
+    _quiet_libraries()
+    from ireasoner.ablate import QUICK, Ablation, Settings, settle
+    from ireasoner.console import print_table, print_text, prior_line
+    from ireasoner.report.ablation import legend, tables
+
+    out = arguments.out.absolute()
+    flags = _absolute(vars(arguments))
+    given = {name: value for name, value in flags.items() if name in Settings.model_fields}
+    given["training"] = {name: value for name, value in flags.items() if name in _scale_options()}
+    if "recipes" in given:
+        known = configs.names("recipes")
+        given["recipes"] = [
+            r if r in known or not Path(r).is_file() else str(Path(r).absolute()) for r in flags["recipes"]
+        ]
+    if "quick" in flags:
+        given = {**QUICK, **given, "training": {**QUICK["training"], **given["training"]}}
+    result = Ablation(out, settle(out, given)).run()
+    if result is None:
+        print(f"Stopped and saved. Continue with: {PROGRAM} ablate {arguments.out}")
+        return 130
+    for title, rows in tables(result):
+        print_table(title, rows)
+    print_text(prior_line(result["answer_prior"]))
+    print_text(legend(result))
+    print(f"Written: {arguments.out}/ablation.md, ablation.csv, ablation.png, ablation.json")
+    return 0
+
+
+def _validity(arguments: argparse.Namespace) -> int:
+    if arguments.steps and arguments.steps[0] > arguments.steps[1]:
+        raise UsageError("--steps takes FIRST and LAST, FIRST not after LAST")
+    _quiet_libraries()
+    from ireasoner.recorder import write_json
+    from ireasoner.validity import print_validity, validity
+
+    report = validity(arguments.run, arguments.truth, arguments.steps and tuple(arguments.steps))
+    print_validity(report)
+    if arguments.json:
+        arguments.json.write_text(write_json(report), "utf-8")
     return 0
 
 

@@ -40,6 +40,16 @@ class Recipe(BaseModel):
     outcome_exponent: NonNegative = Field(0.7, description="γ: the outcome reward is the answer's share to this power")
     length_penalty: Share = Field(0.05, description="η: most that is taken off the outcome reward for length")
     target_words: Count = Field(64, description="w*: words before the answer from which length costs")
+    step_measure: Literal["embedding", "claims"] = Field(
+        "embedding",
+        description="how reasoning steps are compared: mean token embeddings within the majority (the paper), or what "
+        "they claim, aligned in order, with every other trajectory of the group (claims)",
+    )
+    recurrence_window: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="a reasoning step that recurs among so many latest groups of other images earns less, and nothing "
+        "if it is in all of them (0: off)",
+    )
     density_exponent: NonNegative = Field(0.7, description="γd: step agreement is scaled by |G|/N to this power")
     position_decay: NonNegative = Field(0.15, description="δ: reasoning step j counts exp(−δ j)")
     max_reasoning_steps: Count = Field(8, description="reasoning steps after this one are not compared")
@@ -53,6 +63,12 @@ class Recipe(BaseModel):
         "ema", description="solver's baseline: a moving average (the paper) or the mean of the group's others (RLOO)"
     )
     baseline_momentum: Share = Field(0.9, description="momentum of the moving-average baseline")
+    gate_low: Share = Field(
+        0.0, description="groups whose majority fraction is below this (hopeless) do not update the solver"
+    )
+    gate_high: Share = Field(
+        1.0, description="groups whose majority fraction is above this (unanimous) do not update the solver"
+    )
     train_proposer: bool = Field(True, description="whether the proposer is updated at all")
 
 
@@ -91,6 +107,17 @@ class Preset(BaseModel):
     keep_checkpoints: Annotated[int, Field(ge=0)] = Field(3, description="newest checkpoints to keep (0: all)")
     probe_every: Annotated[int, Field(ge=0)] = Field(50, description="steps between answers to the probes (0: off)")
     probe_images: Annotated[int, Field(ge=0)] = Field(8, description="images whose first questions are asked again")
+    watch: bool = Field(
+        True, description="end a run whose signals collapse and go back to its best checkpoint (never with --labels)"
+    )
+    watch_window: Annotated[int, Field(ge=2)] = Field(
+        50, description="steps that the watch averages over and compares with as many early ones"
+    )
+    blank_every: Annotated[int, Field(ge=0)] = Field(
+        5,
+        description="steps between checks whether majority answers survive with the image blanked (0: off); the watch "
+        "needs two of them in watch_window",
+    )
     eval_questions: Count = Field(256, description="labelled questions used for before and after, at most")
 
 
@@ -161,6 +188,8 @@ def resolve(flags: dict[str, Any]) -> Config:
         raise ConfigError(_explain(error)) from None
     if "{question}" not in config.solver_prompt:
         raise ConfigError("solver_prompt must contain {question}, which stands for the question")
+    if config.gate_low > config.gate_high:
+        raise ConfigError(f"gate_low {config.gate_low} is above gate_high {config.gate_high}: no group would be kept")
     if config.reward == "oracle" and config.labels is None:
         raise ConfigError("the oracle recipe needs --labels FILE.jsonl with the true answers")
     return config

@@ -32,6 +32,13 @@ SHOWN = {
     "kl/solver": "KL",
     "well_formed/solver": "well-formed",
 }
+OTHER_ROWS = {
+    "answer_entropy": "entropy",
+    "well_formed": "readable",
+    "tokens": "tokens",
+    "step_truth": "true steps",
+    "checkable_steps": "checkable",
+}
 
 
 def plain(text: str, limit: int = 120) -> str:
@@ -120,6 +127,93 @@ class Display:
             self.say(f"    {vote_line(episodes[0])}")
 
 
+class JobDisplay:
+    """Progress of one long job of many parts: a bar on a terminal, else a line now and then; with the time left.
+
+    Work is counted in units of equal length, such as training steps.
+    """
+
+    def __init__(self, total: float, quiet_seconds: float = 30.0) -> None:
+        self.total, self.done, self.quiet_seconds = total, 0.0, quiet_seconds
+        self.console = Console(highlight=False)
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[left]}")
+        self.progress = Progress(*columns, console=self.console, transient=True) if self.console.is_terminal else None
+        self.task = self.progress.add_task("", total=total, left="") if self.progress else None
+        self.started = self.told = time.monotonic()
+
+    def __enter__(self) -> JobDisplay:
+        if self.progress:
+            self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def say(self, message: str) -> None:
+        """One line that stays."""
+        self.console.print(Text(message), soft_wrap=self.progress is None)
+
+    def skip(self, units: float) -> None:
+        """Some of the work was there already."""
+        self.total -= units
+
+    def work(self, what: str, units: float = 1.0) -> None:
+        """Some of the work was done just now."""
+        self.done += units
+        now = time.monotonic()
+        seconds = int((now - self.started) / self.done * max(0.0, self.total - self.done)) if self.done else 0
+        left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+        if self.progress and self.task is not None:
+            self.progress.update(self.task, description=what, completed=self.done, total=self.total, left=left)
+        elif now - self.told >= self.quiet_seconds:
+            self.told = now
+            self.say(f"{what}, {left}")
+
+
+def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """Rows of text, the first one being the heads; in narrow terminals, of two lines each."""
+    console = Console(highlight=False)
+    wide = _text_table(title, rows, 1)
+    needed = console.measure(wide, options=console.options.update(width=500)).maximum
+    if needed <= console.width or not console.is_terminal:
+        console.print(wide, width=None if console.is_terminal else 200)
+        return
+    heads = [head.replace(" ", "\n").replace("-", "-\n") for head in rows[0]]
+    console.print(_text_table(title, [heads, *([row[0], *map(_two_lines, row[1:])] for row in rows[1:])], 0))
+
+
+def print_text(text: str) -> None:
+    """A paragraph, broken between words on a terminal and nowhere else."""
+    console = Console(highlight=False)
+    console.print(Text(text), soft_wrap=not console.is_terminal)
+
+
+def _text_table(title: str, rows: Sequence[Sequence[str]], gap: int) -> Table:
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0))
+    for head in rows[0]:
+        table.add_column(Text(head), overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _two_lines(cell: str) -> str:
+    """`+1.0 [+0.5, +1.5]` and `1.0 ±0.5` with what they are sure of below them."""
+    value, bracket, ends = cell.partition(" [")
+    return f"{value}\n[{ends.replace(' ', '').replace('+', '')}" if bracket else cell.replace(" ±", "\n±")
+
+
+def prior_line(prior: Mapping[str, float]) -> str:
+    """What always giving the most frequent answer would reach."""
+    return (
+        f"Answer prior: always the most frequent answer {100 * prior['overall']:.1f} %, by the question's first two "
+        f"words {100 * prior['by_first_words']:.1f} % (an upper bound for a blind guesser: it reads these labels)"
+    )
+
+
 def _cell(values: Mapping[str, float]) -> str:
     mean, low, high = (100 * values[name] for name in ("mean", "low", "high"))
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
@@ -138,8 +232,9 @@ def results_table(summary: Mapping[str, Any]) -> None:
         table.add_column(name)
     for name, change in difference.items():
         table.add_row(name, _cell(before[name]), _cell(after[name]), _cell(change), f"{change['p']:.4f}")
-    for name, label in (("answer_entropy", "entropy"), ("well_formed", "readable")):
-        table.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}", "", "")
+    for name, label in OTHER_ROWS.items():
+        if before.get(name) is not None and after.get(name) is not None:
+            table.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}", "", "")
     Console(highlight=False).print(table)
 
 
@@ -163,7 +258,8 @@ def evaluation_table(names: Sequence[str], scores: Sequence[Scores]) -> dict[str
         table.add_column(name)
     for name in scores[0].measures:
         table.add_row(name, _cell(summary[name]))
-    for name, label in (("answer_entropy", "entropy"), ("well_formed", "readable")):
-        table.add_row(label, f"{summary[name]:.3f}")
+    for name, label in OTHER_ROWS.items():
+        if summary[name] is not None:
+            table.add_row(label, f"{summary[name]:.3f}")
     Console(highlight=False).print(table)
     return {"models": list(names), "scores": summary}

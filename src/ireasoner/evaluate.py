@@ -1,4 +1,4 @@
-"""Held-out accuracy with intervals, and the paired comparison of two models on the same questions.
+"""Held-out accuracy with intervals, how much of it needs the image, and paired comparisons on the same questions.
 
 Labels are read here and nowhere else but in the oracle recipe.
 """
@@ -7,25 +7,30 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ireasoner.answers import answer_key, majority
 from ireasoner.config import load_config, resolve
 from ireasoner.engines.transformers import TransformersEngine, uniforms
 from ireasoner.images import load_image
+from ireasoner.intervals import RESAMPLES, interval
+from ireasoner.playground import world
 from ireasoner.policy import Policy
 from ireasoner.roles import parse_trajectory, solver_messages
 from ireasoner.types import Completion, Role, UsageError
 
 SAMPLES = 5
-RESAMPLES = 10_000
-MEASURES = ("greedy", "mean@1", f"maj@{SAMPLES}")
+MEASURES = ("greedy", "mean@1", f"maj@{SAMPLES}", f"pass@{SAMPLES}")
+TRUTH = ("checkable_steps", "true_steps")
+GRAY = (128, 128, 128)
 
 
 class DataError(UsageError):
@@ -34,21 +39,37 @@ class DataError(UsageError):
 
 @dataclass(frozen=True)
 class LabelledQuestion:
-    """One held-out question; `image` is an absolute path."""
+    """One held-out question; `image` is an absolute path, `picture` the record of an image of the embedded world."""
 
     image: Path
     question: str
     answer: str
+    picture: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How one model did on Q questions. The measures run parallel to the questions and lie in [0, 1]."""
+    """How one model did on Q questions; every array runs parallel to them.
+
+    `measures` lie in [0, 1]. The others are means over a question's sampled trajectories: the readable share, tokens,
+    and how many reasoning steps can be checked against the picture and are true of it; None unless every question has
+    its picture. Steps of unreadable trajectories do not count.
+    """
 
     measures: dict[str, NDArray[np.float64]]
     answer_entropy: NDArray[np.float64]
     well_formed: NDArray[np.float64]
+    tokens: NDArray[np.float64]
     greedy_texts: tuple[str, ...]
+    checkable_steps: NDArray[np.float64] | None = None
+    true_steps: NDArray[np.float64] | None = None
+
+    @property
+    def step_truth(self) -> float | None:
+        """Share of the checkable reasoning steps that are true; None where there are none."""
+        if self.checkable_steps is None or self.true_steps is None or not self.checkable_steps.any():
+            return None
+        return float(self.true_steps.sum() / self.checkable_steps.sum())
 
     def summary(self) -> dict[str, Any]:
         """Every measure with its 95 % interval over questions, ready for JSON."""
@@ -60,11 +81,16 @@ class Scores:
             },
             "answer_entropy": float(self.answer_entropy.mean()),
             "well_formed": float(self.well_formed.mean()),
+            "tokens": float(self.tokens.mean()),
+            "checkable_steps": None if self.checkable_steps is None else float(self.checkable_steps.mean()),
+            "step_truth": self.step_truth,
         }
 
 
 def load_questions(path: Path, limit: int | None = None) -> list[LabelledQuestion]:
     """Read JSONL lines of `image`, `question`, `answer`; image paths are relative to the file's own folder.
+
+    An object in `picture` is what the embedded world knows of the image; other keys are passed over.
 
     Raises:
         DataError: a missing file, a line that is not such an object, or an image that is not there.
@@ -95,7 +121,13 @@ def load_questions(path: Path, limit: int | None = None) -> list[LabelledQuestio
                 raise ValueError
         except (OSError, ValueError):
             raise DataError(f"{where}: no image {texts[0][:100]!r}") from None
-        found.append(LabelledQuestion(image, texts[1], str(texts[2])))
+        picture = row.get("picture")
+        if isinstance(picture, dict):
+            try:
+                world.picture_from_record(picture)
+            except (KeyError, TypeError, ValueError):
+                raise DataError(f"{where}: an object in picture must be a record of the embedded world") from None
+        found.append(LabelledQuestion(image, texts[1], str(texts[2]), picture if isinstance(picture, dict) else None))
         if len(found) == limit:
             break
     if not found:
@@ -113,9 +145,10 @@ def evaluate(
     seed: int = 0,
     temperature: float = 1.0,
     batch_size: int = 64,
+    blank: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
-    """Greedy, mean@1 and maj@5 accuracy of a role (None: the backbone alone).
+    """Greedy, mean@1, maj@5 and pass@5 accuracy of a role (None: the backbone alone), and what its samples are like.
 
     An unreadable or truncated answer is wrong. Sampling is seeded by (seed, question number), so two models meet the
     same random numbers.
@@ -124,53 +157,49 @@ def evaluate(
         prompt: the solver's prompt, with {question}.
         max_tokens: longest completion.
         temperature: of the sampled answers.
+        blank: show a uniformly gray image of the same size instead of each image.
         on_progress: called with questions done and their total.
 
     Raises:
         ImageError: a labelled image that cannot be decoded.
     """
     engine = TransformersEngine(policy)
-    greedy, samples, majorities, entropies, formed, texts = [], [], [], [], [], []
+    rows: list[dict[str, float]] = []
+    texts: list[str] = []
     for first in range(0, len(questions), batch_size):
         batch = questions[first : first + batch_size]
-        encoded = policy.encode_images([load_image(q.image) for q in batch])
+        images = [load_image(q.image) for q in batch]
+        encoded = policy.encode_images([Image.new("RGB", image.size, GRAY) for image in images] if blank else images)
         prompts = policy.prompts(encoded, [solver_messages(prompt, q.question) for q in batch])
         zeros = np.zeros((len(batch), 1, max_tokens))
         draws = uniforms([[seed, first + i] for i in range(len(batch))], SAMPLES, max_tokens)
         best = engine.sample(prompts, role, zeros, temperature=0)
         drawn = engine.sample(prompts, role, draws, temperature=temperature)
         for question, (single,), group in zip(batch, best, drawn, strict=True):
-            truth = answer_key(question.answer, question.question)
-            keys = [read_key(c, question.question) for c in group]
-            vote = majority(keys)
-            greedy.append(read_key(single, question.question) == truth)
-            samples.append(np.mean([key == truth for key in keys]))
-            majorities.append(vote.answer == truth)
-            entropies.append(vote.entropy)
-            formed.append(np.mean([key is not None for key in keys]))
+            rows.append(_score(question, single, group))
             texts.append(single.text)
         on_progress(min(first + batch_size, len(questions)), len(questions))
-    columns = [np.asarray(values, dtype=np.float64) for values in (greedy, samples, majorities)]
-    return Scores(dict(zip(MEASURES, columns, strict=True)), np.array(entropies), np.array(formed), tuple(texts))
+    names = rows[0].keys() if all(row.keys() == rows[0].keys() for row in rows) else rows[0].keys() - TRUTH
+    columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in names}
+    return Scores({name: columns.pop(name) for name in MEASURES}, greedy_texts=tuple(texts), **columns)
 
 
-def read_key(completion: Completion, question: str) -> str | None:
-    """The answer key of a solver's completion; None if it cannot be read."""
-    answer = parse_trajectory(completion.text, completion.finish_reason).answer
-    return None if answer is None else answer_key(answer, question)
-
-
-def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
-    """Mean and 95 % percentile-bootstrap interval over questions."""
-    means = _bootstrap_means(values, seed)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
-
-
-def _bootstrap_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES)
-    return weights @ values / len(values)
+def _score(question: LabelledQuestion, single: Completion, group: Sequence[Completion]) -> dict[str, float]:
+    """One question's row: what the greedy completion and the samples are worth."""
+    truth = answer_key(question.answer, question.question)
+    best, *read = (parse_trajectory(c.text, c.finish_reason) for c in (single, *group))
+    greedy, *keys = (None if t.answer is None else answer_key(t.answer, question.question) for t in (best, *read))
+    vote, right = majority(keys), [key == truth for key in keys]
+    values = (greedy == truth, np.mean(right), vote.answer == truth, any(right))
+    row = {name: float(value) for name, value in zip(MEASURES, values, strict=True)}
+    row |= {"answer_entropy": vote.entropy, "well_formed": float(np.mean([t.well_formed for t in read]))}
+    row |= {"tokens": float(np.mean([len(c.token_ids) for c in group]))}
+    if question.picture is not None:
+        picture = world.picture_from_record(question.picture)
+        verdicts = [world.step_truth(picture, step) for t in read if t.well_formed for step in t.reasoning_steps]
+        counts = (sum(v is not None for v in verdicts), sum(v is True for v in verdicts))
+        row |= {name: count / len(group) for name, count in zip(TRUTH, counts, strict=True)}
+    return row
 
 
 def compare(before: Scores, after: Scores) -> dict[str, dict[str, float]]:
@@ -189,6 +218,20 @@ def compare(before: Scores, after: Scores) -> dict[str, dict[str, float]]:
     return found
 
 
+def answer_prior(questions: Sequence[LabelledQuestion]) -> dict[str, float]:
+    """Accuracy of always giving the most frequent answer: to all questions, or to those with the same first two words.
+
+    It reads the labels that it is measured on: an upper bound for whoever guesses by such a rule without looking.
+    """
+    every, by_words = Counter[str](), defaultdict[tuple[str, ...], Counter[str]](Counter)
+    for q in questions:
+        key = answer_key(q.answer, q.question)
+        every[key] += 1
+        by_words[tuple(q.question.lower().split()[:2])][key] += 1
+    right = {"overall": max(every.values()), "by_first_words": sum(max(c.values()) for c in by_words.values())}
+    return {name: count / len(questions) for name, count in right.items()}
+
+
 def evaluate_target(
     target: str,
     questions: Sequence[LabelledQuestion],
@@ -197,11 +240,13 @@ def evaluate_target(
     temperature: float = 1.0,
     seed: int = 0,
     device: str = "auto",
+    blank: bool = False,
 ) -> Scores:
     """Scores of a run directory (its trained solver, its own prompt and lengths) or of a plain model.
 
     Args:
         preset: for a plain model: where prompt and lengths come from; 'tiny' for the model 'tiny', else '7b'.
+        blank: gray images instead of the true ones.
 
     Raises:
         ModelError, ConfigError: the target is neither, or the run is not finished.
@@ -226,4 +271,5 @@ def evaluate_target(
         max_tokens=config.max_solution_tokens,
         seed=seed,
         temperature=temperature,
+        blank=blank,
     )

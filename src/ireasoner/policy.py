@@ -56,7 +56,7 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.mask_BP)
 
-    def __getitem__(self, rows: slice) -> Prompts:
+    def __getitem__(self, rows: slice | list[int]) -> Prompts:
         return Prompts(self.embeddings_BPD[rows], self.mask_BP[rows], self.positions_3BP[:, rows])
 
 

@@ -97,6 +97,25 @@ def step_agreement_rewards(
     return np.clip(rewards, 0.0, 1.0)  # rounding may leave a cosine just above 1
 
 
+def claim_agreement_rewards(
+    support: Sequence[NDArray[np.float64]], recurrence: Sequence[NDArray[np.float64]]
+) -> FloatArray:
+    """Agreement on what the reasoning steps claim: r_step,i = mean_j s_ij (1 − f_ij); 0 without steps.
+
+    Args:
+        support: s_ij in [0, 1], one array for each of the N trajectories: how far the others of the group make the same
+            claim (`ireasoner.steps.agreement`); empty for an unreadable one.
+        recurrence: f_ij in [0, 1], the share of other images' groups that make it too: what is said of every image says
+            nothing about this one.
+
+    Returns:
+        Array [N].
+    """
+    return np.array(
+        [float((s * (1.0 - f)).mean()) if len(s) else 0.0 for s, f in zip(support, recurrence, strict=True)]
+    )
+
+
 def _unit_rows(rows: FloatArray) -> FloatArray:
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)
     return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)

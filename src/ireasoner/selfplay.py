@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ireasoner import rewards
+from ireasoner import rewards, steps
 from ireasoner.answers import answer_key, majority
 from ireasoner.config import Config
 from ireasoner.engines.transformers import TransformersEngine, uniforms
 from ireasoner.policy import EncodedImages, Policy, Prompts
+from ireasoner.rewards import FloatArray
 from ireasoner.roles import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.types import Completion, Episode, Question, Trajectory
 
@@ -53,6 +55,7 @@ class SelfPlay:
         labels: Mapping[str, Sequence[tuple[str, str]]] | None = None,
     ) -> None:
         self.policy, self.engine, self.config, self.labels = policy, engine, config, labels
+        self.memory = ClaimMemory(config.recurrence_window)
 
     def play(self, step: int, batch: Sequence[tuple[str, Image.Image]]) -> Play:
         """Play the named images of one step (counted from 1)."""
@@ -78,8 +81,12 @@ class SelfPlay:
             step, [keys[i] for i in asked], encoded[asked], [questions[i].text for i in asked]
         )
         by_image = dict(zip(asked, groups, strict=True))
+        read = {
+            i: tuple(parse_trajectory(c.text, c.finish_reason) for c in by_image.get(i, [])) for i in range(len(names))
+        }
+        self.memory.add((names[i], group) for i, group in read.items())
         episodes = tuple(
-            self.reward(step, keys[i], questions[i], proposals[i], by_image.get(i, []), truths[i])
+            self.reward(step, keys[i], questions[i], proposals[i], by_image.get(i, []), read[i], truths[i])
             for i in range(len(names))
         )
         return Play(episodes, proposer_prompts, solver_prompts)
@@ -125,11 +132,11 @@ class SelfPlay:
         question: Question,
         proposal: Completion | None,
         completions: Sequence[Completion],
+        trajectories: tuple[Trajectory, ...],
         truth: str | None,
     ) -> Episode:
-        """Read a group and pay it, by the recipe."""
+        """Pay a group, by the recipe."""
         config = self.config
-        trajectories = tuple(parse_trajectory(c.text, c.finish_reason) for c in completions)
         keys = tuple(answer_key(t.answer, question.text) if t.answer is not None else None for t in trajectories)
         vote = majority(keys)
         outcome = rewards.outcome_rewards(
@@ -139,16 +146,22 @@ class SelfPlay:
             length_penalty=config.length_penalty,
             target_words=config.target_words,
         )
-        agreement = rewards.step_agreement_rewards(
-            keys,
-            [
-                self.policy.embed_texts(t.reasoning_steps[: config.max_reasoning_steps], config.max_step_tokens)
-                for t in trajectories
-            ],
-            density_exponent=config.density_exponent,
-            position_decay=config.position_decay,
-            max_reasoning_steps=config.max_reasoning_steps,
-        )
+        recurrence = [self.memory.recurrence(key[0], self.compared_steps(t)) for t in trajectories]
+        if config.step_measure == "claims":
+            support = steps.agreement([self.compared_steps(t) for t in trajectories])
+            agreement = rewards.claim_agreement_rewards(support, recurrence)
+        else:
+            agreement = rewards.step_agreement_rewards(
+                keys,
+                [
+                    self.policy.embed_texts(t.reasoning_steps[: config.max_reasoning_steps], config.max_step_tokens)
+                    for t in trajectories
+                ],
+                density_exponent=config.density_exponent,
+                position_decay=config.position_decay,
+                max_reasoning_steps=config.max_reasoning_steps,
+            )
+        outcome *= np.array([1.0 - f.mean() if len(f) else 1.0 for f in recurrence])
         parts = {"outcome": tuple(outcome.tolist()), "step_agreement": tuple(agreement.tolist())}
         readable = np.array([k is not None for k in keys], dtype=np.float64)
         if config.reward == "agreement":
@@ -178,6 +191,50 @@ class SelfPlay:
             rewards=tuple(earned.tolist()),
             reward_parts=parts,
         )
+
+    def compared_steps(self, trajectory: Trajectory) -> tuple[str, ...]:
+        """The reasoning steps that agreement reads; none of an unreadable trajectory."""
+        return trajectory.reasoning_steps[: self.config.max_reasoning_steps] if trajectory.well_formed else ()
+
+
+class ClaimMemory:
+    """What the latest groups claimed, to know what is said of every image.
+
+    Args:
+        window: how many groups are remembered; 0: none, and nothing recurs.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.groups: deque[tuple[str, frozenset[str]]] = deque(maxlen=window)
+
+    def add(self, groups: Iterable[tuple[str, Sequence[Trajectory]]]) -> None:
+        """Remember groups, each with its image's name; unreadable trajectories claim nothing."""
+        for image, group in groups:
+            claims = {_claim_text(step) for t in group if t.well_formed for step in t.reasoning_steps}
+            if claims:
+                self.groups.append((image, frozenset(claims)))
+
+    def recurrence(self, image: str, reasoning_steps: Sequence[str]) -> FloatArray:
+        """For each step, the share of the remembered groups of other images that make the same claim: array [steps]."""
+        others = [claims for name, claims in self.groups if name != image]
+        found = [sum(_claim_text(step) in claims for claims in others) for step in reasoning_steps]
+        return np.array(found, dtype=np.float64) / max(len(others), 1)
+
+    def state(self) -> list[list[Any]]:
+        """Everything, as JSON."""
+        return [[image, sorted(claims)] for image, claims in self.groups]
+
+    def restore(self, state: Iterable[Sequence[Any]]) -> None:
+        """Take back what `state` gave."""
+        self.groups.clear()
+        self.groups.extend((image, frozenset(claims)) for image, claims in state)
+
+
+def _claim_text(step: str) -> str:
+    """A step without case and spacing, shortened to a digest: memory and checkpoints need no texts."""
+    plain = " ".join(step.lower().split()).rstrip(".!")
+    return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def step_weight(config: Config, step: int) -> float:

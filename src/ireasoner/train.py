@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import shutil
 import signal
 import threading
@@ -20,22 +21,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ireasoner import __version__
+from ireasoner.answers import answer_key
 from ireasoner.checkpoint import load_optimizer, newest_checkpoint, optimizer_tensors, save_checkpoint
 from ireasoner.config import Config, dump_config
 from ireasoner.engines.transformers import TransformersEngine, uniforms
-from ireasoner.evaluate import Scores, compare, evaluate, load_questions
+from ireasoner.evaluate import GRAY, Scores, compare, evaluate, load_questions
 from ireasoner.images import ImagePool, content_hash
 from ireasoner.learner import Learner
-from ireasoner.policy import Policy
+from ireasoner.policy import EncodedImages, Policy
 from ireasoner.recorder import Recorder, RunDirectoryError, episode_record, read_records, write_json
 from ireasoner.roles import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.selfplay import Play, SelfPlay, step_weight
-from ireasoner.types import ROLES, Episode, Role, UsageError
+from ireasoner.types import ROLES, Completion, Episode, Role, Trajectory, UsageError
+from ireasoner.watch import Alarm, Signals, Watch
 
+BLANK_QUESTIONS = 8  # of a step, at most, are asked again with the image blanked
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pillow")
 
 
@@ -86,7 +91,8 @@ def resume(config: Config, out: Path, observer: Observer | None = None) -> Outco
     """
     summary = out / "summary.json"
     if summary.exists():
-        return Outcome(config.steps, True, json.loads(summary.read_text("utf-8")))
+        found = json.loads(summary.read_text("utf-8"))
+        return Outcome(found["steps"], True, found)
     return _run(config, out, observer or Observer())
 
 
@@ -95,7 +101,7 @@ def _run(config: Config, out: Path, observer: Observer) -> Outcome:
         run = Run(config, out, Recorder(out), observer)
         observer.on_start(config, run.step + 1)
         before = run.evaluate_before()
-        while run.step < config.steps:
+        while run.step < config.steps and run.alarm is None:
             if stop.is_set():
                 run.save()
                 return Outcome(run.step, False, None)
@@ -108,17 +114,19 @@ class Run:
 
     def __init__(self, config: Config, out: Path, recorder: Recorder, observer: Observer) -> None:
         self.config, self.out, self.recorder, self.observer = config, out, recorder, observer
-        checkpoint = self._newest_checkpoint()
+        checkpoint, skipped = self._newest_checkpoint()
         state = _load_state(checkpoint) if checkpoint else {"step": 0, "elapsed": 0.0}
         self.step, self.elapsed = state["step"], state["elapsed"]
         # Without a checkpoint nothing was earned yet: a fresh run, or one killed before its first.
-        for warning in recorder.rewind(self.step if checkpoint else -1):
-            observer.on_message(f"Dropped a damaged record: {warning}.")
+        dropped = recorder.rewind(self.step if checkpoint else -1)
+        for text in [*skipped, *(f"Dropped a damaged record: {warning}." for warning in dropped)]:
+            self._tell(text)
         self.pool = ImagePool(config.images, config.seed, on_skip=lambda name, why: recorder.skip(self.step, name, why))
         self.policy = Policy.from_config(config)
         self.engine = TransformersEngine(self.policy)
         labels = load_labels(config, self.pool) if config.labels else None
         self.selfplay = SelfPlay(self.policy, self.engine, config, labels)
+        self.watch, self.signals = Watch(config.watch_window), Signals(config.watch_window * config.images_per_step)
         self.learners = {role: self._learner(role) for role in ROLES}
         self.questions = load_questions(config.eval_data, config.eval_questions) if config.eval_data else []
         if checkpoint:
@@ -154,16 +162,24 @@ class Run:
         batch = self.pool.take(self.config.images_per_step)
         play = self.selfplay.play(self.step, batch)
         played = time.perf_counter()
+        signals = {**self.signals.measure(play.episodes), **self.blank_survival(play, [image for _, image in batch])}
+        watched = time.perf_counter()
         metrics = {**play_metrics(play, self.config, self.step), **self.update(play)}
+        metrics |= {f"watch/{name}": value for name, value in signals.items()}
         updated = time.perf_counter()
         for episode, (name, image) in zip(play.episodes, batch, strict=True):
             picture = self.recorder.thumbnail(image, content_hash(self.pool.path(name)))
             self.recorder.episode({**episode_record(episode), "thumbnail": picture})
-        metrics |= {"time/play_seconds": played - started, "time/update_seconds": updated - played}
+        metrics |= {"time/play_seconds": played - started, "time/watch_seconds": watched - played}
+        metrics["time/update_seconds"] = updated - watched
         metrics["time/step_seconds"] = time.perf_counter() - started
         self.recorder.metrics(self.step, metrics)
         self.elapsed += metrics["time/step_seconds"]
+        self.watch.observe(self.step, signals)
         self.observer.on_step(self.step, metrics, play.episodes)
+        if self.alarm:
+            best = self._regular_step(self.alarm.healthy_step)
+            self._tell(f"The run ends itself and goes back to step {best}: {self.alarm.reason}.")
         if self._due(self.config.probe_every):
             self.probe()
         if self._due(self.config.save_every) or self.step == self.config.steps:
@@ -174,11 +190,13 @@ class Run:
 
     def update(self, play: Play) -> dict[str, float]:
         """Each role's learner, once: the solver at every step, the proposer at every `proposer_every`-th."""
-        metrics: dict[str, float] = {}
         groups = [episode for episode in play.episodes if episode.completions]
-        if groups and play.solver_prompts is not None:
+        kept, metrics = self.gate(groups)
+        if kept and play.solver_prompts is not None:
+            prompts = play.solver_prompts if len(kept) == len(groups) else play.solver_prompts[kept]
+            taught = [groups[i] for i in kept]
             found = self.learners["solver"].update(
-                play.solver_prompts, [e.completions for e in groups], [e.rewards for e in groups]
+                prompts, [e.completions for e in taught], [e.rewards for e in taught]
             )
             metrics |= {f"{name}/solver": value for name, value in found.items()}
         due = self.config.train_proposer and self.step % self.config.proposer_every == 0
@@ -189,6 +207,65 @@ class Run:
             )
             metrics |= {f"{name}/proposer": value for name, value in found.items()}
         return metrics
+
+    def gate(self, groups: Sequence[Episode]) -> tuple[list[int], dict[str, float]]:
+        """Which groups update the solver: those neither hopeless nor unanimous; with their shares as metrics."""
+        shares = [e.majority_fraction for e in groups]
+        hopeless = sum(share < self.config.gate_low for share in shares)
+        unanimous = sum(share > self.config.gate_high for share in shares)
+        kept = [i for i, share in enumerate(shares) if self.config.gate_low <= share <= self.config.gate_high]
+        counts = {"kept": len(kept), "hopeless": hopeless, "unanimous": unanimous}
+        return kept, {f"gate/{name}": count / len(groups) for name, count in counts.items() if groups}
+
+    # --- watching ----------------------------------------------------------------------------------------------------
+
+    @property
+    def alarm(self) -> Alarm | None:
+        """Why the run ends before its time, if it does. Under labels, agreement is no sign of collapse."""
+        return self.watch.alarm if self.config.watch and self.config.labels is None else None
+
+    def blank_survival(self, play: Play, images: Sequence[Image.Image]) -> dict[str, float]:
+        """Share of majority answers that the solver also gives, greedily, to a gray image of the same size."""
+        rows = [i for i, e in enumerate(play.episodes) if e.majority_answer is not None][:BLANK_QUESTIONS]
+        if not rows or not self._due(self.config.blank_every):
+            return {}
+        encoded = self.policy.encode_images([Image.new("RGB", images[i].size, GRAY) for i in rows])
+        asked = [play.episodes[i] for i in rows]
+        answers = [t.answer for _, t in self._solve_greedily(encoded, [e.question.text for e in asked])]
+        survived = [
+            answer is not None and answer_key(answer, e.question.text) == e.majority_answer
+            for answer, e in zip(answers, asked, strict=True)
+        ]
+        return {"blank_survival": float(np.mean(survived))}
+
+    def _regular_step(self, step: int) -> int:
+        """The last step up to this one to which a run may go back, however often it was interrupted.
+
+        These are a window or more apart, so that few checkpoints have to be kept for it.
+        """
+        save, window = self.config.save_every, self.config.watch_window
+        return step - step % (save * math.ceil(window / save)) if save else 0
+
+    def _may_return_to(self) -> set[int]:
+        """The steps whose checkpoints must stay: an alarm may still ask for them."""
+        if not self.config.watch or self.config.labels is not None:
+            return set()
+        recent = range(max(0, self.step - self.config.watch_window), self.step + 1)
+        return {self._regular_step(step) for step in (*self.watch.may_return_to(), *recent)}
+
+    def _go_back(self, step: int) -> int:
+        """Take the adapters of the newest sound checkpoint up to this step; after which one it was."""
+        checkpoint, skipped = newest_checkpoint(self.out / "checkpoints", self._regular_step(step))
+        for path, problem in skipped:
+            self._tell(f"Skipped the damaged checkpoint {path.name}: {problem}.")
+        if checkpoint is None:
+            raise RunError(f"the run ended itself, but {self.out} holds no sound checkpoint to go back to")
+        self.policy.load_adapters(checkpoint)
+        return _load_state(checkpoint)["step"]
+
+    def _tell(self, text: str) -> None:
+        self.recorder.event(self.step, text)
+        self.observer.on_message(text)
 
     # --- looking back ------------------------------------------------------------------------------------------------
 
@@ -209,14 +286,8 @@ class Run:
         if not rows:
             return
         texts = [asked[images[i][0]] for i in rows]
-        prompts = self.policy.prompts(
-            encoded[rows], [solver_messages(self.config.solver_prompt, text) for text in texts]
-        )
-        zeros = np.zeros((len(rows), 1, self.config.max_solution_tokens))
-        answers = self.engine.sample(prompts, "solver", zeros, temperature=0)
-        for i, text, (completion,) in zip(rows, texts, answers, strict=True):
+        for i, text, (completion, read) in zip(rows, texts, self._solve_greedily(encoded[rows], texts), strict=True):
             name, image = images[i]
-            read = parse_trajectory(completion.text, completion.finish_reason)
             record = {
                 "step": self.step,
                 "image": name,
@@ -227,6 +298,13 @@ class Run:
             record["reasoning_steps"] = list(read.reasoning_steps)
             record["thumbnail"] = self.recorder.thumbnail(image, content_hash(self.pool.path(name)))
             self.recorder.probe(record)
+
+    def _solve_greedily(self, images: EncodedImages, questions: Sequence[str]) -> list[tuple[Completion, Trajectory]]:
+        """What the solver says to a question about each image, and how it reads."""
+        prompts = self.policy.prompts(images, [solver_messages(self.config.solver_prompt, text) for text in questions])
+        zeros = np.zeros((len(questions), 1, self.config.max_solution_tokens))
+        completions = [group[0] for group in self.engine.sample(prompts, "solver", zeros, temperature=0)]
+        return [(c, parse_trajectory(c.text, c.finish_reason)) for c in completions]
 
     def evaluate(self, which: str, role: Role | None) -> Scores:
         """Held-out accuracy of a role (None: the backbone)."""
@@ -249,11 +327,13 @@ class Run:
     def save(self) -> None:
         """A checkpoint of everything that the next step depends on."""
         self.recorder.sync()
-        save_checkpoint(self.out / "checkpoints", self.step, self._write_state, self.config.keep_checkpoints)
+        keep = self.config.keep_checkpoints
+        save_checkpoint(self.out / "checkpoints", self.step, self._write_state, keep, self._may_return_to())
 
     def _write_state(self, folder: Path) -> None:
         self.policy.save_adapters(folder)
-        state: dict[str, Any] = {"step": self.step, "elapsed": self.elapsed, "pool": self.pool.state(), "learners": {}}
+        state: dict[str, Any] = {"step": self.step, "elapsed": self.elapsed, "pool": self.pool.state()}
+        state |= {"memory": self.selfplay.memory.state(), "learners": {}}
         for role, learner in self.learners.items():
             tensors, optimizer = optimizer_tensors(learner.optimizer, learner.parameters)
             save_file(tensors, folder / f"optimizer-{role}.safetensors")
@@ -261,13 +341,12 @@ class Run:
             state["learners"][role] = kept
         (folder / "state.json").write_text(json.dumps(state), "utf-8")
 
-    def _newest_checkpoint(self) -> Path | None:
+    def _newest_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The checkpoint to go on from, and a sentence on each that was skipped."""
         checkpoint, skipped = newest_checkpoint(self.out / "checkpoints")
-        for path, reason in skipped:
-            self.observer.on_message(f"Skipped the damaged checkpoint {path.name}: {reason}.")
         if skipped and checkpoint is None:
             raise RunError(f"every checkpoint of {self.out} is damaged: {skipped[0][0].name}: {skipped[0][1]}")
-        return checkpoint
+        return checkpoint, [f"Skipped the damaged checkpoint {path.name}: {reason}." for path, reason in skipped]
 
     def _restore(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
         self.policy.load_adapters(checkpoint)
@@ -277,6 +356,14 @@ class Run:
             load_optimizer(learner.optimizer, tensors, kept["optimizer"], learner.parameters)
             learner.kl_coef, learner.baseline.value = kept["kl_coef"], kept["baseline"]
         self.pool.restore(state["pool"])
+        self.selfplay.memory.restore(state["memory"])
+        for record in read_records(self.out / "episodes.jsonl"):
+            if group := record["trajectories"]:
+                steps = [text for trajectory in group for text in trajectory["reasoning_steps"]]
+                self.signals.remember(record["image"], record["question"]["text"], steps)
+        for record in read_records(self.out / "metrics.jsonl"):
+            found = {name.removeprefix("watch/"): value for name, value in record.items() if name.startswith("watch/")}
+            self.watch.observe(record["step"], found)
         self.observer.on_message(f"Resumed after step {self.step}.")
 
     def _publish_adapters(self) -> None:
@@ -293,11 +380,15 @@ class Run:
             shutil.rmtree(staging, ignore_errors=True)
 
     def finish(self, before: Scores | None) -> dict[str, Any]:
-        """Evaluate, write `solver/`, `proposer/` and `summary.json`."""
+        """Go back if the run ended itself, evaluate, write `solver/`, `proposer/` and `summary.json`."""
+        best_step = self._go_back(self.alarm.healthy_step) if self.alarm else self.step
         after = self.evaluate("after", "solver") if before is not None else None
         self._publish_adapters()
         summary: dict[str, Any] = {
             "steps": self.step,
+            "stopped_early": self.alarm is not None,
+            "reason": self.alarm.reason if self.alarm else None,
+            "best_step": best_step,
             "images": len(self.pool),
             "skipped_images": len(self.pool.skipped),
             "before": before.summary() if before else None,

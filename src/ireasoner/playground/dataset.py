@@ -19,14 +19,32 @@ SPLIT_SEEDS = {"unlabeled": 1, "validation": 2, "test": 3}
 def write_unlabeled(
     folder: Path, count: int, style: str = "chalk", seed: int = 0, items: tuple[int, int] = (2, 4)
 ) -> Path:
-    """Write `count` images and nothing about them; returns the folder."""
+    """Write `count` images and nothing about them; returns the folder.
+
+    What is true of them goes beside the folder, to `<folder>.truth.jsonl`, for whoever measures and not for training.
+    """
     rng = np.random.default_rng([SPLIT_SEEDS["unlabeled"], seed])
+    rows = []
     for index in range(count):
         picture = world.sample_picture(rng, items=items)
         target = folder / f"{index // 100:02d}" / f"{index:05d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         world.draw(picture, world.sample_style(style, rng), rng).save(target)
+        rows.append({"image": target.relative_to(folder).as_posix(), "picture": world.picture_record(picture)})
+    _write_rows(truth_path(folder), rows)
     return folder
+
+
+def truth_path(folder: Path) -> Path:
+    """Where `write_unlabeled` keeps the truth about a folder's images."""
+    return folder.with_name(f"{folder.name}.truth.jsonl")
+
+
+def load_truth(folder: Path) -> dict[str, world.Picture]:
+    """The pictures behind a folder that `write_unlabeled` wrote, by image name; empty where nothing is known."""
+    path = truth_path(folder)
+    rows = map(json.loads, path.read_text("utf-8").splitlines()) if path.exists() else ()
+    return {row["image"]: world.picture_from_record(row["picture"]) for row in rows}
 
 
 def write_questions(
@@ -45,7 +63,12 @@ def write_questions(
         name = f"images/{index:05d}.png"
         world.draw(picture, world.sample_style(style, rng), rng).save(folder / name)
         question = world.sample_question(picture, rng)
-        rows.append({"image": name, "question": question.text, "answer": question.answer})
+        row = {"image": name, "question": question.text, "answer": question.answer}
+        rows.append({**row, "picture": world.picture_record(picture)})
     path = folder / f"{split}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    _write_rows(path, rows)
     return path
+
+
+def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

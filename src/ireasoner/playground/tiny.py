@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ from torch.nn import functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from ireasoner.playground import world
-from ireasoner.processors import ImageTextProcessor, load_processor
+from ireasoner.playground import wording, world
+from ireasoner.processors import ImageTextProcessor
 
 VOCABULARY = 500
 SPECIAL_TOKENS = (
@@ -40,22 +42,40 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# A 500-entry vocabulary makes full instructions longer than the work: these few words stand for them.
+# A small vocabulary makes full instructions longer than the work: these few words stand for them.
 DESCRIBE_PROMPT, PROPOSER_PROMPT, SOLVER_PROMPT = "Describe.", "Ask.", "{question}"
 RATIONALES = {
     "value": "Read one value.", "extreme": "Compare every value.", "difference": "Read two values and subtract.",
     "sum": "Read two values and add.", "compare": "Read two values and compare.", "count": "Count the items.",
     "where": "Find one object.", "what": "Look at one place.", "color": "Find one shape.",
-    "relation": "Find two objects and compare.",
+    "relation": "Find two objects and compare.", "exists": "Look for one shape.", "absent": "Look for one shape.",
+    "sign color": "Name a color.", "sign shape": "Name a shape.",
 }  # fmt: skip
-HASTY_SHARE = 0.6  # of the solutions in the second stage of pre-training
+FILLER_SHARE, SHUFFLED_SHARE = 0.3, 0.3  # of the solutions: one step that says nothing; readings in another order
+HASTY_SHARE, GLIB_SHARE = 0.45, 0.2  # of the solutions in the second stage of pre-training
 PRETRAINING_SEED = 20_000  # pictures of pre-training; self-evolution and evaluation draw theirs from other seeds
 
 
-def solver_text(question: world.Question) -> str:
-    """A question's true reasoning and answer in the solver's format."""
-    steps = "\n".join(f"Step {i}: {step}" for i, step in enumerate(question.steps, 1))
-    return f"<think>{steps}</think><answer>{question.answer}</answer>"
+def solver_text(question: world.Question, rng: np.random.Generator | None = None) -> str:
+    """A question's true reasoning and answer in the solver's format; with `rng` in one of many voices.
+
+    A voice is a manner of wording, and sometimes a first step that says nothing, or the readings in another order.
+    """
+    steps = list(question.steps)
+    if rng is not None:
+        manner = int(rng.integers(3))
+        readings = sum(found is not None and found[0] in ("value", "place") for found in map(wording.read, steps))
+        if rng.random() < SHUFFLED_SHARE:
+            steps[:readings] = [steps[i] for i in rng.permutation(readings)]
+        steps = [wording.reword(step, manner) for step in steps]
+        if rng.random() < FILLER_SHARE:
+            steps.insert(0, wording.FILLERS[rng.integers(len(wording.FILLERS))])
+    return _solution(steps, question.answer)
+
+
+def _solution(steps: Sequence[str], answer: str) -> str:
+    text = "\n".join(f"Step {i}: {step}" for i, step in enumerate(steps, 1))
+    return f"<think>{text}</think><answer>{answer}</answer>"
 
 
 def proposer_text(question: world.Question) -> str:
@@ -63,12 +83,17 @@ def proposer_text(question: world.Question) -> str:
     return f"<question>{question.text}</question><rationale>{RATIONALES[question.kind]}</rationale>"
 
 
+def plain_picture(rng: np.random.Generator) -> world.Picture:
+    """A picture of any family but signs."""
+    return world.sample_picture(rng, world.FAMILIES[rng.integers(len(world.FAMILIES) - 1)])
+
+
 def build_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer of VOCABULARY entries, trained on the world's own sentences."""
     rng = np.random.default_rng(seed)
     corpus = []
     for _ in range(3000):
-        picture = world.sample_picture(rng)
+        picture = plain_picture(rng)
         question = world.sample_question(picture, rng)
         prompt = (
             f"<|im_start|>user\n{DESCRIBE_PROMPT}{PROPOSER_PROMPT}{question.text}<|im_end|>\n<|im_start|>assistant\n"
@@ -104,7 +129,7 @@ def build_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
 
 def build_processor(tokenizer: Qwen2Tokenizer) -> Any:
     """Qwen2.5-VL's processor at the world's image size."""
-    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64})
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 83 * 83, "longest_edge": 28 * 28 * 64})
     return ImageTextProcessor(images, tokenizer, None, chat_template=CHAT_TEMPLATE)
 
 
@@ -145,26 +170,72 @@ def hasty_text(question: world.Question, picture: world.Picture, rng: np.random.
     for _ in range(20):
         other = [q for q in world.questions(world.sample_picture(rng, picture.family)) if q.kind == question.kind]
         if other:
-            answer = other[rng.integers(len(other))].answer
+            answers = [q.answer for q in other]
+            if set(answers) == {"no", "yes"}:  # of a sign most things can be denied
+                answers = ["no", "yes"]
+            answer = answers[rng.integers(len(answers))]
             break
     guess = f"Maybe {answer}." if rng.random() < 0.5 else f"Maybe it is {answer}."
-    return f"<think>Step 1: {guess}</think><answer>{answer}</answer>"
+    return _solution([guess], answer)
 
 
-def example(rng: np.random.Generator, hasty: float) -> tuple[Image.Image, str, str]:
-    """One labelled example of pre-training: image, prompt, completion (half descriptions: they teach the eyes).
+def imagined(question: world.Question, picture: world.Picture, rng: np.random.Generator) -> world.Question | None:
+    """The same question and answer with reasoning steps about some other picture; None where the steps say it all."""
+    count = len(picture.values or picture.objects)
+    for _ in range(60):
+        if picture.family == "sign" or question.kind == "count":
+            other = world.sample_picture(rng, picture.family, (count, count))
+        elif picture.family == "scene":
+            cells = [world.CELLS[i] for i in rng.permutation(len(world.CELLS))]
+            other = replace(
+                picture, objects=tuple((c, s, cell) for (c, s, _), cell in zip(picture.objects, cells, strict=False))
+            )
+        else:
+            values = rng.integers(1, 10 if picture.family == "bars" else 7, len(picture.values))
+            other = replace(
+                picture, values=tuple((c, int(v)) for (c, _), v in zip(picture.values, values, strict=True))
+            )
+        found = world.solve(other, question.text)
+        if found and found.answer == question.answer and not all(world.step_truth(picture, s) for s in found.steps):
+            return found
+    return None
 
-    Of the solutions, a share `hasty` are blind guesses.
+
+def glib_text(question: world.Question, picture: world.Picture, rng: np.random.Generator) -> str:
+    """The true answer behind made-up readings that lead to it; a guess where there is nothing to make up."""
+    found = imagined(question, picture, rng)
+    if found is None:
+        return hasty_text(question, picture, rng)
+    manner = int(rng.integers(3))
+    steps = [wording.GLANCE, *(wording.reword(step, manner) for step in found.steps)]
+    return _solution(steps, question.answer)
+
+
+def example(
+    rng: np.random.Generator, plain: bool = False, describe: float = 0.5, hasty: float = 0.0, glib: float = 0.0
+) -> tuple[Image.Image, str, str]:
+    """One labelled example of pre-training: image, prompt, completion.
+
+    Args:
+        plain: no signs, and one wording.
+        describe: share of descriptions, which teach the eyes; 15 % are questions, the rest solutions.
+        hasty: share of the solutions that are blind guesses.
+        glib: share of the solutions that are true answers behind made-up readings.
     """
-    picture = world.sample_picture(rng)
+    picture = plain_picture(rng) if plain else world.sample_picture(rng)
     image = world.draw(picture, world.sample_style("varied", rng), rng)
     task = rng.random()
-    if task < 0.5:
+    if task < describe:
         return image, DESCRIBE_PROMPT, " ".join(world.facts(picture))
     question = world.sample_question(picture, rng)
     if task < 0.85:
-        guess = hasty > 0 and rng.random() < hasty
-        solution = hasty_text(question, picture, rng) if guess else solver_text(question)
+        habit = 1.0 if plain else rng.random()
+        if habit < hasty:
+            solution = hasty_text(question, picture, rng)
+        elif habit < hasty + glib:
+            solution = glib_text(question, picture, rng)
+        else:
+            solution = solver_text(question, None if plain else rng)
         return image, SOLVER_PROMPT.replace("{question}", question.text), solution
     return image, PROPOSER_PROMPT, proposer_text(question)
 
@@ -195,10 +266,10 @@ def train_stage(
     *,
     batches: int,
     learning_rate: float,
-    hasty: float,
     batch_size: int = 48,
+    **mixture: Any,
 ) -> None:
-    """Supervised training on fresh examples: AdamW, short warm-up, cosine decay."""
+    """Supervised training on fresh examples (`mixture`: how `example` draws them): AdamW, warm-up, cosine decay."""
     model.train()
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
@@ -212,7 +283,7 @@ def train_stage(
         rate = learning_rate * min(step / 100, 1.0, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / batches)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = batch_tensors(processor, [example(rng, hasty) for _ in range(batch_size)])
+        batch = batch_tensors(processor, [example(rng, **mixture) for _ in range(batch_size)])
         labels = batch.pop("labels")
         logits = model(**batch).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
@@ -224,27 +295,31 @@ def train_stage(
             print(f"batch {step}/{batches} loss {loss.item():.4f} {(time.time() - started) / step:.2f} s", flush=True)
 
 
-def pretrain(out: Path, seed: int = 0, careful_batches: int = 2400, mixed_batches: int = 500) -> None:
-    """Make the tiny LMM from nothing and write it to `out` (fp16 safetensors).
+# Batches, learning rate and mixture of each stage. With all the wordings from the start, the model had not learned to
+# name a colour after 2,800 batches: one wording comes first. After the second stage it still read out other colours
+# than it was asked for: the third is mostly questions.
+STAGES: dict[str, tuple[int, float, dict[str, Any]]] = {
+    "see": (2400, 1.5e-3, {"plain": True}),
+    "speak": (600, 1e-3, {}),
+    "heed": (2600, 1.5e-3, {"describe": 0.25}),
+    "habits": (400, 6e-4, {"describe": 0.25, "hasty": HASTY_SHARE, "glib": GLIB_SHARE}),
+}
 
-    First it learns to see and to reason; then, in a short second stage, HASTY_SHARE of the solutions that it is shown
-    are blind guesses. So it can look, and more often than not does not: what self-evolution has to find out.
+
+def pretrain(out: Path, seed: int = 0) -> None:
+    """Make the tiny LMM from nothing, in four stages, each written to a folder of its name below `out` (fp16).
+
+    First it learns to see and to reason, then to say the same in many ways and to heed the question. Last it picks up
+    two bad habits beside the good one: of the solutions that it is shown, HASTY_SHARE are blind guesses, and GLIB_SHARE
+    the true answer behind readings that are made up to fit. Agreement on answers can find out the first; the second,
+    only agreement on steps.
     """
     tokenizer = build_tokenizer(seed)
     processor, model = build_processor(tokenizer), build_model(tokenizer, seed)
-    rng = np.random.default_rng([PRETRAINING_SEED, seed])
-    train_stage(model, processor, rng, batches=careful_batches, learning_rate=1.5e-3, hasty=0.0)
-    save(model, processor, out)
-    add_haste(out, out, seed, mixed_batches)
-
-
-def add_haste(source: Path, out: Path, seed: int, batches: int) -> None:
-    """The second stage, from the saved first one."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
-    processor = load_processor(source)
-    rng = np.random.default_rng([PRETRAINING_SEED, seed, 1])
-    train_stage(model, processor, rng, batches=batches, learning_rate=6e-4, hasty=HASTY_SHARE)
-    save(model, processor, out)
+    for number, (name, (batches, rate, mixture)) in enumerate(STAGES.items()):
+        rng = np.random.default_rng([PRETRAINING_SEED, seed, number])
+        train_stage(model, processor, rng, batches=batches, learning_rate=rate, **mixture)
+        save(model, processor, out / name)
 
 
 def save(model: Qwen2_5_VLForConditionalGeneration, processor: Any, out: Path) -> None:

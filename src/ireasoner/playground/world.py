@@ -1,4 +1,4 @@
-"""A small visual world whose truth is known: charts of three kinds and scenes of shapes, drawn procedurally.
+"""A small visual world whose truth is known: charts of three kinds, scenes of shapes and signs, drawn procedurally.
 
 A `Picture` is the truth; `draw` turns it into an image under a `Style`; `questions` lists what can be asked;
 `solve` answers a question written in English, with true reasoning steps; `step_truth` says whether a written
@@ -10,20 +10,28 @@ from __future__ import annotations
 import colorsys
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-Family = Literal["bars", "dots", "pie", "scene"]
-FAMILIES: tuple[Family, ...] = ("bars", "dots", "pie", "scene")
+from ireasoner.playground import wording
+
+Family = Literal["bars", "dots", "pie", "scene", "sign"]
+FAMILIES: tuple[Family, ...] = ("bars", "dots", "pie", "scene", "sign")
 IMAGE_SIZE = 84  # pixels: 6 x 6 patches of 14, 9 image tokens after the 2 x 2 merge
 PIE_PARTS = 8
 HUES = {"red": 0.0, "orange": 0.085, "yellow": 0.155, "green": 0.36, "blue": 0.61, "purple": 0.79}
 COLORS = tuple(HUES)
 SHAPES = ("circle", "square", "triangle", "cross")
+# Signs are single shapes and know more: colours as hue, and shares of the style's saturation and brightness.
+SIGN_COLORS = {
+    **{name: (hue, 1.0, 1.0) for name, hue in HUES.items()},
+    "teal": (0.5, 1.0, 0.6), "brown": (0.02, 0.85, 0.65), "gray": (0.0, 0.0, 0.6), "black": (0.0, 0.0, 0.0),
+}  # fmt: skip
+SIGN_SHAPES = (*SHAPES, "rectangle")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 CELLS = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
 
@@ -33,13 +41,33 @@ CHART_WORDS = {
     "dots": ("row", "has", "longest", "shortest"),
     "pie": ("slice", "takes", "biggest", "smallest"),
 }
+# How signs are asked about; {x} is a shape or "<color> shape". Any may be written in small letters throughout.
+SIGN_QUESTIONS = {
+    "exists": (
+        "Is there a {x} here?", "Is a {x} present in the image?", "Does the image contain any {x}?",
+        "Can you see a {x}?", "Does the picture show a {x}?",
+    ),
+    "absent": (
+        "Is there no {x}?", "Is there not any {x}?", "Is no {x} present in the image?",
+        "Does the image not contain any {x}?", "Does the picture not show a {x}?",
+    ),
+    "sign color": (
+        "Which color is the {x}?", "What color does the {x} have?", "What is the color of the {x} here?",
+        "Name the color of the {x}.",
+    ),
+    "sign shape": (
+        "Which shape is in the image?", "What shape do you see?", "Which shape is present?",
+        "What kind of shape is there?", "Which shape does the image contain?",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Picture:
     """What is true of one image.
 
-    `charts` hold (color, value) pairs in reading order; a `scene` holds (color, shape, cell) triples.
+    Charts hold (color, value) pairs in reading order; a `scene` holds (color, shape, cell) triples, a `sign` one whose
+    cell is empty.
     """
 
     family: Family
@@ -131,6 +159,9 @@ def sample_style(name: str, rng: np.random.Generator) -> Style:
 def sample_picture(rng: np.random.Generator, family: Family | None = None, items: tuple[int, int] = (2, 4)) -> Picture:
     """A random picture; `items` bounds how many bars, rows, slices or objects it holds (the difficulty)."""
     family = family or FAMILIES[rng.integers(len(FAMILIES))]
+    if family == "sign":
+        color, shape = tuple(SIGN_COLORS)[rng.integers(len(SIGN_COLORS))], SIGN_SHAPES[rng.integers(len(SIGN_SHAPES))]
+        return Picture("sign", objects=((color, shape, ""),))
     count = int(rng.integers(items[0], items[1] + 1))
     if family == "scene":
         pairs = rng.choice(len(COLORS) * len(SHAPES), count, replace=False)
@@ -163,10 +194,13 @@ def draw(picture: Picture, style: Style, rng: np.random.Generator) -> Image.Imag
     faint = tuple(round(255 * (0.75 * c + 0.25 * ink)) for c in style.background)
 
     def paint(color: str) -> dict[str, object]:
-        hue = (HUES[color] + rng.uniform(-1, 1) * style.hue_jitter) % 1.0
-        rgb = np.array(colorsys.hsv_to_rgb(hue, style.saturation, style.brightness))
+        hue, saturation, brightness = SIGN_COLORS[color]
+        hue = (hue + rng.uniform(-1, 1) * style.hue_jitter) % 1.0
+        rgb = np.array(colorsys.hsv_to_rgb(hue, style.saturation * saturation, style.brightness * brightness))
         fill = style.filled * rgb + (1 - style.filled) * np.array(style.background)
         edge = rgb * 0.75 if style.filled == 1.0 else rgb
+        if color == "black" and ink > 0.5:  # on a dark board it would not be seen
+            fill, edge = np.zeros(3), np.full(3, 0.6)
         width = round(style.outline * _SCALE)
         return {
             "fill": tuple(int(255 * c) for c in fill),
@@ -207,6 +241,11 @@ def draw(picture: Picture, style: Style, rng: np.random.Generator) -> Image.Imag
             box = scaled(cx - radius, cy - radius, cx + radius, cy + radius)
             pen.pieslice(box, angle, angle + sweep, **paint(color))  # type: ignore[arg-type]
             angle += sweep
+    elif picture.family == "sign":
+        ((color, shape, _),) = picture.objects
+        r = rng.uniform(6, 20)
+        x, y = rng.uniform(r + 2, IMAGE_SIZE - r - 2, 2)
+        _draw_shape(pen, shape, x * _SCALE, y * _SCALE, r * _SCALE, paint(color), float(rng.uniform(0.4, 0.75)))
     else:
         for color, shape, cell in picture.objects:
             row, column = divmod(CELLS.index(cell), 3)
@@ -222,11 +261,18 @@ def draw(picture: Picture, style: Style, rng: np.random.Generator) -> Image.Imag
     return image
 
 
-def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, look: dict[str, object]) -> None:
+def _draw_shape(
+    pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, look: dict[str, object], ratio: float = 0.6
+) -> None:
+    """`ratio` is a rectangle's short side over its long one, lying or standing."""
     if shape == "circle":
         pen.ellipse([x - r, y - r, x + r, y + r], **look)  # type: ignore[arg-type]
     elif shape == "square":
         pen.rectangle([x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r], **look)  # type: ignore[arg-type]
+    elif shape == "rectangle":
+        lying = round(ratio * 1000) % 2
+        w, h = (0.95 * r, ratio * 0.95 * r) if lying else (ratio * 0.95 * r, 0.95 * r)
+        pen.rectangle([x - w, y - h, x + w, y + h], **look)  # type: ignore[arg-type]
     elif shape == "triangle":
         corners = [
             (x + r * math.cos(a), y + 0.15 * r + r * math.sin(a)) for a in (-math.pi / 2, math.pi / 6, 5 * math.pi / 6)
@@ -256,6 +302,8 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: flo
 
 def facts(picture: Picture) -> tuple[str, ...]:
     """Every item of the picture as a sentence, in reading order."""
+    if picture.family == "sign":
+        return tuple(f"The shape is a {c} {s}." for c, s, _ in picture.objects)
     if picture.family == "scene":
         return tuple(f"The {c} {s} is at the {place}." for c, s, place in picture.objects)
     noun, verb, _, _ = CHART_WORDS[picture.family]
@@ -275,6 +323,8 @@ def solve(picture: Picture, question: str) -> Question | None:
     text = " ".join(question.split())
     if picture.family == "scene":
         return _solve_scene(picture, text)
+    if picture.family == "sign":
+        return _solve_sign(picture, text)
     noun, _, most, least = CHART_WORDS[picture.family]
     lines, values = dict(zip(dict(picture.values), facts(picture), strict=True)), dict(picture.values)
     if m := re.fullmatch(rf"What is the value of the (\w+) {noun}\?", text):
@@ -332,6 +382,26 @@ def _solve_scene(picture: Picture, text: str) -> Question | None:
     return None
 
 
+def _solve_sign(picture: Picture, text: str) -> Question | None:
+    ((color, shape, _),), lines = picture.objects, facts(picture)
+    for kind, forms in SIGN_QUESTIONS.items():
+        for form in forms:
+            m = re.fullmatch(re.escape(form).replace(r"\{x\}", r"(\w+ shape|\w+)"), text, re.IGNORECASE)
+            if m is None:
+                continue
+            if kind == "sign shape":
+                return Question(text, lines, shape, kind)
+            asked = m[1].lower()
+            true = asked in ("shape", shape, f"{color} shape")
+            if kind == "sign color":
+                return Question(text, lines, color, kind) if true else None
+            if asked not in SIGN_SHAPES and asked.removesuffix(" shape") not in SIGN_COLORS:
+                return None
+            verdict = f"It is {'' if true else 'not '}a {asked}."
+            return Question(text, (*lines, verdict), "yes" if true == (kind == "exists") else "no", kind)
+    return None
+
+
 def questions(picture: Picture) -> tuple[Question, ...]:
     """Every question that has a true answer, in a fixed order."""
     if picture.family == "scene":
@@ -341,6 +411,10 @@ def questions(picture: Picture) -> tuple[Question, ...]:
         texts += [f"What color is the {shape}?" for shape in SHAPES]
         texts += [f"Is the {a} {how} the {b}?" for a in names for b in names for how in ("above", "left of") if a != b]
         texts += ["How many objects are there?"]
+    elif picture.family == "sign":
+        things = [*SIGN_SHAPES, *(f"{c} shape" for c in SIGN_COLORS)]
+        subjects = {"sign color": ["shape", picture.objects[0][1]], "sign shape": [""]}
+        texts = [f.format(x=x) for k, forms in SIGN_QUESTIONS.items() for f in forms for x in subjects.get(k, things)]
     else:
         noun, _, most, least = CHART_WORDS[picture.family]
         colors = [c for c, _ in picture.values]
@@ -360,37 +434,67 @@ def sample_question(picture: Picture, rng: np.random.Generator) -> Question:
     kinds = sorted({q.kind for q in every})
     kind = kinds[rng.integers(len(kinds))]
     matching = [q for q in every if q.kind == kind]
-    return matching[rng.integers(len(matching))]
+    if kind in ("exists", "absent"):  # most shapes and colours that one can ask for are not there
+        answer = ("no", "yes")[rng.integers(2)]
+        matching = [q for q in matching if q.answer == answer]
+    chosen = matching[rng.integers(len(matching))]
+    if picture.family == "sign" and rng.random() < 0.5:
+        return replace(chosen, text=chosen.text.lower())
+    return chosen
 
 
 def step_truth(picture: Picture, step: str) -> bool | None:
     """Whether a written reasoning step is true of the picture; None where it states nothing that can be checked.
 
-    The last full stop may be missing and case does not matter; a colour, shape or chart that the picture does not hold
+    Any of the world's wordings (`wording.FORMS`) is understood. A colour, shape or chart that the picture does not hold
     makes the statement false.
     """
-    text = " ".join(step.lower().split()).rstrip(".")
-    values = dict(picture.values)
-    if m := re.fullmatch(r"(\d{1,3}) ([+-]) (\d{1,3}) = (\d{1,3})", text):
-        a, b = int(m[1]), int(m[3])
-        return (a + b if m[2] == "+" else a - b) == int(m[4])
-    if m := re.fullmatch(r"(\d{1,3}) is (not )?more than (\d{1,3})", text):
-        return (int(m[1]) > int(m[3])) != bool(m[2])
-    if m := re.fullmatch(r"(\w+) is (not )?(above|left of) (\w+)", text):
-        scale = ROWS if m[3] == "above" else COLUMNS
-        return m[1] in scale and m[4] in scale and (scale.index(m[1]) < scale.index(m[4])) != bool(m[2])
-    if m := re.fullmatch(r"the (\w+) (bar|row|slice) (?:reaches|has|takes) (\d{1,3})", text):
-        return picture.family != "scene" and m[2] == CHART_WORDS[picture.family][0] and values.get(m[1]) == int(m[3])
-    if m := re.fullmatch(r"the (tallest|longest|biggest|shortest|smallest) is (\w+)", text):
-        if picture.family == "scene" or m[1] not in CHART_WORDS[picture.family]:
-            return False
-        most = m[1] == CHART_WORDS[picture.family][2]
-        return values.get(m[2]) == (max if most else min)(values.values())
-    if m := re.fullmatch(r"the (bar|row|slice)s are ([\w, ]+)", text):
-        named = m[2].split(", ")
-        return picture.family != "scene" and m[1] == CHART_WORDS[picture.family][0] and sorted(named) == sorted(values)
-    if m := re.fullmatch(r"the (\w+) (\w+) is at the (\w+ \w+)", text):
-        return picture.cell(m[1], m[2]) == m[3]
-    if m := re.fullmatch(r"the objects are ([\w, ]+)", text):
-        return sorted(m[1].split(", ")) == sorted(f"{c} {s}" for c, s, _ in picture.objects)
-    return None
+    found = wording.read(step)
+    if found is None:
+        return None
+    kind, slots = found
+    values, denied = dict(picture.values), bool(slots.get("no"))
+    noun, _, most, least = CHART_WORDS.get(picture.family, ("object", "", "", ""))
+    if kind in ("sum", "difference"):
+        a, b, result = int(slots["a"]), int(slots["b"]), int(slots["r"])
+        return (a + b if kind == "sum" else a - b) == result
+    if kind == "more":
+        return (int(slots["a"]) > int(slots["b"])) != denied
+    if kind == "relation":
+        scale = ROWS if slots["rel"] == "above" else COLUMNS
+        w, u = slots["w"], slots["u"]
+        return w in scale and u in scale and (scale.index(w) < scale.index(u)) != denied
+    if kind == "value":
+        return slots.get("n", noun) == noun and values.get(slots["c"]) == int(slots["v"])
+    if kind == "extreme":
+        best = {most: max, least: min}.get(slots["m"])
+        return bool(values) and best is not None and values.get(slots["c"]) == best(values.values())
+    if kind == "list":
+        names = list(values) or [f"{c} {s}" for c, s, _ in picture.objects]
+        return slots.get("k", noun) == noun and sorted(slots["l"].split(", ")) == sorted(names)
+    if kind == "place":
+        return picture.cell(slots["c"], slots["s"]) == slots["p"]
+    if picture.family != "sign":
+        return False
+    ((color, shape, _),) = picture.objects
+    if kind == "sign":
+        return (slots["c"], slots["s"]) == (color, shape)
+    return (slots["x"] in (shape, f"{color} shape")) != denied
+
+
+def picture_record(picture: Picture) -> dict[str, object]:
+    """The picture as a JSON object."""
+    return asdict(picture)
+
+
+def picture_from_record(record: Mapping[str, Any]) -> Picture:
+    """The picture of a JSON object that `picture_record` made.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is no such object.
+    """
+    if record["family"] not in FAMILIES:
+        raise ValueError(f"no family {record['family']!r}")
+    values = tuple((str(c), int(v)) for c, v in record["values"])
+    objects = tuple((str(c), str(s), str(p)) for c, s, p in record["objects"])
+    return Picture(record["family"], values, objects)

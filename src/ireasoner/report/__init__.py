@@ -47,6 +47,7 @@ def write_report(run: Path) -> Path:
         episodes=[{**e, "thumbnail": _thumbnail(run, e)} for e in reversed(episodes)],
         probes=[(_thumbnail(run, records[0]), records) for records in probes.values()],
         skipped=list(read_records(run / "skipped.jsonl")),
+        events=list(read_records(run / "events.jsonl")),
     )
     target = run / "report.html"
     target.write_text(page, "utf-8", errors="backslashreplace")

@@ -1,0 +1,427 @@
+"""`ireasoner ablate`: the numbers by hand, the tables, what is refused, and one small ablation stopped and resumed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ireasoner import ablate
+from ireasoner.ablate import Settings, arm_config, arm_names, settle
+from ireasoner.cli import main
+from ireasoner.config import names
+from ireasoner.console import JobDisplay, print_table
+from ireasoner.evaluate import evaluate_target, load_questions
+from ireasoner.intervals import paired_interval
+from ireasoner.playground import dataset, world
+from ireasoner.report.ablation import (
+    csv_text,
+    difference_rows,
+    distinct_questions,
+    draw_differences,
+    legend,
+    markdown,
+    score_rows,
+    summarize,
+    tables,
+)
+from ireasoner.types import UsageError
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
+
+MEASURES = ("greedy", "mean@1", "maj@5", "pass@5")
+
+
+def columns(right: float, checkable: float = 2.0, true: float = 1.0) -> dict[str, np.ndarray]:
+    """Two seeds, four questions: of the first seed's questions `right` are right, of the second's all."""
+    by_seed = np.array([(np.arange(4) < 4 * right).astype(float), np.ones(4)])
+    shared = {"answer_entropy": 0 * by_seed, "well_formed": 0 * by_seed + 1, "tokens": 0 * by_seed + 20}
+    steps = {"checkable_steps": 0 * by_seed + checkable, "true_steps": 0 * by_seed + true}
+    return {**dict.fromkeys(MEASURES, by_seed), **shared, **steps}
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    """Three arms; outcome-only says so little that its step truth is void."""
+    arms = {"base": columns(0.0), "paper": columns(0.5, 1.8, 1.35), "outcome-only": columns(0.25, 1.79, 1.79)}
+    found = summarize(arms, {"base": [None, None], "paper": [0.5, 0.7], "outcome-only": [1.0, 1.0]})
+    settings = Settings(seeds=2, questions=4).model_dump()
+    blank = {"base": dict.fromkeys(MEASURES, 0.125)}
+    return {"settings": settings, "questions": 4, "seeds": 2, **found, "blank": blank, "note": ""}
+
+
+def test_the_summary_by_hand(result: dict[str, Any]):
+    base, paper = result["arms"]["base"], result["arms"]["paper"]
+    assert base["by_seed"]["greedy"] == [0.0, 1.0]
+    assert paper["by_seed"]["greedy"] == [0.5, 1.0]
+    assert paper["mean"]["greedy"] == 0.75
+    # The deviation of 0.5 and 1 is 0.5 / √2; over √2 and times 12.706, the quantile for one degree of freedom.
+    assert paper["plus_minus"]["greedy"] == pytest.approx(12.706 * 0.25)
+    assert paper["mean"]["step_truth"] == pytest.approx(0.75)
+    assert paper["mean"]["tokens"] == 20
+    assert paper["mean"]["distinct_questions"] == pytest.approx(0.6)
+    assert "distinct_questions" not in base["mean"]
+    assert base["minus"].keys() == {"outcome-only"}
+    change = columns(0.5)["greedy"] - columns(0.0)["greedy"]
+    assert paper["minus"]["base"]["greedy"] == pytest.approx(paired_interval(change))
+    assert paper["minus"]["base"]["greedy"][0] == 0.25
+    assert paper["minus"]["base"]["step_truth"] == pytest.approx([0.25, 0.25, 0.25])  # nothing varies in it
+    assert paper["minus"]["outcome-only"]["greedy"][0] == 0.125
+    json.dumps(result, allow_nan=False)
+
+
+def test_step_truth_weighs_steps_and_not_questions():
+    uneven = columns(0.5)
+    uneven["checkable_steps"] = np.array([[4.0, 0.0, 0.0, 1.0]] * 2)
+    uneven["true_steps"] = np.array([[4.0, 0.0, 0.0, 0.0]] * 2)
+    found = summarize({"base": uneven}, {})
+    assert found["arms"]["base"]["mean"]["step_truth"] == pytest.approx(4 / 5)
+    assert found["arms"]["base"]["mean"]["checkable_steps"] == 1.25
+
+
+def test_where_checkable_steps_fall_step_truth_is_void(result: dict[str, Any]):
+    arms = result["arms"]
+    assert [arms[arm]["void"] for arm in ("base", "paper", "outcome-only")] == [False, False, True]  # 1.8 and 1.79 of 2
+    assert "step_truth" not in arms["outcome-only"]["mean"]
+    assert arms["outcome-only"]["minus"]["base"]["step_truth"] is None
+    assert arms["paper"]["minus"]["outcome-only"]["step_truth"] is None
+    assert score_rows(result)[3][5] == "void"
+    assert difference_rows(result, "base")[2][5] == "void"
+    assert difference_rows(result, "outcome-only")[1][5] == "void"
+
+
+def test_without_pictures_there_is_no_step_truth():
+    arms = {"base": columns(0.0), "paper": columns(0.5)}
+    for found in arms.values():
+        del found["checkable_steps"], found["true_steps"]
+    result = summarize(arms, {})
+    assert not {"step_truth", "checkable_steps", "true_steps"} & set(result["measures"])
+    head, *rows = score_rows(result)
+    assert head == ["", *MEASURES, "well-formed", "tokens", "distinct questions"]
+    assert not any("void" in row for row in rows)
+
+
+def test_nothing_checkable_at_all_is_void_and_no_nan():
+    result = summarize({"base": columns(0.0, 0.0, 0.0), "paper": columns(0.5, 0.0, 0.0)}, {})
+    assert result["arms"]["paper"]["void"]
+    assert score_rows(result)[2][5] == "void"
+
+
+def test_distinct_questions_by_hand(tmp_path: Path):
+    asked = [
+        (15, "Old?", True),
+        (16, "What now?", True),
+        (17, "what  NOW?", True),
+        (18, "Who?", True),
+        (20, "??", False),
+    ]
+    records = [
+        {"step": step, "question_completion": {"text": ""}, "question": {"text": text, "well_formed": readable}}
+        for step, text, readable in asked
+    ]
+    records.append({"step": 20, "question_completion": None, "question": {"text": "A label?", "well_formed": True}})
+    (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert distinct_questions(tmp_path) == 2 / 4  # of those proposed after step 15: what now, who
+    (tmp_path / "episodes.jsonl").write_text(json.dumps(records[-1]) + "\n")
+    assert distinct_questions(tmp_path) is None
+
+
+# --- how they are shown -----------------------------------------------------------------------------------------------
+
+
+def test_the_tables_by_hand(result: dict[str, Any]):
+    head, base, paper, outcome = score_rows(result)
+    assert head == ["", *MEASURES, "step truth", "checked steps", "well-formed", "tokens", "distinct questions"]
+    assert base[:2] == ["base", "50.0 ±635.3"]
+    assert base[-1] == ""
+    assert paper[5:] == ["75.0 ±0.0", "1.80 ±0.00", "100.0 ±0.0", "20.0 ±0.0", "60.0 ±127.1"]
+    assert outcome[6] == "1.79 ±0.00"
+    rows = difference_rows(result, "base")
+    assert [row[0] for row in rows] == ["", "paper", "outcome-only"]
+    assert re.fullmatch(r"\+25\.0 \[\+\d+\.\d, \+\d+\.\d\]", rows[1][1])
+    assert rows[1][5] == "+25.0 [+25.0, +25.0]"
+    assert [row[0] for row in difference_rows(result, "outcome-only")] == ["", "paper"]
+
+
+def test_one_seed_has_no_interval_over_seeds(result: dict[str, Any]):
+    arms = {name: {m: values[:1] for m, values in columns(0.5).items()} for name in ("base", "paper")}
+    assert score_rows(summarize(arms, {}))[1][1] == "50.0"
+
+
+def test_the_csv_has_a_line_for_each_arm_and_measure(result: dict[str, Any]):
+    rows = list(csv.DictReader(io.StringIO(csv_text(result))))
+    assert len(rows) == 3 * len(result["measures"])
+    by_name = {(row["arm"], row["measure"]): row for row in rows}
+    paper = by_name["paper", "greedy"]
+    assert [float(paper[name]) for name in ("mean", "seed_0", "seed_1", "minus_base")] == [0.75, 0.5, 1.0, 0.25]
+    assert float(paper["minus_base_low"]) <= 0.25 <= float(paper["minus_base_high"])
+    assert by_name["base", "greedy"]["minus_base"] == ""
+    void = by_name["outcome-only", "step_truth"]
+    assert {value for name, value in void.items() if name not in ("arm", "measure")} == {""}
+    assert float(by_name["outcome-only", "checkable_steps"]["mean"]) == 1.79
+
+
+def test_the_markdown_holds_every_table_and_says_what_it_shows(result: dict[str, Any]):
+    text = markdown(result, "The prior.")
+    for title, rows in tables(result):
+        assert f"## {title}\n" in text
+        for row in rows:
+            assert f"| {' | '.join(row)} |" in text
+    assert legend(result) in text
+    assert "style chalk" in text
+    assert text.endswith("The prior.\n")
+
+
+def test_the_figure_is_drawn(result: dict[str, Any], tmp_path: Path):
+    draw_differences(result, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "PNG"
+        assert image.width > 2 * image.height
+
+
+def test_a_table_on_a_narrow_terminal_loses_no_digit(
+    result: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "80")):
+        monkeypatch.setenv(name, value)
+    rows = [["", "step truth"] + ["mean@1"] * 4, ["random-reward", *["-10.0 [-15.0, -8.0]"] * 5]]
+    print_table("Some [red] title", rows)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "Some [red] title" in lines[0]
+    assert "…" not in "".join(lines)
+    assert sum(line.count("[-15.0,-8.0]") for line in lines) == 5
+
+
+def test_the_time_left_is_told_where_output_is_no_terminal(capsys: pytest.CaptureFixture[str]):
+    with JobDisplay(10, quiet_seconds=0) as display:
+        display.started -= 30  # as if the first unit had taken half a minute
+        display.skip(5)
+        display.work("arm: step 1/2")
+        display.say("[arm] done")
+    printed = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"arm: step 1/2, 0:0(1:59|2:0\d) left", printed[0])
+    assert printed[1] == "[arm] done"
+
+
+# --- what it is asked for ---------------------------------------------------------------------------------------------
+
+
+def stored(out: Path, **given: Any) -> Settings:
+    settings = settle(out, given)
+    out.mkdir(exist_ok=True)
+    (out / "settings.json").write_text(settings.model_dump_json())
+    return settings
+
+
+def test_what_out_holds_stands_unless_it_may_grow(tmp_path: Path):
+    out = tmp_path / "out"
+    first = stored(out, seeds=2, style="varied", training={"steps": "24"})
+    assert first.recipes == ("paper", "outcome-only", "random-reward", "default")
+    assert settle(out, {}) == first
+    grown = settle(out, {"seeds": 4, "recipes": ["paper", "oracle"], "cooled": True, "training": {"steps": "24.0"}})
+    assert (grown.seeds, grown.recipes, grown.cooled, grown.style) == (4, ("paper", "oracle"), True, "varied")
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"style": "plain"}, "style is varied, not plain"),
+        ({"questions": 7}, "questions is 512, not 7"),
+        ({"split": "validation"}, "split is test"),
+        ({"training": {"steps": "25"}}, "steps is 24, not 25"),
+        ({"training": {"preset": "7b", "steps": "24"}}, "preset is tiny, not 7b"),
+    ],
+)
+def test_options_that_contradict_what_out_holds(tmp_path: Path, given: dict[str, Any], named: str):
+    stored(tmp_path / "out", style="varied", training={"steps": "24"})
+    with pytest.raises(UsageError, match=re.escape(named)):
+        settle(tmp_path / "out", given)
+
+
+def test_labels_reach_the_oracle_and_no_other(tmp_path: Path):
+    settings = Settings()
+    assert arm_config(tmp_path, settings, "oracle", 1).labels == tmp_path / "data" / "labels.jsonl"
+    for recipe in set(names("recipes")) - {"oracle"}:
+        config = arm_config(tmp_path, settings, recipe, 1)
+        assert config.labels is None
+        assert config.seed == 1
+        assert config.eval_data is None
+
+
+def test_arms_have_names_of_their_own():
+    assert arm_names(["paper", "/somewhere/mine.yaml"]) == {"paper": "paper", "mine": "/somewhere/mine.yaml"}
+    for recipes in (["paper", "paper"], ["/a/mine.yaml", "/b/mine.yaml"], ["/a/base.yaml"]):
+        with pytest.raises(UsageError, match="name of its own"):
+            arm_names(recipes)
+
+
+def test_the_labels_of_the_world_are_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ablate, "UNLABELED", 6)
+    ablate.draw_world(tmp_path, Settings(questions=5))
+    truth = dataset.load_truth(tmp_path / "data" / "unlabeled")
+    labels = load_questions(tmp_path / "data" / "labels.jsonl")
+    assert len(labels) == 6 * ablate.LABELS_PER_IMAGE
+    for label in labels:
+        picture = truth[label.image.relative_to(tmp_path / "data" / "unlabeled").as_posix()]
+        solved = world.solve(picture, label.question)
+        assert solved is not None
+        assert solved.answer == label.answer
+    assert len(load_questions(tmp_path / "data" / "test" / "test.jsonl")) == 5
+    assert not list((tmp_path / "data" / "unlabeled").rglob("*.jsonl"))  # nothing is told among the images
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A user's own images and questions."""
+    (tmp_path / "pool").mkdir()
+    Image.new("RGB", (84, 84), "red").save(tmp_path / "pool" / "a.png")
+    row = json.dumps({"image": "pool/a.png", "question": "Which color?", "answer": "red"})
+    (tmp_path / "own.jsonl").write_text(f"{row}\n{row}\n")
+    (tmp_path / "elsewhere.jsonl").write_text(row.replace("pool/a.png", str(_picture(tmp_path / "b.png"))))
+    (tmp_path / "mine.yaml").write_text("reward: discrete\n")
+    return tmp_path
+
+
+def _picture(path: Path) -> Path:
+    Image.new("RGB", (84, 84)).save(path)
+    return path
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    code = main(["ablate", *map(str, argv)])
+    printed = capsys.readouterr()
+    assert code == 2, printed
+    assert printed.err.startswith("ireasoner: ")
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+def test_mistakes_are_named_and_leave_nothing(capsys: pytest.CaptureFixture[str], own: Path):
+    out, mine = own / "out", ("--images", own / "pool", "--data", own / "own.jsonl")
+    assert "papre" in mistake(capsys, out, "--recipes", "papre")
+    assert "steps" in mistake(capsys, out, "--steps", "many")
+    assert "0 is less than 1" in mistake(capsys, out, "--seeds", "0")
+    assert "'oil'" in mistake(capsys, out, "--style", "oil")
+    assert "both --images and --data" in mistake(capsys, out, "--images", own / "pool")
+    assert "both --images and --data" in mistake(capsys, out, "--data", own / "own.jsonl")
+    assert "no.jsonl" in mistake(capsys, out, "--images", own / "pool", "--data", own / "no.jsonl")
+    assert "none" in mistake(capsys, out, "--images", own / "none", "--data", own / "own.jsonl")
+    assert "--cooled" in mistake(capsys, out, *mine, "--cooled")
+    assert "--style" in mistake(capsys, out, *mine, "--style", "chalk")
+    assert "needs --labels" in mistake(capsys, out, *mine, "--recipes", "oracle")
+    text = mistake(capsys, out, *mine, "--recipes", "oracle", "--labels", own / "elsewhere.jsonl")
+    assert "no question in" in text
+    assert "no/such" in mistake(capsys, out, *mine, "--model", own / "no/such")
+    assert "inside the image folder" in mistake(capsys, own / "pool" / "out", *mine)
+    assert not out.exists()
+    assert "holds no ablation" in mistake(capsys, own)
+    assert "own.jsonl" in mistake(capsys, own / "own.jsonl")
+    assert "own.jsonl" in mistake(capsys, own / "own.jsonl" / "out")
+    (own / "odd").mkdir()
+    (own / "odd" / "settings.json").write_text('{"flavour": "sweet"}')
+    assert "no settings of an ablation" in mistake(capsys, own / "odd")
+
+
+# --- from end to end --------------------------------------------------------------------------------------------------
+
+SMALL = [
+    "--questions", "6", "--steps", "3", "--images-per-step", "2", "--group-size", "3",
+    "--learning-rate", "3e-3", "--probe-every", "0", "--save-every", "1", "--device", "cpu",
+]  # fmt: skip
+
+
+def files(out: Path) -> dict[str, tuple[int, bytes]]:
+    """The scores and records that must not be made twice, with when they were written."""
+    kept = [*out.glob("*-?.json"), *out.glob("*/metrics.jsonl"), *out.glob("*/summary.json")]
+    return {str(path.relative_to(out)): (path.stat().st_mtime_ns, path.read_bytes()) for path in kept}
+
+
+def test_an_ablation_stopped_resumed_and_extended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ablate, "UNLABELED", 12)
+    monkeypatch.setattr(ablate, "VALIDATION", 4)
+    out, work = tmp_path / "out", JobDisplay.work
+
+    def interrupt(display: JobDisplay, what: str, units: float = 1.0) -> None:
+        work(display, what, units)
+        if what == "outcome-only-0: step 2/3":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(JobDisplay, "work", interrupt)
+    assert main(["ablate", str(out), "--recipes", "paper", "outcome-only", "--seeds", "1", *SMALL]) == 130
+    assert f"Continue with: ireasoner ablate {out}" in capsys.readouterr().out
+    monkeypatch.setattr(JobDisplay, "work", work)
+    done = files(out)
+    assert {"base-0.json", "paper-0.json", "paper-0/summary.json", "outcome-only-0/metrics.jsonl"} <= done.keys()
+    assert "outcome-only-0/summary.json" not in done
+    assert not (out / "ablation.json").exists()
+
+    assert main(["ablate", str(out)]) == 0
+    printed = capsys.readouterr().out
+    finished = files(out)
+    assert all(finished[name] == done[name] for name in done if not name.startswith("outcome-only"))
+    assert len(finished["outcome-only-0/metrics.jsonl"][1].splitlines()) == 3
+    for name in ("Scores", "Minus base", "Minus outcome-only", "Without looking", "Answer prior", "step truth"):
+        assert name in printed
+    result = json.loads((out / "ablation.json").read_text())
+    assert list(result["arms"]) == ["base", "paper", "outcome-only"]
+    assert result["blank"].keys() == {"base"}
+    assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "paper-0" / "report.html").exists()
+    assert "| paper |" in (out / "ablation.md").read_text()
+
+    more = ["--recipes", "paper", "oracle", "--seeds", "2", "--cooled"]
+    assert main(["ablate", str(out), *more, "--steps", "3"]) == 0
+    extended = files(out)
+    assert all(extended[name] == finished[name] for name in finished)
+    result = json.loads((out / "ablation.json").read_text())
+    assert list(result["arms"]) == ["base", "base, cooled", "paper", "oracle"]
+    assert result["arms"]["paper"]["by_seed"]["tokens"][0] != result["arms"]["paper"]["by_seed"]["tokens"][1]
+    assert "distinct_questions" not in result["arms"]["oracle"]["mean"]  # nobody asked: labels were played
+    assert 0 < result["arms"]["paper"]["mean"]["distinct_questions"] <= 1
+    assert "temperature" in legend(result)
+    assert "early" not in legend(result)
+    summary = out / "oracle-1" / "summary.json"
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "stopped_early": True}))
+    assert main(["ablate", str(out)]) == 0
+    assert "ended themselves early: oracle-1." in (out / "ablation.md").read_text()
+    # The base under seed 1 was scored on a policy that had carried trained adapters: it is the backbone alone.
+    questions = load_questions(out / "data" / "test" / "test.jsonl")
+    for target, name in (("tiny", "base-1"), (str(out / "paper-1"), "paper-1")):
+        kept, again = json.loads((out / f"{name}.json").read_text()), evaluate_target(target, questions, seed=1)
+        assert kept["greedy_texts"] == list(again.greedy_texts)
+        assert kept["columns"]["mean@1"] == again.measures["mean@1"].tolist()
+        assert kept["columns"]["answer_entropy"] == again.answer_entropy.tolist()
+    base, paper = (json.loads((out / f"{name}-1.json").read_text())["greedy_texts"] for name in ("base", "paper"))
+    assert base != paper
+
+    assert "steps is 3, not 4" in mistake(capsys, out, "--steps", "4")
+    (out / "base-0.json").write_text("{")
+    assert "base-0.json cannot be read" in mistake(capsys, out)
+
+
+def test_an_ablation_of_ones_own(own: Path, capsys: pytest.CaptureFixture[str]):
+    mine = ["--images", str(own / "pool"), "--data", str(own / "own.jsonl"), "--recipes", str(own / "mine.yaml")]
+    out = own / "out"
+    assert main(["ablate", str(out), *mine, "--seeds", "1", "--model", "tiny", *SMALL[4:], "--steps", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "step truth" not in printed
+    result = json.loads((out / "ablation.json").read_text())
+    assert list(result["arms"]) == ["base", "mine"]
+    assert result["questions"] == 2
+    assert not (out / "data").exists()
+    (own / "mine.yaml").write_text("reward: format\n")
+    assert "reward is discrete, not format" in mistake(capsys, out)
+    (own / "own.jsonl").write_text((own / "own.jsonl").read_text().replace("red", "blue"))
+    assert "own.jsonl has changed" in mistake(capsys, out)
