@@ -45,7 +45,7 @@ from ireasoner.types import ROLES
 # Long enough that most trajectories are readable, and a rate at which every step moves what the next one samples.
 OPTIONS = {
     "model": "tiny", "recipe": "paper", "seed": "5", "device": "cpu", "steps": "4", "images_per_step": "2",
-    "group_size": "3", "max_question_tokens": "32", "max_solution_tokens": "48", "learning_rate": "3e-3",
+    "group_size": "3", "max_question_tokens": "56", "max_solution_tokens": "64", "learning_rate": "3e-3",
     "proposer_every": "2", "save_every": "1", "keep_checkpoints": "2", "probe_every": "2", "probe_images": "2",
     "eval_questions": "3",
 }  # fmt: skip
