@@ -25,7 +25,7 @@ from ireasoner.evaluate import MEASURES, LabelledQuestion, Scores, answer_prior,
 from ireasoner.images import ImagePool
 from ireasoner.playground import dataset, world
 from ireasoner.policy import Policy
-from ireasoner.recorder import write_json
+from ireasoner.recorder import replace_file, write_json
 from ireasoner.report import write_report
 from ireasoner.report.ablation import csv_text, distinct_questions, draw_differences, markdown, summarize
 from ireasoner.train import Observer, load_labels, resume, start
@@ -125,7 +125,7 @@ def draw_world(out: Path, settings: Settings) -> None:
         for name, picture in dataset.load_truth(folder).items()
         for question in (world.sample_question(picture, rng) for _ in range(LABELS_PER_IMAGE))
     ]
-    (draft / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    dataset.write_rows(draft / "labels.jsonl", rows)
     for split, count in {"validation": VALIDATION, settings.split: settings.questions}.items():
         dataset.write_questions(draft / split, count, settings.style, split)
     draft.rename(out / "data")
@@ -163,7 +163,7 @@ class Ablation:
         self.policy: Policy | None = Policy.from_config(configs[0])
         with _writing(out):
             out.mkdir(parents=True, exist_ok=True)
-            _replace(out / "settings.json", settings.model_dump_json(indent=2))
+            replace_file(out / "settings.json", settings.model_dump_json(indent=2).encode())
             if not settings.images and not (out / "data").exists():
                 print(f"Drawing {UNLABELED} unlabeled pictures and the questions into {out / 'data'}.")
                 draw_world(out, settings)
@@ -206,9 +206,9 @@ class Ablation:
             "note": note,
         }
         with _writing(self.out):
-            _replace(self.out / "ablation.json", write_json(result))
-            _replace(self.out / "ablation.md", markdown(result, prior_line(result["answer_prior"])))
-            _replace(self.out / "ablation.csv", csv_text(result))
+            replace_file(self.out / "ablation.json", write_json(result).encode())
+            replace_file(self.out / "ablation.md", markdown(result, prior_line(result["answer_prior"])).encode())
+            replace_file(self.out / "ablation.csv", csv_text(result).encode())
             draw_differences(result, self.out / "ablation.png")
         return result
 
@@ -264,7 +264,7 @@ class Ablation:
         found = Scored({**scores.measures, **others}, distinct)
         with _writing(path):
             record = {**asdict(found), "greedy_texts": scores.greedy_texts}
-            _replace(path, json.dumps(record, default=np.ndarray.tolist))
+            replace_file(path, json.dumps(record, default=np.ndarray.tolist).encode())
         self.display.say(f"{name}: " + "  ".join(f"{m} {100 * v.mean():.1f}" for m, v in scores.measures.items()))
         return found
 
@@ -303,15 +303,10 @@ class Ablation:
             low, high = (middle, high) if found < target else (low, middle)
         temperature = round((low + high) / 2, 3)
         with _writing(path):
-            _replace(path, write_json({**key, "answer_entropy": float(target), "temperature": temperature}))
+            replace_file(
+                path, write_json({**key, "answer_entropy": float(target), "temperature": temperature}).encode()
+            )
         return temperature
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a whole file, or replace it, in one go."""
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text, "utf-8")
-    draft.replace(path)
 
 
 @contextmanager

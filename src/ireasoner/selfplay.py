@@ -218,7 +218,8 @@ class ClaimMemory:
     def recurrence(self, image: str, reasoning_steps: Sequence[str]) -> FloatArray:
         """For each step, the share of the remembered groups of other images that make the same claim: array [steps]."""
         others = [claims for name, claims in self.groups if name != image]
-        found = [sum(_claim_text(step) in claims for claims in others) for step in reasoning_steps]
+        said = map(_claim_text, reasoning_steps)
+        found = [sum(claim in claims for claims in others) for claim in said]
         return np.array(found, dtype=np.float64) / max(len(others), 1)
 
     def state(self) -> list[list[Any]]:

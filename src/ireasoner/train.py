@@ -256,8 +256,8 @@ class Run:
     def _go_back(self, step: int) -> int:
         """Take the adapters of the newest sound checkpoint up to this step; after which one it was."""
         checkpoint, skipped = newest_checkpoint(self.out / "checkpoints", self._regular_step(step))
-        for path, problem in skipped:
-            self._tell(f"Skipped the damaged checkpoint {path.name}: {problem}.")
+        for text in _skip_notes(skipped):
+            self._tell(text)
         if checkpoint is None:
             raise RunError(f"the run ended itself, but {self.out} holds no sound checkpoint to go back to")
         self.policy.load_adapters(checkpoint)
@@ -346,7 +346,7 @@ class Run:
         checkpoint, skipped = newest_checkpoint(self.out / "checkpoints")
         if skipped and checkpoint is None:
             raise RunError(f"every checkpoint of {self.out} is damaged: {skipped[0][0].name}: {skipped[0][1]}")
-        return checkpoint, [f"Skipped the damaged checkpoint {path.name}: {reason}." for path, reason in skipped]
+        return checkpoint, _skip_notes(skipped)
 
     def _restore(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
         self.policy.load_adapters(checkpoint)
@@ -453,6 +453,10 @@ def load_labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, st
     if not labels:
         raise RunError(f"no question in {config.labels} is about an image in {config.images}")
     return labels
+
+
+def _skip_notes(skipped: Sequence[tuple[Path, str]]) -> list[str]:
+    return [f"Skipped the damaged checkpoint {path.name}: {reason}." for path, reason in skipped]
 
 
 @contextmanager

@@ -10,7 +10,6 @@ and call `statistics` and `sensitivity`. Every bootstrap resamples questions, (i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -369,8 +368,7 @@ def _group(record: Mapping[str, Any], limit: int, picture: world.Picture | None)
 
 def _read_truth(path: Path) -> dict[str, world.Picture]:
     try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
-        return {row["image"]: world.picture_from_record(row["picture"]) for row in rows}
+        return dataset.read_truth(path)
     except OSError as error:
         raise UsageError(f"cannot read the truth in {path}: {error.strerror}") from None
     except (KeyError, TypeError, ValueError, RecursionError):

@@ -7,6 +7,7 @@ Splits draw their pictures from seeds of their own, so that no picture of one is
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def write_unlabeled(
         target.parent.mkdir(parents=True, exist_ok=True)
         world.draw(picture, world.sample_style(style, rng), rng).save(target)
         rows.append({"image": target.relative_to(folder).as_posix(), "picture": world.picture_record(picture)})
-    _write_rows(truth_path(folder), rows)
+    write_rows(truth_path(folder), rows)
     return folder
 
 
@@ -43,7 +44,16 @@ def truth_path(folder: Path) -> Path:
 def load_truth(folder: Path) -> dict[str, world.Picture]:
     """The pictures behind a folder that `write_unlabeled` wrote, by image name; empty where nothing is known."""
     path = truth_path(folder)
-    rows = map(json.loads, path.read_text("utf-8").splitlines()) if path.exists() else ()
+    return read_truth(path) if path.exists() else {}
+
+
+def read_truth(path: Path) -> dict[str, world.Picture]:
+    """The pictures in a file of truth, by image name.
+
+    Raises:
+        OSError, KeyError, TypeError, ValueError, RecursionError: it cannot be read or is no such file.
+    """
+    rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
     return {row["image"]: world.picture_from_record(row["picture"]) for row in rows}
 
 
@@ -66,9 +76,10 @@ def write_questions(
         row = {"image": name, "question": question.text, "answer": question.answer}
         rows.append({**row, "picture": world.picture_record(picture)})
     path = folder / f"{split}.jsonl"
-    _write_rows(path, rows)
+    write_rows(path, rows)
     return path
 
 
-def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write JSONL, one object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

@@ -12,6 +12,7 @@ import json
 import shutil
 from pathlib import Path
 
+from ireasoner.playground import dataset
 from ireasoner.types import UsageError
 
 
@@ -33,12 +34,9 @@ def write(out: Path) -> Path:
     shutil.copytree(data / "train" / "images", out / "unlabeled", dirs_exist_ok=True)
     shutil.copytree(data / "test" / "images", out / "test" / "images", dirs_exist_ok=True)
     rows = json.loads((data / "test" / "questions.json").read_text("utf-8"))
-    lines = [
-        json.dumps({"image": f"images/{image}.png", "question": question, "answer": answer}) + "\n"
-        for question, answer, image in rows
-    ]
     path = out / "test" / "test.jsonl"
-    path.write_text("".join(lines), "utf-8")
+    found = ({"image": f"images/{image}.png", "question": text, "answer": answer} for text, answer, image in rows)
+    dataset.write_rows(path, found)
     return path
 
 

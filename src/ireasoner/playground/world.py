@@ -60,6 +60,11 @@ SIGN_QUESTIONS = {
         "What kind of shape is there?", "Which shape does the image contain?",
     ),
 }  # fmt: skip
+_SIGN_PATTERNS = tuple(
+    (kind, re.compile(re.escape(form).replace(r"\{x\}", r"(\w+ shape|\w+)"), re.IGNORECASE))
+    for kind, forms in SIGN_QUESTIONS.items()
+    for form in forms
+)
 
 
 @dataclass(frozen=True)
@@ -384,22 +389,19 @@ def _solve_scene(picture: Picture, text: str) -> Question | None:
 
 def _solve_sign(picture: Picture, text: str) -> Question | None:
     ((color, shape, _),), lines = picture.objects, facts(picture)
-    for kind, forms in SIGN_QUESTIONS.items():
-        for form in forms:
-            m = re.fullmatch(re.escape(form).replace(r"\{x\}", r"(\w+ shape|\w+)"), text, re.IGNORECASE)
-            if m is None:
-                continue
-            if kind == "sign shape":
-                return Question(text, lines, shape, kind)
-            asked = m[1].lower()
-            true = asked in ("shape", shape, f"{color} shape")
-            if kind == "sign color":
-                return Question(text, lines, color, kind) if true else None
-            if asked not in SIGN_SHAPES and asked.removesuffix(" shape") not in SIGN_COLORS:
-                return None
-            verdict = f"It is {'' if true else 'not '}a {asked}."
-            return Question(text, (*lines, verdict), "yes" if true == (kind == "exists") else "no", kind)
-    return None
+    kind, m = next(((kind, m) for kind, p in _SIGN_PATTERNS if (m := p.fullmatch(text))), ("", None))
+    if m is None:
+        return None
+    if kind == "sign shape":
+        return Question(text, lines, shape, kind)
+    asked = m[1].lower()
+    true = asked in ("shape", shape, f"{color} shape")
+    if kind == "sign color":
+        return Question(text, lines, color, kind) if true else None
+    if asked not in SIGN_SHAPES and asked.removesuffix(" shape") not in SIGN_COLORS:
+        return None
+    verdict = f"It is {'' if true else 'not '}a {asked}."
+    return Question(text, (*lines, verdict), "yes" if true == (kind == "exists") else "no", kind)
 
 
 def questions(picture: Picture) -> tuple[Question, ...]:
