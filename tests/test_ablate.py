@@ -7,7 +7,12 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -425,3 +430,60 @@ def test_an_ablation_of_ones_own(own: Path, capsys: pytest.CaptureFixture[str]):
     assert "reward is discrete, not format" in mistake(capsys, out)
     (own / "own.jsonl").write_text((own / "own.jsonl").read_text().replace("red", "blue"))
     assert "own.jsonl has changed" in mistake(capsys, out)
+
+
+# --- several arms at a time -------------------------------------------------------------------------------------------
+
+
+def test_two_jobs_make_what_one_makes(own: Path, capsys: pytest.CaptureFixture[str]):
+    mine = [
+        "--images",
+        str(own / "pool"),
+        "--data",
+        str(own / "own.jsonl"),
+        "--recipes",
+        str(own / "mine.yaml"),
+        "paper",
+    ]
+    mine += ["--seeds", "1", "--model", "tiny", *SMALL[4:], "--steps", "2"]
+    assert main(["ablate", str(own / "one"), *mine]) == 0
+    one = capsys.readouterr().out
+    assert main(["ablate", str(own / "two"), *mine, "--jobs", "2"]) == 0
+    two = capsys.readouterr().out
+    assert one.partition("Scores")[2].replace(f"{own}/one", f"{own}/two") == two.partition("Scores")[2]
+    for name in ("base-0", "mine-0", "paper-0"):
+        assert f"{name}: greedy" in two  # the workers' lines reach the terminal
+        assert (own / "one" / f"{name}.json").read_bytes() == (own / "two" / f"{name}.json").read_bytes()
+
+
+def test_jobs_that_are_interrupted_save_and_go_on(own: Path):
+    out = own / "out"
+    command = [sys.executable, "-m", "ireasoner.cli", "ablate", str(out), "--jobs", "2"]
+    mine = ["--images", str(own / "pool"), "--data", str(own / "own.jsonl"), "--recipes", "paper", "discrete"]
+    mine += ["--seeds", "1", "--model", "tiny", *SMALL[4:], "--steps", "40"]
+    with subprocess.Popen([*command, *mine], stdout=subprocess.PIPE, text=True) as process:
+        _wait(lambda: all((out / arm / "metrics.jsonl").exists() for arm in ("paper-0", "discrete-0")))
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Stopped and saved" in printed
+    for arm in ("paper-0", "discrete-0"):
+        steps = len((out / arm / "metrics.jsonl").read_text().splitlines())
+        assert 0 < steps < 40
+        assert (out / arm / "checkpoints" / f"step-{steps:06d}").exists()
+    for arm in ("paper-0", "discrete-0"):
+        shutil.rmtree(out / arm)
+    (out / "paper-0").mkdir()
+    (out / "paper-0" / "config.yaml").write_text("steps: many\n")
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2
+    assert found.stderr.startswith("ireasoner: ")
+    assert found.stderr.count("\n") == 1
+    assert "config.yaml" in found.stderr
+
+
+def _wait(done: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)

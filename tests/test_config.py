@@ -51,7 +51,8 @@ def test_the_defaults_are_the_papers_constants():
     assert (config.reward, config.advantage, config.baseline_momentum) == ("agreement", "ema", 0.9)
     assert (config.group_size, config.max_solution_tokens, config.max_question_tokens) == (5, 256, 128)
     assert (config.lora_rank, config.lora_alpha, config.learning_rate, config.weight_decay) == (16, 32, 1e-6, 0.01)
-    assert (config.max_grad_norm, config.kl_coef, config.kl_target, config.proposer_every) == (1.0, 1e-3, 0.02, 5)
+    assert (config.kl_coef, config.kl_target, config.kl_rate) == (1e-3, 0.02, 0.1)
+    assert (config.max_grad_norm, config.proposer_every) == (1.0, 5)
     assert (config.steps, config.images_per_step) == (2500, 1)
 
 
@@ -102,7 +103,7 @@ def test_the_recipes_say_what_their_names_say():
 
     assert changed("default") == {
         "advantage": "rloo", "step_measure": "claims", "recurrence_window": 128, "step_weight_initial": 0.5,
-        "step_weight_final": 0.5,
+        "step_weight_final": 0.5, "kl_coef": 0.03, "kl_rate": 0.0,
     }  # fmt: skip
     assert changed("discrete") == {"reward": "discrete"}
     assert changed("outcome-only") == {"step_weight_final": 0.0}

@@ -416,6 +416,12 @@ def test_kl_coef_moves_after_the_update(scene: Scene):
     assert learner.update(scene.prompts, scene.groups, REWARDS)["kl_coef"] == moved
 
 
+def test_kl_coef_stays_where_its_rate_is_0(scene: Scene):
+    learner = scene.learner(kl_coef=0.01, kl_target=0.5, kl_rate=0.0)
+    learner.update(scene.prompts, scene.groups, REWARDS)
+    assert learner.kl_coef == 0.01
+
+
 def test_gradients_are_clipped_to_their_norm(scene: Scene):
     learner = scene.learner()
     learner.optimizer = torch.optim.SGD(learner.parameters.values(), lr=1.0)  # type: ignore[assignment]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import time
 from collections import defaultdict
@@ -16,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ireasoner.steps import CONFLICT, _aligned, agreement, claim, similarity
+from ireasoner.steps import CONFLICT, _aligned, agreement, beyond_answer, claim, similarity
 
 PAIRS = Path(__file__).parent / "data" / "step_pairs.jsonl"
 
@@ -237,8 +236,8 @@ def test_paraphrases_outrank_contradictions(split: str) -> None:
 RED, BLUE, FOUR, FILLER = "The red bar reaches 7.", "The blue bar reaches 3.", "7 - 3 = 4.", "Let me look closely."
 
 
-def rounded(group: list[list[str]], **options: float) -> list[list[float]]:
-    return [[round(float(value), 6) for value in support] for support in agreement(group, **options)]  # type: ignore[arg-type]
+def rounded(group: list[list[str]]) -> list[list[float]]:
+    return [[round(float(value), 6) for value in support] for support in agreement(group)]
 
 
 def test_an_extra_step_shifts_nothing() -> None:
@@ -257,15 +256,13 @@ def test_support_is_the_mean_over_the_others_by_hand() -> None:
     ]
 
 
-def test_order_counts_unless_it_is_not_asked_for() -> None:
+def test_order_counts() -> None:
     crossed = [[RED, FOUR], [FOUR, RED]]
     assert sorted(rounded(crossed)[0]) == sorted(rounded(crossed)[1]) == [0, 1]  # one pair can be aligned, not both
-    assert rounded(crossed, ordered=False) == [[1, 1], [1, 1]]
 
 
 def test_a_step_said_twice_is_supported_once() -> None:
     assert sum(rounded([[RED, RED], [RED]])[0]) == 1
-    assert rounded([[RED, RED], [RED]], ordered=False) == [[1, 1], [1]]
     assert rounded([[RED, FOUR], [FOUR, RED, FOUR]]) == [[1, 1], [0, 1, 1]]
 
 
@@ -275,10 +272,6 @@ def test_no_trajectory_supports_itself() -> None:
     assert rounded([[RED]]) == [[0]]
     assert agreement([]) == []
     assert rounded([["", RED], ["", RED]]) == [[0, 1], [0, 1]]  # an empty step claims nothing
-
-
-def test_decay_by_position() -> None:
-    assert rounded([[RED, BLUE]] * 3, position_decay=0.15) == [[1, round(math.exp(-0.15), 6)]] * 3
 
 
 def test_copies_of_a_trajectory_count_as_many() -> None:
@@ -305,8 +298,50 @@ def test_the_alignment_has_the_greatest_total_of_all(m: int, n: int, seed: int) 
 
 
 @settings(max_examples=50, deadline=None)
-@given(group=st.lists(st.lists(TEXT, max_size=4), max_size=4), ordered=st.booleans())
-def test_agreement_of_any_group(group: list[list[str]], ordered: bool) -> None:
-    supports = agreement(group, ordered=ordered)
+@given(group=st.lists(st.lists(TEXT, max_size=4), max_size=4))
+def test_agreement_of_any_group(group: list[list[str]]) -> None:
+    supports = agreement(group)
     assert [support.shape for support in supports] == [(len(steps),) for steps in group]
     assert all(((support >= 0) & (support <= 1 + 1e-12)).all() for support in supports)
+
+
+@pytest.mark.parametrize(
+    ("step", "answer"),
+    [
+        ("Maybe 7.", "7"),
+        ("It is probably seven.", "7"),
+        ("So the answer is 7.", "7.0"),
+        ("Therefore, the final answer is 7 cm.", "7 cm"),
+        ("The result is red.", "the red"),
+        ("I guess yes.", "yes"),
+        ("I think it is (B).", "B"),
+        ("Thus x = 1/2.", "x = 0.5"),
+        ("", "7"),
+    ],
+)
+def test_a_step_that_only_says_the_answer_is_no_reasoning(step: str, answer: str) -> None:
+    assert beyond_answer([step, RED, FOUR], answer) == (RED, FOUR)
+
+
+@pytest.mark.parametrize(
+    ("step", "answer"),
+    [
+        ("The red bar reaches 7.", "7"),
+        ("7 - 3 = 4.", "4"),
+        ("The tallest is red.", "red"),
+        ("It is a circle.", "yes"),
+        ("It is 6, so not 7.", "7"),
+        ("There are 7 bars.", "7"),
+    ],
+)
+def test_a_step_that_says_where_the_answer_comes_from_is_reasoning(step: str, answer: str) -> None:
+    assert beyond_answer([step], answer) == (step,)
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps=st.lists(TEXT, max_size=4), answer=TEXT)
+def test_what_goes_beyond_any_answer_is_some_of_the_steps_in_order(steps: list[str], answer: str) -> None:
+    kept = beyond_answer(steps, answer)
+    rest = iter(steps)
+    assert all(step in rest for step in kept)
+    assert answer not in kept

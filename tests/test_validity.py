@@ -50,9 +50,11 @@ def group(
     words: Sequence[float] = (),
 ) -> Group:
     count = len(keys)
+    answers = tuple((key or "").rpartition(":")[2] for key in keys)
     return Group(
         question=("image.png", question),
         keys=tuple(keys),
+        answers=answers,
         steps=tuple(map(tuple, steps)) if steps else ((),) * count,
         words=np.array(words or [5.0] * count),
         truth=np.array(truth or [NAN] * count, dtype=np.float64),

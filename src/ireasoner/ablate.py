@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
+import queue
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ireasoner.config import Config, Preset, load_config, names, resolve
-from ireasoner.console import JobDisplay, prior_line
+from ireasoner.console import JobDisplay, Relay, prior_line, quiet_libraries
 from ireasoner.evaluate import MEASURES, LabelledQuestion, Scores, answer_prior, evaluate, load_questions
 from ireasoner.images import ImagePool
 from ireasoner.playground import dataset, world
@@ -35,6 +40,7 @@ UNLABELED, VALIDATION, LABELS_PER_IMAGE = 512, 128, 4
 BISECTIONS = 6
 SCORING = 0.014  # what scoring one question takes, in training steps; for the time left
 FREE = ("recipes", "seeds", "cooled")  # what a later call may change
+QUICK_JOBS = 2
 QUICK: dict[str, Any] = {"seeds": 2, "questions": 256, "training": {"steps": "24"}}
 
 
@@ -142,8 +148,11 @@ class Scored:
 class Ablation:
     """One ablation at work: trains and scores what OUT does not hold yet."""
 
-    def __init__(self, out: Path, settings: Settings) -> None:
+    def __init__(self, out: Path, settings: Settings, display: JobDisplay | None = None) -> None:
         """Check all that was named before OUT is touched; then draw the world, if it is the embedded one.
+
+        Args:
+            display: hears of the progress; None: the terminal.
 
         Raises:
             UsageError: whatever cannot be used, by name.
@@ -170,18 +179,24 @@ class Ablation:
         self.questions = load_questions(data, settings.questions)
         scored = (settings.seeds * (1 + len(self.arms) + settings.cooled) + 2) * len(self.questions)
         scored += settings.cooled * (settings.seeds + BISECTIONS) * VALIDATION
-        self.display = JobDisplay(settings.seeds * len(self.arms) * configs[0].steps + SCORING * scored)
+        self.display = display or JobDisplay(settings.seeds * len(self.arms) * configs[0].steps + SCORING * scored)
 
-    def run(self) -> dict[str, Any] | None:
-        """Everything, seed by seed; returns and writes the results. None if training was interrupted."""
-        found: dict[str, list[Scored]] = {"base": []}
+    def run(self, jobs: int = 1) -> dict[str, Any] | None:
+        """Everything, seed by seed; returns and writes the results. None if training was interrupted.
+
+        Args:
+            jobs: arms that are trained and scored at a time, each by a process of its own.
+
+        Raises:
+            UsageError: a run directory that cannot be used; what was made stays.
+        """
+        found: dict[str, list[Scored]] = {}
+        tasks = [(arm, seed) for seed in self.seeds for arm in ("base", *self.arms)]
         with self.display:
-            for seed in self.seeds:
-                found["base"].append(self.score("base", seed))
-                for arm in self.arms:
-                    if not self.train(arm, seed):
-                        return None
-                    found.setdefault(arm, []).append(self.score(arm, seed))
+            if not (self.share_out(tasks, jobs) if jobs > 1 else all(self.make(*task) for task in tasks)):
+                return None
+            for arm, seed in tasks:
+                found.setdefault(arm, []).append(self.kept(f"{arm}-{seed}"))
             note = ""
             if self.settings.cooled:
                 heat = self.matching_temperature()
@@ -211,6 +226,46 @@ class Ablation:
             replace_file(self.out / "ablation.csv", csv_text(result).encode())
             draw_differences(result, self.out / "ablation.png")
         return result
+
+    def make(self, arm: str, seed: int) -> bool:
+        """Train and score an arm, unless that is done; False if it was interrupted."""
+        made = arm == "base" or self.train(arm, seed)
+        if made:
+            self.score(arm, seed)
+        return made
+
+    def share_out(self, tasks: Sequence[tuple[str, int]], jobs: int) -> bool:
+        """`make` every task, `jobs` at a time; False if that was interrupted, once all have saved and stopped."""
+        self.policy = None
+        context = multiprocessing.get_context("spawn")  # a fork would inherit locks that its threads do not release
+        waiting, told = context.Queue(), context.Queue()
+        for task in (*tasks, *[None] * jobs):
+            waiting.put(task)
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        arguments = (self.out, self.settings, waiting, told, threads)
+        workers = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(jobs)]
+        try:
+            for worker in workers:
+                worker.start()
+            ended = False
+            while not ended:
+                ended = not any(worker.is_alive() for worker in workers)  # then all that they told is on the queue
+                with suppress(queue.Empty):
+                    while True:
+                        call, details = told.get(timeout=0.2)
+                        if call == "fail":
+                            raise UsageError(*details)
+                        self.display.hear(call, details)
+                if broken := [worker.exitcode for worker in workers if worker.exitcode]:
+                    raise UsageError(f"a process of the ablation ended with exit code {broken[0]}; what it saved stays")
+        except KeyboardInterrupt:
+            return False
+        finally:
+            for worker in workers:
+                worker.terminate()  # asks it to save after its step, if it is at work
+            for worker in workers:
+                worker.join()
+        return True
 
     def config(self, arm: str, seed: int) -> Config:
         """The config of an arm; the base has the scale that all of them share."""
@@ -246,18 +301,23 @@ class Ablation:
         path = self.out / run / "summary.json"
         return path.exists() and json.loads(path.read_text("utf-8")).get("stopped_early", False)
 
+    def kept(self, name: str) -> Scored:
+        """Scores that OUT holds."""
+        path = self.out / f"{name}.json"
+        try:
+            record = json.loads(path.read_text("utf-8"))
+            columns = {column: np.array(values, dtype=np.float64) for column, values in record["columns"].items()}
+            return Scored(columns, record["distinct_questions"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UsageError(f"{path} cannot be read: remove it, and it is made again") from None
+
     def score(self, arm: str, seed: int, temperature: float = 1.0, blank: bool = False) -> Scored:
         """An arm's held-out scores, from OUT if they are there. The sampling seed is the arm's."""
         name = f"{arm}-{seed}" + "-blank" * blank + (f"-at-{temperature:.3f}" if temperature != 1 else "")
         path = self.out / f"{name}.json"
         if path.exists():
             self.display.skip(SCORING * len(self.questions))
-            try:
-                record = json.loads(path.read_text("utf-8"))
-                columns = {column: np.array(values, dtype=np.float64) for column, values in record["columns"].items()}
-                return Scored(columns, record["distinct_questions"])
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                raise UsageError(f"{path} cannot be read: remove it, and it is made again") from None
+            return self.kept(name)
         scores = self.evaluate(arm, seed, self.questions, temperature, blank)
         others = {column: values for column, values in vars(scores).items() if isinstance(values, np.ndarray)}
         distinct = None if arm == "base" else distinct_questions(self.out / f"{arm}-{seed}")
@@ -307,6 +367,20 @@ class Ablation:
                 path, write_json({**key, "answer_entropy": float(target), "temperature": temperature}).encode()
             )
         return temperature
+
+
+def _work(out: Path, settings: Settings, waiting: Queue[Any], told: Queue[Any], threads: int) -> None:
+    """A process of `share_out`: makes tasks until it takes a None, is interrupted, or is left alone."""
+    os.setsid()  # a terminal's Ctrl-C is for the parent, which then asks
+    quiet_libraries()
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    try:
+        ablation = Ablation(out, settings, Relay(told.put))
+        while parent and parent.is_alive() and (task := waiting.get()) and ablation.make(*task):
+            pass
+    except UsageError as error:
+        told.put(("fail", (str(error),)))
 
 
 @contextmanager

@@ -117,11 +117,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     ablate.add_argument("--seeds", type=_whole(1), metavar="N", help="runs of each recipe, seeds 0 to N - 1 (5)")
     ablate.add_argument(
-        "--quick", action="store_true", help="2 seeds, 256 questions, 24 steps: 15 minutes on two CPU cores at most"
+        "--quick",
+        action="store_true",
+        help="2 seeds, 256 questions, 24 steps, 2 jobs: minutes on two CPU cores",
     )
     ablate.add_argument(
         "--cooled", action="store_true", help="one more control: the base sampled as confidently as the first recipe"
     )
+    ablate.add_argument("--jobs", type=_whole(1), metavar="N", help="arms that run at a time, sharing the cores (1)")
     ablate.add_argument("--questions", type=_whole(1), metavar="N", help="held-out questions, at most (512)")
     ablate.add_argument("--style", choices=STYLES, help="how the embedded world is drawn (chalk)")
     ablate.add_argument("--split", choices=["validation", "test"], help="of the embedded world's questions (test)")
@@ -193,7 +196,7 @@ def _config_groups() -> dict[str, list[str]]:
             name for name in Config.model_fields if name not in Recipe.model_fields and name not in Preset.model_fields
         ],
         "scale (a preset sets these)": list(Preset.model_fields),
-        "rewards and advantages (a recipe sets these)": list(Recipe.model_fields),
+        "rewards, advantages, KL (a recipe sets these)": list(Recipe.model_fields),
     }
 
 
@@ -249,10 +252,10 @@ def _absolute(flags: dict[str, Any]) -> dict[str, Any]:
 
 def _follow(config: Any, out: Path, *, resuming: bool) -> int:
     """Run or resume with a display; the exit code."""
-    from ireasoner.console import Display, results_table
+    from ireasoner.console import Display, quiet_libraries, results_table
     from ireasoner.report import write_report
 
-    _quiet_libraries()
+    quiet_libraries()
     from ireasoner import train
 
     with Display(config, out) as display:
@@ -305,8 +308,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     if len(arguments.models) > 2:
         raise UsageError("eval takes one run or model, or two to compare")
-    _quiet_libraries()
-    from ireasoner.console import evaluation_table, print_text, prior_line
+    from ireasoner.console import evaluation_table, print_text, prior_line, quiet_libraries
+
+    quiet_libraries()
     from ireasoner.evaluate import answer_prior, evaluate_target, load_questions
     from ireasoner.recorder import write_json
 
@@ -335,10 +339,10 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _ablate(arguments: argparse.Namespace) -> int:
     from ireasoner import config as configs
+    from ireasoner.console import print_table, print_text, prior_line, quiet_libraries
 
-    _quiet_libraries()
-    from ireasoner.ablate import QUICK, Ablation, Settings, settle
-    from ireasoner.console import print_table, print_text, prior_line
+    quiet_libraries()
+    from ireasoner.ablate import QUICK, QUICK_JOBS, Ablation, Settings, settle
     from ireasoner.report.ablation import legend, tables
 
     out = arguments.out.absolute()
@@ -350,9 +354,11 @@ def _ablate(arguments: argparse.Namespace) -> int:
         given["recipes"] = [
             r if r in known or not Path(r).is_file() else str(Path(r).absolute()) for r in flags["recipes"]
         ]
+    jobs = flags.get("jobs", 1)
     if "quick" in flags:
+        jobs = flags.get("jobs", QUICK_JOBS)
         given = {**QUICK, **given, "training": {**QUICK["training"], **given["training"]}}
-    result = Ablation(out, settle(out, given)).run()
+    result = Ablation(out, settle(out, given)).run(jobs)
     if result is None:
         print(f"Stopped and saved. Continue with: {PROGRAM} ablate {arguments.out}")
         return 130
@@ -367,7 +373,9 @@ def _ablate(arguments: argparse.Namespace) -> int:
 def _validity(arguments: argparse.Namespace) -> int:
     if arguments.steps and arguments.steps[0] > arguments.steps[1]:
         raise UsageError("--steps takes FIRST and LAST, FIRST not after LAST")
-    _quiet_libraries()
+    from ireasoner.console import quiet_libraries
+
+    quiet_libraries()
     from ireasoner.recorder import write_json
     from ireasoner.validity import print_validity, validity
 
@@ -379,7 +387,9 @@ def _validity(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    _quiet_libraries()
+    from ireasoner.console import quiet_libraries
+
+    quiet_libraries()
     from ireasoner.bench import bench
     from ireasoner.recorder import write_json
 
@@ -409,15 +419,6 @@ def _playground(arguments: argparse.Namespace) -> int:
         raise UsageError(f"cannot write to {out}: {error.strerror}") from None
     print(f"Unlabeled pictures: {arguments.out / 'unlabeled'}   labelled questions: {path}")
     return 0
-
-
-def _quiet_libraries() -> None:
-    """Libraries' own progress bars and advice would break the display; their warnings and errors stay."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

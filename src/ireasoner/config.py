@@ -1,6 +1,6 @@
 """Every option once: its default, its bounds and a sentence on what it does.
 
-Two files feed a run. A *recipe* holds what a comparison varies: rewards and advantages. A *preset* holds the scale,
+Two files feed a run. A *recipe* holds what a comparison varies: rewards, advantages, KL. A *preset* holds the scale,
 which is the same for every arm: learning rate, steps, lengths, prompts, batch. Command-line flags win over both.
 """
 
@@ -27,7 +27,7 @@ class ConfigError(UsageError):
 
 
 class Recipe(BaseModel):
-    """Rewards and advantages: what tells one arm of a comparison from another."""
+    """Rewards, advantages and the pull to the reference: what tells one arm of a comparison from another."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,6 +63,13 @@ class Recipe(BaseModel):
         "ema", description="solver's baseline: a moving average (the paper) or the mean of the group's others (RLOO)"
     )
     baseline_momentum: Share = Field(0.9, description="momentum of the moving-average baseline")
+    kl_coef: Annotated[float, Field(ge=1e-8, le=1e2)] = Field(
+        1e-3, description="β: weight of the KL to the reference, at the first step, for each role"
+    )
+    kl_target: Positive = Field(0.02, description="τ: the KL to the reference that β steers for, in nats a token")
+    kl_rate: NonNegative = Field(
+        0.1, description="how fast β moves, by exp(rate · (KL − τ)/τ) after each update (0: β stays as it is)"
+    )
     gate_low: Share = Field(
         0.0, description="groups whose majority fraction is below this (hopeless) do not update the solver"
     )
@@ -94,8 +101,6 @@ class Preset(BaseModel):
     learning_rate: Positive = Field(1e-6, description="AdamW learning rate, constant")
     weight_decay: NonNegative = Field(0.01, description="AdamW weight decay")
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm, for each role")
-    kl_coef: Annotated[float, Field(ge=1e-8, le=1e2)] = Field(1e-3, description="β at the first step, for each role")
-    kl_target: Positive = Field(0.02, description="τ: the KL to the reference that β steers for, in nats a token")
     proposer_every: Count = Field(5, description="the proposer is updated every so many steps")
     tokens_per_batch: Count = Field(
         3072, description="most tokens in one forward pass of the update; larger batches are split"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,15 @@ OTHER_ROWS = {
     "step_truth": "true steps",
     "checkable_steps": "checkable",
 }
+
+
+def quiet_libraries() -> None:
+    """Libraries' own progress bars and advice would break the display; their warnings and errors stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def plain(text: str, limit: int = 120) -> str:
@@ -156,6 +166,10 @@ class JobDisplay:
         """One line that stays."""
         self.console.print(Text(message), soft_wrap=self.progress is None)
 
+    def hear(self, call: str, details: tuple[Any, ...]) -> None:
+        """What a `Relay` in another process was told."""
+        {"say": self.say, "skip": self.skip, "work": self.work}[call](*details)
+
     def skip(self, units: float) -> None:
         """Some of the work was there already."""
         self.total -= units
@@ -171,6 +185,23 @@ class JobDisplay:
         elif now - self.told >= self.quiet_seconds:
             self.told = now
             self.say(f"{what}, {left}")
+
+
+class Relay(JobDisplay):
+    """A job's display in another process: shows nothing and hands on what it is told, for `JobDisplay.hear`."""
+
+    def __init__(self, tell: Callable[[tuple[str, tuple[Any, ...]]], None]) -> None:
+        super().__init__(0)
+        self.tell = tell
+
+    def say(self, message: str) -> None:
+        self.tell(("say", (message,)))
+
+    def skip(self, units: float) -> None:
+        self.tell(("skip", (units,)))
+
+    def work(self, what: str, units: float = 1.0) -> None:
+        self.tell(("work", (what, units)))
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:

@@ -1,7 +1,7 @@
 """The update of one role: REINFORCE with exact KL to the backbone, on the sampled token ids.
 
 What it does: per-trajectory means of token log-probabilities, weighted by advantage, plus β times the exact KL to the
-backbone without adapters; one AdamW step on the role's own LoRA tensors; β then moves toward its KL target.
+backbone without adapters; one AdamW step on the role's own LoRA tensors; β then moves toward its KL target, if it may.
 
 What it leaves out: importance ratios and clipping (each batch is used once, on the policy that sampled it), value
 functions, advantage normalisation, entropy bonuses, dropout. It does not know how a reward was made.
@@ -42,6 +42,7 @@ class Learner:
         max_grad_norm: float = 1.0,
         kl_coef: float = 1e-3,
         kl_target: float = 0.02,
+        kl_rate: float = 0.1,
         advantage: Literal["ema", "rloo"] = "ema",
         baseline_momentum: float = 0.9,
         tokens_per_batch: int = 16384,
@@ -53,7 +54,7 @@ class Learner:
             self.parameters.values(), lr=learning_rate, weight_decay=weight_decay, foreach=True
         )
         self.baseline = MovingBaseline(baseline_momentum)
-        self.kl_coef, self.kl_target = kl_coef, kl_target
+        self.kl_coef, self.kl_target, self.kl_rate = kl_coef, kl_target, kl_rate
         self.max_grad_norm, self.tokens_per_batch = max_grad_norm, tokens_per_batch
 
     def update(
@@ -110,7 +111,7 @@ class Learner:
             "advantage_std": advantages_BN.std(correction=0).item(),
         }
         if math.isfinite(sums["kl"]):
-            self.kl_coef = adapt_kl_coef(self.kl_coef, sums["kl"], self.kl_target)
+            self.kl_coef = adapt_kl_coef(self.kl_coef, sums["kl"], self.kl_target, self.kl_rate)
         return metrics
 
     def _micro_batches(self, prompts: Prompts, groups: Sequence[Sequence[Completion]]) -> Iterator[tuple[slice, slice]]:

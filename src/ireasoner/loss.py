@@ -80,6 +80,6 @@ def reinforce_loss(logprobs_B: Tensor, kl_B: Tensor, advantages_B: Tensor, kl_co
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, rate: float = 0.1) -> float:
-    """β ← clip(β · exp(rate · (KL − τ)/τ), 1e-8, 1e2), after each update."""
+    """β ← clip(β · exp(rate · (KL − τ)/τ), 1e-8, 1e2), after each update; a rate of 0 leaves β as it is."""
     exponent = min(rate * (kl - target) / target, 50.0)  # exp would overflow long after the clip has decided
     return min(max(kl_coef * float(torch.tensor(exponent, dtype=torch.float64).exp()), 1e-8), 1e2)

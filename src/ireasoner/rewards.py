@@ -104,7 +104,8 @@ def claim_agreement_rewards(
 
     Args:
         support: s_ij in [0, 1], one array for each of the N trajectories: how far the others of the group make the same
-            claim (`ireasoner.steps.agreement`); empty for an unreadable one.
+            claim (`ireasoner.steps.agreement`), over the steps that claim more than the answer
+            (`ireasoner.steps.beyond_answer`); empty for an unreadable trajectory.
         recurrence: f_ij in [0, 1], the share of other images' groups that make it too: what is said of every image says
             nothing about this one.
 

@@ -148,8 +148,10 @@ class SelfPlay:
         )
         recurrence = [self.memory.recurrence(key[0], self.compared_steps(t)) for t in trajectories]
         if config.step_measure == "claims":
-            support = steps.agreement([self.compared_steps(t) for t in trajectories])
-            agreement = rewards.claim_agreement_rewards(support, recurrence)
+            said = [steps.beyond_answer(self.compared_steps(t), t.answer or "") for t in trajectories]
+            agreement = rewards.claim_agreement_rewards(
+                steps.agreement(said), [self.memory.recurrence(key[0], own) for own in said]
+            )
         else:
             agreement = rewards.step_agreement_rewards(
                 keys,

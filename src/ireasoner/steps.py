@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -37,7 +37,8 @@ and or but because since while although though even when where which who whom wh
 both every each other another else own out single picture image photo photograph chart figure graph diagram drawing
 shown show see seen look read find found locate reach take make made give get got come came go become value number
 amount equal equals appear seem count stand lie sit mean say tell note notice finally next step answer accord closely
-roughly approximately around nearly almost ≈ ~
+roughly approximately around nearly almost ≈ ~ maybe perhaps probably possibly likely guess think believe suppose
+result solution conclude conclusion final
 """  # these claim nothing
 # One meaning to a group: its first word stands for the others.
 _SYNONYMS = """
@@ -385,19 +386,21 @@ def _crossed(a: Sequence[tuple[str, int]], b: Sequence[tuple[str, int]]) -> bool
 # --- a group's agreement ---------------------------------------------------------------------------------------------
 
 
-def agreement(
-    group: Sequence[Sequence[str]], *, position_decay: float = 0.0, ordered: bool = True
-) -> list[NDArray[np.float64]]:
+def beyond_answer(reasoning_steps: Iterable[str], answer: str) -> tuple[str, ...]:
+    """The steps that claim more than the answer does: "Maybe 7.", "So the answer is 7." before a 7 are no reasoning."""
+    said = claim(answer).poles.keys()
+    return tuple(step for step in reasoning_steps if claim(step).poles.keys() - said)
+
+
+def agreement(group: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
     """How far each step is supported by the other trajectories of its question.
 
     A step's support is the mean, over the other trajectories that have steps, of its similarity to the step that it is
-    aligned with there, 0 where it is aligned with none; times exp(−δ j) at position j, from 0.
+    aligned with there, 0 where it is aligned with none. Two trajectories are aligned in order, one step with one step
+    at most, for the greatest total similarity, so that an extra step shifts nothing.
 
     Args:
         group: the reasoning steps of each trajectory of one question; a trajectory may have none.
-        position_decay: δ.
-        ordered: align two trajectories in order, one step with one step at most, for the greatest total similarity, so
-            that an extra step shifts nothing. False: each step with its best match anywhere.
 
     Returns:
         One array [reasoning steps] for each trajectory, in [0, 1]; zeros where fewer than two have steps.
@@ -410,13 +413,12 @@ def agreement(
     distinct = list(copies)
     for i, row in enumerate(distinct):
         for other in distinct[: i + 1]:
-            block = [[table[max(x, y)][min(x, y)] for y in other] for x in row]
-            of_row, of_other = (_aligned if ordered else _best)(block)
+            of_row, of_other = _aligned([[table[max(x, y)][min(x, y)] for y in other] for x in row])
             totals[row] += np.multiply(of_row, copies[other] - (row == other))
             if row != other:
                 totals[other] += np.multiply(of_other, copies[row])
     others = max(copies.total() - 1, 1)
-    return [totals[row] / others * np.exp(-position_decay * np.arange(len(row))) for row in rows]
+    return [totals[row] / others for row in rows]
 
 
 def _aligned(block: list[list[float]]) -> tuple[list[float], list[float]]:
@@ -436,8 +438,3 @@ def _aligned(block: list[list[float]]) -> tuple[list[float], list[float]]:
             m, n = m - 1, n - 1
             of_row[m] = of_column[n] = block[m][n]
     return of_row, of_column
-
-
-def _best(block: list[list[float]]) -> tuple[list[float], list[float]]:
-    """The greatest similarity of each row and of each column."""
-    return [max(row) for row in block], [max(column) for column in zip(*block, strict=True)]

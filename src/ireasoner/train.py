@@ -147,6 +147,7 @@ class Run:
             max_grad_norm=config.max_grad_norm,
             kl_coef=config.kl_coef,
             kl_target=config.kl_target,
+            kl_rate=config.kl_rate,
             # A question has no group: its reward is measured against the moving average in every recipe.
             advantage=config.advantage if role == "solver" else "ema",
             baseline_momentum=config.baseline_momentum,

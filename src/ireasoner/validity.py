@@ -25,7 +25,7 @@ from ireasoner.perturbations import PERTURBATIONS
 from ireasoner.playground import dataset, wording, world
 from ireasoner.recorder import read_records
 from ireasoner.rewards import FloatArray, step_agreement_rewards
-from ireasoner.steps import agreement
+from ireasoner.steps import agreement, beyond_answer
 from ireasoner.types import UsageError
 
 RESAMPLES = 2_000
@@ -40,12 +40,14 @@ Interval = tuple[float, float, float]  # a value and its 95 % interval; NaN wher
 class Group:
     """One question, (image, text), and its N trajectories; arrays [N] hold NaN where something is not known.
 
-    Unreadable trajectories have the key None and no steps. `words` counts words before the answer, `truth` is the share
-    of a trajectory's checkable steps that are true, `recorded` the step agreement that the run computed.
+    Unreadable trajectories have the key None, an empty answer and no steps. `words` counts words before the answer,
+    `truth` is the share of a trajectory's checkable steps that are true, `recorded` the step agreement that the run
+    computed.
     """
 
     question: tuple[str, str]
     keys: tuple[str | None, ...]
+    answers: tuple[str, ...]
     steps: tuple[tuple[str, ...], ...]
     words: FloatArray
     truth: FloatArray
@@ -88,8 +90,9 @@ def embedding(config: Config) -> Measure:
 
 
 def claims(group: Group) -> FloatArray:
-    """Ours: the mean of `steps.agreement`, how far the group makes the same claims; 0 without steps."""
-    return np.array([s.mean() if len(s) else 0.0 for s in agreement(group.steps)], dtype=np.float64)
+    """Ours: the mean of `steps.agreement` over what goes beyond the answer; 0 where nothing does."""
+    said = [beyond_answer(own, answer) for own, answer in zip(group.steps, group.answers, strict=True)]
+    return np.array([s.mean() if len(s) else 0.0 for s in agreement(said)], dtype=np.float64)
 
 
 def exact(group: Group) -> FloatArray:
@@ -359,6 +362,7 @@ def _group(record: Mapping[str, Any], limit: int, picture: world.Picture | None)
     return Group(
         question=(record["image"], record["question"]["text"]),
         keys=tuple(t["answer_key"] if t["well_formed"] else None for t in trajectories),
+        answers=tuple(t["answer"] or "" for t in trajectories),
         steps=tuple(own[:limit] for own in steps),
         words=np.array([t["words_before_answer"] for t in trajectories], dtype=np.float64),
         truth=np.array([np.mean(own) if own else np.nan for own in checked]),
