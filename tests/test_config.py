@@ -91,32 +91,6 @@ def test_every_shipped_recipe_resolves_with_every_preset(recipe: str, preset: st
     assert {name: getattr(config, name) for name in Preset.model_fields} == same  # a recipe leaves the scale alone
 
 
-def test_the_recipes_say_what_their_names_say():
-    assert {"default", "paper", "outcome-only", "step-only", "discrete", "no-warmup", "no-position-decay"} <= set(
-        names("recipes")
-    )
-    paper = resolve({**NEEDED, "recipe": "paper"})
-
-    def changed(recipe: str) -> dict[str, object]:
-        config = resolve({**NEEDED, "recipe": recipe, "labels": "/l"})
-        return {name: value for name in Recipe.model_fields if (value := getattr(config, name)) != getattr(paper, name)}
-
-    assert changed("default") == {
-        "advantage": "rloo", "step_measure": "claims", "recurrence_window": 128, "step_weight_initial": 0.5,
-        "step_weight_final": 0.5, "kl_coef": 0.03, "kl_rate": 0.0,
-    }  # fmt: skip
-    assert changed("discrete") == {"reward": "discrete"}
-    assert changed("outcome-only") == {"step_weight_final": 0.0}
-    assert changed("step-only") == {"step_weight_initial": 1.0, "step_weight_final": 1.0}
-    assert changed("no-warmup") == {"step_weight_warmup": 0.0}
-    assert changed("no-position-decay") == {"position_decay": 0.0}
-    assert changed("no-density") == {"density_exponent": 0.0}
-    assert changed("random-reward") == {"reward": "random"}
-    assert changed("format-only") == {"reward": "format"}
-    assert changed("frozen-proposer") == {"train_proposer": False}
-    assert changed("oracle")["reward"] == "oracle"
-
-
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 

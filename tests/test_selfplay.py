@@ -77,8 +77,9 @@ def pay(
 DIFFERENCES_FROM_PAPER: dict[str, dict[str, Any]] = {
     "default": {
         "advantage": "rloo", "step_measure": "claims", "recurrence_window": 128, "step_weight_initial": 0.5,
-        "step_weight_final": 0.5,
+        "step_weight_final": 0.5, "kl_coef": 0.03, "kl_rate": 0.0,
     },
+    "answers-only": {"advantage": "rloo", "step_weight_final": 0.0, "kl_coef": 0.03, "kl_rate": 0.0},
     "discrete": {"reward": "discrete"},
     "format-only": {"reward": "format"},
     "frozen-proposer": {"train_proposer": False},
@@ -100,6 +101,7 @@ def test_the_paper_recipe_is_the_published_run():
         "density_exponent": 0.7, "position_decay": 0.15, "max_reasoning_steps": 8, "max_step_tokens": 64,
         "step_weight_initial": 0.0, "step_weight_final": 0.7, "step_weight_warmup": 0.3, "target_entropy": 0.90,
         "entropy_width": 0.35, "advantage": "ema", "baseline_momentum": 0.9, "train_proposer": True,
+        "kl_coef": 1e-3, "kl_target": 0.02, "kl_rate": 0.1,
     }  # fmt: skip
     assert {name: paper[name] for name in published} == published
 
@@ -171,6 +173,7 @@ SCHEDULES = {
     "no-warmup": [0.07, 0.14, 0.21, 0.28, 0.35, 0.42, 0.49, 0.56, 0.63, 0.7],
     "step-only": [1.0] * 10,
     "outcome-only": [0.0] * 10,
+    "answers-only": [0.0] * 10,
     "default": [0.5] * 10,
 }
 
@@ -192,6 +195,7 @@ def test_weight_of_step_agreement_over_training(recipe: str):
 GROUP = [solution("7"), solution("3"), "I say 7", solution("7"), solution("7.0")]
 PAPER_PAY = (0.699368, 0.097239)
 EARNED = {
+    "answers-only": (0.699368, 0.324131),
     "default": (0.849684, 0.662066),
     "discrete": (1.0, 0.0),
     "format-only": (1.0, 1.0),
