@@ -207,6 +207,8 @@ def test_hostile_text_takes_bounded_time(text: str) -> None:
 TARGETS = {
     "dev": {"number": 0.98, "negated": 0.9, "swapped": 0.8, "unrelated": 0.95},
     "held_out": {"number": 0.98, "negated": 0.8, "swapped": 0.74, "unrelated": 0.94},
+    # Written by somebody who had not seen the tables, after they were finished.
+    "fresh": {"number": 0.97, "negated": 1.0, "swapped": 0.9, "unrelated": 1.0},
 }
 
 
@@ -223,7 +225,7 @@ def ranking(split: str) -> tuple[dict[str, float], dict[str, float]]:
     return means, {kind: fmean(f["paraphrase"] > f[kind] for f in found) for kind, found in both.items()}
 
 
-@pytest.mark.parametrize("split", ["dev", "held_out"])
+@pytest.mark.parametrize("split", TARGETS)
 def test_paraphrases_outrank_contradictions(split: str) -> None:
     means, shares = ranking(split)
     assert {kind: share for kind, share in shares.items() if share < TARGETS[split][kind]} == {}
