@@ -410,6 +410,16 @@ def test_an_ablation_stopped_resumed_and_extended(
         assert kept["columns"]["answer_entropy"] == again.answer_entropy.tolist()
     base, paper = (json.loads((out / f"{name}-1.json").read_text())["greedy_texts"] for name in ("base", "paper"))
     assert base != paper
+    # A run's last checkpoint is what it ended with; a damaged one is refused.
+    checkpoints = out / "paper-1" / "checkpoints"
+    first = evaluate_target(str(checkpoints / "step-000001"), questions, seed=1)
+    assert (
+        first.answer_entropy.tolist()
+        != evaluate_target(str(out / "paper-1"), questions, seed=1).answer_entropy.tolist()
+    )
+    (checkpoints / "step-000001" / "solver" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="damaged"):
+        evaluate_target(str(checkpoints / "step-000001"), questions)
 
     assert "steps is 3, not 4" in mistake(capsys, out, "--steps", "4")
     (out / "base-0.json").write_text("{")

@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="held-out accuracy of a run or a model; two are compared on the same questions",
         description="Greedy, mean@1, maj@5 and pass@5 accuracy with 95 %% intervals on labelled questions.",
     )
-    evaluate.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="one, or two to compare with a paired test")
+    evaluate.add_argument("models", nargs="+", metavar="TARGET", help="run, checkpoint or model; two: a paired test")
     evaluate.add_argument(
         "--data", type=Path, required=True, metavar="FILE.jsonl", help="lines of image, question, answer"
     )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ireasoner.answers import answer_key, majority
+from ireasoner.checkpoint import verify_checkpoint
 from ireasoner.config import load_config, resolve
 from ireasoner.engines.transformers import TransformersEngine, uniforms
 from ireasoner.images import load_image
@@ -242,27 +243,34 @@ def evaluate_target(
     device: str = "auto",
     blank: bool = False,
 ) -> Scores:
-    """Scores of a run directory (its trained solver, its own prompt and lengths) or of a plain model.
+    """Scores of a finished run, of a checkpoint of any run (`RUN/checkpoints/step-000040`), or of a plain model.
+
+    Of a run it is the trained solver, under the run's own prompt and length.
 
     Args:
         preset: for a plain model: where prompt and lengths come from; 'tiny' for the model 'tiny', else '7b'.
         blank: gray images instead of the true ones.
 
     Raises:
-        ModelError, ConfigError: the target is neither, or the run is not finished.
+        ModelError, ConfigError: the target is none of these.
+        UsageError: the run is not finished, or the checkpoint is damaged.
     """
-    run = Path(target)
+    adapters = Path(target)
+    is_checkpoint = adapters.parent.name == "checkpoints" and adapters.is_dir()
+    run = adapters.parent.parent if is_checkpoint else adapters
     is_run = (run / "config.yaml").is_file()
     if is_run:
         config = load_config(run / "config.yaml")
-        if not (run / "solver").is_dir():
-            raise UsageError(f"{run} is not finished: continue it with: ireasoner train --resume {run}")
+        if is_checkpoint and (problem := verify_checkpoint(adapters)):
+            raise UsageError(f"{adapters} is damaged: {problem}")
+        if not (adapters / "solver").is_dir():
+            raise UsageError(f"{run} is not finished: score a checkpoint, or go on: ireasoner train --resume {run}")
     else:
         flags = {"model": target, "images": ".", **({"preset": preset} if preset else {})}
         config = resolve(flags)
     policy = Policy.from_config(config.model_copy(update={"device": device}))
     if is_run:
-        policy.load_adapters(run)
+        policy.load_adapters(adapters)
     return evaluate(
         policy,
         questions,
