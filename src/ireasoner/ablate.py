@@ -12,9 +12,12 @@ import multiprocessing
 import os
 import queue
 import shutil
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import connection
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +60,7 @@ class Settings(BaseModel):
     style: str = "chalk"
     split: Literal["validation", "test"] = "test"
     questions: int = 512
-    recipes: tuple[str, ...] = ("paper", "outcome-only", "random-reward", "default")
+    recipes: tuple[str, ...] = ("paper", "outcome-only", "answers-only", "random-reward", "default")
     seeds: int = 5
     cooled: bool = False
     training: dict[str, Any] = {}
@@ -152,7 +155,7 @@ class Ablation:
         """Check all that was named before OUT is touched; then draw the world, if it is the embedded one.
 
         Args:
-            display: hears of the progress; None: the terminal.
+            display: hears of the progress, in a process of `share_out`, which finds all in place; None: the terminal.
 
         Raises:
             UsageError: whatever cannot be used, by name.
@@ -170,12 +173,13 @@ class Ablation:
                 if config.labels:
                     load_labels(config, pool)
         self.policy: Policy | None = Policy.from_config(configs[0])
-        with _writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            replace_file(out / "settings.json", settings.model_dump_json(indent=2).encode())
-            if not settings.images and not (out / "data").exists():
-                print(f"Drawing {UNLABELED} unlabeled pictures and the questions into {out / 'data'}.")
-                draw_world(out, settings)
+        if display is None:
+            with _writing(out):
+                out.mkdir(parents=True, exist_ok=True)
+                replace_file(out / "settings.json", settings.model_dump_json(indent=2).encode())
+                if not settings.images and not (out / "data").exists():
+                    print(f"Drawing {UNLABELED} unlabeled pictures and the questions into {out / 'data'}.")
+                    draw_world(out, settings)
         self.questions = load_questions(data, settings.questions)
         scored = (settings.seeds * (1 + len(self.arms) + settings.cooled) + 2) * len(self.questions)
         scored += settings.cooled * (settings.seeds + BISECTIONS) * VALIDATION
@@ -185,7 +189,8 @@ class Ablation:
         """Everything, seed by seed; returns and writes the results. None if training was interrupted.
 
         Args:
-            jobs: arms that are trained and scored at a time, each by a process of its own.
+            jobs: arms that are trained and scored at a time, each by a process of its own; a script that asks for more
+                than one must guard its start by `if __name__ == "__main__"`.
 
         Raises:
             UsageError: a run directory that cannot be used; what was made stays.
@@ -196,7 +201,7 @@ class Ablation:
             if not (self.share_out(tasks, jobs) if jobs > 1 else all(self.make(*task) for task in tasks)):
                 return None
             for arm, seed in tasks:
-                found.setdefault(arm, []).append(self.kept(f"{arm}-{seed}"))
+                found.setdefault(arm, []).append(self.kept(self.path(arm, seed)))
             note = ""
             if self.settings.cooled:
                 heat = self.matching_temperature()
@@ -236,36 +241,48 @@ class Ablation:
 
     def share_out(self, tasks: Sequence[tuple[str, int]], jobs: int) -> bool:
         """`make` every task, `jobs` at a time; False if that was interrupted, once all have saved and stopped."""
+        left = [task for task in tasks if not self.path(*task).exists()]
         self.policy = None
         context = multiprocessing.get_context("spawn")  # a fork would inherit locks that its threads do not release
-        waiting, told = context.Queue(), context.Queue()
-        for task in (*tasks, *[None] * jobs):
+        waiting, told, stop = context.Queue(), context.Queue(), context.Event()
+        jobs = min(jobs, len(left))
+        for task in (*left, *[None] * jobs):
             waiting.put(task)
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        arguments = (self.out, self.settings, waiting, told, threads)
-        workers = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(jobs)]
+        arguments = (self.out, self.settings, waiting, told, stop, max(1, torch.get_num_threads() // max(jobs, 1)))
+        workers: list[Any] = []
         try:
-            for worker in workers:
-                worker.start()
-            ended = False
-            while not ended:
-                ended = not any(worker.is_alive() for worker in workers)  # then all that they told is on the queue
-                with suppress(queue.Empty):
-                    while True:
-                        call, details = told.get(timeout=0.2)
-                        if call == "fail":
-                            raise UsageError(*details)
-                        self.display.hear(call, details)
-                if broken := [worker.exitcode for worker in workers if worker.exitcode]:
-                    raise UsageError(f"a process of the ablation ended with exit code {broken[0]}; what it saved stays")
+            with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
+                for _ in range(jobs):
+                    worker = context.Process(target=_work, args=arguments, daemon=True)
+                    worker.start()
+                    workers.append(worker)
+                self._listen(workers, told)
         except KeyboardInterrupt:
             return False
         finally:
+            stop.set()
             for worker in workers:
                 worker.terminate()  # asks it to save after its step, if it is at work
             for worker in workers:
                 worker.join()
-        return True
+        return all(self.path(*task).exists() for task in tasks)
+
+    def _listen(self, workers: Sequence[Any], told: Queue[Any]) -> None:
+        """Hand on what workers tell until all have ended. Raises `UsageError` where one fails."""
+        while True:
+            ended = not any(worker.is_alive() for worker in workers)  # then all that they told is on the queue
+            try:
+                call, details = told.get(timeout=0.2)
+            except queue.Empty:
+                if ended:
+                    return
+            else:
+                if call == "fail":
+                    raise UsageError(*details)
+                self.display.hear(call, details)
+            if code := next((worker.exitcode for worker in workers if worker.exitcode), 0):
+                why = f"was killed (signal {-code}; out of memory? try fewer --jobs)" if code < 0 else "failed"
+                raise UsageError(f"one of the ablation's processes {why}; what was saved stays")
 
     def config(self, arm: str, seed: int) -> Config:
         """The config of an arm; the base has the scale that all of them share."""
@@ -280,7 +297,7 @@ class Ablation:
             wanted |= {name: kept[name] for name in ("images", "labels", "model", "device", "recipe")}
             if differing := _differing(kept, wanted):
                 raise UsageError(f"{folder} was trained with other options ({differing}): choose another folder")
-        if (folder / "report.html").exists() or (self.out / f"{folder.name}.json").exists():
+        if (folder / "report.html").exists() or self.path(arm, seed).exists():
             self.display.skip(config.steps)
             return True
         if self.policy is not None and self.policy.device.type != "cpu":
@@ -301,9 +318,13 @@ class Ablation:
         path = self.out / run / "summary.json"
         return path.exists() and json.loads(path.read_text("utf-8")).get("stopped_early", False)
 
-    def kept(self, name: str) -> Scored:
+    def path(self, arm: str, seed: int, temperature: float = 1.0, blank: bool = False) -> Path:
+        """Where the scores of an arm are kept."""
+        how = "-blank" * blank + (f"-at-{temperature:.3f}" if temperature != 1 else "")
+        return self.out / f"{arm}-{seed}{how}.json"
+
+    def kept(self, path: Path) -> Scored:
         """Scores that OUT holds."""
-        path = self.out / f"{name}.json"
         try:
             record = json.loads(path.read_text("utf-8"))
             columns = {column: np.array(values, dtype=np.float64) for column, values in record["columns"].items()}
@@ -313,11 +334,10 @@ class Ablation:
 
     def score(self, arm: str, seed: int, temperature: float = 1.0, blank: bool = False) -> Scored:
         """An arm's held-out scores, from OUT if they are there. The sampling seed is the arm's."""
-        name = f"{arm}-{seed}" + "-blank" * blank + (f"-at-{temperature:.3f}" if temperature != 1 else "")
-        path = self.out / f"{name}.json"
+        path = self.path(arm, seed, temperature, blank)
         if path.exists():
             self.display.skip(SCORING * len(self.questions))
-            return self.kept(name)
+            return self.kept(path)
         scores = self.evaluate(arm, seed, self.questions, temperature, blank)
         others = {column: values for column, values in vars(scores).items() if isinstance(values, np.ndarray)}
         distinct = None if arm == "base" else distinct_questions(self.out / f"{arm}-{seed}")
@@ -325,7 +345,7 @@ class Ablation:
         with _writing(path):
             record = {**asdict(found), "greedy_texts": scores.greedy_texts}
             replace_file(path, json.dumps(record, default=np.ndarray.tolist).encode())
-        self.display.say(f"{name}: " + "  ".join(f"{m} {100 * v.mean():.1f}" for m, v in scores.measures.items()))
+        self.display.say(f"{path.stem}: " + "  ".join(f"{m} {100 * v.mean():.1f}" for m, v in scores.measures.items()))
         return found
 
     def evaluate(
@@ -369,18 +389,41 @@ class Ablation:
         return temperature
 
 
-def _work(out: Path, settings: Settings, waiting: Queue[Any], told: Queue[Any], threads: int) -> None:
-    """A process of `share_out`: makes tasks until it takes a None, is interrupted, or is left alone."""
+def _work(out: Path, settings: Settings, waiting: Queue[Any], told: Queue[Any], stop: Any, threads: int) -> None:
+    """A process of `share_out`: makes tasks until it takes a None or is asked to stop, or until its parent is gone."""
     os.setsid()  # a terminal's Ctrl-C is for the parent, which then asks
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_follow, args=(parent.sentinel, told), daemon=True).start()
     quiet_libraries()
     torch.set_num_threads(threads)
-    parent = multiprocessing.parent_process()
     try:
         ablation = Ablation(out, settings, Relay(told.put))
-        while parent and parent.is_alive() and (task := waiting.get()) and ablation.make(*task):
+        while (task := waiting.get()) and not stop.is_set() and ablation.make(*task):
             pass
     except UsageError as error:
         told.put(("fail", (str(error),)))
+
+
+def _follow(parent: int, told: Queue[Any]) -> None:
+    """Stop this process, as if it were asked to, when its parent is gone."""
+    connection.wait([parent])
+    told.cancel_join_thread()  # nobody will read what is on it
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def _interrupted_by(*numbers: signal.Signals) -> Iterator[None]:
+    """These signals interrupt as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

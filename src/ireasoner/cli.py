@@ -113,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--recipes",
         nargs="+",
         metavar="RECIPE",
-        help="names or YAML files (paper outcome-only random-reward default)",
+        help="names or YAML files (paper outcome-only answers-only random-reward default)",
     )
     ablate.add_argument("--seeds", type=_whole(1), metavar="N", help="runs of each recipe, seeds 0 to N - 1 (5)")
     ablate.add_argument(
@@ -360,7 +360,10 @@ def _ablate(arguments: argparse.Namespace) -> int:
         given = {**QUICK, **given, "training": {**QUICK["training"], **given["training"]}}
     result = Ablation(out, settle(out, given)).run(jobs)
     if result is None:
-        print(f"Stopped and saved. Continue with: {PROGRAM} ablate {arguments.out}")
+        print(
+            f"Stopped and saved. Continue with: {PROGRAM} ablate {arguments.out}"
+            + (f" --jobs {jobs}" if jobs > 1 else "")
+        )
         return 130
     for title, rows in tables(result):
         print_table(title, rows)

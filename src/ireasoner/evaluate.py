@@ -256,15 +256,18 @@ def evaluate_target(
         UsageError: the run is not finished, or the checkpoint is damaged.
     """
     adapters = Path(target)
-    is_checkpoint = adapters.parent.name == "checkpoints" and adapters.is_dir()
-    run = adapters.parent.parent if is_checkpoint else adapters
+    is_checkpoint = re.fullmatch(r"step-\d+", adapters.name) is not None
+    run = adapters.resolve().parent.parent if is_checkpoint else adapters
     is_run = (run / "config.yaml").is_file()
     if is_run:
         config = load_config(run / "config.yaml")
         if is_checkpoint and (problem := verify_checkpoint(adapters)):
-            raise UsageError(f"{adapters} is damaged: {problem}")
+            held = ", ".join(sorted(path.name for path in adapters.resolve().parent.glob("step-*")))
+            raise UsageError(f"the checkpoint {adapters} cannot be used: {problem}; there are {held}")
         if not (adapters / "solver").is_dir():
-            raise UsageError(f"{run} is not finished: score a checkpoint, or go on: ireasoner train --resume {run}")
+            raise UsageError(
+                f"{run} is not finished: score one of its checkpoints, or go on: ireasoner train --resume {run}"
+            )
     else:
         flags = {"model": target, "images": ".", **({"preset": preset} if preset else {})}
         config = resolve(flags)

@@ -37,7 +37,7 @@ and or but because since while although though even when where which who whom wh
 both every each other another else own out single picture image photo photograph chart figure graph diagram drawing
 shown show see seen look read find found locate reach take make made give get got come came go become value number
 amount equal equals appear seem count stand lie sit mean say tell note notice finally next step answer accord closely
-roughly approximately around nearly almost ≈ ~ maybe perhaps probably possibly likely guess think believe suppose
+roughly approximately around nearly almost ≈ ~ let maybe perhaps probably possibly likely guess think believe suppose
 result solution conclude conclusion final
 """  # these claim nothing
 # One meaning to a group: its first word stands for the others.
@@ -151,8 +151,16 @@ def _clock(match: re.Match[str]) -> str:
     return f"{(minutes // 60 - 1) % 12 + 1}:{minutes % 60:02}"
 
 
+# How an answer is announced: "Therefore, the correct option is".
+_ANNOUNCEMENT = re.compile(
+    r"\A\W*(?:(?:so|thus|hence|therefore|then|finally|and)\b\W*)*(?:(?:the|my|our) )?(?:(?:correct|final|right|best) )*"
+    r"(?:answer|option|choice|result|solution|conclusion)\b(?: (?:is|would be|must be|should be)\b| ?[:=])+\W*",
+    re.IGNORECASE,
+)
+
 _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\bno (?:other|second|further|such|matter|doubt)\b|\bnot (?:only|just)\b", " "),  # these deny something else
+    (r"\bmost (?:likely|probably)\b|\b(?:definitely|certainly|clearly|obviously)\b", " "),
     (r"\bnobody\b|\bno one\b", "no person"),
     (r"\bhalf a dozen\b", "6"),
     (rf"({_DIGITS}) ({'|'.join(_SCALES)})\b", lambda m: str(Fraction(m[1].replace(",", "")) * _SCALES[m[2].lower()])),
@@ -244,11 +252,13 @@ class Claim:
         or the opposite is said. Empty for an empty step only.
     relations: the directed relations among them.
     frame: the prepositions, sorted; equal where two steps are built alike.
+    light: whether no word of it claims anything; the terms are these words then.
     """
 
     terms: tuple[tuple[str, int], ...]
     relations: tuple[Relation, ...]
     frame: tuple[str, ...]
+    light: bool
 
     @cached_property
     def poles(self) -> dict[str, set[int]]:
@@ -279,11 +289,12 @@ def claim(step: str) -> Claim:
             for j in ([j for j in scope if items[j][0] in _AXES] or scope)[:1]:
                 items[j] = (items[j][0], -items[j][1])
     terms = tuple((name, pole) for name, pole in items if pole and name != "times")
-    if not terms:  # light words alone, or signs
+    light = not terms
+    if light:  # light words alone, or signs
         words = [name for name, _ in items if name.isalpha()]
         terms = tuple((word, 1) for word in words or _plain_characters(step.strip()[:MAX_CHARACTERS]).split())
     relations = tuple(_relation(items, i) for i, (name, _) in enumerate(items) if name in _DIRECTED_NAMES)
-    return Claim(terms, relations, tuple(sorted(name for name, _ in items if name in _PREPOSITIONS)))
+    return Claim(terms, relations, tuple(sorted(name for name, _ in items if name in _PREPOSITIONS)), light)
 
 
 def _relation(items: list[tuple[str, int]], i: int) -> Relation:
@@ -387,9 +398,21 @@ def _crossed(a: Sequence[tuple[str, int]], b: Sequence[tuple[str, int]]) -> bool
 
 
 def beyond_answer(reasoning_steps: Iterable[str], answer: str) -> tuple[str, ...]:
-    """The steps that claim more than the answer does: "Maybe 7.", "So the answer is 7." before a 7 are no reasoning."""
-    said = claim(answer).poles.keys()
-    return tuple(step for step in reasoning_steps if claim(step).poles.keys() - said)
+    """The steps that claim something other than the answer itself.
+
+    "Look closely." claims nothing; "Maybe 7." and "So the answer is 7 cm." only repeat a 7: none of these is reasoning.
+    """
+    said = claim(answer)
+
+    def goes_beyond(step: str) -> bool:
+        rest, announced = _ANNOUNCEMENT.subn("", step[:MAX_CHARACTERS])
+        own = claim(rest)
+        new = set(own.terms) - set(said.terms)
+        if announced and len(new) <= 1 and not own.numbers - said.numbers:
+            return False  # the answer with its unit or noun
+        return not own.light and bool(new or set(own.relations) - set(said.relations))
+
+    return tuple(step for step in reasoning_steps if goes_beyond(step))
 
 
 def agreement(group: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:

@@ -54,7 +54,7 @@ RULES = (
     Rule("repetition", "solutions repeat themselves", _from_one, 0.9, 0.8),
     Rule("readable", "texts can no longer be read", float, 0.95, 0.9),
     Rule("distinct_questions", "the same questions come again and again", float, 0.6, 0.4),
-    Rule("recurrence", "the same reasoning is given to every image", _from_one, 0.7, 0.6),
+    Rule("recurrence", "the same reasoning is given to every image", _from_one, 0.65, 0.6),
     Rule("blank_survival", "majority answers no longer need the image", _from_one, 0.5, 0.3),
 )
 STANDARD_ERRORS = 4.0  # that two windows must be apart as well: with few images a step, means are noisy

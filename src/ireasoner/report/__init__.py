@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ireasoner.recorder import read_records
+from ireasoner.recorder import read_records, replace_file
 
 # What is drawn, panel by panel: title and the metrics in it.
 CURVES = (
@@ -50,7 +50,7 @@ def write_report(run: Path) -> Path:
         events=list(read_records(run / "events.jsonl")),
     )
     target = run / "report.html"
-    target.write_text(page, "utf-8", errors="backslashreplace")
+    replace_file(target, page.encode("utf-8", errors="backslashreplace"))  # an ablation takes it for the end of a run
     return target
 
 

@@ -27,14 +27,14 @@ COLUMNS = {
     "distinct_questions": ("distinct questions", 100, 1),
 }
 DIFFERENCES = ("greedy", "mean@1", "maj@5", "pass@5", "step_truth")
-REFERENCES = ("base", "outcome-only")
+REFERENCES = ("base", "outcome-only", "answers-only")
 FALLEN = 0.9  # step truth is void where less than this share of the base's checkable steps is left
 Rows = list[list[str]]
 Columns = Mapping[str, NDArray[np.float64]]
 
 
 def summarize(arms: Mapping[str, Columns], distinct: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
-    """Every arm's means over seeds, and its paired differences from the base and from `outcome-only`.
+    """Every arm's means over seeds, and its paired differences from the REFERENCES among them.
 
     Args:
         arms: by arm and measure, values [seeds, questions]; one arm is called base.
