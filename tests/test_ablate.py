@@ -78,7 +78,7 @@ def test_the_summary_by_hand(result: dict[str, Any]):
     assert paper["mean"]["tokens"] == 20
     assert paper["mean"]["distinct_questions"] == pytest.approx(0.6)
     assert "distinct_questions" not in base["mean"]
-    assert base["minus"].keys() == {"outcome-only"}
+    assert base["minus"].keys() == {"paper", "outcome-only"}
     change = columns(0.5)["greedy"] - columns(0.0)["greedy"]
     assert paper["minus"]["base"]["greedy"] == pytest.approx(paired_interval(change))
     assert paper["minus"]["base"]["greedy"][0] == 0.25

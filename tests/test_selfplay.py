@@ -79,9 +79,7 @@ DIFFERENCES_FROM_PAPER: dict[str, dict[str, Any]] = {
         "advantage": "rloo", "step_measure": "claims", "recurrence_window": 128, "step_weight_initial": 0.5,
         "step_weight_final": 0.5, "kl_coef": 0.03, "kl_rate": 0.0,
     },
-    "answers-only": {
-        "advantage": "rloo", "step_measure": "claims", "step_weight_final": 0.0, "kl_coef": 0.03, "kl_rate": 0.0,
-    },
+    "answers-only": {"advantage": "rloo", "step_weight_final": 0.0, "kl_coef": 0.03, "kl_rate": 0.0},
     "discrete": {"reward": "discrete"},
     "format-only": {"reward": "format"},
     "frozen-proposer": {"train_proposer": False},
@@ -219,7 +217,7 @@ def test_rewards_of_a_group_by_hand(policy: Policy, recipe: str):
     # The parts are told apart, whatever the recipe makes of them.
     density = 1.0 if recipe == "no-density" else 0.699368
     assert episode.reward_parts["outcome"] == pytest.approx([0.699368, 0.324131, 0, 0.699368, 0.699368], abs=1e-6)
-    agreement = [1, 1, 0, 1, 1] if recipe in ("answers-only", "default") else [density, 0, 0, density, density]
+    agreement = [1, 1, 0, 1, 1] if recipe == "default" else [density, 0, 0, density, density]
     assert episode.reward_parts["step_agreement"] == pytest.approx(agreement, abs=1e-6)
     assert episode.answer_keys == ("number:7", "number:3", None, "number:7", "number:7")
     assert (episode.majority_answer, episode.majority_fraction) == ("number:7", pytest.approx(0.6))

@@ -27,7 +27,7 @@ COLUMNS = {
     "distinct_questions": ("distinct questions", 100, 1),
 }
 DIFFERENCES = ("greedy", "mean@1", "maj@5", "pass@5", "step_truth")
-REFERENCES = ("base", "outcome-only", "answers-only")
+REFERENCES = ("base", "paper", "outcome-only", "answers-only")
 FALLEN = 0.9  # step truth is void where less than this share of the base's checkable steps is left
 Rows = list[list[str]]
 Columns = Mapping[str, NDArray[np.float64]]
