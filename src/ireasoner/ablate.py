@@ -35,7 +35,7 @@ from ireasoner.playground import dataset, world
 from ireasoner.policy import Policy
 from ireasoner.recorder import replace_file, write_json
 from ireasoner.report import write_report
-from ireasoner.report.ablation import csv_text, distinct_questions, draw_differences, markdown, summarize
+from ireasoner.report.ablation import COOLED, csv_text, distinct_questions, draw_differences, markdown, summarize
 from ireasoner.train import Observer, load_labels, resume, start
 from ireasoner.types import UsageError
 
@@ -208,7 +208,7 @@ class Ablation:
                 note = f" Base, cooled: sampled at temperature {heat:.2f}, where it is as sure of its answers as "
                 note += f"{self.first} (equal answer entropy on validation questions)."
                 cooled = [self.score("base", seed, heat) for seed in self.seeds]
-                found = {"base": found.pop("base"), "base, cooled": cooled, **found}
+                found = {"base": found.pop("base"), COOLED: cooled, **found}
             blank = {arm: self.score(arm, 0, blank=True) for arm in ("base", "default") if arm in found}
         if early := [name for arm in self.arms for seed in self.seeds if self.ended_early(name := f"{arm}-{seed}")]:
             note += f" Runs that ended themselves early: {', '.join(early)}."

@@ -28,6 +28,7 @@ COLUMNS = {
 }
 DIFFERENCES = ("greedy", "mean@1", "maj@5", "pass@5", "step_truth")
 REFERENCES = ("base", "paper", "outcome-only", "answers-only")
+COOLED = "base, cooled"
 FALLEN = 0.9  # step truth is void where less than this share of the base's checkable steps is left
 Rows = list[list[str]]
 Columns = Mapping[str, NDArray[np.float64]]
@@ -130,8 +131,8 @@ def _compared(result: Mapping[str, Any]) -> list[str]:
 
 
 def _others(result: Mapping[str, Any], reference: str) -> list[str]:
-    """The arms to hold against a reference; the base, of which they are held against it already, is none of them."""
-    return [arm for arm in result["arms"] if arm not in (reference, "base")]
+    """The arms to hold against a reference: not the base, for they are held against it already; cooled to it alone."""
+    return [arm for arm in result["arms"] if arm not in (reference, "base") and (reference == "base" or arm != COOLED)]
 
 
 def _change(values: Sequence[float]) -> str:
@@ -215,7 +216,7 @@ def draw_differences(result: Mapping[str, Any], target: Path) -> None:
     figure = Figure(figsize=(1.6 + 2.1 * len(shown), 0.34 * sum(heights)), layout="constrained")
     parts = figure.subfigures(len(blocks), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, (reference, arms) in zip(parts, blocks.items(), strict=True):
-        part.suptitle(f"minus {reference}, percentage points with 95 % intervals", fontsize=11)
+        part.suptitle(f"minus {reference}, percentage points with 95 % intervals (logarithmic beyond ±10)", fontsize=11)
         axes = part.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
         for axis, name in zip(axes, shown, strict=True):
             axis.axvline(0, color="0.6", linewidth=1)
@@ -228,6 +229,8 @@ def draw_differences(result: Mapping[str, Any], target: Path) -> None:
                 color = "tab:green" if low > 0 else "tab:red" if high < 0 else "0.35"
                 axis.plot([low, high], [row, row], color=color, linewidth=2, solid_capstyle="butt")
                 axis.plot(mean, row, "o", color=color, markersize=5)
+            axis.set_xscale("symlog", linthresh=10, linscale=1.2)  # beside the controls, the rest would be one dot
+            axis.set_xticks([-40, -5, 0, 5, 40], ["−40", "−5", "0", "5", "40"])
             axis.set_yticks(range(len(arms)), arms)
             axis.set_ylim(len(arms) - 0.4, -0.6)
             axis.grid(axis="x", color="0.9")
