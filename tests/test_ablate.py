@@ -466,6 +466,9 @@ def test_two_jobs_make_what_one_makes(own: Path, capsys: pytest.CaptureFixture[s
         scores = [(out / f"{name}.json").read_bytes() for name in names]
         found.append((printed[printed.index("Scores") :].replace(str(out), "OUT"), scores))
     assert found[0] == found[1]
+    assert main(["ablate", str(own / "2"), "--recipes", str(own / "mine.yaml"), "--jobs", "2"]) == 0
+    (own / "mine.yaml").write_text("reward: format\n")
+    assert "reward is discrete, not format" in mistake(capsys, own / "2", "--jobs", "2")
 
 
 @contextmanager

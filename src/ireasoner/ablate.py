@@ -242,6 +242,8 @@ class Ablation:
     def share_out(self, tasks: Sequence[tuple[str, int]], jobs: int) -> bool:
         """`make` every task, `jobs` at a time; False if that was interrupted, once all have saved and stopped."""
         left = [task for task in tasks if not self.path(*task).exists()]
+        for task in set(tasks) - set(left):
+            self.make(*task)  # which only looks whether it was made with these options
         self.policy = None
         context = multiprocessing.get_context("spawn")  # a fork would inherit locks that its threads do not release
         waiting, told, stop = context.Queue(), context.Queue(), context.Event()
