@@ -146,7 +146,7 @@ class SelfPlay:
             length_penalty=config.length_penalty,
             target_words=config.target_words,
         )
-        # Over all steps, those that claim nothing too: a right answer behind words for every image must not pay in full.
+        # Over all steps, empty ones too: an answer behind words that fit every image must not pay in full.
         recurrence = [self.memory.recurrence(key[0], self.compared_steps(t)) for t in trajectories]
         if config.step_measure == "claims":
             said = [steps.beyond_answer(self.compared_steps(t), t.answer or "") for t in trajectories]
