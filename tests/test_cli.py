@@ -20,7 +20,7 @@ from ireasoner.console import Display, evaluation_table, plain, results_table, v
 from ireasoner.evaluate import MEASURES, Scores, compare
 from ireasoner.types import Completion, Episode, Question, Trajectory
 
-COMMANDS = ("train", "demo", "eval", "ablate", "validity", "bench", "playground")
+COMMANDS = ("train", "demo", "eval", "ablate", "validity", "doctor", "bench", "playground")
 
 # --- what is imported -------------------------------------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ def test_a_model_that_cannot_be_used(capsys: pytest.CaptureFixture[str], place: 
     assert "no-model" in mistake(capsys, *train(place, tmp_path / "2", model=place / "no-model"))
     text = mistake(capsys, *train(place, tmp_path / "3", model=text_model))
     assert "qwen2" in text
-    assert "vision-language" in text
+    assert "a model for images and text is needed" in text
     assert "qwen2" in mistake(capsys, "eval", text_model, "--data", place / "good.jsonl")
     assert "'attention'" in mistake(capsys, *train(place, tmp_path / "4", **{"lora-targets": "attention"}))
 

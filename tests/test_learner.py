@@ -51,7 +51,7 @@ def make_scene(policy: Policy, pictures: list[Image.Image], role: Role = "solver
     groups = []
     for i, group in enumerate(TransformersEngine(policy).sample(prompts, role, uniforms([[1], [2]], 24, 10))):
         whole, short, other = [c for c in group if len(c.token_ids) == 10][:3]
-        ids = (*short.token_ids[: 5 + i], policy.end_token)
+        ids = (*short.token_ids[: 5 + i], policy.end_tokens[0])
         logprob = logprobs_of(policy, prompts[i : i + 1], ids, role)[-1].item()
         text = policy.processor.tokenizer.decode(ids[:-1])
         ended = Completion(text, ids, (*short.logprobs[: 5 + i], logprob), "stop")
@@ -268,7 +268,7 @@ def test_no_second_optimiser_step_whatever_the_micro_batches(scene: Scene):
         scene.policy.model.load_state_dict(start, strict=False)
         sizes = []
         hook = scene.policy.backbone.model.language_model.register_forward_pre_hook(
-            lambda module, args, kwargs, sizes=sizes: sizes.append(kwargs["inputs_embeds"].shape[:2].numel()),
+            lambda module, args, kwargs, sizes=sizes: sizes.append(kwargs["position_ids"].shape[-2:].numel()),
             with_kwargs=True,
         )
         gradient, metrics = descend(scene.learner(tokens_per_batch=limit), scene.prompts, scene.groups, REWARDS)
@@ -347,7 +347,7 @@ def test_no_retokenised_text_is_trained(scene: Scene, tmp_path: Path):
     ids = [i for letter in text for i in tokenizer(letter)["input_ids"]]
     assert tokenizer.decode(ids) == text
     assert len(ids) == len(text) > len(tokenizer(text)["input_ids"])
-    ids.append(scene.policy.end_token)
+    ids.append(scene.policy.end_tokens[0])
     with torch.no_grad():
         model = load_apart(scene.policy, tmp_path)["solver"]
         logprobs = plain_logprobs(model, scene.images[0], chat(QUESTIONS[0]), ids)
@@ -360,7 +360,7 @@ def test_no_retokenised_text_is_trained(scene: Scene, tmp_path: Path):
 
 def test_no_end_token_left_untrained(scene: Scene):
     """A completion that is nothing but the end token is trained like any other: rewarded, it grows more likely."""
-    end = scene.policy.end_token
+    end = scene.policy.end_tokens[0]
     stop, go_on = Completion("", (end,), (0.0,), "stop"), Completion("x", (5,), (0.0,), "length")
 
     def logprob() -> float:

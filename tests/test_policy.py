@@ -124,8 +124,8 @@ def test_a_prompt_with_image_tokens_of_its_own_is_refused(babbler: Policy, pictu
 
 def test_images_are_scaled_down_to_the_limit(pictures: list[Image.Image]):
     large = pictures[0].resize((280, 196))  # 10 x 7 tokens of 28 x 28 pixels
-    assert len(Policy("tiny").encode_images([large]).features[0]) > 12
-    assert len(Policy("tiny", max_image_tokens=12).encode_images([large]).features[0]) <= 12
+    assert len(Policy("tiny").encode_images([large])[0].pooled) > 12
+    assert len(Policy("tiny", max_image_tokens=12).encode_images([large])[0].pooled) <= 12
 
 
 def test_embed_texts_is_the_normalised_mean_of_input_embeddings(babbler: Policy):
@@ -186,7 +186,7 @@ def test_unusable_models_say_why(tmp_path: Path):
     with pytest.raises(ModelError, match="cannot load the model"):
         load_backbone(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ModelError, match="is a bert model: a vision-language model"):
+    with pytest.raises(ModelError, match="is a bert model: a model for images and text"):
         load_backbone(str(tmp_path))
 
 
@@ -219,7 +219,7 @@ def test_a_bfloat16_backbone_keeps_its_adapters_in_float32(
     policy = make_policy(dtype="bfloat16")
     assert {p.dtype for n, p in policy.model.named_parameters() if "lora" not in n} == {torch.bfloat16}
     prompts = ask(policy, pictures[:1], QUESTIONS[:1])
-    assert prompts.embeddings_BPD.dtype == torch.bfloat16
+    assert prompts.images[0].pooled.dtype == torch.bfloat16
     group = TransformersEngine(policy).sample(prompts, "solver", uniforms([[0]], 2, 8))[0]
     for completion, logprobs in zip(
         group, policy_logprobs(policy, prompts, [[c.token_ids for c in group]], "solver"), strict=True
@@ -321,7 +321,7 @@ def test_what_is_drawn_does_not_depend_on_the_rest_of_the_batch(babbler: Policy,
 
 
 def test_completions_hold_the_end_token_and_text_without_it(babbler: Policy, sized: list[Image.Image]):
-    end = babbler.end_token
+    (end,) = babbler.end_tokens
     found: list[Completion] = [c for g in sample(babbler, ask(babbler, sized), [1, 2, 3], 8, 24) for c in g]
     assert {c.finish_reason for c in found} == {"stop", "length"}
     for c in found:
@@ -355,7 +355,7 @@ def test_no_end_before_the_least_number_of_tokens(babbler: Policy, sized: list[I
     assert held == [12] * 24
     some = [c for g in sample(babbler, prompts, [1, 2, 3], 8, 12, min_tokens=5) for c in g]
     assert min(len(c.token_ids) for c in some) >= 6
-    assert all(babbler.end_token not in c.token_ids[:5] for c in some)
+    assert all(babbler.end_tokens[0] not in c.token_ids[:5] for c in some)
 
 
 def test_each_prompt_and_place_has_its_own_numbers():

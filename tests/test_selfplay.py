@@ -416,7 +416,7 @@ def test_what_was_sampled_is_what_is_trained(policy: Policy, pictures: list[Imag
 
 
 def test_no_repeated_work_in_a_step(make_policy: MakePolicy, pictures: list[Image.Image], monkeypatch: Any):
-    """One call of the image processor, one pass of the vision tower, each prompt run once for each role.
+    """Each image once through the image processor and the vision tower, each prompt run once for each role.
 
     The update adds one pass over the prompts for the policy and one for the reference, and no look at the images.
     """
@@ -435,8 +435,9 @@ def test_no_repeated_work_in_a_step(make_policy: MakePolicy, pictures: list[Imag
         calls["vision"] += 1
 
     def count_prompts(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs["inputs_embeds"].shape[1] == kwargs["attention_mask"].shape[1]:  # nothing is cached yet
-            prompt_rows.append(len(kwargs["inputs_embeds"]))
+        rows, width = kwargs["position_ids"].shape[-2:]
+        if width == kwargs["attention_mask"].shape[1]:  # nothing is cached yet
+            prompt_rows.append(rows)
 
     monkeypatch.setattr(processor, "__call__", counted_processor)
     policy.backbone.model.visual.register_forward_pre_hook(count_vision)
@@ -444,7 +445,7 @@ def test_no_repeated_work_in_a_step(make_policy: MakePolicy, pictures: list[Imag
     play = selfplay(policy).play(1, named(pictures[:3]))
     groups = [e.completions for e in play.episodes if e.completions]
     assert groups
-    assert calls == {"processor": 1, "images": 3, "vision": 1}
+    assert calls == {"processor": 3, "images": 3, "vision": 3}
     assert prompt_rows == [3, len(groups)]  # the proposer's, then the solver's: rows are prompts, not trajectories
     prompt_rows.clear()
     assert play.solver_prompts is not None
@@ -452,7 +453,7 @@ def test_no_repeated_work_in_a_step(make_policy: MakePolicy, pictures: list[Imag
         play.solver_prompts, groups, [e.rewards for e in play.episodes if e.completions]
     )
     assert prompt_rows == [len(groups), len(groups)]  # policy, reference
-    assert calls == {"processor": 1, "images": 3, "vision": 1}
+    assert calls == {"processor": 3, "images": 3, "vision": 3}
 
 
 def test_an_image_played_twice_in_a_step_draws_differently(babbler: Policy, pictures: list[Image.Image]):
@@ -517,3 +518,14 @@ def test_records_of_an_episode_do_not_change(policy: Policy):
     with pytest.raises(AttributeError):
         episode.proposer_reward = 1.0  # type: ignore[misc]
     assert replace(episode, proposer_reward=1.0).proposer_reward == 1.0
+
+
+def test_a_question_with_an_image_token_is_unreadable(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch):
+    """Some models' image token is no markup; pasted into a prompt it would stand for a second image."""
+    policy = make_policy()
+    monkeypatch.setattr(policy.processor, "image_token", "[IMG]")
+    completion = Completion("<question>What is in [IMG]?</question>", (1,), (0.0,), "stop")
+    question = selfplay(policy).read_question(completion)
+    assert question.problem == "an image token inside the question"
+    other = Completion("<question>What is in IMG?</question>", (1,), (0.0,), "stop")
+    assert selfplay(policy).read_question(other).well_formed

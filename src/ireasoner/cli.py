@@ -154,6 +154,20 @@ def build_parser() -> argparse.ArgumentParser:
     validity.add_argument("--json", type=_writable, metavar="FILE", help="write the results here too")
     validity.set_defaults(function=_validity)
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="is what training takes for granted true of this model, on this machine?",
+        description="Check a model, in about a minute: that the update sees the image, that the reference is the "
+        "frozen model, that each role trains and only it, that sampler and learner agree, that only the language "
+        "model is trainable. Each check with its figure; exit code 1 if one fails. Nothing is written.",
+    )
+    doctor.add_argument("model", metavar="MODEL", help="a folder, a hub id, or 'tiny'")
+    doctor.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    doctor.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="of the backbone (bfloat16 on a GPU, float32 on a CPU)"
+    )
+    doctor.set_defaults(function=_doctor)
+
     bench = commands.add_parser(
         "bench",
         help="trajectories per second, beside the published procedure",
@@ -387,6 +401,24 @@ def _validity(arguments: argparse.Namespace) -> int:
     if arguments.json:
         arguments.json.write_text(write_json(report), "utf-8")
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from ireasoner.console import print_finding, quiet_libraries
+
+    quiet_libraries()
+    from ireasoner.doctor import examine
+    from ireasoner.policy import resolve_device
+
+    device = resolve_device(arguments.device)
+    dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
+    print(f"{arguments.model} in {dtype} on {device}")
+    failed = 0
+    for finding in examine(arguments.model, dtype=dtype, device=device):
+        print_finding(finding)
+        failed += not finding.passed
+    print(f"{failed} of the checks failed: do not train on this." if failed else "All is as training takes it to be.")
+    return 1 if failed else 0
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -94,16 +94,16 @@ class Preset(BaseModel):
     solver_prompt: str = Field(SOLVER_PROMPT, description="what the solver is told; {question} stands for the question")
     lora_rank: Count = Field(16, description="rank of both adapters")
     lora_alpha: Count = Field(32, description="LoRA's scale is alpha / rank")
-    lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        description="linear layers of the language model that get LoRA",
-    )
+    lora_targets: tuple[str, ...] = Field((), description="linear layers of the language model that get LoRA (all)")
     learning_rate: Positive = Field(1e-6, description="AdamW learning rate, constant")
     weight_decay: NonNegative = Field(0.01, description="AdamW weight decay")
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm, for each role")
     proposer_every: Count = Field(5, description="the proposer is updated every so many steps")
     tokens_per_batch: Count = Field(
         3072, description="most tokens in one forward pass of the update; larger batches are split"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass instead of keeping them: less memory"
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="backbone weights; adapters stay in float32")
     save_every: Annotated[int, Field(ge=0)] = Field(
@@ -130,7 +130,7 @@ class Config(Recipe, Preset):
     """A whole run, as written to `config.yaml`."""
 
     images: Path = Field(description="folder of unlabeled images, searched through and through")
-    model: str = Field(description="a folder or hub id of the Qwen2.5-VL class; 'tiny' is the one that ships here")
+    model: str = Field(description="folder or hub id of an image-text-to-text model; 'tiny' is the one that ships here")
     recipe: str = Field("default", description="name of a recipe, or a YAML file of recipe options")
     preset: str = Field("7b", description="name of a preset, or a YAML file of preset options")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="every random draw derives from it")

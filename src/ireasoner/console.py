@@ -21,6 +21,7 @@ from ireasoner.config import Config
 from ireasoner.types import Episode
 
 if TYPE_CHECKING:  # these import torch
+    from ireasoner.doctor import Finding
     from ireasoner.evaluate import Scores
     from ireasoner.train import Observer
 
@@ -214,6 +215,14 @@ def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
         return
     heads = [head.replace(" ", "\n").replace("-", "-\n") for head in rows[0]]
     console.print(_text_table(title, [heads, *([row[0], *map(_two_lines, row[1:])] for row in rows[1:])], 0))
+
+
+def print_finding(finding: Finding) -> None:
+    """One check of the doctor: its verdict, its name, and its figure below."""
+    verdict = Text("ok  ", "bold green") if finding.passed else Text("FAIL", "bold red")
+    console = Console(highlight=False)
+    console.print(verdict + Text(f"  {finding.name}", "bold"))
+    console.print(Text(f"      {finding.figure}"), soft_wrap=True)
 
 
 def print_text(text: str) -> None:

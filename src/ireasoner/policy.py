@@ -1,17 +1,24 @@
 """The backbone with its two LoRA adapters: encode images and prompts, hidden states under a role or the reference.
 
+Any image-text-to-text model of transformers will do: prompts are read by the model's own forward pass on its own
+processor's tensors, with the image features, once made, handed to it; completions go through its language model.
+
 Shape suffixes: B prompts, N trajectories of each, P prompt positions (left-padded), C completion positions
 (right-padded), D width.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,10 +28,21 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, Cache, DynamicCache, Qwen2_5_VLForConditionalGeneration
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer
 
 from ireasoner.config import Config
-from ireasoner.processors import load_processor
+from ireasoner.playground.shapes import SHAPES, build
+from ireasoner.processors import SeenImage, load_processor, render
 from ireasoner.types import ROLES, Role, UsageError
 
 TINY_MODEL = Path(__file__).parent / "playground" / "tiny_lmm"
@@ -35,29 +53,55 @@ class ModelError(UsageError):
 
 
 @dataclass(frozen=True)
-class EncodedImages:
-    """What the frozen vision tower made of some images, once: features [tokens, D] and grids [3] by image."""
+class EncodedImage:
+    """An image after the processor and the frozen vision tower, each of which saw it once."""
 
-    features: tuple[Tensor, ...]
-    grids: tuple[Tensor, ...]
+    seen: SeenImage
+    features: Any  # what the model's `get_image_features` returned, features alone
+    tokens: int  # that it takes in a prompt
 
-    def __getitem__(self, index: Sequence[int]) -> EncodedImages:
-        return EncodedImages(tuple(self.features[i] for i in index), tuple(self.grids[i] for i in index))
+    @property
+    def pooled(self) -> Tensor:
+        """The features that stand at the image tokens: [tokens, D]."""
+        pooled = self.features["pooler_output"]
+        pooled = torch.cat(list(pooled)) if isinstance(pooled, list | tuple) else pooled
+        return pooled.reshape(-1, pooled.shape[-1])
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Left-padded prompts with the image features in place; the same for every adapter, since none touches them."""
+    """Left-padded prompts, one image each, as the processor wrote them; the same for every adapter.
 
-    embeddings_BPD: Tensor
-    mask_BP: Tensor
-    positions_3BP: Tensor
+    `text` holds [B, P] tensors by their names in the model's forward pass, `extras` one mapping for each row of what
+    that pass wants to know about the image beside its features (grids, sizes).
+    """
+
+    text: Mapping[str, Tensor]
+    images: tuple[EncodedImage, ...]
+    extras: tuple[Mapping[str, Tensor], ...]
 
     def __len__(self) -> int:
-        return len(self.mask_BP)
+        return len(self.images)
 
-    def __getitem__(self, rows: slice | list[int]) -> Prompts:
-        return Prompts(self.embeddings_BPD[rows], self.mask_BP[rows], self.positions_3BP[:, rows])
+    def __getitem__(self, rows: slice | Sequence[int]) -> Prompts:
+        index = range(len(self))[rows] if isinstance(rows, slice) else rows
+        return Prompts(
+            {name: tensor[list(index)] for name, tensor in self.text.items()},
+            tuple(self.images[i] for i in index),
+            tuple(self.extras[i] for i in index),
+        )
+
+    @property
+    def mask_BP(self) -> Tensor:
+        """1 at real tokens."""
+        return self.text["attention_mask"]
+
+    def followed_by(self, ids_BC: Tensor, mask_BC: Tensor) -> Prompts:
+        """The same with right-padded text behind them."""
+        more = {"input_ids": ids_BC, "attention_mask": mask_BC}
+        zeros = torch.zeros_like(ids_BC)
+        text = {n: torch.cat([t, more.get(n, zeros).to(t.dtype)], dim=1) for n, t in self.text.items()}
+        return replace(self, text=text)
 
 
 @dataclass
@@ -69,19 +113,19 @@ class Prefix:
     last_hidden_BD: Tensor
     next_position_B: Tensor
 
+    def select(self, rows: Tensor) -> Prefix:
+        """Some of the rows, or some of them several times; the cache is changed in place."""
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # for every kind of layer: index_select along the batch
+        return Prefix(self.cache, self.mask_BP[rows], self.last_hidden_BD[rows], self.next_position_B[rows])
+
     def repeat(self, count: int) -> Prefix:
         """Every prompt `count` times over, neighbours together; the cache is expanded in place."""
-        self.cache.batch_repeat_interleave(count)
-        return Prefix(
-            self.cache,
-            self.mask_BP.repeat_interleave(count, 0),
-            self.last_hidden_BD.repeat_interleave(count, 0),
-            self.next_position_B.repeat_interleave(count, 0),
-        )
+        rows = torch.arange(len(self.mask_BP), device=self.mask_BP.device)
+        return self.select(rows.repeat_interleave(count))
 
 
 class Policy:
-    """A Qwen2.5-VL backbone, frozen, with a `proposer` and a `solver` adapter on its language model."""
+    """A frozen image-text-to-text backbone with a `proposer` and a `solver` adapter on its language model."""
 
     def __init__(
         self,
@@ -89,19 +133,28 @@ class Policy:
         *,
         lora_rank: int = 16,
         lora_alpha: int = 32,
-        lora_targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        lora_targets: Sequence[str] = (),
         max_image_tokens: int | None = None,
+        gradient_checkpointing: bool = False,
         dtype: str = "float32",
         device: str = "cpu",
         seed: int = 0,
     ) -> None:
         """Load `model` ('tiny', a folder or a hub id) and add fresh adapters (drawn from `seed`; their product is 0).
 
+        Args:
+            lora_targets: names of linear layers of the language model; empty: all that it has.
+            gradient_checkpointing: keep only each layer's input for the backward pass and compute the rest again.
+
         Raises:
             ModelError: no such model, no vision, another architecture, or a LoRA target that matches nothing.
         """
         backbone = load_backbone(model, dtype, device)
-        self.processor = _load_processor(model, max_image_tokens)
+        self.backbone: Any = backbone  # transformers annotates less than it offers
+        self.base: Any = backbone.base_model  # all but the output layer
+        self.decoder: Any = backbone.get_decoder()  # the language model
+        self.device = torch.device(device)
+        self.processor = load_model_processor(model, max_image_tokens)
         config = LoraConfig(
             r=lora_rank,
             lora_alpha=lora_alpha,
@@ -115,10 +168,16 @@ class Policy:
             self.model: PeftModel = get_peft_model(backbone, config, adapter_name=ROLES[0])  # type: ignore[assignment]
             self.model.add_adapter(ROLES[1], config)
         self.model.eval()  # no dropout anywhere, in sampling or in the update
-        self.backbone: Any = backbone  # transformers annotates less than it offers
-        self.device = torch.device(device)
-        self.end_token: int = self.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")  # type: ignore[assignment]
-        self.pad_token: int = self.processor.tokenizer.pad_token_id  # type: ignore[assignment]
+        ends = backbone.generation_config.eos_token_id  # type: ignore[union-attr]
+        ends = self.processor.tokenizer.eos_token_id if ends is None else ends
+        self.end_tokens: tuple[int, ...] = tuple(ends) if isinstance(ends, list) else (ends,)
+        pad = self.processor.tokenizer.pad_token_id
+        self.pad_token: int = self.end_tokens[0] if pad is None else pad
+        # A cache that is only ever appended to may be shared by a prompt's completions with gradients; states that are
+        # overwritten (linear attention, convolutions) may not.
+        self.gradient_checkpointing = gradient_checkpointing
+        self.shares_prompts = all(isinstance(layer, DynamicLayer) for layer in self._cache().layers)
+        self._check_output_layer()
 
     @classmethod
     def from_config(cls, config: Config) -> Policy:
@@ -133,6 +192,7 @@ class Policy:
             lora_alpha=config.lora_alpha,
             lora_targets=config.lora_targets,
             max_image_tokens=config.max_image_tokens,
+            gradient_checkpointing=config.gradient_checkpointing,
             dtype=config.dtype,
             device=resolve_device(config.device),
             seed=config.seed,
@@ -153,6 +213,16 @@ class Policy:
     def parameters(self, role: Role) -> dict[str, torch.nn.Parameter]:
         """A role's trainable tensors (float32), by name."""
         return {name: p for name, p in self.model.named_parameters() if f".{role}." in name}
+
+    def describe(self) -> str:
+        """What is trained, in a sentence."""
+        pattern = re.compile(self.model.peft_config[ROLES[0]].target_modules)  # type: ignore[arg-type]
+        layers = [n for n, m in self.model.named_modules() if "lora_A" in dict(m.named_children())]
+        layers = [name.removeprefix("base_model.model.") for name in layers]
+        kinds = sorted({match[1] for name in layers if (match := pattern.fullmatch(name))})
+        count = sum(p.numel() for p in self.parameters("solver").values())
+        tower = module_name(self.backbone, self.decoder)
+        return f"LoRA on {len(layers)} layers of {tower} ({', '.join(kinds)}): {count:,} parameters a role"
 
     def save_adapters(self, folder: Path) -> None:
         """Write `folder/proposer` and `folder/solver` as PEFT does, for `PeftModel.from_pretrained`."""
@@ -177,41 +247,47 @@ class Policy:
     # --- encoding ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[Image.Image]) -> EncodedImages:
-        """One processor call and one pass of the vision tower for all the images."""
-        batch = self.processor.image_processor(list(images), return_tensors="pt").to(self.device)
-        grids = batch["image_grid_thw"]
-        output = self.backbone.model.get_image_features(batch["pixel_values"].to(self.backbone.dtype), grids)
-        return EncodedImages(tuple(output.pooler_output), tuple(grids))
+    def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
+        """Each image through the processor and the vision tower, once, on its own: no other image changes anything."""
+        wanted = inspect.signature(self.base.get_image_features).parameters
+        encoded = []
+        for image in images:
+            seen = SeenImage(self.processor, image)
+            inputs = seen.inputs(self.processor.image_token)
+            tensors = {name: tensor.to(self.device) for name, tensor in inputs.items() if name in wanted}
+            tensors["pixel_values"] = tensors["pixel_values"].to(self.backbone.dtype)
+            output = self.base.get_image_features(**tensors, return_dict=True)
+            features = {name: value for name, value in output.items() if name not in _INNER and value is not None}
+            found = EncodedImage(seen, features, 0)
+            encoded.append(replace(found, tokens=len(found.pooled)))
+        return encoded
 
-    def prompts(self, images: EncodedImages, messages: Sequence[list[dict[str, Any]]]) -> Prompts:
-        """Chat messages, one image each, as left-padded embeddings with 3-D positions.
+    def prompts(self, images: Sequence[EncodedImage], messages: Sequence[list[dict[str, Any]]]) -> Prompts:
+        """Chat messages, one image each, as left-padded prompts.
 
         Raises:
             ValueError: a prompt whose text holds image tokens of its own.
         """
         token = self.processor.image_token
-        texts = []
-        for features, chat in zip(images.features, messages, strict=True):
-            text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        taken = inspect.signature(self.base.forward).parameters
+        texts, extras = [], []
+        for image, chat in zip(images, messages, strict=True):
+            text = render(self.processor, chat)
             if text.count(token) != 1:
                 raise ValueError(f"a prompt must hold exactly one image, not {text.count(token)}")
-            texts.append(text.replace(token, token * len(features)))
-        batch = self.processor.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt").to(self.device)
-        ids_BP, mask_BP = batch["input_ids"], batch["attention_mask"]
-        is_image_BP = ids_BP == self.processor.image_token_id
-        with torch.no_grad():
-            embeddings = self.backbone.get_input_embeddings()(ids_BP)
-            features = torch.cat(images.features).to(embeddings.dtype)
-            embeddings = embeddings.masked_scatter(is_image_BP[..., None], features)
-        # Explicit positions: without token types Qwen2.5-VL silently falls back to text-only ones.
-        positions, _ = self.backbone.model.get_rope_index(
-            ids_BP,
-            mm_token_type_ids=is_image_BP.int(),
-            image_grid_thw=torch.stack(images.grids),
-            attention_mask=mask_BP,
-        )
-        return Prompts(embeddings, mask_BP, positions)
+            inputs = image.seen.inputs(text)
+            texts.append({name: inputs[name][0] for name in inputs if _is_text(name)})
+            # Pixels were seen already; how large the image is may still decide on positions.
+            extra = [n for n in inputs if n in taken and not _is_text(n) and not n.startswith("pixel")]
+            extras.append({name: inputs[name].to(self.device) for name in extra})
+        padding = {"input_ids": self.pad_token}
+        batch = {
+            name: pad_sequence([text[name] for text in texts], True, padding.get(name, 0), padding_side="left").to(
+                self.device
+            )
+            for name in texts[0]
+        }
+        return Prompts(batch, tuple(images), tuple(extras))
 
     def embed_texts(self, texts: Sequence[str], max_tokens: int) -> NDArray[np.float64]:
         """Normalised mean of the backbone's input embeddings of each text's tokens, no special tokens: [texts, D].
@@ -233,21 +309,61 @@ class Policy:
         """Hidden states [..., D] to logits [..., vocabulary]."""
         return self.backbone.get_output_embeddings()(hidden)
 
+    def read(
+        self, prompts: Prompts, cache: Cache | None = None, written: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The model's own forward pass over prompts, image features handed to it; gradients flow if they are enabled.
+
+        Args:
+            prompts: B prompts.
+            cache: filled, if given.
+            written: ids and mask [B, C] of right-padded completions behind the prompts.
+
+        Returns:
+            Hidden states [B, P + C, D] under whichever adapter is active, and the text positions [B, P + C] used.
+        """
+        start, embeddings = prompts.mask_BP.shape[1], None
+        if written is not None:
+            ids_BC, mask_BC = written
+            embeddings = self.backbone.get_input_embeddings()(ids_BC)
+            # Nothing keeps a model from writing its image token; that must not be taken for the place of an image.
+            is_image = torch.isin(ids_BC, torch.tensor(self.processor.image_token_ids, device=self.device))
+            prompts = prompts.followed_by(ids_BC.masked_fill(is_image, self.pad_token), mask_BC)
+        text_positions = (prompts.mask_BP.cumsum(-1) - 1).clamp(min=0)
+        used: list[Tensor] = []
+
+        def place(decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            # Models with positions of their own (M-RoPE) have made them by now; the others would count the padding.
+            if kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = text_positions
+            used.append(kwargs["position_ids"])
+            if embeddings is not None:
+                kwargs["inputs_embeds"] = torch.cat([kwargs["inputs_embeds"][:, :start], embeddings], dim=1)
+            return args, kwargs
+
+        features = _joined([image.features for image in prompts.images])
+        extras = {name: torch.cat([extra[name] for extra in prompts.extras]) for name in prompts.extras[0]}
+        hook = self.decoder.register_forward_pre_hook(place, with_kwargs=True)
+        self.base.get_image_features = lambda *_, **__: SimpleNamespace(**features)
+        try:
+            output = self.base(
+                **prompts.text,
+                **extras,
+                pixel_values=torch.empty(0, device=self.device),  # only its presence is looked at
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        finally:
+            del self.base.get_image_features  # the class's own again
+            hook.remove()
+        positions = used[0] if used[0].ndim == 2 else used[0][-1]
+        return output.last_hidden_state, positions
+
     def prefill(self, prompts: Prompts) -> Prefix:
         """Run the prompts, once, under whichever adapter is active; gradients flow if they are enabled."""
-        output = self.backbone.model.language_model(
-            inputs_embeds=prompts.embeddings_BPD,
-            attention_mask=prompts.mask_BP,
-            position_ids=prompts.positions_3BP,
-            past_key_values=DynamicCache(config=self.backbone.config.text_config),
-            use_cache=True,
-        )
-        return Prefix(
-            output.past_key_values,
-            prompts.mask_BP,
-            output.last_hidden_state[:, -1],
-            prompts.positions_3BP[0, :, -1] + 1,
-        )
+        cache = self._cache()
+        hidden, positions = self.read(prompts, cache)
+        return Prefix(cache, prompts.mask_BP, hidden[:, -1], positions[:, -1] + 1)
 
     def extend(self, prefix: Prefix, ids_BC: Tensor, mask: Tensor, first_position_B: Tensor) -> Tensor:
         """Hidden states [B, C, D] of more tokens after a prefix; the prefix's cache grows by them.
@@ -259,10 +375,10 @@ class Policy:
             first_position_B: the position of each row's first new token.
         """
         positions = first_position_B[:, None] + torch.arange(ids_BC.shape[1], device=ids_BC.device)
-        return self.backbone.model.language_model(
-            inputs_embeds=self.backbone.get_input_embeddings()(ids_BC),
+        return self.decoder(
+            input_ids=ids_BC,
             attention_mask=mask,
-            position_ids=positions.expand(3, -1, -1),
+            position_ids=positions,
             past_key_values=prefix.cache,
             use_cache=True,
         ).last_hidden_state
@@ -279,7 +395,9 @@ class Policy:
         Returns:
             [completion tokens, D], row by row, aligned with `ids_BC[mask_BC]`.
         """
-        with self.acting_as(role):
+        if not self.shares_prompts:
+            return self.plain_completion_hidden(prompts, ids_BC, mask_BC, role)
+        with self.acting_as(role), self._recomputing():
             prefix = self.prefill(prompts).repeat(len(ids_BC) // len(prompts))
             # The last token is predicted, never read: its own hidden state predicts nothing that was sampled.
             mask = torch.cat([prefix.mask_BP, mask_BC[:, :-1].to(prefix.mask_BP.dtype)], dim=1)
@@ -289,52 +407,151 @@ class Policy:
                 hidden = torch.cat([hidden, later], dim=1)
         return hidden[mask_BC]
 
+    def plain_completion_hidden(self, prompts: Prompts, ids_BC: Tensor, mask_BC: Tensor, role: Role | None) -> Tensor:
+        """The same by the model's own forward pass over every whole sequence: slower, and right for any attention."""
+        count = len(ids_BC) // len(prompts)
+        whole = prompts[[row for row in range(len(prompts)) for _ in range(count)]]
+        with self.acting_as(role), self._recomputing():
+            hidden, _ = self.read(whole, written=(ids_BC[:, :-1], mask_BC[:, :-1]))
+        return hidden[:, prompts.mask_BP.shape[1] - 1 :][mask_BC]
 
-def language_targets(backbone: torch.nn.Module, targets: Sequence[str]) -> str:
-    """A pattern for PEFT that matches the named linear layers of the language model and of nothing else.
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Forward passes inside keep each layer's input only, if gradients and checkpointing are on.
+
+        transformers' own checkpointing turns the cache off, through which completions share their prompt.
+        """
+        layers = list(self.decoder.layers) if self.gradient_checkpointing and torch.is_grad_enabled() else []
+        for index, layer in enumerate(layers):
+            layer.forward = partial(_checkpointed, layer.forward, index)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward  # the class's own again
+
+    def _cache(self) -> DynamicCache:
+        return DynamicCache(config=self.backbone.config.get_text_config(decoder=True))
+
+    @torch.no_grad()
+    def _check_output_layer(self) -> None:
+        """Some models do more to their logits than the output layer does (caps, scales): refuse them."""
+        ids = torch.tensor([[self.end_tokens[0]]], device=self.device)
+        logits = self.backbone(input_ids=ids).logits
+        ours = self.output_layer(self.base(input_ids=ids).last_hidden_state)
+        if not torch.allclose(logits.float(), ours.float(), atol=1e-3):
+            kind = self.backbone.config.model_type
+            raise ModelError(f"{kind} models change their logits after the output layer, which is not supported")
+
+
+def _checkpointed(
+    forward: Callable[..., Tensor], index: int, hidden: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+) -> Tensor:
+    """A decoder layer's forward pass under activation checkpointing: computing it again leaves the cache as it was."""
+    if past_key_values is None:
+        return checkpoint(forward, hidden, *args, use_reentrant=False, **kwargs)
+    before, after = copy.copy(past_key_values.layers[index]), []
+
+    def run(hidden: Tensor) -> Tensor:
+        cache = copy.copy(past_key_values)
+        cache.layers = [*past_key_values.layers]
+        cache.layers[index] = copy.copy(before)
+        output = forward(hidden, *args, past_key_values=cache, **kwargs)
+        if not after:  # the first time; the second is in the backward pass
+            after.append(cache.layers[index])
+        return output
+
+    output = checkpoint(run, hidden, use_reentrant=False)
+    past_key_values.layers[index] = after[0]
+    return output  # type: ignore[return-value]
+
+
+_INNER = ("last_hidden_state", "hidden_states", "attentions")  # of the vision tower: nothing reads them later
+
+
+def _is_text(name: str) -> bool:
+    return name in ("input_ids", "attention_mask") or name.endswith("token_type_ids")
+
+
+def _joined(features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The features of several images as the vision tower would return them for all at once."""
+
+    def join(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], Tensor):
+            return torch.cat(list(values))
+        return [each for value in values for each in value]
+
+    # Pooled features come image by image; anything else in a list comes layer by layer, and in each image by image.
+    return {
+        name: join([f[name] for f in features])
+        if name == "pooler_output" or isinstance(first, Tensor)
+        else [join(layer) for layer in zip(*(f[name] for f in features), strict=True)]
+        for name, first in features[0].items()
+    }
+
+
+def module_name(root: torch.nn.Module, module: torch.nn.Module) -> str:
+    """What `module` is called below `root`."""
+    return next(name for name, found in root.named_modules() if found is module)
+
+
+def language_targets(backbone: PreTrainedModel, targets: Sequence[str] = ()) -> str:
+    """A pattern for PEFT that matches linear layers of the language model, and nothing else.
+
+    Args:
+        targets: their names, or the ends of them; empty: all.
 
     Raises:
         ModelError: a target that matches nothing.
     """
-    tower = r".*\blanguage_model\.(?:.*\.)?"
+    tower = re.escape(module_name(backbone, backbone.get_decoder())) + r"\.(?:.*\.)?"
     linear = [name for name, module in backbone.named_modules() if isinstance(module, torch.nn.Linear)]
+    found = sorted({name.rsplit(".", 1)[-1] for name in linear if re.fullmatch(tower + ".*", name)})
     for target in targets:
         if not any(re.fullmatch(tower + re.escape(target), name) for name in linear):
-            near = sorted({name.rsplit(".", 1)[-1] for name in linear if re.fullmatch(tower + ".*", name)})
             raise ModelError(
-                f"LoRA target {target!r} matches no linear layer of the language model; it has {', '.join(near)}"
+                f"LoRA target {target!r} matches no linear layer of the language model; it has {', '.join(found)}"
             )
-    return f"{tower}({'|'.join(map(re.escape, targets))})"
+    return f"{tower}({'|'.join(map(re.escape, targets or found))})"
 
 
 def resolve_model(model: str) -> str:
-    """'tiny' is the model that ships with the package; anything else is a folder or a hub id."""
-    return str(TINY_MODEL) if model == "tiny" else model
+    """Where the files are: 'tiny' ships with the package, anything else is a folder or a hub id."""
+    return str(TINY_MODEL) if model == "tiny" or model in SHAPES else model
 
 
-def load_backbone(model: str, dtype: str = "float32", device: str = "cpu") -> Qwen2_5_VLForConditionalGeneration:
-    """The plain model, frozen, in eval mode; safetensors only.
+def load_backbone(model: str, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+    """The plain model, frozen, in eval mode; safetensors only, and none of its own code.
 
     Raises:
-        ModelError: no such model, no vision, or an architecture other than Qwen2.5-VL's.
+        ModelError: no such model, no vision, or an architecture that does not continue its prompt.
     """
+    if model in SHAPES:
+        return build(model, str(TINY_MODEL), getattr(torch, dtype), device).requires_grad_(False).eval()
     path = resolve_model(model)
     try:
-        kind = AutoConfig.from_pretrained(path).model_type
-        if kind != "qwen2_5_vl":
-            raise ModelError(f"{model} is a {kind} model: a vision-language model of the Qwen2.5-VL class is needed")
-        backbone = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path, dtype=getattr(torch, dtype), use_safetensors=True
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise ModelError(f"{model} is a {config.model_type} model: a model for images and text is needed")
+        backbone: Any = AutoModelForImageTextToText.from_pretrained(  # type: ignore[call-arg]
+            path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the model {model!r}: {' '.join(str(error).split())[:300]}") from None
-    return backbone.requires_grad_(False).eval().to(device)  # type: ignore[arg-type]
+    if config.is_encoder_decoder or backbone.get_output_embeddings() is None:
+        raise ModelError(f"{model} is a {config.model_type} model: one that continues its prompt is needed")
+    return backbone.requires_grad_(False).eval().to(device)
 
 
-def _load_processor(model: str, max_image_tokens: int | None) -> Any:
+def load_model_processor(model: str, max_image_tokens: int | None = None) -> Any:
+    """The processor of 'tiny', a folder or a hub id.
+
+    Raises:
+        ModelError: there is none that can be used.
+    """
     try:
-        return load_processor(resolve_model(model), max_image_tokens)
-    except (OSError, ValueError) as error:
+        return load_processor(resolve_model(model), max_image_tokens, raise_limit=model in SHAPES)
+    except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"cannot load the processor of {model!r}: {' '.join(str(error).split())[:300]}") from None
 
 

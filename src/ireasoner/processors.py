@@ -1,45 +1,123 @@
 """One place that decides how images and text become tensors, with torchvision or without it.
 
-transformers' `AutoProcessor` for Qwen2.5-VL wants a video processor, which wants torchvision. Images alone need
-neither, so without torchvision the same processor class is built with no video processor. The image processor is the
-Pillow one in both cases: it and torchvision's differ by up to 0.25 in pixel values, and a run must not depend on what
-happens to be installed.
+Most of transformers' processors for vision-language models want a video processor, which wants torchvision. Images
+alone need neither, so the model's own processor class is built without one. The image processor is the Pillow one in
+every case: it and torchvision's differ by up to 0.25 in pixel values, and a run must not depend on what happens to be
+installed.
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, Qwen2_5_VLProcessor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from PIL import Image
+from transformers import (
+    PROCESSOR_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    ProcessorMixin,
+)
 
 
-class ImageTextProcessor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's own processor, for images and text only."""
+def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """The processor class, for images and text only: None will do for its video processor."""
 
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        if argument_name == "video_processor" and argument is None:
-            return type(None)
-        return super().check_argument_for_proper_class(argument_name, argument)
+    class ImageTextProcessor(processor_class):  # type: ignore[misc, valid-type]
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument_name == "video_processor" and argument is None:
+                return type(None)
+            return super().check_argument_for_proper_class(argument_name, argument)
+
+    return ImageTextProcessor
 
 
-def load_processor(model: str | Path, max_image_tokens: int | None = None) -> ImageTextProcessor:
-    """The processor of a Qwen2.5-VL model, from a folder or a hub id.
+def load_processor(model: str | Path, max_image_tokens: int | None = None, *, raise_limit: bool = False) -> Any:
+    """The processor of an image-text-to-text model, from a folder or a hub id, without a video processor.
 
     Args:
         model: a folder or a hub id.
-        max_image_tokens: images are scaled down until they take at most so many tokens; None: the model's own limit.
+        max_image_tokens: images are scaled down until they take at most so many tokens, where the model's processor
+            scales images by area (Qwen's do; others fix the number, or cut tiles); None: the model's own limit.
+        raise_limit: `max_image_tokens` may also lie above the model's own limit.
 
     Raises:
         OSError: no such model, or one without a processor.
+        ValueError: a model type that transformers has no processor for, or a processor without a chat template.
+        ImportError: the model's processor needs another package; the message names it.
     """
-    images = Qwen2VLImageProcessorPil.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    if type(config) not in PROCESSOR_MAPPING:
+        raise ValueError(f"transformers has no processor for the model type {config.model_type!r}")
+    processor_class = without_video(PROCESSOR_MAPPING[type(config)])  # type: ignore[arg-type]
+    settings, _ = processor_class.get_processor_dict(model)
+    parts = {
+        "image_processor": AutoImageProcessor.from_pretrained(model, backend="pil", trust_remote_code=False),
+        "tokenizer": AutoTokenizer.from_pretrained(model, trust_remote_code=False),
+        "video_processor": None,
+    }
+    arguments = [parts[name] for name in processor_class.get_attributes()]
+    processor: Any = processor_class.from_args_and_dict(arguments, settings)
+    processor.chat_template = processor.chat_template or parts["tokenizer"].chat_template
+    if not processor.chat_template:
+        raise ValueError(f"{model} has no chat template: an instruction-tuned model is needed")
     if max_image_tokens is not None:
+        _limit(parts["image_processor"], max_image_tokens, raise_limit)
+    return processor
+
+
+def _limit(images: Any, max_image_tokens: int, raise_limit: bool) -> None:
+    size = dict(images.size)
+    if "merge_size" in images.to_dict() and "longest_edge" in size:  # then these two are areas in pixels
         pixels_per_token = (images.patch_size * images.merge_size) ** 2
-        size = dict(images.size)
-        size["longest_edge"] = min(size["longest_edge"], max_image_tokens * pixels_per_token)
+        limit = max_image_tokens * pixels_per_token
+        size["longest_edge"] = limit if raise_limit else min(size["longest_edge"], limit)
         size["shortest_edge"] = min(size["shortest_edge"], size["longest_edge"])
-        images.size = size  # type: ignore[assignment]
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    return ImageTextProcessor(images, tokenizer, None, chat_template=tokenizer.chat_template)
+        images.size = size
+
+
+class SeenImage:
+    """An image with a processor that looks at it once: every prompt about it reuses what it saw.
+
+    Args:
+        processor: of the model; it is left as it was.
+        image: any picture.
+    """
+
+    def __init__(self, processor: Any, image: Image.Image) -> None:
+        self.image = image
+        self.processor = copy.copy(processor)
+        self.processor.image_processor = _Once(processor.image_processor)
+
+    def inputs(self, text: str) -> BatchFeature:
+        """The processor's own tensors for one text with one image in it, batch size 1.
+
+        The text is a rendered chat template: special tokens are in it, none are added.
+        """
+        return self.processor(images=[self.image], text=[text], add_special_tokens=False, return_tensors="pt")
+
+
+class _Once:
+    """An image processor that works on its first call and answers later ones with the same tensors."""
+
+    def __init__(self, image_processor: Any) -> None:
+        self._image_processor, self._made = image_processor, None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        if self._made is None:
+            self._made = self._image_processor(*args, **kwargs)
+        return copy.copy(self._made)  # processors take entries out of what they are given
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._image_processor, name)
+
+
+def render(processor: Any, chat: list[dict[str, Any]]) -> str:
+    """Chat messages as the model's template writes them, up to where its answer begins; images not yet expanded."""
+    # The tokenizer's method: some processors' own wants a video processor for the same text.
+    return processor.tokenizer.apply_chat_template(
+        chat, chat_template=processor.chat_template, tokenize=False, add_generation_prompt=True
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from ireasoner import rewards, steps
 from ireasoner.answers import answer_key, majority
 from ireasoner.config import Config
 from ireasoner.engines.transformers import TransformersEngine, uniforms
-from ireasoner.policy import EncodedImages, Policy, Prompts
+from ireasoner.policy import EncodedImage, Policy, Prompts
 from ireasoner.rewards import FloatArray
 from ireasoner.roles import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.types import Completion, Episode, Question, Trajectory
@@ -72,13 +72,13 @@ class SelfPlay:
         if self.labels is None:
             proposer_prompts, written = self.propose(step, keys, encoded)
             proposals = list(written)
-            questions = [parse_question(c.text, c.finish_reason) for c in written]
+            questions = [self.read_question(c) for c in written]
         else:
             picked = [self.pick_label(step, key) for key in keys]
             questions, truths = [question for question, _ in picked], [truth for _, truth in picked]
         asked = [i for i, question in enumerate(questions) if question.well_formed]
         solver_prompts, groups = self.solve(
-            step, [keys[i] for i in asked], encoded[asked], [questions[i].text for i in asked]
+            step, [keys[i] for i in asked], [encoded[i] for i in asked], [questions[i].text for i in asked]
         )
         by_image = dict(zip(asked, groups, strict=True))
         read = {
@@ -98,15 +98,22 @@ class SelfPlay:
         return [self.config.seed, step, image, occurrence, purpose]
 
     def propose(
-        self, step: int, keys: Sequence[tuple[str, int]], encoded: EncodedImages
+        self, step: int, keys: Sequence[tuple[str, int]], encoded: Sequence[EncodedImage]
     ) -> tuple[Prompts, list[Completion]]:
         """One question for each image."""
         prompts = self.policy.prompts(encoded, [proposer_messages(self.config.proposer_prompt)] * len(keys))
         draws = uniforms([self.seed(step, key, PROPOSE) for key in keys], 1, self.config.max_question_tokens)
         return prompts, [group[0] for group in self.engine.sample(prompts, "proposer", draws)]
 
+    def read_question(self, completion: Completion) -> Question:
+        """As `parse_question`; unreadable too where it holds the model's own sign for an image, whatever its form."""
+        question = parse_question(completion.text, completion.finish_reason)
+        if question.well_formed and self.policy.processor.image_token in question.text:
+            return replace(question, problem="an image token inside the question")
+        return question
+
     def solve(
-        self, step: int, keys: Sequence[tuple[str, int]], encoded: EncodedImages, questions: Sequence[str]
+        self, step: int, keys: Sequence[tuple[str, int]], encoded: Sequence[EncodedImage], questions: Sequence[str]
     ) -> tuple[Prompts | None, list[list[Completion]]]:
         """A group of trajectories for each (image, question)."""
         if not keys:

@@ -33,7 +33,7 @@ from ireasoner.engines.transformers import TransformersEngine, uniforms
 from ireasoner.evaluate import GRAY, Scores, compare, evaluate, load_questions
 from ireasoner.images import ImagePool, content_hash
 from ireasoner.learner import Learner
-from ireasoner.policy import EncodedImages, Policy
+from ireasoner.policy import EncodedImage, Policy
 from ireasoner.recorder import Recorder, RunDirectoryError, episode_record, read_records, write_json
 from ireasoner.roles import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.selfplay import Play, SelfPlay, step_weight
@@ -123,6 +123,7 @@ class Run:
             self._tell(text)
         self.pool = ImagePool(config.images, config.seed, on_skip=lambda name, why: recorder.skip(self.step, name, why))
         self.policy = Policy.from_config(config)
+        observer.on_message(self.policy.describe() + ".")
         self.engine = TransformersEngine(self.policy)
         labels = load_labels(config, self.pool) if config.labels else None
         self.selfplay = SelfPlay(self.policy, self.engine, config, labels)
@@ -287,7 +288,9 @@ class Run:
         if not rows:
             return
         texts = [asked[images[i][0]] for i in rows]
-        for i, text, (completion, read) in zip(rows, texts, self._solve_greedily(encoded[rows], texts), strict=True):
+        for i, text, (completion, read) in zip(
+            rows, texts, self._solve_greedily([encoded[i] for i in rows], texts), strict=True
+        ):
             name, image = images[i]
             record = {
                 "step": self.step,
@@ -300,7 +303,9 @@ class Run:
             record["thumbnail"] = self.recorder.thumbnail(image, content_hash(self.pool.path(name)))
             self.recorder.probe(record)
 
-    def _solve_greedily(self, images: EncodedImages, questions: Sequence[str]) -> list[tuple[Completion, Trajectory]]:
+    def _solve_greedily(
+        self, images: Sequence[EncodedImage], questions: Sequence[str]
+    ) -> list[tuple[Completion, Trajectory]]:
         """What the solver says to a question about each image, and how it reads."""
         prompts = self.policy.prompts(images, [solver_messages(self.config.solver_prompt, text) for text in questions])
         zeros = np.zeros((len(questions), 1, self.config.max_solution_tokens))

@@ -50,18 +50,19 @@ class TransformersEngine:
             total = len(uniforms)
             tokens = torch.full((total, longest), policy.pad_token, device=policy.device)
             logprobs = torch.zeros((total, longest), device=policy.device)
+            ends = torch.tensor(policy.end_tokens, device=policy.device)
             lengths = torch.full((total,), longest, device=policy.device)
             rows = torch.arange(total, device=policy.device)  # which trajectory each row of the shrinking batch is
             done = torch.zeros(total, dtype=torch.bool, device=policy.device)
-            hidden, mask, position = prefix.last_hidden_BD, prefix.mask_BP, prefix.next_position_B
+            hidden, mask = prefix.last_hidden_BD, prefix.mask_BP
             for t in range(longest):
                 logits = policy.output_layer(hidden).float()
                 if t < min_tokens:
-                    logits[:, policy.end_token] = -torch.inf
+                    logits[:, ends] = -torch.inf
                 chosen, chosen_logprobs = _draw(logits, uniforms[rows, t], temperature)
                 tokens[rows[~done], t] = chosen[~done]
                 logprobs[rows[~done], t] = chosen_logprobs[~done]
-                ended = (chosen == policy.end_token) & ~done
+                ended = torch.isin(chosen, ends) & ~done
                 lengths[rows[ended]] = t + 1
                 done |= ended
                 left = int((~done).sum())
@@ -69,11 +70,10 @@ class TransformersEngine:
                     break
                 if left <= 0.75 * len(rows):  # finished rows cost as much as others: drop them in batches
                     keep = (~done).nonzero()[:, 0]
-                    prefix.cache.batch_select_indices(keep)
-                    rows, done, chosen = rows[keep], done[keep], chosen[keep]
-                    mask, position = mask[keep], position[keep]
+                    prefix = prefix.select(keep)
+                    rows, done, chosen, mask = rows[keep], done[keep], chosen[keep], mask[keep]
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-                hidden = policy.extend(prefix, chosen[:, None], mask, position + t)[:, 0]
+                hidden = policy.extend(prefix, chosen[:, None], mask, prefix.next_position_B + t)[:, 0]
         return _completions(policy, tokens, logprobs, lengths, count)
 
 
@@ -96,7 +96,7 @@ def _completions(
     flat = []
     for ids, values, length in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True):
         ids = ids[:length]
-        stopped = ids[-1] == policy.end_token
+        stopped = ids[-1] in policy.end_tokens
         text = policy.processor.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
         flat.append(Completion(text, tuple(ids), tuple(values[:length]), "stop" if stopped else "length"))
     return [flat[i : i + count] for i in range(0, len(flat), count)]

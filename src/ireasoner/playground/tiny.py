@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ireasoner.playground import wording, world
-from ireasoner.processors import ImageTextProcessor
+from ireasoner.processors import without_video
 
 VOCABULARY = 500
 SPECIAL_TOKENS = (
@@ -130,7 +130,7 @@ def build_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
 def build_processor(tokenizer: Qwen2Tokenizer) -> Any:
     """Qwen2.5-VL's processor at the world's image size."""
     images = Qwen2VLImageProcessorPil(size={"shortest_edge": 83 * 83, "longest_edge": 28 * 28 * 64})
-    return ImageTextProcessor(images, tokenizer, None, chat_template=CHAT_TEMPLATE)
+    return without_video(Qwen2_5_VLProcessor)(images, tokenizer, None, chat_template=CHAT_TEMPLATE)
 
 
 def build_model(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:

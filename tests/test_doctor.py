@@ -1,0 +1,111 @@
+"""The doctor names each fault of the published code when it is put back, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from ireasoner import doctor, policy
+from ireasoner.cli import main
+from ireasoner.engines import transformers as engine
+from ireasoner.learner import Learner
+from ireasoner.policy import EncodedImage, Policy
+from ireasoner.types import Role
+
+
+def failed() -> set[str]:
+    return {finding.name for finding in doctor.examine("tiny") if not finding.passed}
+
+
+def test_a_sound_model_passes(capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor", "tiny", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("ok  ") == 7
+    assert "FAIL" not in out
+    assert "262,144 parameters a role; 0 layers outside it" in out
+    assert "56 of 56 own tensors moved, 0 others" in out
+
+
+def test_an_update_that_is_blind_to_the_image(monkeypatch: pytest.MonkeyPatch):
+    encode = Policy.encode_images
+
+    def blind(self: Policy, images: Any) -> list[EncodedImage]:
+        found = encode(self, images)
+        return [
+            EncodedImage(e.seen, {n: [torch.zeros_like(t) for t in v] for n, v in e.features.items()}, e.tokens)
+            for e in found
+        ]
+
+    monkeypatch.setattr(Policy, "encode_images", blind)
+    assert "the update sees the image" in failed()
+
+
+def test_a_reference_that_is_the_live_policy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    acting_as = Policy.acting_as
+
+    @contextmanager
+    def never_without(self: Policy, role: Role | None) -> Iterator[None]:
+        with acting_as(self, role or "solver"):
+            yield
+
+    monkeypatch.setattr(Policy, "acting_as", never_without)
+    assert "the reference is the frozen model" in failed()
+    assert main(["doctor", "tiny", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL  the reference is the frozen model" in out
+    assert "KL 0.0000 nats a token" in out
+    assert "do not train on this" in out
+
+
+def test_a_role_that_never_trains(monkeypatch: pytest.MonkeyPatch):
+    init = Learner.__init__
+
+    def frozen(self: Learner, policy: Policy, role: Role, **options: Any) -> None:
+        init(self, policy, role, **options)
+        if role == "proposer":
+            self.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
+
+    monkeypatch.setattr(Learner, "__init__", frozen)
+    assert failed() == {"the proposer trains, and only it"}
+
+
+def test_a_role_that_trains_the_other_too(monkeypatch: pytest.MonkeyPatch):
+    update = Learner.update
+
+    def meddling(self: Learner, *args: Any) -> dict[str, float]:
+        with torch.no_grad():
+            next(iter(self.policy.parameters("proposer").values())).mul_(1.001)
+        return update(self, *args)
+
+    monkeypatch.setattr(Learner, "update", meddling)
+    assert failed() == {"the solver trains, and only it"}
+
+
+@pytest.mark.parametrize("fault", ["top-k", "repetition penalty"])
+def test_a_sampler_of_another_distribution(monkeypatch: pytest.MonkeyPatch, fault: str):
+    draw = engine._draw
+
+    def other(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> Any:
+        if fault == "top-k":
+            logits = logits.masked_fill(logits < logits.topk(2).values[:, -1:], -torch.inf)
+        else:
+            logits = logits.clone()
+            logits[:, :100] /= 1.05
+        return draw(logits, uniforms, temperature)
+
+    monkeypatch.setattr(engine, "_draw", other)
+    assert failed() == {"sampler and learner agree"}
+
+
+def test_lora_in_the_vision_tower(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(policy, "language_targets", lambda *_: r".*\.(q_proj|qkv)")
+    assert "only the language model is trainable" in failed()
+
+
+def test_a_model_that_is_none(capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor", "no/such/model"]) == 2
+    assert "cannot load" in capsys.readouterr().err

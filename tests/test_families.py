@@ -1,0 +1,229 @@
+"""Every family of models by the same code: tiny random models of their real classes with their real processors.
+
+What is compared with is transformers and PEFT alone: the model class itself on the processor's own tensors, one
+sequence at a time, pixels included, and no cache.
+"""
+
+from __future__ import annotations
+
+import socket
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from families import FAMILIES
+from ireasoner.config import resolve
+from ireasoner.doctor import examine
+from ireasoner.engines.transformers import TransformersEngine, uniforms
+from ireasoner.learner import Learner
+from ireasoner.policy import ModelError, Policy, load_backbone
+from ireasoner.processors import load_processor, render
+from ireasoner.roles import solver_messages
+from ireasoner.selfplay import SelfPlay
+from ireasoner.types import ROLES, Completion, Role
+
+QUESTIONS = ("Which bar is the tallest?", "Is red more than blue, or is there no telling which of them is?", "Where?")
+OWN_STATE = "qwen3_5"  # linear attention: no completion can share its prompt's state with gradients
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp(family)
+    FAMILIES[family](out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def sized(pictures: list[Image.Image]) -> list[Image.Image]:
+    return [pictures[0], pictures[1].resize((112, 56)), pictures[2].resize((56, 90))]
+
+
+def filled(folder: Path, **options: Any) -> Policy:
+    """A policy whose adapters do something: fresh ones leave the backbone as it is."""
+    policy = Policy(str(folder), **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, tensor in policy.model.named_parameters():
+            if "lora_B" in name:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+    return policy
+
+
+def load_plain(folder: Path, adapter: Path | None) -> torch.nn.Module:
+    """What a stranger would load, without this package."""
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
+
+
+def plain_logprobs(model: Any, processor: Any, image: Image.Image, question: str, ids: Sequence[int]) -> Tensor:
+    """Log-probabilities of `ids` by one forward pass of the whole model on the processor's own tensors."""
+    text = render(processor, solver_messages("{question}", question))
+    inputs = dict(processor(images=[image], text=[text], add_special_tokens=False, return_tensors="pt"))
+    length, extra = inputs["input_ids"].shape[1], torch.tensor([list(ids)])
+    for name in [n for n in inputs if n == "attention_mask" or n.endswith("token_type_ids")]:
+        value = 1 if name == "attention_mask" else 0
+        inputs[name] = torch.cat([inputs[name], torch.full_like(extra, value)], 1)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], extra], 1)
+    with torch.no_grad():
+        logprobs = model(**inputs).logits[0, length - 1 : -1].log_softmax(-1)
+    return logprobs[torch.arange(len(ids)), list(ids)]
+
+
+def ask(policy: Policy, images: Sequence[Image.Image], questions: Sequence[str] = QUESTIONS) -> Any:
+    return policy.prompts(policy.encode_images(images), [solver_messages("{question}", q) for q in questions])
+
+
+def scene(policy: Policy, images: Sequence[Image.Image]) -> tuple[Any, Tensor, Tensor]:
+    """Prompts of different length with two completions each, of different length too."""
+    rng = np.random.default_rng(0)
+    lengths = [7, 1, 3, 12, 5, 2]
+    ids = torch.tensor([[*rng.integers(0, 400, n), *[policy.pad_token] * (12 - n)] for n in lengths])
+    mask = torch.arange(12)[None] < torch.tensor(lengths)[:, None]
+    return ask(policy, images), ids, mask
+
+
+@pytest.mark.parametrize("role", [None, *ROLES])
+def test_logprobs_are_those_of_the_model_itself(
+    family: str, folder: Path, sized: list[Image.Image], role: Role | None, tmp_path: Path
+):
+    """Ours, batched and with shared prompts, against one sequence at a time under plain transformers and PEFT."""
+    policy = filled(folder)
+    prompts, ids, mask = scene(policy, sized)
+    with torch.no_grad():
+        hidden = policy.completion_hidden(prompts, ids, mask, role)
+        found = policy.output_layer(hidden).log_softmax(-1).gather(-1, ids[mask][:, None])[:, 0]
+    policy.save_adapters(tmp_path)
+    model, processor = load_plain(folder, tmp_path / role if role else None), load_processor(folder)
+    rows = [(sized[i // 2], QUESTIONS[i // 2], ids[i][mask[i]].tolist()) for i in range(6)]
+    expected = torch.cat([plain_logprobs(model, processor, *row) for row in rows])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert policy.shares_prompts == (family != OWN_STATE)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_shared_prompts_have_the_plain_paths_gradients(
+    folder: Path, sized: list[Image.Image], monkeypatch: pytest.MonkeyPatch, recompute: bool
+):
+    """In float64, so that what differs is the mathematics and not rounding; activations kept, and recomputed."""
+    policy = filled(folder, dtype="float64")
+    policy.model.double()  # the adapters too
+    # Norms, softmax and positions cast to float32 whatever the model's own type.
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    prompts, ids, mask = scene(policy, sized)
+    ids[1:, 1] = policy.backbone.config.image_token_id  # written by the model, and no image
+    weights = torch.randn(int(mask.sum()), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def gradient(path: Any) -> dict[str, Tensor | None]:
+        hidden = path(prompts, ids, mask, "solver")
+        with torch.no_grad():
+            policy.completion_hidden(prompts, ids, mask, None)  # as in an update: the reference, before `backward`
+        logprobs = policy.output_layer(hidden).log_softmax(-1).gather(-1, ids[mask][:, None])[:, 0]
+        (logprobs * weights).sum().backward()
+        found = {name: p.grad for name, p in policy.parameters("solver").items()}
+        policy.model.zero_grad(set_to_none=True)
+        return found
+
+    expected = gradient(policy.plain_completion_hidden)
+    policy.gradient_checkpointing = recompute
+    passes: list[int] = []
+    hook = policy.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    for path in (policy.completion_hidden, policy.plain_completion_hidden):
+        passes.clear()
+        for name, found in gradient(path).items():
+            assert found is not None
+            assert found.abs().max() > 0, name
+            torch.testing.assert_close(found, expected[name], atol=1e-9, rtol=1e-9)
+        # Each of a path's passes once more in the backward pass, the reference's not.
+        here = 2 if policy.shares_prompts and path == policy.completion_hidden else 1
+        assert len(passes) == here * (1 + recompute) + (2 if policy.shares_prompts else 1)
+    hook.remove()
+
+
+def test_a_step_of_self_play_and_an_update_of_each_role(folder: Path, sized: list[Image.Image], tmp_path: Path):
+    """Play, update, save, read back with PEFT alone; sampler and learner agree; each role trains its own tensors."""
+    policy = filled(folder)
+    config = resolve({"model": str(folder), "images": ".", "preset": "tiny", "max_solution_tokens": 10})
+    labels = {f"{i}": [(q, "1")] for i, q in enumerate(QUESTIONS)}
+    named = [(str(i), image) for i, image in enumerate(sized)]
+    engine = TransformersEngine(policy)
+    proposed = SelfPlay(policy, engine, config).play(1, named)
+    solved = SelfPlay(policy, engine, config, labels).play(1, named)
+    assert proposed.proposer_prompts is not None
+    assert solved.solver_prompts is not None
+    groups: dict[Role, Any] = {
+        "proposer": (proposed.proposer_prompts, [[e.question_completion] for e in proposed.episodes]),
+        "solver": (solved.solver_prompts, [e.completions for e in solved.episodes]),
+    }
+    for role in ROLES:
+        before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+        prompts, completions = groups[role]
+        rewards = [[float((i + j) % 2) for j in range(len(group))] for i, group in enumerate(completions)]
+        metrics = Learner(policy, role, learning_rate=1e-3).update(prompts, completions, rewards)
+        assert metrics["sampler_gap"] < 1e-4
+        assert metrics["kl"] > 0
+        moved = {name for name, p in policy.model.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == set(policy.parameters(role))
+    policy.save_adapters(tmp_path)
+    processor = load_processor(folder)
+    for role in ROLES:
+        completion: Completion = TransformersEngine(policy).sample(
+            ask(policy, sized), role, uniforms([[i] for i in range(3)], 1, 6)
+        )[1][0]
+        expected = plain_logprobs(
+            load_plain(folder, tmp_path / role), processor, sized[1], QUESTIONS[1], completion.token_ids
+        )
+        assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_another_image_other_logprobs(folder: Path, pictures: list[Image.Image]):
+    policy = filled(folder)
+    prompts = ask(policy, pictures[:2], [QUESTIONS[0]] * 2)
+    ids = torch.tensor([[11, 12, 13, 14]] * 2)
+    with torch.no_grad():
+        hidden = policy.completion_hidden(prompts, ids, torch.ones_like(ids).bool(), "solver").view(2, 4, -1)
+    assert (hidden[0] - hidden[1]).abs().amax(-1).min() > 1e-3
+
+
+def test_lora_on_every_linear_layer_of_the_language_model_and_nowhere_else(folder: Path):
+    policy = Policy(str(folder))
+    tower = {id(m) for m in policy.decoder.modules()}
+    adapted = [m for m in policy.model.modules() if "lora_A" in dict(m.named_children())]
+    assert adapted
+    assert all(id(m) in tower for m in adapted)
+    linear = [m for m in load_backbone(str(folder)).get_decoder().modules() if isinstance(m, torch.nn.Linear)]
+    assert len(adapted) == len(linear)
+    assert f"LoRA on {len(linear)} layers of model." in policy.describe()
+    with pytest.raises(ModelError, match="matches no linear layer of the language model"):
+        Policy(str(folder), lora_targets=["patch_embed"])
+
+
+def test_the_doctor_finds_nothing_wrong(folder: Path):
+    findings = list(examine(str(folder)))
+    assert len(findings) == 7
+    assert [f.name for f in findings if not f.passed] == []
+
+
+def test_a_local_model_makes_no_network_call(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"a connection was tried: {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    Policy(str(folder))
