@@ -32,6 +32,7 @@ from ireasoner.selfplay import SelfPlay
 from ireasoner.types import ROLES, Completion, Role
 
 QUESTIONS = ("Which bar is the tallest?", "Is red more than blue, or is there no telling which of them is?", "Where?")
+WINDOWS = "gemma3"  # sliding windows: completions share the prompt's computation, but each has a copy of its cache
 OWN_STATE = "qwen3_5"  # linear attention: no completion can share its prompt's state with gradients
 
 
@@ -114,6 +115,7 @@ def test_logprobs_are_those_of_the_model_itself(
     expected = torch.cat([plain_logprobs(model, processor, *row) for row in rows])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert policy.shares_prompts == (family != OWN_STATE)
+    assert policy.shares_attention == (family not in (OWN_STATE, WINDOWS))
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])

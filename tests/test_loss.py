@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -152,3 +154,25 @@ def test_kl_coef_stays_within_its_bounds():
     for huge in (1e3, 1e9, 1e300, math.inf):  # exp of the exponent itself would overflow
         assert adapt_kl_coef(1e-8, huge, 0.02) == 1e2
     assert adapt_kl_coef(1e-3, 0.0, 1e-300) == pytest.approx(0.904837e-3, rel=1e-6)
+
+
+def test_memory_does_not_grow_with_the_vocabulary_and_the_tokens():
+    """1,500 tokens of a 152k vocabulary: all logits at once would take 0.85 GiB a copy, and a log-softmax several."""
+    code = """
+import torch
+from ireasoner.bench import peak_bytes, reset_peak
+from ireasoner.loss import token_statistics
+device = torch.device("cpu")
+layer = torch.nn.Linear(32, 152064, bias=False).requires_grad_(False)
+def update(tokens):
+    hidden = torch.randn(tokens, 32, requires_grad=True)
+    found = token_statistics(hidden, torch.randn(tokens, 32), torch.arange(tokens), layer)
+    (found.logprobs_T.mean() + found.kl_T.mean()).backward()
+update(2)
+reset_peak(device)
+before = peak_bytes(device)
+update(1500)
+print((peak_bytes(device) - before) / 2**30)
+"""
+    gib = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 0.1 < gib <= 1.0

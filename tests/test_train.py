@@ -435,7 +435,9 @@ def test_groups_that_teach_nothing_do_not_update_the_solver(data: Path, tmp_path
         assert 0 < len(kept) < len(groups)  # else this shows nothing
         assert play.solver_prompts is not None
         if not gates:
-            play = replace(play, episodes=tuple(groups[i] for i in kept), solver_prompts=play.solver_prompts[kept])
+            taught = tuple(groups[i] for i in kept)
+            own = tuple(range(len(kept)))
+            play = replace(play, episodes=taught, own=own, solver_prompts=play.solver_prompts[kept])
         found.append((run.update(play), solver_state(run)))
         if gates:
             metrics = found[0][0]

@@ -17,13 +17,14 @@ class MovingBaseline:
     momentum: float = 0.9
     value: float | None = None
 
-    def advantages(self, rewards_B: Tensor) -> Tensor:
+    def advantages(self, rewards_B: Tensor, mean: float | None = None) -> Tensor:
         """A = r − b with b as it stood before this batch, then b moves once by the batch mean.
 
         Args:
-            rewards_B: [B], the rewards of all of a step's trajectories.
+            rewards_B: rewards of trajectories of the batch.
+            mean: of all of the batch's, where these are not all.
         """
-        mean = rewards_B.mean().item()
+        mean = rewards_B.mean().item() if mean is None else mean
         if self.value is None:
             self.value = mean
         advantages_B = rewards_B - self.value

@@ -13,6 +13,7 @@ from ireasoner import __version__
 from ireasoner.types import UsageError
 
 PROGRAM = "ireasoner"
+SIDES = ("ours", "plain", "published")
 STYLES = ("chalk", "varied", "plain")
 
 
@@ -170,11 +171,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser(
         "bench",
-        help="trajectories per second, beside the published procedure",
-        description="Time one training step of ours and of the published procedure on one checkpoint at equal, forced "
-        "lengths, repetitions interleaved.",
+        help="one training step by phases, beside the plain path and the published procedure",
+        description="Time one training step of ours, of the same work without shared prompts (plain) and of the "
+        "published procedure, on one checkpoint at equal, forced lengths, repetitions interleaved; beside what this "
+        "machine's arithmetic and memory allow.",
     )
-    bench.add_argument("--model", default="tiny", help="a folder, a hub id, or 'tiny' (%(default)s)")
+    bench.add_argument(
+        "--model",
+        default="tiny",
+        help="a folder, a hub id, 'tiny', or a size with random weights: 'random-25m', 'random-7b' (%(default)s)",
+    )
+    bench.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="what to time (all)")
+    bench.add_argument("--group-size", type=_whole(2), metavar="N", help="trajectories of a question (the preset's)")
+    bench.add_argument("--image-tokens", type=_whole(1), metavar="N", help="of each picture, about (a small picture's)")
     bench.add_argument(
         "--images-per-step", type=_whole(1), nargs="+", default=[1, 16], metavar="N", help="(%(default)s)"
     )
@@ -272,6 +281,9 @@ def _follow(config: Any, out: Path, *, resuming: bool) -> int:
     quiet_libraries()
     from ireasoner import train
 
+    if os.environ.get("RANK", "0") != "0":  # another of the run's processes shows and writes
+        outcome = (train.resume if resuming else train.start)(config, out)
+        return 0 if outcome.complete else 130
     with Display(config, out) as display:
         outcome = (train.resume if resuming else train.start)(config, out, display.observer())
         if outcome.complete:
@@ -431,7 +443,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     result = bench(
         arguments.model,
         arguments.images_per_step,
+        sides=arguments.sides,
         tokens=arguments.tokens,
+        group_size=arguments.group_size,
+        image_tokens=arguments.image_tokens,
         repetitions=arguments.repetitions,
         device=arguments.device,
     )
@@ -462,7 +477,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(argv)
         return arguments.function(arguments)
     except UsageError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of several processes of one run
+        print(f"{PROGRAM}: {error}" if rank == "0" else f"{PROGRAM}, process {rank}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{PROGRAM}: interrupted; nothing saved so far is lost", file=sys.stderr)

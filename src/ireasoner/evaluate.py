@@ -25,6 +25,7 @@ from ireasoner.images import load_image
 from ireasoner.intervals import RESAMPLES, interval
 from ireasoner.playground import world
 from ireasoner.policy import Policy
+from ireasoner.processes import Processes
 from ireasoner.roles import parse_trajectory, solver_messages
 from ireasoner.types import Completion, Role, UsageError
 
@@ -148,6 +149,7 @@ def evaluate(
     batch_size: int = 64,
     blank: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    processes: Processes | None = None,
 ) -> Scores:
     """Greedy, mean@1, maj@5 and pass@5 accuracy of a role (None: the backbone alone), and what its samples are like.
 
@@ -160,29 +162,32 @@ def evaluate(
         temperature: of the sampled answers.
         blank: show a uniformly gray image of the same size instead of each image.
         on_progress: called with questions done and their total.
+        processes: who scores along, each its share of the questions; all have the scores.
 
     Raises:
         ImageError: a labelled image that cannot be decoded.
     """
     engine = TransformersEngine(policy)
-    rows: list[dict[str, float]] = []
-    texts: list[str] = []
-    for first in range(0, len(questions), batch_size):
-        batch = questions[first : first + batch_size]
+    processes = processes or Processes()
+    own = processes.share(len(questions))
+    found: list[tuple[dict[str, float], str]] = []
+    for first in range(0, len(own), batch_size):
+        numbers = own[first : first + batch_size]
+        batch = [questions[i] for i in numbers]
         images = [load_image(q.image) for q in batch]
         encoded = policy.encode_images([Image.new("RGB", image.size, GRAY) for image in images] if blank else images)
         prompts = policy.prompts(encoded, [solver_messages(prompt, q.question) for q in batch])
         zeros = np.zeros((len(batch), 1, max_tokens))
-        draws = uniforms([[seed, first + i] for i in range(len(batch))], SAMPLES, max_tokens)
+        draws = uniforms([[seed, i] for i in numbers], SAMPLES, max_tokens)
         best = engine.sample(prompts, role, zeros, temperature=0)
         drawn = engine.sample(prompts, role, draws, temperature=temperature)
         for question, (single,), group in zip(batch, best, drawn, strict=True):
-            rows.append(_score(question, single, group))
-            texts.append(single.text)
-        on_progress(min(first + batch_size, len(questions)), len(questions))
+            found.append((_score(question, single, group), single.text))
+        on_progress(min((first + batch_size) * processes.count, len(questions)), len(questions))
+    rows, texts = zip(*processes.gather(found, len(questions)), strict=True)
     names = rows[0].keys() if all(row.keys() == rows[0].keys() for row in rows) else rows[0].keys() - TRUTH
     columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in names}
-    return Scores({name: columns.pop(name) for name in MEASURES}, greedy_texts=tuple(texts), **columns)
+    return Scores({name: columns.pop(name) for name in MEASURES}, greedy_texts=texts, **columns)
 
 
 def _score(question: LabelledQuestion, single: Completion, group: Sequence[Completion]) -> dict[str, float]:

@@ -10,7 +10,7 @@ functions, advantage normalisation, entropy bonuses, dropout. It does not know h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from ireasoner.advantages import MovingBaseline, leave_one_out_advantages
 from ireasoner.loss import adapt_kl_coef, reinforce_loss, token_statistics, trajectory_means
 from ireasoner.policy import Policy, Prompts
+from ireasoner.processes import Processes
 from ireasoner.types import Completion, Role
 
 
@@ -30,6 +31,7 @@ class Learner:
         role: which.
         advantage: "ema": against a moving average; "rloo": against the group's others.
         tokens_per_batch: most tokens in one forward pass; the update does not depend on it but for rounding.
+        processes: who updates along, each on its own groups; the update is that of all of them.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class Learner:
         advantage: Literal["ema", "rloo"] = "ema",
         baseline_momentum: float = 0.9,
         tokens_per_batch: int = 16384,
+        processes: Processes | None = None,
     ) -> None:
-        self.policy, self.advantage = policy, advantage
+        self.policy, self.advantage, self.processes = policy, advantage, processes or Processes()
         self.role: Role = role
         self.parameters = policy.parameters(role)
         self.optimizer = torch.optim.AdamW(
@@ -58,12 +61,12 @@ class Learner:
         self.max_grad_norm, self.tokens_per_batch = max_grad_norm, tokens_per_batch
 
     def update(
-        self, prompts: Prompts, groups: Sequence[Sequence[Completion]], rewards: Sequence[Sequence[float]]
+        self, prompts: Prompts | None, groups: Sequence[Sequence[Completion]], rewards: Sequence[Sequence[float]]
     ) -> dict[str, float]:
-        """One optimiser step on B groups of N completions.
+        """One optimiser step on B groups of N completions, and those of the other processes.
 
         Args:
-            prompts: B prompts.
+            prompts: B prompts; None without groups.
             groups: their completions; the same N for all.
             rewards: one number for each completion.
 
@@ -71,19 +74,21 @@ class Learner:
             Metrics by name, without the role.
         """
         rewards_BN = torch.tensor(rewards, dtype=torch.float32)
-        if self.advantage == "rloo":
-            advantages_BN = leave_one_out_advantages(rewards_BN)
+        counted = torch.tensor([rewards_BN.numel(), rewards_BN.sum()], dtype=torch.float64)
+        total, rewards_sum = self.processes.sum(counted).tolist()
+        if self.advantage == "ema":
+            advantages_BN = self.baseline.advantages(rewards_BN, rewards_sum / total)
         else:
-            advantages_BN = self.baseline.advantages(rewards_BN.flatten()).view_as(rewards_BN)
-        total = rewards_BN.numel()
-        sums = {"loss": 0.0, "kl": 0.0, "token_entropy": 0.0}
+            advantages_BN = leave_one_out_advantages(rewards_BN) if groups else rewards_BN
+        sums: dict[str, float] = {"loss": 0.0, "kl": 0.0, "token_entropy": 0.0}
         sampler_gap = 0.0
         for rows, columns in self._micro_batches(prompts, groups):
-            some = [completion for group in groups[rows] for completion in group[columns]]
+            some = [completion for row in rows for completion in groups[row][columns]]
             ids_BC, sampled_BC, mask_BC = _pad(some, self.policy.pad_token, self.policy.device)
-            hidden = self.policy.completion_hidden(prompts[rows], ids_BC, mask_BC, self.role)
+            read = prompts[rows]  # type: ignore[index]
+            hidden = self.policy.completion_hidden(read, ids_BC, mask_BC, self.role)
             with torch.no_grad():
-                reference = self.policy.completion_hidden(prompts[rows], ids_BC, mask_BC, None)
+                reference = self.policy.completion_hidden(read, ids_BC, mask_BC, None)
             tokens_T = ids_BC[mask_BC]
             statistics = token_statistics(hidden, reference, tokens_T, self.policy.output_layer)
             kl_B = trajectory_means(statistics.kl_T, mask_BC)
@@ -99,6 +104,7 @@ class Learner:
             sums["token_entropy"] += trajectory_means(statistics.token_entropy_T, mask_BC).sum().item() / total
             gap = (statistics.logprobs_T.detach() - sampled_BC[mask_BC]).abs().max().item()
             sampler_gap = max(sampler_gap, gap)
+        sums = self._exchange(sums, advantages_BN)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm).item()
         if math.isfinite(grad_norm):
             self.optimizer.step()
@@ -107,28 +113,56 @@ class Learner:
             **sums,
             "kl_coef": self.kl_coef,
             "grad_norm": grad_norm,
-            "sampler_gap": sampler_gap,
-            "advantage_std": advantages_BN.std(correction=0).item(),
+            "sampler_gap": max(self.processes.gather([sampler_gap], self.processes.count)),
         }
         if math.isfinite(sums["kl"]):
             self.kl_coef = adapt_kl_coef(self.kl_coef, sums["kl"], self.kl_target, self.kl_rate)
         return metrics
 
-    def _micro_batches(self, prompts: Prompts, groups: Sequence[Sequence[Completion]]) -> Iterator[tuple[slice, slice]]:
-        """Slices of prompts and of their trajectories whose padded tokens stay within `tokens_per_batch`."""
+    def _exchange(self, sums: Mapping[str, float], advantages_BN: Tensor) -> dict[str, float]:
+        """Make gradients and sums those of all processes together; adds the spread of the advantages."""
+        if self.processes.count > 1:
+            for parameter in self.parameters.values():  # a process without groups has no gradient yet
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+            flat = self.processes.sum(torch.cat([g.flatten() for g in gradients]))
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        moments = [advantages_BN.numel(), advantages_BN.sum().item(), advantages_BN.square().sum().item()]
+        found = self.processes.sum(torch.tensor([*sums.values(), *moments], dtype=torch.float64)).tolist()
+        count, first, second = found[-3:]
+        spread = math.sqrt(max(second / count - (first / count) ** 2, 0.0))
+        return {**dict(zip(sums, found, strict=False)), "advantage_std": spread}
+
+    def _micro_batches(
+        self, prompts: Prompts | None, groups: Sequence[Sequence[Completion]]
+    ) -> Iterator[tuple[list[int], slice]]:
+        """Rows of prompts, those of like length together, and a slice of their trajectories.
+
+        Their padded tokens stay within `tokens_per_batch`, as far as one trajectory does.
+        """
+        if prompts is None:
+            return
         count = len(groups[0])
-        prompt_length = prompts.mask_BP.shape[1]
-        longest = max(len(c.token_ids) for group in groups for c in group)
-        group_tokens = prompt_length + count * longest
-        if group_tokens <= self.tokens_per_batch:
-            size = self.tokens_per_batch // group_tokens
-            for first in range(0, len(groups), size):
-                yield slice(first, first + size), slice(0, count)
-        else:
-            size = max(1, (self.tokens_per_batch - prompt_length) // longest)
-            for row in range(len(groups)):
+        prompt_lengths = prompts.mask_BP.sum(1).tolist()
+        lengths = [max(len(c.token_ids) for c in group) for group in groups]
+        rows: list[int] = []
+        for row in sorted(range(len(groups)), key=lambda row: (prompt_lengths[row], lengths[row])):
+            more = [*rows, row]
+            padded = len(more) * (max(prompt_lengths[i] for i in more) + count * max(lengths[i] for i in more))
+            if padded <= self.tokens_per_batch:
+                rows = more
+                continue
+            if rows:
+                yield rows, slice(0, count)
+            rows = [row]
+            if prompt_lengths[row] + count * lengths[row] > self.tokens_per_batch:
+                size = max(1, (self.tokens_per_batch - prompt_lengths[row]) // lengths[row])
                 for first in range(0, count, size):
-                    yield slice(row, row + 1), slice(first, first + size)
+                    yield rows, slice(first, first + size)
+                rows = []
+        if rows:
+            yield rows, slice(0, count)
 
 
 def _pad(completions: Sequence[Completion], pad_token: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

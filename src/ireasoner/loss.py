@@ -57,7 +57,7 @@ def token_statistics(
         return logprobs_V.gather(-1, tokens[:, None])[:, 0], kl, entropy
 
     with torch.no_grad():
-        vocabulary = output_layer(hidden_TD[:1]).shape[-1]
+        vocabulary = output_layer(hidden_TD[:1].detach()).shape[-1]
     size = max(1, chunk_logits // vocabulary)
     parts = [
         checkpoint(of_chunk, h, r, t, use_reentrant=False)

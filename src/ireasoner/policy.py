@@ -40,6 +40,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from ireasoner.attention import SharedCache, attending
 from ireasoner.config import Config
 from ireasoner.playground.shapes import SHAPES, build
 from ireasoner.processors import SeenImage, load_processor, render
@@ -84,9 +85,10 @@ class Prompts:
         return len(self.images)
 
     def __getitem__(self, rows: slice | Sequence[int]) -> Prompts:
-        index = range(len(self))[rows] if isinstance(rows, slice) else rows
+        index = list(range(len(self))[rows] if isinstance(rows, slice) else rows)
+        used = self.mask_BP[index].any(0).int().argmax()  # columns before it would be padding alone
         return Prompts(
-            {name: tensor[list(index)] for name, tensor in self.text.items()},
+            {name: tensor[index, used:] for name, tensor in self.text.items()},
             tuple(self.images[i] for i in index),
             tuple(self.extras[i] for i in index),
         )
@@ -118,10 +120,13 @@ class Prefix:
         self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # for every kind of layer: index_select along the batch
         return Prefix(self.cache, self.mask_BP[rows], self.last_hidden_BD[rows], self.next_position_B[rows])
 
-    def repeat(self, count: int) -> Prefix:
-        """Every prompt `count` times over, neighbours together; the cache is expanded in place."""
-        rows = torch.arange(len(self.mask_BP), device=self.mask_BP.device)
-        return self.select(rows.repeat_interleave(count))
+    def repeat(self, count: int, *, share: bool) -> Prefix:
+        """Every prompt `count` times over, neighbours together; its cache once for all (`share`) or repeated."""
+        rows = torch.arange(len(self.mask_BP), device=self.mask_BP.device).repeat_interleave(count)
+        if not share:
+            return self.select(rows)
+        cache = SharedCache(self.cache, self.mask_BP, count)
+        return Prefix(cache, self.mask_BP[rows], self.last_hidden_BD[rows], self.next_position_B[rows])
 
 
 class Policy:
@@ -178,10 +183,11 @@ class Policy:
         self.gradient_checkpointing = gradient_checkpointing
         self.shares_prompts = all(isinstance(layer, DynamicLayer) for layer in self._cache().layers)
         self._check_output_layer()
+        self.shares_attention = self._can_share_attention()
 
     @classmethod
-    def from_config(cls, config: Config) -> Policy:
-        """The policy of a run, adapters as they are at step 0.
+    def from_config(cls, config: Config, device: str | None = None) -> Policy:
+        """The policy of a run, adapters as they are at step 0; on the config's device if none is named.
 
         Raises:
             ModelError: as above, or a device that is not there.
@@ -194,7 +200,7 @@ class Policy:
             max_image_tokens=config.max_image_tokens,
             gradient_checkpointing=config.gradient_checkpointing,
             dtype=config.dtype,
-            device=resolve_device(config.device),
+            device=device or resolve_device(config.device),
             seed=config.seed,
         )
 
@@ -368,6 +374,8 @@ class Policy:
     def extend(self, prefix: Prefix, ids_BC: Tensor, mask: Tensor, first_position_B: Tensor) -> Tensor:
         """Hidden states [B, C, D] of more tokens after a prefix; the prefix's cache grows by them.
 
+        To be called within `attending` to that cache.
+
         Args:
             prefix: what was run before.
             ids_BC: the tokens.
@@ -398,12 +406,13 @@ class Policy:
         if not self.shares_prompts:
             return self.plain_completion_hidden(prompts, ids_BC, mask_BC, role)
         with self.acting_as(role), self._recomputing():
-            prefix = self.prefill(prompts).repeat(len(ids_BC) // len(prompts))
+            prefix = self.prefill(prompts).repeat(len(ids_BC) // len(prompts), share=self.shares_attention)
             # The last token is predicted, never read: its own hidden state predicts nothing that was sampled.
             mask = torch.cat([prefix.mask_BP, mask_BC[:, :-1].to(prefix.mask_BP.dtype)], dim=1)
             hidden = prefix.last_hidden_BD[:, None]
             if ids_BC.shape[1] > 1:
-                later = self.extend(prefix, ids_BC[:, :-1], mask, prefix.next_position_B)
+                with attending(self.decoder, prefix.cache):
+                    later = self.extend(prefix, ids_BC[:, :-1], mask, prefix.next_position_B)
                 hidden = torch.cat([hidden, later], dim=1)
         return hidden[mask_BC]
 
@@ -423,7 +432,7 @@ class Policy:
         """
         layers = list(self.decoder.layers) if self.gradient_checkpointing and torch.is_grad_enabled() else []
         for index, layer in enumerate(layers):
-            layer.forward = partial(_checkpointed, layer.forward, index)
+            layer.forward = partial(_checkpointed, self.decoder, layer.forward, index)
         try:
             yield
         finally:
@@ -432,6 +441,30 @@ class Policy:
 
     def _cache(self) -> DynamicCache:
         return DynamicCache(config=self.backbone.config.get_text_config(decoder=True))
+
+    @torch.no_grad()
+    def _can_share_attention(self) -> bool:
+        """Whether attention over shared prompts gives what the model's own gives over repeated ones: tried out."""
+        if any(type(layer) is not DynamicLayer for layer in self._cache().layers):
+            return False  # windows and states
+        ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]], device=self.device)
+        found = []
+        for share in (True, False):
+            cache, mask = self._cache(), torch.ones_like(ids)
+            mask[0, 0] = 0
+            positions = mask.cumsum(1)
+            hidden = self.decoder(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+            prefix = Prefix(cache, mask, hidden[:, -1], positions[:, -1] + 1).repeat(2, share=share)
+            whole = torch.cat([prefix.mask_BP, torch.ones_like(prefix.mask_BP[:, :3])], 1)
+            try:
+                with attending(self.decoder, prefix.cache):
+                    found.append(self.extend(prefix, ids.repeat(2, 1)[:, :3], whole, prefix.next_position_B))
+            except RuntimeError:  # shapes do not fit: attention of another kind
+                return False
+        gap = (found[0] - found[1]).float().abs().max() / found[1].float().abs().max()
+        return bool(gap < (1e-3 if self.backbone.dtype == torch.float32 else 0.1))
 
     @torch.no_grad()
     def _check_output_layer(self) -> None:
@@ -445,7 +478,13 @@ class Policy:
 
 
 def _checkpointed(
-    forward: Callable[..., Tensor], index: int, hidden: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+    decoder: PreTrainedModel,
+    forward: Callable[..., Tensor],
+    index: int,
+    hidden: Tensor,
+    *args: Any,
+    past_key_values: Any = None,
+    **kwargs: Any,
 ) -> Tensor:
     """A decoder layer's forward pass under activation checkpointing: computing it again leaves the cache as it was."""
     if past_key_values is None:
@@ -456,7 +495,8 @@ def _checkpointed(
         cache = copy.copy(past_key_values)
         cache.layers = [*past_key_values.layers]
         cache.layers[index] = copy.copy(before)
-        output = forward(hidden, *args, past_key_values=cache, **kwargs)
+        with attending(decoder, past_key_values):  # in the backward pass nothing around attends to it any more
+            output = forward(hidden, *args, past_key_values=cache, **kwargs)
         if not after:  # the first time; the second is in the backward pass
             after.append(cache.layers[index])
         return output

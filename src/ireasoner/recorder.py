@@ -111,6 +111,33 @@ class Recorder:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+class NoRecorder(Recorder):
+    """For the processes of a run that write nothing, because another one does."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    def skip(self, step: int, image: str, reason: str) -> None:
+        """Nothing."""
+
+    def thumbnail(self, image: Image.Image, key: str) -> str:
+        """Nothing, under no name."""
+        return ""
+
+    def write_text(self, name: str, text: str) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int) -> list[str]:
+        """Nothing was damaged."""
+        return []
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
 def episode_record(episode: Episode) -> dict[str, Any]:
     """All that explains an episode's rewards, for `Recorder.episode`; token ids are left out, for they are many."""
     names = ("step", "image", "proposer_reward", "majority_answer", "majority_fraction", "answer_entropy")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ireasoner.answers import answer_key, majority
 from ireasoner.config import Config
 from ireasoner.engines.transformers import TransformersEngine, uniforms
 from ireasoner.policy import EncodedImage, Policy, Prompts
+from ireasoner.processes import Processes
 from ireasoner.rewards import FloatArray
 from ireasoner.roles import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.types import Completion, Episode, Question, Trajectory
@@ -28,11 +29,13 @@ PROPOSE, SOLVE, RANDOM_REWARD, PICK_LABEL = range(4)
 class Play:
     """One step's episodes, with the prompts that the learners need.
 
-    `solver_prompts` holds one row for each episode with a group, in order; None where there is no such episode.
-    `proposer_prompts` is None where questions came with the images.
+    `own` are the numbers of the episodes that this process played; the prompts are theirs alone. `solver_prompts` holds
+    one row for each of these with a group, in order; None where there is none. `proposer_prompts` is None where
+    questions came with the images, or this process had none.
     """
 
     episodes: tuple[Episode, ...]
+    own: tuple[int, ...]
     proposer_prompts: Prompts | None
     solver_prompts: Prompts | None
 
@@ -45,6 +48,7 @@ class SelfPlay:
         engine: samples.
         config: recipe and scale.
         labels: questions and true answers by image name, for the oracle recipe; they replace the proposer.
+        processes: who plays along; each plays its share of the images, and all know every episode.
     """
 
     def __init__(
@@ -53,43 +57,56 @@ class SelfPlay:
         engine: TransformersEngine,
         config: Config,
         labels: Mapping[str, Sequence[tuple[str, str]]] | None = None,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes()
         self.policy, self.engine, self.config, self.labels = policy, engine, config, labels
         self.memory = ClaimMemory(config.recurrence_window)
 
     def play(self, step: int, batch: Sequence[tuple[str, Image.Image]]) -> Play:
         """Play the named images of one step (counted from 1)."""
-        encoded = self.policy.encode_images([image for _, image in batch])
         names = [name for name, _ in batch]
         occurrences: Counter[str] = Counter()
         keys = []
         for name in names:  # an image played twice in one step must not draw the same numbers twice
             keys.append((name, occurrences[name]))
             occurrences[name] += 1
+        own = self.processes.share(len(batch))
+        encoded = self.policy.encode_images([batch[i][1] for i in own])
         proposer_prompts: Prompts | None = None
-        proposals: list[Completion | None] = [None] * len(names)
-        truths: list[str | None] = [None] * len(names)
+        written: list[Completion | None] = [None] * len(own)
+        if self.labels is None and own:
+            proposer_prompts, proposed = self.propose(step, [keys[i] for i in own], encoded)
+            written = list(proposed)
+        proposals = self.exchange([[c] if c else [] for c in written], len(batch))
         if self.labels is None:
-            proposer_prompts, written = self.propose(step, keys, encoded)
-            proposals = list(written)
-            questions = [self.read_question(c) for c in written]
+            questions, truths = [self.read_question(c) for (c,) in proposals], [None] * len(batch)
         else:
             picked = [self.pick_label(step, key) for key in keys]
             questions, truths = [question for question, _ in picked], [truth for _, truth in picked]
-        asked = [i for i, question in enumerate(questions) if question.well_formed]
+        asked = [n for n, i in enumerate(own) if questions[i].well_formed]
         solver_prompts, groups = self.solve(
-            step, [keys[i] for i in asked], [encoded[i] for i in asked], [questions[i].text for i in asked]
+            step,
+            [keys[own[n]] for n in asked],
+            [encoded[n] for n in asked],
+            [questions[own[n]].text for n in asked],
         )
         by_image = dict(zip(asked, groups, strict=True))
-        read = {
-            i: tuple(parse_trajectory(c.text, c.finish_reason) for c in by_image.get(i, [])) for i in range(len(names))
-        }
-        self.memory.add((names[i], group) for i, group in read.items())
+        solved = self.exchange([by_image.get(n, []) for n in range(len(own))], len(batch))
+        read = [tuple(parse_trajectory(c.text, c.finish_reason) for c in group) for group in solved]
+        self.memory.add(zip(names, read, strict=True))
         episodes = tuple(
-            self.reward(step, keys[i], questions[i], proposals[i], by_image.get(i, []), read[i], truths[i])
+            self.reward(step, keys[i], questions[i], next(iter(proposals[i]), None), solved[i], read[i], truths[i])
             for i in range(len(names))
         )
-        return Play(episodes, proposer_prompts, solver_prompts)
+        return Play(episodes, tuple(own), proposer_prompts, solver_prompts)
+
+    def exchange(self, groups: Sequence[Sequence[Completion]], total: int) -> list[list[Completion]]:
+        """The completions of this process's share of the images, and everybody else's."""
+        if self.processes.count == 1:
+            return [list(group) for group in groups]
+        rows = self.processes.gather([[astuple(c) for c in group] for group in groups], total)
+        return [[Completion(text, tuple(ids), tuple(ps), end) for text, ids, ps, end in row] for row in rows]
 
     def seed(self, step: int, key: tuple[str, int], purpose: int) -> list[int]:
         """Randomness is seeded by (seed, step, image, purpose), never carried: a resumed run draws the same."""

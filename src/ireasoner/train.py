@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +34,8 @@ from ireasoner.evaluate import GRAY, Scores, compare, evaluate, load_questions
 from ireasoner.images import ImagePool, content_hash
 from ireasoner.learner import Learner
 from ireasoner.policy import EncodedImage, Policy
-from ireasoner.recorder import Recorder, RunDirectoryError, episode_record, read_records, write_json
+from ireasoner.processes import Processes, joined
+from ireasoner.recorder import NoRecorder, Recorder, RunDirectoryError, episode_record, read_records, write_json
 from ireasoner.roles import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.selfplay import Play, SelfPlay, step_weight
 from ireasoner.types import ROLES, Completion, Episode, Role, Trajectory, UsageError
@@ -97,12 +98,17 @@ def resume(config: Config, out: Path, observer: Observer | None = None) -> Outco
 
 
 def _run(config: Config, out: Path, observer: Observer) -> Outcome:
-    with _only_writer(out), _stop_on_interrupt() as stop:
-        run = Run(config, out, Recorder(out), observer)
+    with ExitStack() as stack:
+        stop = stack.enter_context(_stop_on_interrupt())
+        processes = stack.enter_context(joined(config.device))
+        if processes.is_main:
+            stack.enter_context(_only_writer(out))
+        recorder = Recorder(out) if processes.is_main else NoRecorder(out)
+        run = Run(config, out, recorder, observer, processes)
         observer.on_start(config, run.step + 1)
         before = run.evaluate_before()
         while run.step < config.steps and run.alarm is None:
-            if stop.is_set():
+            if processes.any(stop.is_set()):
                 run.save()
                 return Outcome(run.step, False, None)
             run.advance()
@@ -112,8 +118,11 @@ def _run(config: Config, out: Path, observer: Observer) -> Outcome:
 class Run:
     """The state of a run and what one step does to it."""
 
-    def __init__(self, config: Config, out: Path, recorder: Recorder, observer: Observer) -> None:
+    def __init__(
+        self, config: Config, out: Path, recorder: Recorder, observer: Observer, processes: Processes | None = None
+    ) -> None:
         self.config, self.out, self.recorder, self.observer = config, out, recorder, observer
+        self.processes = processes or Processes()
         checkpoint, skipped = self._newest_checkpoint()
         state = _load_state(checkpoint) if checkpoint else {"step": 0, "elapsed": 0.0}
         self.step, self.elapsed = state["step"], state["elapsed"]
@@ -121,12 +130,14 @@ class Run:
         dropped = recorder.rewind(self.step if checkpoint else -1)
         for text in [*skipped, *(f"Dropped a damaged record: {warning}." for warning in dropped)]:
             self._tell(text)
+        self.processes.any(True)  # what the others read below is as the one that writes has left it
         self.pool = ImagePool(config.images, config.seed, on_skip=lambda name, why: recorder.skip(self.step, name, why))
-        self.policy = Policy.from_config(config)
+        several = self.processes.count > 1
+        self.policy = Policy.from_config(config, str(self.processes.device) if several else None)
         observer.on_message(self.policy.describe() + ".")
         self.engine = TransformersEngine(self.policy)
         labels = load_labels(config, self.pool) if config.labels else None
-        self.selfplay = SelfPlay(self.policy, self.engine, config, labels)
+        self.selfplay = SelfPlay(self.policy, self.engine, config, labels, self.processes)
         self.watch, self.signals = Watch(config.watch_window), Signals(config.watch_window * config.images_per_step)
         self.learners = {role: self._learner(role) for role in ROLES}
         self.questions = load_questions(config.eval_data, config.eval_questions) if config.eval_data else []
@@ -153,6 +164,7 @@ class Run:
             advantage=config.advantage if role == "solver" else "ema",
             baseline_momentum=config.baseline_momentum,
             tokens_per_batch=config.tokens_per_batch,
+            processes=self.processes,
         )
 
     # --- one step ----------------------------------------------------------------------------------------------------
@@ -192,20 +204,22 @@ class Run:
 
     def update(self, play: Play) -> dict[str, float]:
         """Each role's learner, once: the solver at every step, the proposer at every `proposer_every`-th."""
-        groups = [episode for episode in play.episodes if episode.completions]
-        kept, metrics = self.gate(groups)
-        if kept and play.solver_prompts is not None:
-            prompts = play.solver_prompts if len(kept) == len(groups) else play.solver_prompts[kept]
+        kept, metrics = self.gate([episode for episode in play.episodes if episode.completions])
+        if kept:
+            groups = [play.episodes[i] for i in play.own if play.episodes[i].completions]
+            kept, _ = self.gate(groups)
+            prompts = play.solver_prompts[kept] if play.solver_prompts is not None and kept else None
             taught = [groups[i] for i in kept]
             found = self.learners["solver"].update(
                 prompts, [e.completions for e in taught], [e.rewards for e in taught]
             )
             metrics |= {f"{name}/solver": value for name, value in found.items()}
         due = self.config.train_proposer and self.step % self.config.proposer_every == 0
-        if due and play.proposer_prompts is not None:
-            proposals = [[e.question_completion] for e in play.episodes if e.question_completion is not None]
+        if due and self.config.labels is None:
+            own = [play.episodes[i] for i in play.own]
+            proposals = [[e.question_completion] for e in own if e.question_completion is not None]
             found = self.learners["proposer"].update(
-                play.proposer_prompts, proposals, [[e.proposer_reward] for e in play.episodes]
+                play.proposer_prompts, proposals, [[e.proposer_reward] for e in own]
             )
             metrics |= {f"{name}/proposer": value for name, value in found.items()}
         return metrics
@@ -231,13 +245,15 @@ class Run:
         rows = [i for i, e in enumerate(play.episodes) if e.majority_answer is not None][:BLANK_QUESTIONS]
         if not rows or not self._due(self.config.blank_every):
             return {}
-        encoded = self.policy.encode_images([Image.new("RGB", images[i].size, GRAY) for i in rows])
-        asked = [play.episodes[i] for i in rows]
+        own = [rows[n] for n in self.processes.share(len(rows))]
+        encoded = self.policy.encode_images([Image.new("RGB", images[i].size, GRAY) for i in own])
+        asked = [play.episodes[i] for i in own]
         answers = [t.answer for _, t in self._solve_greedily(encoded, [e.question.text for e in asked])]
         survived = [
             answer is not None and answer_key(answer, e.question.text) == e.majority_answer
             for answer, e in zip(answers, asked, strict=True)
         ]
+        survived = self.processes.gather(survived, len(rows))
         return {"blank_survival": float(np.mean(survived))}
 
     def _regular_step(self, step: int) -> int:
@@ -307,6 +323,8 @@ class Run:
         self, images: Sequence[EncodedImage], questions: Sequence[str]
     ) -> list[tuple[Completion, Trajectory]]:
         """What the solver says to a question about each image, and how it reads."""
+        if not questions:
+            return []
         prompts = self.policy.prompts(images, [solver_messages(self.config.solver_prompt, text) for text in questions])
         zeros = np.zeros((len(questions), 1, self.config.max_solution_tokens))
         completions = [group[0] for group in self.engine.sample(prompts, "solver", zeros, temperature=0)]
@@ -322,6 +340,7 @@ class Run:
             max_tokens=self.config.max_solution_tokens,
             seed=self.config.seed,
             on_progress=lambda done, total: self.observer.on_evaluation(which, done, total),
+            processes=self.processes,
         )
 
     def evaluate_before(self) -> Scores | None:
@@ -334,7 +353,9 @@ class Run:
         """A checkpoint of everything that the next step depends on."""
         self.recorder.sync()
         keep = self.config.keep_checkpoints
-        save_checkpoint(self.out / "checkpoints", self.step, self._write_state, keep, self._may_return_to())
+        if self.processes.is_main:
+            save_checkpoint(self.out / "checkpoints", self.step, self._write_state, keep, self._may_return_to())
+        self.processes.any(True)  # all know that it is there
 
     def _write_state(self, folder: Path) -> None:
         self.policy.save_adapters(folder)
@@ -389,7 +410,8 @@ class Run:
         """Go back if the run ended itself, evaluate, write `solver/`, `proposer/` and `summary.json`."""
         best_step = self._go_back(self.alarm.healthy_step) if self.alarm else self.step
         after = self.evaluate("after", "solver") if before is not None else None
-        self._publish_adapters()
+        if self.processes.is_main:
+            self._publish_adapters()
         summary: dict[str, Any] = {
             "steps": self.step,
             "stopped_early": self.alarm is not None,

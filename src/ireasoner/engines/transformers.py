@@ -1,7 +1,7 @@
 """Sampling on the live policy: every trajectory of a step in one batched decode, each prompt run once.
 
 Rows are drawn by inverting the cumulative distribution at uniform numbers that the caller supplies, so that what a
-trajectory says depends on its own seed and never on what else is in the batch.
+trajectory says depends on its own seed and, but for rounding, never on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ireasoner.attention import attending
 from ireasoner.policy import Policy, Prompts
 from ireasoner.types import Completion, Role
 
@@ -45,16 +46,17 @@ class TransformersEngine:
         policy = self.policy
         _, count, longest = uniforms_BNC.shape
         with policy.acting_as(role):
-            prefix = policy.prefill(prompts).repeat(count)
-            uniforms = torch.from_numpy(uniforms_BNC.reshape(-1, longest)).to(policy.device, torch.float64)
-            total = len(uniforms)
-            tokens = torch.full((total, longest), policy.pad_token, device=policy.device)
-            logprobs = torch.zeros((total, longest), device=policy.device)
-            ends = torch.tensor(policy.end_tokens, device=policy.device)
-            lengths = torch.full((total,), longest, device=policy.device)
-            rows = torch.arange(total, device=policy.device)  # which trajectory each row of the shrinking batch is
-            done = torch.zeros(total, dtype=torch.bool, device=policy.device)
-            hidden, mask = prefix.last_hidden_BD, prefix.mask_BP
+            prefix = policy.prefill(prompts).repeat(count, share=policy.shares_attention)
+        uniforms = torch.from_numpy(uniforms_BNC.reshape(-1, longest)).to(policy.device, torch.float64)
+        total = len(uniforms)
+        tokens = torch.full((total, longest), policy.pad_token, device=policy.device)
+        logprobs = torch.zeros((total, longest), device=policy.device)
+        ends = torch.tensor(policy.end_tokens, device=policy.device)
+        lengths = torch.full((total,), longest, device=policy.device)
+        rows = torch.arange(total, device=policy.device)  # which trajectory each row of the shrinking batch is
+        done = torch.zeros(total, dtype=torch.bool, device=policy.device)
+        hidden, mask = prefix.last_hidden_BD, prefix.mask_BP
+        with policy.acting_as(role), attending(policy.decoder, prefix.cache):
             for t in range(longest):
                 logits = policy.output_layer(hidden).float()
                 if t < min_tokens:

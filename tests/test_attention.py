@@ -1,0 +1,80 @@
+"""Attention over shared prompts against plain attention over repeated ones, in float64: values and gradients."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ireasoner import attention
+from ireasoner.attention import SharedCache, shared_attention
+
+B, N, KEY_HEADS, GROUPS, WIDTH, PROMPT = 3, 4, 2, 3, 8, 7
+MASK = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]])
+
+
+def plain_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Heads one by one, over [prompt, own] keys: [R, C, H, W]."""
+    out = []
+    for head in range(query.shape[1]):
+        scores = query[:, head] @ keys[:, head // GROUPS].transpose(1, 2) * WIDTH**-0.5
+        out.append(scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values[:, head // GROUPS])
+    return torch.stack(out, 2)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("kept", [range(12), [0, 2, 3, 4, 9, 11], [1, 8, 9, 10, 11], [7]], ids=len)
+def test_shared_prompts_are_repeated_prompts(monkeypatch: pytest.MonkeyPatch, length: int, kept: Any):
+    """Two own tokens before, `length` queries now; whole groups, ragged ones, and groups that are gone."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    prompt_keys, prompt_values = draw(B, KEY_HEADS, PROMPT, WIDTH), draw(B, KEY_HEADS, PROMPT, WIDTH)
+    past = draw(B * N, KEY_HEADS, 2, WIDTH), draw(B * N, KEY_HEADS, 2, WIDTH)
+    rows = torch.tensor(list(kept))
+    now = draw(len(rows), KEY_HEADS, length, WIDTH), draw(len(rows), KEY_HEADS, length, WIDTH)
+    query = draw(len(rows), KEY_HEADS * GROUPS, length, WIDTH)
+    prompts = DynamicCache()
+    prompts.update(prompt_keys, prompt_values, 0)
+    cache = SharedCache(prompts, MASK, N)
+    cache.update(*past, 0)
+    if len(rows) < B * N:
+        cache.reorder_cache(rows)
+    keys, values = cache.update(*now, 0)
+    assert cache.get_seq_length() == PROMPT + 2 + length
+    monkeypatch.setattr(attention, "_active", [cache])
+    found, _ = shared_attention(SimpleNamespace(layer_idx=0), query, keys, values, None)  # type: ignore[arg-type]
+
+    prompt_R = rows // N
+    all_keys = torch.cat([prompt_keys[prompt_R], past[0][rows], now[0]], 2)
+    all_values = torch.cat([prompt_values[prompt_R], past[1][rows], now[1]], 2)
+    causal = torch.ones(length, 2 + length).tril(2).bool().expand(len(rows), -1, -1)
+    mask = torch.cat([MASK.bool()[prompt_R][:, None].expand(-1, length, -1), causal], 2)
+    expected = plain_attention(query, all_keys, all_values, mask)
+    # The softmax is taken in float32, as transformers' own are.
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    inputs = (query, prompt_keys, prompt_values, *past, *now)
+    weights = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompts_cache_is_held_once():
+    prompts = DynamicCache()
+    prompts.update(torch.zeros(B, KEY_HEADS, PROMPT, WIDTH), torch.zeros(B, KEY_HEADS, PROMPT, WIDTH), 0)
+    cache = SharedCache(prompts, MASK, N)
+    assert cache.layers[0].prompt_keys.data_ptr() == prompts.layers[0].keys.data_ptr()  # type: ignore[union-attr]
+    cache.update(torch.zeros(B * N, KEY_HEADS, 1, WIDTH), torch.zeros(B * N, KEY_HEADS, 1, WIDTH), 0)
+    cache.reorder_cache(torch.tensor([4, 6]))  # the second prompt's
+    assert cache.layers[0].prompt_keys.shape[0] == 1  # type: ignore[union-attr]
+    assert cache.layers[0].keys.shape[0] == 2  # type: ignore[union-attr]
