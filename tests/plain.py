@@ -16,7 +16,8 @@ from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 
-from ireasoner.policy import TINY_MODEL, Policy, load_backbone
+from ireasoner.backbone import TINY_MODEL, load_backbone
+from ireasoner.policy import Policy
 from ireasoner.processors import load_processor
 from ireasoner.types import ROLES, Role
 

@@ -1,4 +1,4 @@
-"""Attention over shared prompts against plain attention over repeated ones, in float64: values and gradients."""
+"""Attention over shared prompts against plain attention over repeated ones, in float64."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ def plain_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -
     return torch.stack(out, 2)
 
 
-@pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.parametrize("kept", [range(12), [0, 2, 3, 4, 9, 11], [1, 8, 9, 10, 11], [7]], ids=len)
-def test_shared_prompts_are_repeated_prompts(monkeypatch: pytest.MonkeyPatch, length: int, kept: Any):
-    """Two own tokens before, `length` queries now; whole groups, ragged ones, and groups that are gone."""
+def test_shared_prompts_are_repeated_prompts(monkeypatch: pytest.MonkeyPatch, kept: Any):
+    """Two own tokens before, one now; whole groups, ragged ones, and groups that are gone."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     prompt_keys, prompt_values = draw(B, KEY_HEADS, PROMPT, WIDTH), draw(B, KEY_HEADS, PROMPT, WIDTH)
     past = draw(B * N, KEY_HEADS, 2, WIDTH), draw(B * N, KEY_HEADS, 2, WIDTH)
     rows = torch.tensor(list(kept))
-    now = draw(len(rows), KEY_HEADS, length, WIDTH), draw(len(rows), KEY_HEADS, length, WIDTH)
-    query = draw(len(rows), KEY_HEADS * GROUPS, length, WIDTH)
+    now = draw(len(rows), KEY_HEADS, 1, WIDTH), draw(len(rows), KEY_HEADS, 1, WIDTH)
+    query = draw(len(rows), KEY_HEADS * GROUPS, 1, WIDTH)
     prompts = DynamicCache()
     prompts.update(prompt_keys, prompt_values, 0)
     cache = SharedCache(prompts, MASK, N)
@@ -47,26 +46,17 @@ def test_shared_prompts_are_repeated_prompts(monkeypatch: pytest.MonkeyPatch, le
     if len(rows) < B * N:
         cache.reorder_cache(rows)
     keys, values = cache.update(*now, 0)
-    assert cache.get_seq_length() == PROMPT + 2 + length
+    assert cache.get_seq_length() == PROMPT + 3
     monkeypatch.setattr(attention, "_active", [cache])
     found, _ = shared_attention(SimpleNamespace(layer_idx=0), query, keys, values, None)  # type: ignore[arg-type]
 
     prompt_R = rows // N
     all_keys = torch.cat([prompt_keys[prompt_R], past[0][rows], now[0]], 2)
     all_values = torch.cat([prompt_values[prompt_R], past[1][rows], now[1]], 2)
-    causal = torch.ones(length, 2 + length).tril(2).bool().expand(len(rows), -1, -1)
-    mask = torch.cat([MASK.bool()[prompt_R][:, None].expand(-1, length, -1), causal], 2)
+    mask = torch.cat([MASK.bool()[prompt_R], torch.ones(len(rows), 3, dtype=torch.bool)], 1)[:, None]
     expected = plain_attention(query, all_keys, all_values, mask)
     # The softmax is taken in float32, as transformers' own are.
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
-    inputs = (query, prompt_keys, prompt_values, *past, *now)
-    weights = torch.randn(found.shape, generator=generator, dtype=torch.float64)
-    for ours, theirs in zip(
-        torch.autograd.grad((found * weights).sum(), inputs),
-        torch.autograd.grad((expected * weights).sum(), inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_a_prompts_cache_is_held_once():

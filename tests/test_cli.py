@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import re
@@ -166,6 +167,12 @@ def test_after_a_mistake_the_same_folder_can_be_used(
     mistake(capsys, *train(place, tmp_path / "run", **wrong))
     # Another mistake, made later than the check of the folder, so that nothing needs to be trained here.
     assert "holds a run" not in mistake(capsys, *train(place, tmp_path / "run", images=place / "corrupt"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_an_engine_that_is_not_installed(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path):
+    assert "--engine vllm needs vLLM" in mistake(capsys, *train(place, tmp_path / "run", engine="vllm"))
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_model_that_cannot_be_used(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, text_model: str):

@@ -13,7 +13,8 @@ from ireasoner import doctor, policy
 from ireasoner.cli import main
 from ireasoner.engines import transformers as engine
 from ireasoner.learner import Learner
-from ireasoner.policy import EncodedImage, Policy
+from ireasoner.policy import Policy
+from ireasoner.prompts import EncodedImage
 from ireasoner.types import Role
 
 

@@ -21,11 +21,12 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from families import FAMILIES
+from ireasoner.backbone import ModelError, load_backbone
 from ireasoner.config import resolve
 from ireasoner.doctor import examine
 from ireasoner.engines.transformers import TransformersEngine, uniforms
 from ireasoner.learner import Learner
-from ireasoner.policy import ModelError, Policy, load_backbone
+from ireasoner.policy import Policy
 from ireasoner.processors import load_processor, render
 from ireasoner.roles import solver_messages
 from ireasoner.selfplay import SelfPlay

@@ -16,7 +16,8 @@ from torch import Tensor
 from ireasoner.engines.transformers import TransformersEngine, uniforms
 from ireasoner.learner import Learner
 from ireasoner.loss import adapt_kl_coef
-from ireasoner.policy import Policy, Prompts
+from ireasoner.policy import Policy
+from ireasoner.prompts import Prompts
 from ireasoner.roles import solver_messages
 from ireasoner.types import ROLES, Completion, Role
 from plain import chosen, load_apart, plain_logprobs

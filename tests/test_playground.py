@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ireasoner.backbone import TINY_MODEL
 from ireasoner.config import resolve
 from ireasoner.evaluate import load_questions
 from ireasoner.images import ImagePool
 from ireasoner.playground import dataset, easyvqa, tiny, wording, world
 from ireasoner.playground.world import Picture
-from ireasoner.policy import TINY_MODEL
 from ireasoner.processors import load_processor
 from ireasoner.roles import parse_question, parse_trajectory
 

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ireasoner.backbone import ModelError, language_targets, load_backbone
 from ireasoner.engines.transformers import TransformersEngine, uniforms
-from ireasoner.policy import ModelError, Policy, language_targets, load_backbone
+from ireasoner.policy import Policy
 from ireasoner.roles import proposer_messages, solver_messages
 from ireasoner.types import ROLES, Completion, Role
 from plain import chosen, load_apart, plain_logprobs

@@ -31,11 +31,12 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 
+from ireasoner.backbone import TINY_MODEL, load_backbone
 from ireasoner.cli import main
 from ireasoner.config import ConfigError, load_config, resolve
 from ireasoner.images import content_hash, load_image
 from ireasoner.playground import world
-from ireasoner.policy import TINY_MODEL, Policy, load_backbone
+from ireasoner.policy import Policy
 from ireasoner.processors import load_processor
 from ireasoner.recorder import Recorder, read_records
 from ireasoner.roles import proposer_messages, solver_messages

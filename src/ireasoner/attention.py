@@ -1,12 +1,12 @@
-"""Attention of several completions to one prompt, whose keys and values are kept once and read once for all of them.
+"""Decoding several completions of one prompt, whose keys and values are kept once and read once for all of them.
 
-Repeating a prompt's cache for each of its N completions costs N times the memory, and in decoding, which reads the
-whole cache for every token, N times the bytes. Here the queries of all completions of a prompt meet its keys in one
+Repeating a prompt's cache for each of its N completions costs N times the memory, and N times the bytes that are read
+for every token. Here the queries of all completions of a prompt meet its keys in one
 matrix product, and each completion's own keys in another; one softmax runs over both. Same mathematics; plugged in
 through transformers' `AttentionInterface`.
 
 Shape suffixes: B prompts, M most completions of one, R rows (completions), K key-value heads, G query heads for each,
-C query positions, P prompt positions, T own positions, W width of a head.
+P prompt positions, T own positions, W width of a head.
 """
 
 from __future__ import annotations
@@ -95,20 +95,18 @@ def shared_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer: query [R, K·G, C, W], own keys and values [R, K, T, W]; [R, C, K·G, W]."""
+    """What transformers calls in each layer: query [R, K·G, 1, W], own keys and values [R, K, T, W]; [R, 1, K·G, W]."""
     cache = _active[-1]
     layer = cache.layers[module.layer_idx]  # type: ignore[index]
     assert isinstance(layer, SharedLayer)
     rows, heads, length, width = query.shape
+    assert length == 1  # every own token lies before it
     key_heads, own = key.shape[1], key.shape[2]
     # The query heads of one key head, and in the grid the rows of one prompt, are more queries to the same keys.
     query = (query * (width**-0.5 if scaling is None else scaling)).reshape(rows, key_heads, -1, width)
     to_prompt = cache.to_grid(query) @ layer.prompt_keys.transpose(-1, -2)
     to_prompt = to_prompt.masked_fill(~cache.mask_BP[:, None, None], -torch.inf)
     to_own = query @ key.transpose(-1, -2)
-    if length > 1:
-        later = torch.ones(length, own, dtype=torch.bool, device=query.device).triu(own - length + 1)
-        to_own = to_own.unflatten(2, (-1, length)).masked_fill(later, -torch.inf).flatten(2, 3)
     weights = torch.cat([to_prompt, cache.to_grid(to_own)], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
     output = cache.to_rows(weights[..., :-own] @ layer.prompt_values) + cache.to_rows(weights[..., -own:]) @ value
     return output.reshape(rows, heads, length, -1).transpose(1, 2).contiguous(), None

@@ -34,13 +34,15 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from ireasoner import rewards
+from ireasoner.backbone import resolve_device
 from ireasoner.config import Config, resolve
 from ireasoner.engines.transformers import TransformersEngine, uniforms
 from ireasoner.learner import Learner
 from ireasoner.playground import world
 from ireasoner.playground.shapes import SHAPES
-from ireasoner.policy import Policy, Prefix, Prompts, resolve_device
+from ireasoner.policy import Policy
 from ireasoner.processors import render
+from ireasoner.prompts import Prefix, Prompts
 from ireasoner.roles import parse_trajectory, proposer_messages, solver_messages
 from ireasoner.types import Completion
 

@@ -419,8 +419,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from ireasoner.console import print_finding, quiet_libraries
 
     quiet_libraries()
+    from ireasoner.backbone import resolve_device
     from ireasoner.doctor import examine
-    from ireasoner.policy import resolve_device
 
     device = resolve_device(arguments.device)
     dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")

@@ -138,6 +138,9 @@ class Config(Recipe, Preset):
         None, description="JSONL of image, question, answer to play instead of proposing (oracle)"
     )
     eval_data: Path | None = Field(None, description="held-out JSONL of image, question, answer for before and after")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="who samples: transformers on the live policy, or vLLM beside it, where installed"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 
 

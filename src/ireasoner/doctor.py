@@ -16,12 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ireasoner.backbone import load_backbone, load_model_processor
 from ireasoner.engines.transformers import TransformersEngine, uniforms
 from ireasoner.learner import Learner
 from ireasoner.loss import token_statistics
 from ireasoner.playground import world
-from ireasoner.policy import Policy, Prompts, load_backbone, load_model_processor
+from ireasoner.policy import Policy
 from ireasoner.processors import render
+from ireasoner.prompts import Prompts
 from ireasoner.roles import solver_messages
 from ireasoner.types import ROLES, Completion, Role
 

@@ -20,6 +20,7 @@ from PIL import Image
 from ireasoner.answers import answer_key, majority
 from ireasoner.checkpoint import verify_checkpoint
 from ireasoner.config import load_config, resolve
+from ireasoner.engines import Engine
 from ireasoner.engines.transformers import TransformersEngine, uniforms
 from ireasoner.images import load_image
 from ireasoner.intervals import RESAMPLES, interval
@@ -150,6 +151,7 @@ def evaluate(
     blank: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     processes: Processes | None = None,
+    engine: Engine | None = None,
 ) -> Scores:
     """Greedy, mean@1, maj@5 and pass@5 accuracy of a role (None: the backbone alone), and what its samples are like.
 
@@ -163,11 +165,12 @@ def evaluate(
         blank: show a uniformly gray image of the same size instead of each image.
         on_progress: called with questions done and their total.
         processes: who scores along, each its share of the questions; all have the scores.
+        engine: who samples; None: transformers.
 
     Raises:
         ImageError: a labelled image that cannot be decoded.
     """
-    engine = TransformersEngine(policy)
+    engine = engine or TransformersEngine(policy)
     processes = processes or Processes()
     own = processes.share(len(questions))
     found: list[tuple[dict[str, float], str]] = []

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ireasoner.advantages import MovingBaseline, leave_one_out_advantages
 from ireasoner.loss import adapt_kl_coef, reinforce_loss, token_statistics, trajectory_means
-from ireasoner.policy import Policy, Prompts
+from ireasoner.policy import Policy
 from ireasoner.processes import Processes
+from ireasoner.prompts import Prompts
 from ireasoner.types import Completion, Role
 
 
@@ -144,20 +145,26 @@ class Learner:
         if prompts is None:
             return
         count = len(groups[0])
+        shared = self.policy.shares_prompts
+
+        def padded(rows: Sequence[int], count: int = count) -> int:
+            prompt, completion = max(prompt_lengths[i] for i in rows), max(lengths[i] for i in rows)
+            return len(rows) * (prompt + count * completion if shared else count * (prompt + completion))
+
         prompt_lengths = prompts.mask_BP.sum(1).tolist()
         lengths = [max(len(c.token_ids) for c in group) for group in groups]
         rows: list[int] = []
         for row in sorted(range(len(groups)), key=lambda row: (prompt_lengths[row], lengths[row])):
             more = [*rows, row]
-            padded = len(more) * (max(prompt_lengths[i] for i in more) + count * max(lengths[i] for i in more))
-            if padded <= self.tokens_per_batch:
+            if padded(more) <= self.tokens_per_batch:
                 rows = more
                 continue
             if rows:
                 yield rows, slice(0, count)
             rows = [row]
-            if prompt_lengths[row] + count * lengths[row] > self.tokens_per_batch:
-                size = max(1, (self.tokens_per_batch - prompt_lengths[row]) // lengths[row])
+            if padded(rows) > self.tokens_per_batch:
+                fitting = [n for n in range(1, count) if padded(rows, n) <= self.tokens_per_batch]
+                size = max(fitting, default=1)
                 for first in range(0, count, size):
                     yield rows, slice(first, first + size)
                 rows = []

@@ -13,9 +13,9 @@ import copy
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,103 +30,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForImageTextToText,
-    Cache,
-    DynamicCache,
-    PreTrainedModel,
-)
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ireasoner.attention import SharedCache, attending
+from ireasoner.attention import attending
+from ireasoner.backbone import (
+    ModelError,
+    language_targets,
+    load_backbone,
+    load_model_processor,
+    module_name,
+    resolve_device,
+)
 from ireasoner.config import Config
-from ireasoner.playground.shapes import SHAPES, build
-from ireasoner.processors import SeenImage, load_processor, render
-from ireasoner.types import ROLES, Role, UsageError
-
-TINY_MODEL = Path(__file__).parent / "playground" / "tiny_lmm"
-
-
-class ModelError(UsageError):
-    """The model cannot be used; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """An image after the processor and the frozen vision tower, each of which saw it once."""
-
-    seen: SeenImage
-    features: Any  # what the model's `get_image_features` returned, features alone
-    tokens: int  # that it takes in a prompt
-
-    @property
-    def pooled(self) -> Tensor:
-        """The features that stand at the image tokens: [tokens, D]."""
-        pooled = self.features["pooler_output"]
-        pooled = torch.cat(list(pooled)) if isinstance(pooled, list | tuple) else pooled
-        return pooled.reshape(-1, pooled.shape[-1])
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Left-padded prompts, one image each, as the processor wrote them; the same for every adapter.
-
-    `text` holds [B, P] tensors by their names in the model's forward pass, `extras` one mapping for each row of what
-    that pass wants to know about the image beside its features (grids, sizes).
-    """
-
-    text: Mapping[str, Tensor]
-    images: tuple[EncodedImage, ...]
-    extras: tuple[Mapping[str, Tensor], ...]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, rows: slice | Sequence[int]) -> Prompts:
-        index = list(range(len(self))[rows] if isinstance(rows, slice) else rows)
-        used = self.mask_BP[index].any(0).int().argmax()  # columns before it would be padding alone
-        return Prompts(
-            {name: tensor[index, used:] for name, tensor in self.text.items()},
-            tuple(self.images[i] for i in index),
-            tuple(self.extras[i] for i in index),
-        )
-
-    @property
-    def mask_BP(self) -> Tensor:
-        """1 at real tokens."""
-        return self.text["attention_mask"]
-
-    def followed_by(self, ids_BC: Tensor, mask_BC: Tensor) -> Prompts:
-        """The same with right-padded text behind them."""
-        more = {"input_ids": ids_BC, "attention_mask": mask_BC}
-        zeros = torch.zeros_like(ids_BC)
-        text = {n: torch.cat([t, more.get(n, zeros).to(t.dtype)], dim=1) for n, t in self.text.items()}
-        return replace(self, text=text)
-
-
-@dataclass
-class Prefix:
-    """Prompts after the forward pass: their cache, and what the first completion token needs."""
-
-    cache: Cache
-    mask_BP: Tensor
-    last_hidden_BD: Tensor
-    next_position_B: Tensor
-
-    def select(self, rows: Tensor) -> Prefix:
-        """Some of the rows, or some of them several times; the cache is changed in place."""
-        self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # for every kind of layer: index_select along the batch
-        return Prefix(self.cache, self.mask_BP[rows], self.last_hidden_BD[rows], self.next_position_B[rows])
-
-    def repeat(self, count: int, *, share: bool) -> Prefix:
-        """Every prompt `count` times over, neighbours together; its cache once for all (`share`) or repeated."""
-        rows = torch.arange(len(self.mask_BP), device=self.mask_BP.device).repeat_interleave(count)
-        if not share:
-            return self.select(rows)
-        cache = SharedCache(self.cache, self.mask_BP, count)
-        return Prefix(cache, self.mask_BP[rows], self.last_hidden_BD[rows], self.next_position_B[rows])
+from ireasoner.processors import SeenImage, render
+from ireasoner.prompts import EncodedImage, Prefix, Prompts, is_text, joined
+from ireasoner.types import ROLES, Role
 
 
 class Policy:
@@ -276,15 +195,15 @@ class Policy:
         """
         token = self.processor.image_token
         taken = inspect.signature(self.base.forward).parameters
+        rendered = tuple(render(self.processor, chat) for chat in messages)
         texts, extras = [], []
-        for image, chat in zip(images, messages, strict=True):
-            text = render(self.processor, chat)
+        for image, text in zip(images, rendered, strict=True):
             if text.count(token) != 1:
                 raise ValueError(f"a prompt must hold exactly one image, not {text.count(token)}")
             inputs = image.seen.inputs(text)
-            texts.append({name: inputs[name][0] for name in inputs if _is_text(name)})
+            texts.append({name: inputs[name][0] for name in inputs if is_text(name)})
             # Pixels were seen already; how large the image is may still decide on positions.
-            extra = [n for n in inputs if n in taken and not _is_text(n) and not n.startswith("pixel")]
+            extra = [n for n in inputs if n in taken and not is_text(n) and not n.startswith("pixel")]
             extras.append({name: inputs[name].to(self.device) for name in extra})
         padding = {"input_ids": self.pad_token}
         batch = {
@@ -293,7 +212,7 @@ class Policy:
             )
             for name in texts[0]
         }
-        return Prompts(batch, tuple(images), tuple(extras))
+        return Prompts(rendered, batch, tuple(images), tuple(extras))
 
     def embed_texts(self, texts: Sequence[str], max_tokens: int) -> NDArray[np.float64]:
         """Normalised mean of the backbone's input embeddings of each text's tokens, no special tokens: [texts, D].
@@ -347,7 +266,7 @@ class Policy:
                 kwargs["inputs_embeds"] = torch.cat([kwargs["inputs_embeds"][:, :start], embeddings], dim=1)
             return args, kwargs
 
-        features = _joined([image.features for image in prompts.images])
+        features = joined([image.features for image in prompts.images])
         extras = {name: torch.cat([extra[name] for extra in prompts.extras]) for name in prompts.extras[0]}
         hook = self.decoder.register_forward_pre_hook(place, with_kwargs=True)
         self.base.get_image_features = lambda *_, **__: SimpleNamespace(**features)
@@ -406,15 +325,47 @@ class Policy:
         if not self.shares_prompts:
             return self.plain_completion_hidden(prompts, ids_BC, mask_BC, role)
         with self.acting_as(role), self._recomputing():
-            prefix = self.prefill(prompts).repeat(len(ids_BC) // len(prompts), share=self.shares_attention)
+            prefix = self.prefill(prompts)
+            if self.shares_attention:
+                return self._packed_hidden(prefix, ids_BC, mask_BC)
+            prefix = prefix.repeat(len(ids_BC) // len(prompts), share=False)
             # The last token is predicted, never read: its own hidden state predicts nothing that was sampled.
             mask = torch.cat([prefix.mask_BP, mask_BC[:, :-1].to(prefix.mask_BP.dtype)], dim=1)
             hidden = prefix.last_hidden_BD[:, None]
             if ids_BC.shape[1] > 1:
-                with attending(self.decoder, prefix.cache):
-                    later = self.extend(prefix, ids_BC[:, :-1], mask, prefix.next_position_B)
-                hidden = torch.cat([hidden, later], dim=1)
+                hidden = torch.cat([hidden, self.extend(prefix, ids_BC[:, :-1], mask, prefix.next_position_B)], dim=1)
         return hidden[mask_BC]
+
+    def _packed_hidden(self, prefix: Prefix, ids_BC: Tensor, mask_BC: Tensor) -> Tensor:
+        """As `completion_hidden`: the completions of a prompt one behind another, kept apart by the attention mask.
+
+        So the prompt's cache is neither repeated nor are completions padded to the longest. T: packed positions.
+        """
+        prompts, width = len(prefix.mask_BP), ids_BC.shape[1] - 1
+        read_BX = mask_BC[:, 1:].reshape(prompts, -1)  # all but a completion's last token, which nothing follows
+        order_BT = read_BX.logical_not().sort(dim=1, stable=True).indices[:, : int(read_BX.sum(1).max())]
+        used_BT, row_BT, place_BT = read_BX.gather(1, order_BT), order_BT // max(width, 1), order_BT % max(width, 1)
+        before = (row_BT[:, :, None] == row_BT[:, None]) & (place_BT[:, :, None] >= place_BT[:, None])
+        seen = [prefix.mask_BP.bool()[:, None].expand(-1, order_BT.shape[1], -1), before & used_BT[:, None]]
+        mask = torch.zeros((), dtype=self.backbone.dtype, device=self.device)
+        mask = mask.masked_fill(~torch.cat(seen, 2)[:, None], torch.finfo(mask.dtype).min)
+        table = prefix.last_hidden_BD
+        if order_BT.shape[1]:
+            hidden_BTD = self.decoder(
+                input_ids=ids_BC[:, :-1].reshape(prompts, -1).gather(1, order_BT),
+                attention_mask=mask,
+                position_ids=prefix.next_position_B[:, None] + place_BT,
+                past_key_values=prefix.cache,
+                use_cache=True,
+            ).last_hidden_state
+            table = torch.cat([table, hidden_BTD.flatten(0, 1)])
+        # Where each token's predecessor stands in the table: the prompt's end, or its place in the pack.
+        starts_B = prompts + order_BT.shape[1] * torch.arange(prompts, device=self.device)
+        packed_BX = torch.zeros_like(read_BX, dtype=torch.long).scatter_(
+            1, order_BT, starts_B[:, None] + torch.arange(order_BT.shape[1], device=self.device)
+        )
+        first = torch.arange(prompts, device=self.device).repeat_interleave(len(ids_BC) // prompts)[:, None]
+        return table[torch.cat([first, packed_BX.view(len(ids_BC), width)], 1)[mask_BC]]
 
     def plain_completion_hidden(self, prompts: Prompts, ids_BC: Tensor, mask_BC: Tensor, role: Role | None) -> Tensor:
         """The same by the model's own forward pass over every whole sequence: slower, and right for any attention."""
@@ -432,7 +383,7 @@ class Policy:
         """
         layers = list(self.decoder.layers) if self.gradient_checkpointing and torch.is_grad_enabled() else []
         for index, layer in enumerate(layers):
-            layer.forward = partial(_checkpointed, self.decoder, layer.forward, index)
+            layer.forward = partial(_checkpointed, layer.forward, index)
         try:
             yield
         finally:
@@ -444,27 +395,37 @@ class Policy:
 
     @torch.no_grad()
     def _can_share_attention(self) -> bool:
-        """Whether attention over shared prompts gives what the model's own gives over repeated ones: tried out."""
+        """Whether packed completions, and decoding from a shared cache, give what repeated caches give: tried out."""
         if any(type(layer) is not DynamicLayer for layer in self._cache().layers):
             return False  # windows and states
-        ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]], device=self.device)
-        found = []
-        for share in (True, False):
-            cache, mask = self._cache(), torch.ones_like(ids)
-            mask[0, 0] = 0
-            positions = mask.cumsum(1)
+        ids_BC = torch.arange(5, 21, device=self.device).view(4, 4)  # two completions of each of two prompts
+        prompts = ids_BC[::2]
+        mask = torch.ones_like(prompts)
+        mask[0, 0] = 0
+        positions = mask.cumsum(1)
+
+        def prefill() -> Prefix:
+            cache = self._cache()
             hidden = self.decoder(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids=prompts, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             ).last_hidden_state
-            prefix = Prefix(cache, mask, hidden[:, -1], positions[:, -1] + 1).repeat(2, share=share)
-            whole = torch.cat([prefix.mask_BP, torch.ones_like(prefix.mask_BP[:, :3])], 1)
-            try:
-                with attending(self.decoder, prefix.cache):
-                    found.append(self.extend(prefix, ids.repeat(2, 1)[:, :3], whole, prefix.next_position_B))
-            except RuntimeError:  # shapes do not fit: attention of another kind
-                return False
-        gap = (found[0] - found[1]).float().abs().max() / found[1].float().abs().max()
-        return bool(gap < (1e-3 if self.backbone.dtype == torch.float32 else 0.1))
+            return Prefix(cache, mask, hidden[:, -1], positions[:, -1] + 1)
+
+        repeated, shared = prefill().repeat(2, share=False), prefill().repeat(2, share=True)
+        whole = torch.cat([repeated.mask_BP, torch.ones_like(ids_BC)], 1)
+        expected = self.extend(repeated, ids_BC[:, :-1], whole[:, :-1], repeated.next_position_B)
+        try:
+            packed = self._packed_hidden(prefill(), ids_BC, torch.ones_like(ids_BC, dtype=torch.bool))
+            with attending(self.decoder, shared.cache):
+                steps = [
+                    self.extend(shared, ids_BC[:, t : t + 1], whole[:, : 5 + t], shared.next_position_B + t)
+                    for t in range(3)
+                ]
+        except (RuntimeError, AssertionError):  # attention of another kind: shapes do not fit
+            return False
+        gaps = [packed.view(4, 4, -1)[:, 1:] - expected, torch.cat(steps, 1) - expected]
+        limit = 1e-3 if self.backbone.dtype == torch.float32 else 0.1
+        return all(bool(gap.abs().max() < limit * expected.abs().max()) for gap in gaps)
 
     @torch.no_grad()
     def _check_output_layer(self) -> None:
@@ -478,7 +439,6 @@ class Policy:
 
 
 def _checkpointed(
-    decoder: PreTrainedModel,
     forward: Callable[..., Tensor],
     index: int,
     hidden: Tensor,
@@ -495,8 +455,7 @@ def _checkpointed(
         cache = copy.copy(past_key_values)
         cache.layers = [*past_key_values.layers]
         cache.layers[index] = copy.copy(before)
-        with attending(decoder, past_key_values):  # in the backward pass nothing around attends to it any more
-            output = forward(hidden, *args, past_key_values=cache, **kwargs)
+        output = forward(hidden, *args, past_key_values=cache, **kwargs)
         if not after:  # the first time; the second is in the backward pass
             after.append(cache.layers[index])
         return output
@@ -507,110 +466,3 @@ def _checkpointed(
 
 
 _INNER = ("last_hidden_state", "hidden_states", "attentions")  # of the vision tower: nothing reads them later
-
-
-def _is_text(name: str) -> bool:
-    return name in ("input_ids", "attention_mask") or name.endswith("token_type_ids")
-
-
-def _joined(features: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The features of several images as the vision tower would return them for all at once."""
-
-    def join(values: Sequence[Any]) -> Any:
-        if isinstance(values[0], Tensor):
-            return torch.cat(list(values))
-        return [each for value in values for each in value]
-
-    # Pooled features come image by image; anything else in a list comes layer by layer, and in each image by image.
-    return {
-        name: join([f[name] for f in features])
-        if name == "pooler_output" or isinstance(first, Tensor)
-        else [join(layer) for layer in zip(*(f[name] for f in features), strict=True)]
-        for name, first in features[0].items()
-    }
-
-
-def module_name(root: torch.nn.Module, module: torch.nn.Module) -> str:
-    """What `module` is called below `root`."""
-    return next(name for name, found in root.named_modules() if found is module)
-
-
-def language_targets(backbone: PreTrainedModel, targets: Sequence[str] = ()) -> str:
-    """A pattern for PEFT that matches linear layers of the language model, and nothing else.
-
-    Args:
-        targets: their names, or the ends of them; empty: all.
-
-    Raises:
-        ModelError: a target that matches nothing.
-    """
-    tower = re.escape(module_name(backbone, backbone.get_decoder())) + r"\.(?:.*\.)?"
-    linear = [name for name, module in backbone.named_modules() if isinstance(module, torch.nn.Linear)]
-    found = sorted({name.rsplit(".", 1)[-1] for name in linear if re.fullmatch(tower + ".*", name)})
-    for target in targets:
-        if not any(re.fullmatch(tower + re.escape(target), name) for name in linear):
-            raise ModelError(
-                f"LoRA target {target!r} matches no linear layer of the language model; it has {', '.join(found)}"
-            )
-    return f"{tower}({'|'.join(map(re.escape, targets or found))})"
-
-
-def resolve_model(model: str) -> str:
-    """Where the files are: 'tiny' ships with the package, anything else is a folder or a hub id."""
-    return str(TINY_MODEL) if model == "tiny" or model in SHAPES else model
-
-
-def load_backbone(model: str, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
-    """The plain model, frozen, in eval mode; safetensors only, and none of its own code.
-
-    Raises:
-        ModelError: no such model, no vision, or an architecture that does not continue its prompt.
-    """
-    if model in SHAPES:
-        return build(model, str(TINY_MODEL), getattr(torch, dtype), device).requires_grad_(False).eval()
-    path = resolve_model(model)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            raise ModelError(f"{model} is a {config.model_type} model: a model for images and text is needed")
-        backbone: Any = AutoModelForImageTextToText.from_pretrained(  # type: ignore[call-arg]
-            path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the model {model!r}: {' '.join(str(error).split())[:300]}") from None
-    if config.is_encoder_decoder or backbone.get_output_embeddings() is None:
-        raise ModelError(f"{model} is a {config.model_type} model: one that continues its prompt is needed")
-    return backbone.requires_grad_(False).eval().to(device)
-
-
-def load_model_processor(model: str, max_image_tokens: int | None = None) -> Any:
-    """The processor of 'tiny', a folder or a hub id.
-
-    Raises:
-        ModelError: there is none that can be used.
-    """
-    try:
-        return load_processor(resolve_model(model), max_image_tokens, raise_limit=model in SHAPES)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"cannot load the processor of {model!r}: {' '.join(str(error).split())[:300]}") from None
-
-
-def resolve_device(device: str) -> str:
-    """'auto' is the first GPU if there is one.
-
-    Raises:
-        ModelError: no such device here.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        wanted = None
-    if wanted is None or wanted.type not in ("cpu", "cuda"):
-        raise ModelError(f"no device {device!r}: use auto, cpu, cuda or cuda:N")
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise ModelError(
-            f"device {device} was asked for, but torch sees {torch.cuda.device_count()} GPUs: use --device cpu"
-        )
-    return device

@@ -14,9 +14,11 @@ from PIL import Image
 from ireasoner import rewards, steps
 from ireasoner.answers import answer_key, majority
 from ireasoner.config import Config
-from ireasoner.engines.transformers import TransformersEngine, uniforms
-from ireasoner.policy import EncodedImage, Policy, Prompts
+from ireasoner.engines import Engine
+from ireasoner.engines.transformers import uniforms
+from ireasoner.policy import Policy
 from ireasoner.processes import Processes
+from ireasoner.prompts import EncodedImage, Prompts
 from ireasoner.rewards import FloatArray
 from ireasoner.roles import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.types import Completion, Episode, Question, Trajectory
@@ -54,7 +56,7 @@ class SelfPlay:
     def __init__(
         self,
         policy: Policy,
-        engine: TransformersEngine,
+        engine: Engine,
         config: Config,
         labels: Mapping[str, Sequence[tuple[str, str]]] | None = None,
         processes: Processes | None = None,

@@ -29,12 +29,14 @@ from ireasoner import __version__
 from ireasoner.answers import answer_key
 from ireasoner.checkpoint import load_optimizer, newest_checkpoint, optimizer_tensors, save_checkpoint
 from ireasoner.config import Config, dump_config
+from ireasoner.engines import Engine
 from ireasoner.engines.transformers import TransformersEngine, uniforms
 from ireasoner.evaluate import GRAY, Scores, compare, evaluate, load_questions
 from ireasoner.images import ImagePool, content_hash
 from ireasoner.learner import Learner
-from ireasoner.policy import EncodedImage, Policy
+from ireasoner.policy import Policy
 from ireasoner.processes import Processes, joined
+from ireasoner.prompts import EncodedImage
 from ireasoner.recorder import NoRecorder, Recorder, RunDirectoryError, episode_record, read_records, write_json
 from ireasoner.roles import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.selfplay import Play, SelfPlay, step_weight
@@ -135,7 +137,7 @@ class Run:
         several = self.processes.count > 1
         self.policy = Policy.from_config(config, str(self.processes.device) if several else None)
         observer.on_message(self.policy.describe() + ".")
-        self.engine = TransformersEngine(self.policy)
+        self.engine = self._engine()
         labels = load_labels(config, self.pool) if config.labels else None
         self.selfplay = SelfPlay(self.policy, self.engine, config, labels, self.processes)
         self.watch, self.signals = Watch(config.watch_window), Signals(config.watch_window * config.images_per_step)
@@ -148,6 +150,20 @@ class Run:
             recorder.write_text("config.yaml", dump_config(config))
             self.probe()
             self.save()
+
+    def _engine(self) -> Engine:
+        if self.config.engine == "transformers":
+            return TransformersEngine(self.policy)
+        if self.processes.count > 1:
+            raise RunError("--engine vllm works in one process: leave it out, or start without the launcher")
+        from ireasoner.engines.vllm import VllmEngine
+
+        config, tokenizer = self.config, self.policy.processor.tokenizer
+        prompts = (config.proposer_prompt, config.solver_prompt)
+        written = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts) + config.max_question_tokens
+        room = 128  # for what the chat template puts around them
+        longest = config.max_image_tokens + written + config.max_solution_tokens + room
+        return VllmEngine(self.policy, config.model, longest)
 
     def _learner(self, role: Role) -> Learner:
         config = self.config
@@ -222,6 +238,7 @@ class Run:
                 play.proposer_prompts, proposals, [[e.proposer_reward] for e in own]
             )
             metrics |= {f"{name}/proposer": value for name, value in found.items()}
+        self.engine.refresh()
         return metrics
 
     def gate(self, groups: Sequence[Episode]) -> tuple[list[int], dict[str, float]]:
@@ -279,6 +296,7 @@ class Run:
         if checkpoint is None:
             raise RunError(f"the run ended itself, but {self.out} holds no sound checkpoint to go back to")
         self.policy.load_adapters(checkpoint)
+        self.engine.refresh()
         return _load_state(checkpoint)["step"]
 
     def _tell(self, text: str) -> None:
@@ -341,6 +359,7 @@ class Run:
             seed=self.config.seed,
             on_progress=lambda done, total: self.observer.on_evaluation(which, done, total),
             processes=self.processes,
+            engine=self.engine,
         )
 
     def evaluate_before(self) -> Scores | None:
@@ -377,6 +396,7 @@ class Run:
 
     def _restore(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
         self.policy.load_adapters(checkpoint)
+        self.engine.refresh()
         for role, learner in self.learners.items():
             kept = state["learners"][role]
             tensors = load_file(checkpoint / f"optimizer-{role}.safetensors")

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from ireasoner.attention import attending
-from ireasoner.policy import Policy, Prompts
+from ireasoner.policy import Policy
+from ireasoner.prompts import Prompts
 from ireasoner.types import Completion, Role
 
 
@@ -22,6 +23,9 @@ class TransformersEngine:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+
+    def refresh(self) -> None:
+        """Nothing: it samples from the live policy."""
 
     @torch.no_grad()
     def sample(

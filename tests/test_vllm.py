@@ -1,0 +1,122 @@
+"""Rollouts on the real vLLM, where it is installed: `make test-vllm`. The rest of the suite does without it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("vllm")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+from ireasoner.cli import main
+from ireasoner.engines.transformers import uniforms
+from ireasoner.engines.vllm import VllmEngine, VllmError
+from ireasoner.playground import dataset
+from ireasoner.policy import Policy
+from ireasoner.roles import solver_messages
+from ireasoner.types import ROLES, Completion, Role
+
+QUESTIONS = ("Which bar is the tallest?", "Is red more than blue?", "Where?")
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    policy = Policy("tiny")
+    fill(policy, 1)
+    return policy
+
+
+def fill(policy: Policy, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in policy.model.named_parameters():
+            if "lora_B" in name:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+
+
+@pytest.fixture(scope="module")
+def engine(policy: Policy) -> VllmEngine:
+    return VllmEngine(policy, "tiny", 512)
+
+
+def ask(policy: Policy, images: list[Image.Image]) -> Any:
+    sized = [images[0], images[1].resize((112, 56)), images[2].resize((56, 28))]
+    return policy.prompts(policy.encode_images(sized), [solver_messages("{question}", q) for q in QUESTIONS])
+
+
+def gap(policy: Policy, prompts: Any, groups: list[list[Completion]], role: Role | None) -> float:
+    """Most that vLLM's log-probabilities differ from those that an update computes."""
+    flat = [c for group in groups for c in group]
+    longest = max(len(c.token_ids) for c in flat)
+    ids = torch.tensor([[*c.token_ids, *[policy.pad_token] * (longest - len(c.token_ids))] for c in flat])
+    mask = torch.tensor([[i < len(c.token_ids) for i in range(longest)] for c in flat])
+    with torch.no_grad():
+        logprobs = policy.output_layer(policy.completion_hidden(prompts, ids, mask, role)).log_softmax(-1)
+    found = logprobs.gather(-1, ids[mask][:, None])[:, 0]
+    return (found - torch.tensor([p for c in flat for p in c.logprobs])).abs().max().item()
+
+
+@pytest.mark.parametrize("role", [None, *ROLES])
+def test_logprobs_are_the_learners(policy: Policy, engine: VllmEngine, pictures: list[Image.Image], role: Role | None):
+    """Both adapters and the backbone; prompts of different length, images of different size."""
+    prompts = ask(policy, pictures)
+    groups = engine.sample(prompts, role, uniforms([[1], [2], [3]], 4, 32))
+    assert [len(group) for group in groups] == [4, 4, 4]
+    assert gap(policy, prompts, groups, role) < 1e-4
+    assert len({c.token_ids for group in groups for c in group}) > 6  # samples, not one answer
+    for c in (c for group in groups for c in group):
+        assert (c.finish_reason == "stop") == (c.token_ids[-1] in policy.end_tokens)
+        assert len(c.token_ids) == len(c.logprobs) <= 32
+    others = {None: "solver", "solver": "proposer", "proposer": None}
+    assert gap(policy, prompts, groups, others[role]) > 1e-2  # type: ignore[arg-type]
+
+
+def test_seeds_decide(policy: Policy, engine: VllmEngine, pictures: list[Image.Image]):
+    prompts, draws = ask(policy, pictures), uniforms([[1], [2], [3]], 2, 32)
+    first, again = (engine.sample(prompts, "solver", draws) for _ in range(2))
+    assert [[c.token_ids for c in g] for g in first] == [[c.token_ids for c in g] for g in again]
+    greedy = engine.sample(prompts, "solver", np.zeros((3, 1, 32)), temperature=0)
+    assert gap(policy, prompts, greedy, "solver") < 1e-4
+    held = engine.sample(prompts, "solver", draws, min_tokens=32)
+    assert {len(c.token_ids) for group in held for c in group} == {32}
+
+
+def test_an_update_is_served_only_after_it_was_handed_over(
+    policy: Policy, engine: VllmEngine, pictures: list[Image.Image]
+):
+    prompts, draws = ask(policy, pictures), uniforms([[4], [5], [6]], 2, 32)
+    fill(policy, 2)
+    assert gap(policy, prompts, engine.sample(prompts, "solver", draws), "solver") > 1e-2
+    engine.refresh()
+    assert gap(policy, prompts, engine.sample(prompts, "solver", draws), "solver") < 1e-4
+    fill(policy, 1)
+    engine.refresh()
+
+
+def test_a_prompt_that_is_read_otherwise_is_refused(
+    policy: Policy, engine: VllmEngine, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+):
+    prompts = ask(policy, pictures)
+    prompts.text["input_ids"][0, -1] = 7
+    with pytest.raises(VllmError, match="reads a prompt as"):
+        engine.sample(prompts, "solver", uniforms([[1], [2], [3]], 2, 8))
+
+
+def test_a_run(tmp_path: Path):
+    dataset.write_unlabeled(tmp_path / "images", 6, "chalk")
+    out, more = tmp_path / "run", ("--steps", "3", "--images-per-step", "2", "--proposer-every", "2")
+    given = ("--images", tmp_path / "images", "--model", "tiny", "--out", out, "--engine", "vllm", "--device", "cpu")
+    assert main(["train", *map(str, given), *more]) == 0
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 3
+    for row in metrics:
+        assert row["sampler_gap/solver"] < 1e-4
+    assert metrics[2]["kl/solver"] > 0
+    assert "sampler_gap/proposer" in metrics[1]
