@@ -51,6 +51,10 @@ def load_backbone(model: str, dtype: str = "float32", device: str = "cpu") -> Pr
         raise ModelError(f"cannot load the model {model!r}: {' '.join(str(error).split())[:300]}") from None
     if config.is_encoder_decoder or backbone.get_output_embeddings() is None:
         raise ModelError(f"{model} is a {config.model_type} model: one that continues its prompt is needed")
+    if not hasattr(backbone.base_model, "get_image_features"):
+        raise ModelError(
+            f"{model} is a {config.model_type} model: one that reads image features in its prompt is needed"
+        )
     return backbone.requires_grad_(False).eval().to(device)
 
 

@@ -79,11 +79,12 @@ class Policy:
         self.decoder: Any = backbone.get_decoder()  # the language model
         self.device = torch.device(device)
         self.processor = load_model_processor(model, max_image_tokens)
+        self.targets = language_targets(backbone, lora_targets)
         config = LoraConfig(
             r=lora_rank,
             lora_alpha=lora_alpha,
             lora_dropout=0.0,  # dropout in the update would train another policy than the one that sampled
-            target_modules=language_targets(backbone, lora_targets),
+            target_modules=self.targets,
             task_type="CAUSAL_LM",
         )
         torch.manual_seed(seed)
@@ -97,9 +98,9 @@ class Policy:
         self.end_tokens: tuple[int, ...] = tuple(ends) if isinstance(ends, list) else (ends,)
         pad = self.processor.tokenizer.pad_token_id
         self.pad_token: int = self.end_tokens[0] if pad is None else pad
+        self.gradient_checkpointing = gradient_checkpointing
         # A cache that is only ever appended to may be shared by a prompt's completions with gradients; states that are
         # overwritten (linear attention, convolutions) may not.
-        self.gradient_checkpointing = gradient_checkpointing
         self.shares_prompts = all(isinstance(layer, DynamicLayer) for layer in self._cache().layers)
         self._check_output_layer()
         self.shares_attention = self._can_share_attention()
@@ -141,7 +142,7 @@ class Policy:
 
     def describe(self) -> str:
         """What is trained, in a sentence."""
-        pattern = re.compile(self.model.peft_config[ROLES[0]].target_modules)  # type: ignore[arg-type]
+        pattern = re.compile(self.targets)
         layers = [n for n, m in self.model.named_modules() if "lora_A" in dict(m.named_children())]
         layers = [name.removeprefix("base_model.model.") for name in layers]
         kinds = sorted({match[1] for name in layers if (match := pattern.fullmatch(name))})
@@ -252,14 +253,15 @@ class Policy:
             ids_BC, mask_BC = written
             embeddings = self.backbone.get_input_embeddings()(ids_BC)
             # Nothing keeps a model from writing its image token; that must not be taken for the place of an image.
-            is_image = torch.isin(ids_BC, torch.tensor(self.processor.image_token_ids, device=self.device))
+            signs = [*self.processor.image_token_ids, self.backbone.config.to_dict().get("image_token_id", -1)]
+            is_image = torch.isin(ids_BC, torch.tensor(signs, device=self.device))
             prompts = prompts.followed_by(ids_BC.masked_fill(is_image, self.pad_token), mask_BC)
         text_positions = (prompts.mask_BP.cumsum(-1) - 1).clamp(min=0)
         used: list[Tensor] = []
 
         def place(decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            # Models with positions of their own (M-RoPE) have made them by now; the others would count the padding.
-            if kwargs.get("position_ids") is None:
+            # Models with positions of their own (M-RoPE) have made them by now; all others would count the padding.
+            if kwargs.get("position_ids") is None or kwargs["position_ids"].ndim == 2:
                 kwargs["position_ids"] = text_positions
             used.append(kwargs["position_ids"])
             if embeddings is not None:
@@ -268,19 +270,29 @@ class Policy:
 
         features = joined([image.features for image in prompts.images])
         extras = {name: torch.cat([extra[name] for extra in prompts.extras]) for name in prompts.extras[0]}
+        looked: list[bool] = []
+
+        def handed_over(*_: Any, **__: Any) -> SimpleNamespace:
+            looked.append(True)
+            return SimpleNamespace(**features)
+
         hook = self.decoder.register_forward_pre_hook(place, with_kwargs=True)
-        self.base.get_image_features = lambda *_, **__: SimpleNamespace(**features)
+        self.base.get_image_features = handed_over
         try:
             output = self.base(
                 **prompts.text,
                 **extras,
-                pixel_values=torch.empty(0, device=self.device),  # only its presence is looked at
+                pixel_values=torch.zeros(1, device=self.device),  # only its presence is looked at
                 past_key_values=cache,
                 use_cache=cache is not None,
             )
         finally:
             del self.base.get_image_features  # the class's own again
             hook.remove()
+        if not looked:
+            raise ModelError(
+                f"{self.backbone.config.model_type} models do not ask for their image features by that name"
+            )
         positions = used[0] if used[0].ndim == 2 else used[0][-1]
         return output.last_hidden_state, positions
 

@@ -24,11 +24,11 @@ from transformers import (
 
 
 def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """The processor class, for images and text only: None will do for its video processor."""
+    """The processor class, for images and text only: None will do for its processors of video and sound."""
 
     class ImageTextProcessor(processor_class):  # type: ignore[misc, valid-type]
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            if argument_name == "video_processor" and argument is None:
+            if argument is None:
                 return type(None)
             return super().check_argument_for_proper_class(argument_name, argument)
 
@@ -57,9 +57,8 @@ def load_processor(model: str | Path, max_image_tokens: int | None = None, *, ra
     parts = {
         "image_processor": AutoImageProcessor.from_pretrained(model, backend="pil", trust_remote_code=False),
         "tokenizer": AutoTokenizer.from_pretrained(model, trust_remote_code=False),
-        "video_processor": None,
     }
-    arguments = [parts[name] for name in processor_class.get_attributes()]
+    arguments = [parts.get(name) for name in processor_class.get_attributes()]
     processor: Any = processor_class.from_args_and_dict(arguments, settings)
     processor.chat_template = processor.chat_template or parts["tokenizer"].chat_template
     if not processor.chat_template:
