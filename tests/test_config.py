@@ -74,7 +74,7 @@ def test_the_preset_follows_the_model_unless_named(model: str, preset: str):
 
 def test_recipe_and_preset_options_are_apart_and_together_with_the_runs_own_are_all():
     assert not set(Recipe.model_fields) & set(Preset.model_fields)
-    own = {"images", "model", "recipe", "preset", "seed", "labels", "eval_data", "device"}
+    own = {"images", "model", "recipe", "preset", "seed", "labels", "eval_data", "device", "engine"}
     assert set(Config.model_fields) == set(Recipe.model_fields) | set(Preset.model_fields) | own
     assert all(field.description for field in Config.model_fields.values())
 
