@@ -100,7 +100,7 @@ def test_two_processes_and_one_make_the_same_run(place: Path, together: Path):
 
 
 def test_a_process_without_images_takes_the_same_steps(place: Path):
-    few = options(place, **{"images-per-step": 1, "steps": 2, "recipe": "paper"})
+    few = options(place, **{"images-per-step": 1, "steps": 2, "recipe": "paper", "device": "auto"})
     for command, name in ((LAUNCH, "few-together"), (ONE, "few-alone")):
         done = run(command, *few, "--out", place / name)
         assert done.returncode == 0, done.stderr

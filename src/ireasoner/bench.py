@@ -201,7 +201,8 @@ class Bench:
         weights = sum(p.nbytes for p in self.policy.decoder.parameters() if p is not embeddings) + head.nbytes
         rows = images * self.config.group_size
         steps = self.tokens - 1  # the first token comes from the prefill
-        cache = self.cache_bytes * rows * sum(prompt_tokens + t for t in range(1, steps + 1))
+        positions = images * prompt_tokens * steps + rows * sum(range(1, steps + 1))  # a prompt's, once for its group
+        cache = self.cache_bytes * positions
         read = (weights * steps + cache) / ceilings["bytes_per_second"]
         return {**least, "decode": max(least.get("decode", 0.0), read)}
 

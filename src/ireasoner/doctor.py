@@ -217,7 +217,7 @@ def training_of(policy: Policy, role: Role, images: Sequence[Image.Image]) -> Fi
     prompts, groups = _groups(policy, role, images)
     own = set(policy.parameters(role))
     before = _fingerprints(policy)
-    Learner(policy, role, learning_rate=1e-4, advantage="rloo").update(prompts, groups, REWARDS)
+    Learner(policy, role, learning_rate=1e-4, weight_decay=0.0, advantage="rloo").update(prompts, groups, REWARDS)
     after = _fingerprints(policy)
     moved = {name for name in before if before[name] != after[name]}
     figure = f"{len(moved & own)} of {len(own)} own tensors moved, {len(moved - own)} others"

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import gather, pad_across_processes, reduce
 from torch import Tensor
 
+from ireasoner.backbone import resolve_device
 from ireasoner.types import UsageError
 
 
@@ -83,7 +84,9 @@ def joined(device: str) -> Iterator[Processes]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # the launcher's word for how many it started
         yield Processes()
         return
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=resolve_device(device) == "cpu")
+    if state.num_processes != int(os.environ["WORLD_SIZE"]):
+        raise UsageError("the processes that were started did not find each other: name --device cpu or cuda")
     try:
         yield Processes(state.process_index, state.num_processes, state.device)
     finally:
