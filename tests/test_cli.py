@@ -370,6 +370,7 @@ def episode(question: str = NASTY, answers: tuple[str | None, ...] = (NASTY, NAS
         question_completion=None, proposer_reward=0.5, trajectories=group, completions=completions,
         answer_keys=tuple(answers), majority_answer=NASTY, majority_fraction=2 / 3, answer_entropy=0.0,
         rewards=(1.0, 1.0, 0.0)[: len(answers)], reward_parts={"outcome": (1.0, 1.0, 0.0)[: len(answers)]},
+        step_weight=0.5, step_scores=((),) * len(answers), true_answer=None,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ireasoner.recorder import FILES, Recorder, RunDirectoryError, episode_record, read_records, write_json
-from ireasoner.types import Completion, Episode, Question, Trajectory
+from ireasoner.types import Completion, Episode, Question, StepScore, Trajectory
 
 HOSTILE = '\ud800 \u2028\u2029 \x00 \x1b[31m </script><!-- \r\n " \\ \u202e é 🦉 \x85'
 
@@ -312,6 +312,9 @@ def test_an_episode_record_explains_every_reward(tmp_path: Path) -> None:
         answer_entropy=math.log(2),
         rewards=(0.5, 0.0, 0.25),
         reward_parts=MappingProxyType({"outcome": (0.4, 0.0, 0.3), "step_agreement": (0.6, 0.0, 0.0)}),
+        step_weight=0.5,
+        step_scores=((StepScore(None, 0.25, None), StepScore(0.75, 0.2, 0.6)), (), (StepScore(0.0, 0.0, 0.0),)),
+        true_answer="3",
     )
     record = episode_record(episode)
     Recorder(tmp_path).episode(record)
@@ -331,6 +334,8 @@ def test_an_episode_record_explains_every_reward(tmp_path: Path) -> None:
         "majority_answer": "3",
         "majority_fraction": 1 / 3,
         "answer_entropy": math.log(2),
+        "step_weight": 0.5,
+        "true_answer": "3",
     }
     assert trajectories[0] == {
         "text": "A",
@@ -346,6 +351,10 @@ def test_an_episode_record_explains_every_reward(tmp_path: Path) -> None:
         "words_before_answer": 9,
         "reward": 0.5,
         "reward_parts": {"outcome": 0.4, "step_agreement": 0.6},
+        "step_scores": [
+            {"similarity": None, "recurrence": 0.25, "score": None},
+            {"similarity": 0.75, "recurrence": 0.2, "score": 0.6},
+        ],
     }
     assert [t["in_majority"] for t in trajectories] == [True, False, False]
     assert (trajectories[1]["mean_sampler_logprob"], trajectories[1]["problem"]) == (None, "no closed <answer>")
@@ -354,7 +363,7 @@ def test_an_episode_record_explains_every_reward(tmp_path: Path) -> None:
 
 def test_an_episode_without_a_readable_question(tmp_path: Path) -> None:
     question = Question("", "", "no <question>")
-    record = episode_record(Episode(1, "a.png", question, None, 0.0, (), (), (), None, 0.0, 0.0, (), {}))
+    record = episode_record(Episode(1, "a.png", question, None, 0.0, (), (), (), None, 0.0, 0.0, (), {}, 0.5, (), None))
     Recorder(tmp_path).episode({**record, "thumbnail": "images/x.png"})
     assert (record["question_completion"], record["trajectories"]) == (None, [])
     assert record["question"]["problem"] == "no <question>"
@@ -363,9 +372,8 @@ def test_an_episode_without_a_readable_question(tmp_path: Path) -> None:
 def test_no_answer_is_no_majority() -> None:
     unreadable = Trajectory((), None, 0, "cut off")
     question = Question("How many?", "", None)
-    episode = Episode(
-        1, "a.png", question, None, 0.0, (unreadable,), (completion("x", ()),), (None,), None, 0.0, 0.0, (0.0,), {}
-    )
+    group = (unreadable,), (completion("x", ()),), (None,)
+    episode = Episode(1, "a.png", question, None, 0.0, *group, None, 0.0, 0.0, (0.0,), {}, 0.5, ((),), None)
     assert episode_record(episode)["trajectories"][0]["in_majority"] is False
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from ireasoner.config import dump_config, resolve
 from ireasoner.recorder import Recorder, episode_record, write_json
 from ireasoner.report import write_report
-from ireasoner.types import Completion, Episode, Question, Trajectory
+from ireasoner.types import Completion, Episode, Question, StepScore, Trajectory
 
 VOID = {"img", "br", "meta", "link", "input", "hr"}
 HOSTILE = (
@@ -81,6 +81,8 @@ def episode(text: str = "7", step: int = 1, question: str = "How many?") -> dict
             trajectories=trajectories, completions=(Completion(text, (3,), (-1.0,), "stop"),) * 3,
             answer_keys=("k", "k", None), majority_answer="k", majority_fraction=2 / 3, answer_entropy=0.0,
             rewards=(0.75, 0.5, 0.0), reward_parts={"outcome": (0.75, 0.5, 0.0), "step_agreement": (0.25, 0.5, 0.0)},
+            step_weight=0.5, step_scores=((StepScore(0.5, 0.0, 0.5),) * 2, (StepScore(0.25, 0.0, 0.25),), ()),
+            true_answer=None,
         )
     )  # fmt: skip
 
@@ -166,7 +168,7 @@ def test_an_unreadable_question_shows_why(recorder: Recorder):
         step=1, image="a.png", question=Question("", "", "no closed <question>"),
         question_completion=Completion("?", (1,), (-1.0,), "stop"), proposer_reward=0.0, trajectories=(),
         completions=(), answer_keys=(), majority_answer=None, majority_fraction=0.0, answer_entropy=0.0, rewards=(),
-        reward_parts={"outcome": (), "step_agreement": ()},
+        reward_parts={"outcome": (), "step_agreement": ()}, step_weight=0.5, step_scores=(), true_answer=None,
     )  # fmt: skip
     with_metrics(recorder).episode(episode_record(nothing))
     assert "no closed <question>" in report(recorder).text

@@ -9,6 +9,7 @@ import pytest
 
 from ireasoner.rewards import (
     discrete_rewards,
+    leave_one_out_similarities,
     mixing_weight,
     outcome_rewards,
     proposer_reward,
@@ -85,6 +86,19 @@ def test_step_agreement_scores_only_positions_that_another_of_the_majority_reach
     assert step_agreement_rewards(["a", "a", "b"], [np.stack([x, y]), x[None], np.stack([x, y])]) == pytest.approx(
         [(2 / 3) ** 0.7, (2 / 3) ** 0.7, 0.0]
     )
+
+
+def test_leave_one_out_similarity_by_hand():
+    # Others of the first at position 0: (1, 0) and (0, 1), mean direction (1, 1)/√2, cos 0.707107, s 0.853553.
+    # Of the third: (1, 0) twice, cos 0, s 0.5. Position 1 is reached by the first alone.
+    x, y = np.array([1.0, 0.0]), np.array([0.0, 1.0])
+    first, second, third, empty = leave_one_out_similarities([np.stack([x, y]), x[None], y[None], np.zeros((1, 2))])
+    assert first[0] == second[0] == pytest.approx(0.853553, abs=1e-6)
+    assert np.isnan(first[1])
+    assert third == pytest.approx([0.5])
+    assert np.isnan(empty[0])
+    assert leave_one_out_similarities([np.zeros((0, 2)), x[None]])[1].tolist() == pytest.approx([np.nan], nan_ok=True)
+    assert leave_one_out_similarities([]) == []
 
 
 def test_an_empty_step_keeps_its_position():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -258,6 +259,38 @@ def test_every_constant_of_a_recipe_reaches_its_equation(policy: Policy):
     assert episode.proposer_reward == pytest.approx(
         rewards.proposer_reward(episode.answer_entropy, target=0.2, width=0.5)
     )
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_step_scores_explain_the_step_agreement(policy: Policy, recipe: str):
+    texts = [
+        solution("7", "The red bar reaches 7.", "The red bar reaches 7.", "So the answer is 7."),
+        solution("7", "The blue bar reaches 3.", "The red bar reaches 7."),
+        solution("3", "The red bar reaches 3."),
+        "nothing",
+    ]
+    config = config_of(recipe)
+    episode = pay(policy, config, texts)
+    assert list(map(len, episode.step_scores)) == [3, 2, 1, 0]
+    for i, scores in enumerate(episode.step_scores):
+        counted = [(j, s.score) for j, s in enumerate(scores) if s.score is not None]
+        if recipe == "default":  # r_step = mean of s (1 − f); what repeats the answer is not counted
+            assert all(s.score == pytest.approx(s.similarity * (1 - s.recurrence)) for s in scores if s.score)
+            expected = np.mean([score for _, score in counted]) if counted else 0.0
+        else:  # r_step = (|G|/N)^γd Σ ω s / Σ ω
+            weights = [math.exp(-config.position_decay * j) for j, _ in counted]
+            expected = (
+                0.5**config.density_exponent * np.average([s for _, s in counted], weights=weights) if counted else 0
+            )
+        assert episode.reward_parts["step_agreement"][i] == pytest.approx(expected)
+    if recipe == "default":
+        assert [s.score is None for s in episode.step_scores[0]] == [False, False, True]
+        # Said twice here and once there: aligned one to one, in order, so the second of the two finds its like.
+        assert [s.similarity for s in episode.step_scores[0][:2]] != [s.similarity for s in episode.step_scores[0][1:]]
+    else:
+        assert [s.score for s in episode.step_scores[2]] == [None]  # outside the majority
+        assert episode.step_scores[2][0].similarity is not None
+    assert episode.step_weight == step_weight(config, episode.step)
 
 
 MALFORMED = {

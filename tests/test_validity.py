@@ -91,6 +91,9 @@ def episode(
         answer_entropy=vote.entropy,
         rewards=(0.0,) * len(keys),
         reward_parts={"step_agreement": tuple(parts or [0.5] * len(keys))},
+        step_weight=0.5,
+        step_scores=((),) * len(keys),
+        true_answer=None,
     )
 
 

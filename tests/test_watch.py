@@ -226,6 +226,9 @@ def episode(
         answer_entropy=answer_entropy,
         rewards=(0.0,) * count,
         reward_parts={},
+        step_weight=0.5,
+        step_scores=((),) * count,
+        true_answer=None,
     )
 
 

@@ -141,8 +141,9 @@ class NoRecorder(Recorder):
 def episode_record(episode: Episode) -> dict[str, Any]:
     """All that explains an episode's rewards, for `Recorder.episode`; token ids are left out, for they are many."""
     names = ("step", "image", "proposer_reward", "majority_answer", "majority_fraction", "answer_entropy")
-    question, proposal = episode.question, episode.question_completion
-    group = zip(episode.trajectories, episode.completions, episode.answer_keys, episode.rewards, strict=True)
+    names = (*names, "step_weight", "true_answer")
+    question, proposal, e = episode.question, episode.question_completion, episode
+    group = zip(e.trajectories, e.completions, e.answer_keys, e.rewards, e.step_scores, strict=True)
     return _plain(
         {name: getattr(episode, name) for name in names}
         | {"question": asdict(question) | {"well_formed": question.well_formed}}
@@ -152,7 +153,8 @@ def episode_record(episode: Episode) -> dict[str, Any]:
                 {**_completion_record(completion), **asdict(trajectory), "well_formed": trajectory.well_formed}
                 | {"answer_key": key, "in_majority": key is not None and key == episode.majority_answer}
                 | {"reward": reward, "reward_parts": {name: part[i] for name, part in episode.reward_parts.items()}}
-                for i, (trajectory, completion, key, reward) in enumerate(group)
+                | {"step_scores": [asdict(score) for score in scores]}
+                for i, (trajectory, completion, key, reward, scores) in enumerate(group)
             ]
         }
     )

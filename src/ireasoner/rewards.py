@@ -49,6 +49,41 @@ def outcome_rewards(
     return readable * p_hat**exponent * (1.0 - length_penalty * too_long)
 
 
+def prototype_similarities(
+    answers: Answers, step_embeddings: Sequence[NDArray[np.floating]], *, max_reasoning_steps: int = 8
+) -> list[FloatArray]:
+    """How near each reasoning step is to the majority group's prototype: s_ij = (1 + cos(e_ij, μ_j))/2.
+
+    μ_j is the normalised mean of the e_·j over the majority group G.
+
+    Args:
+        answers: N answer keys, None where unreadable.
+        step_embeddings: one array [reasoning steps, width] for each trajectory, rows of any length. A row of zeros is
+            an empty reasoning step: it keeps its position and is neither compared nor counted.
+        max_reasoning_steps: later reasoning steps are left out.
+
+    Returns:
+        One array [reasoning steps] for each trajectory; NaN outside G, at positions that no other of G reaches, and for
+        empty steps.
+
+    Raises:
+        ValueError: the two sequences differ in length.
+    """
+    if len(answers) != len(step_embeddings):
+        raise ValueError(f"{len(answers)} answers but {len(step_embeddings)} arrays of step embeddings")
+    units = [_unit_rows(np.asarray(rows, dtype=np.float64)[:max_reasoning_steps]) for rows in step_embeddings]
+    found = [np.full(len(rows), np.nan) for rows in units]
+    for position in range(max_reasoning_steps):
+        reached = [i for i in majority(answers).members if position < len(units[i]) and units[i][position].any()]
+        if len(reached) < 2:
+            continue
+        vectors = np.stack([units[i][position] for i in reached])
+        prototype = _unit_rows(vectors.mean(axis=0, keepdims=True))[0]
+        for i, cosine in zip(reached, vectors @ prototype, strict=True):
+            found[i][position] = (1.0 + cosine) / 2.0
+    return found
+
+
 def step_agreement_rewards(
     answers: Answers,
     step_embeddings: Sequence[NDArray[np.floating]],
@@ -60,13 +95,12 @@ def step_agreement_rewards(
     """Agreement on the reasoning within the majority group G.
 
     r_step,i = (|G|/N)^γd · Σ_j ω_j s_ij / Σ_j ω_j over the positions j that i and at least one other of G reach, with
-    s_ij = (1 + cos(e_ij, μ_j))/2, μ_j the normalised mean of the e_·j over G, and ω_j = exp(−δ j), j from 0. It is 0
-    outside G, where |G| < 2, and where no position is shared. A row of zeros is an empty reasoning step: it keeps its
-    position and is neither compared nor counted.
+    s_ij of `prototype_similarities` and ω_j = exp(−δ j), j from 0. It is 0 outside G, where |G| < 2, and where no
+    position is shared.
 
     Args:
         answers: N answer keys, None where unreadable.
-        step_embeddings: one array [reasoning steps, width] for each trajectory, rows of any length.
+        step_embeddings: as for `prototype_similarities`.
         density_exponent: γd. position_decay: δ. max_reasoning_steps: later reasoning steps are left out.
 
     Returns:
@@ -75,26 +109,39 @@ def step_agreement_rewards(
     Raises:
         ValueError: the two sequences differ in length.
     """
-    if len(answers) != len(step_embeddings):
-        raise ValueError(f"{len(answers)} answers but {len(step_embeddings)} arrays of step embeddings")
     rewards = np.zeros(len(answers))
-    group = majority(answers).members
-    if len(group) < 2:
-        return rewards
-    units = {i: _unit_rows(np.asarray(step_embeddings[i], dtype=np.float64)[:max_reasoning_steps]) for i in group}
-    totals, weights = np.zeros(len(answers)), np.zeros(len(answers))
-    for position in range(max_reasoning_steps):
-        reached = [i for i in group if position < len(units[i]) and units[i][position].any()]
+    density = (len(majority(answers).members) / max(len(answers), 1)) ** density_exponent
+    scores = prototype_similarities(answers, step_embeddings, max_reasoning_steps=max_reasoning_steps)
+    for i, scored in enumerate(scores):
+        counted = np.isfinite(scored)
+        if counted.any():
+            weights = np.exp(-position_decay * np.arange(len(scored)))[counted]
+            rewards[i] = density * np.average(scored[counted], weights=weights)
+    return np.clip(rewards, 0.0, 1.0)  # rounding may leave a cosine just above 1
+
+
+def leave_one_out_similarities(step_embeddings: Sequence[NDArray[np.floating]]) -> list[FloatArray]:
+    """How near each reasoning step is to those of the others at its position: (1 + cos)/2 with the mean of theirs.
+
+    Unlike the prototype of the published reward, this mean leaves the step itself out; answers play no part.
+
+    Args:
+        step_embeddings: one array [reasoning steps, width] for each trajectory; a row of zeros is an empty step.
+
+    Returns:
+        One array [reasoning steps] for each trajectory; NaN where no other trajectory reaches the position.
+    """
+    units = [_unit_rows(np.asarray(rows, dtype=np.float64)) for rows in step_embeddings]
+    found = [np.full(len(rows), np.nan) for rows in units]
+    for position in range(max(map(len, units), default=0)):
+        reached = [i for i, rows in enumerate(units) if position < len(rows) and rows[position].any()]
         if len(reached) < 2:
             continue
-        vectors = np.stack([units[i][position] for i in reached])
-        prototype = _unit_rows(vectors.mean(axis=0, keepdims=True))[0]
-        weight = math.exp(-position_decay * position)
-        totals[reached] += weight * (1.0 + vectors @ prototype) / 2.0
-        weights[reached] += weight
-    scored = weights > 0
-    rewards[scored] = (len(group) / len(answers)) ** density_exponent * totals[scored] / weights[scored]
-    return np.clip(rewards, 0.0, 1.0)  # rounding may leave a cosine just above 1
+        total = sum(units[i][position] for i in reached)
+        for i in reached:
+            others = _unit_rows((total - units[i][position])[None])[0]
+            found[i][position] = np.clip((1.0 + units[i][position] @ others) / 2.0, 0.0, 1.0)
+    return found
 
 
 def claim_agreement_rewards(

@@ -21,7 +21,7 @@ from ireasoner.processes import Processes
 from ireasoner.prompts import EncodedImage, Prompts
 from ireasoner.rewards import FloatArray
 from ireasoner.roles import parse_question, parse_trajectory, proposer_messages, solver_messages
-from ireasoner.types import Completion, Episode, Question, Trajectory
+from ireasoner.types import Completion, Episode, Question, StepScore, Trajectory
 
 # The last number of a seed says what is drawn; see `SelfPlay.seed`.
 PROPOSE, SOLVE, RANDOM_REWARD, PICK_LABEL = range(4)
@@ -172,24 +172,7 @@ class SelfPlay:
             length_penalty=config.length_penalty,
             target_words=config.target_words,
         )
-        # Over all steps, empty ones too: an answer behind words that fit every image must not pay in full.
-        recurrence = [self.memory.recurrence(key[0], self.compared_steps(t)) for t in trajectories]
-        if config.step_measure == "claims":
-            said = [steps.beyond_answer(self.compared_steps(t), t.answer or "") for t in trajectories]
-            agreement = rewards.claim_agreement_rewards(
-                steps.agreement(said), [self.memory.recurrence(key[0], own) for own in said]
-            )
-        else:
-            agreement = rewards.step_agreement_rewards(
-                keys,
-                [
-                    self.policy.embed_texts(t.reasoning_steps[: config.max_reasoning_steps], config.max_step_tokens)
-                    for t in trajectories
-                ],
-                density_exponent=config.density_exponent,
-                position_decay=config.position_decay,
-                max_reasoning_steps=config.max_reasoning_steps,
-            )
+        agreement, recurrence, step_scores = self.step_agreement(key[0], keys, trajectories)
         outcome *= np.array([1.0 - f.mean() if len(f) else 1.0 for f in recurrence])
         parts = {"outcome": tuple(outcome.tolist()), "step_agreement": tuple(agreement.tolist())}
         readable = np.array([k is not None for k in keys], dtype=np.float64)
@@ -219,11 +202,56 @@ class SelfPlay:
             answer_entropy=vote.entropy,
             rewards=tuple(earned.tolist()),
             reward_parts=parts,
+            step_weight=step_weight(config, step),
+            step_scores=step_scores,
+            true_answer=truth,
         )
+
+    def step_agreement(
+        self, image: str, keys: Sequence[str | None], trajectories: Sequence[Trajectory]
+    ) -> tuple[FloatArray, list[FloatArray], tuple[tuple[StepScore, ...], ...]]:
+        """Step agreement by the recipe: the reward [N], each compared step's recurrence, and what explains both."""
+        config, compared = self.config, [self.compared_steps(t) for t in trajectories]
+        # Over all steps, empty ones too: an answer behind words that fit every image must not pay in full.
+        recurrence = [self.memory.recurrence(image, own) for own in compared]
+        if config.step_measure == "claims":
+            said = [steps.beyond_answer(own, t.answer or "") for own, t in zip(compared, trajectories, strict=True)]
+            support = steps.agreement(said)
+            earned = rewards.claim_agreement_rewards(support, [self.memory.recurrence(image, own) for own in said])
+            similarity = [_in_place(own, some, found) for own, some, found in zip(compared, said, support, strict=True)]
+            scores = [s * (1.0 - f) for s, f in zip(similarity, recurrence, strict=True)]
+        else:
+            embedded = [self.policy.embed_texts(own, config.max_step_tokens) for own in compared]
+            most = config.max_reasoning_steps
+            earned = rewards.step_agreement_rewards(
+                keys,
+                embedded,
+                density_exponent=config.density_exponent,
+                position_decay=config.position_decay,
+                max_reasoning_steps=most,
+            )
+            similarity = rewards.leave_one_out_similarities(embedded)
+            scores = rewards.prototype_similarities(keys, embedded, max_reasoning_steps=most)
+        explained = tuple(
+            tuple(map(StepScore, _or_none(alike), said_of_all.tolist(), _or_none(score)))
+            for alike, said_of_all, score in zip(similarity, recurrence, scores, strict=True)
+        )
+        return earned, recurrence, explained
 
     def compared_steps(self, trajectory: Trajectory) -> tuple[str, ...]:
         """The reasoning steps that agreement reads; none of an unreadable trajectory."""
         return trajectory.reasoning_steps[: self.config.max_reasoning_steps] if trajectory.well_formed else ()
+
+
+def _in_place(all_steps: Sequence[str], some: Sequence[str], values: FloatArray) -> FloatArray:
+    """The values of some of the steps at their places among all of them; NaN at the others'."""
+    found = iter(values)
+    return np.array([next(found) if text in some else np.nan for text in all_steps])
+
+
+def _or_none(values: FloatArray) -> list[float | None]:
+    """As plain floats, NaN as None."""
+    return [None if value != value else value for value in values.tolist()]
 
 
 class ClaimMemory:

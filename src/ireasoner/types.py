@@ -62,12 +62,26 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
+class StepScore:
+    """What a reasoning step was compared with, and what it adds to its trajectory's step agreement.
+
+    `similarity` is its leave-one-out similarity to the other trajectories of the group, in [0, 1]; `recurrence` the
+    share of other images' groups that claim it too; `score` is what the reward's mean over steps reads. None where
+    there was nothing to compare, or the reward leaves the step out.
+    """
+
+    similarity: float | None
+    recurrence: float
+    score: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Episode:
     """One image's whole self-play: a question, a group of trajectories and what each of them earned.
 
-    `answer_keys`, `rewards` and the values of `reward_parts` run parallel to `trajectories`; an unreadable trajectory
-    has the key None. An unreadable question leaves the group empty. `question_completion` is None where the question
-    came with the image (labels) and was not proposed.
+    `answer_keys`, `rewards`, `step_scores` and the values of `reward_parts` run parallel to `trajectories`; an
+    unreadable trajectory has the key None. An unreadable question leaves the group empty. `question_completion` is None
+    where the question came with the image (labels) and was not proposed; then `true_answer` came with it.
     """
 
     step: int
@@ -83,3 +97,6 @@ class Episode:
     answer_entropy: float
     rewards: tuple[float, ...]
     reward_parts: Mapping[str, tuple[float, ...]]
+    step_weight: float
+    step_scores: tuple[tuple[StepScore, ...], ...]
+    true_answer: str | None
