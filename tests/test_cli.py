@@ -21,7 +21,7 @@ from ireasoner.console import Display, evaluation_table, plain, results_table, v
 from ireasoner.evaluate import MEASURES, Scores, compare
 from ireasoner.types import Completion, Episode, Question, Trajectory
 
-COMMANDS = ("train", "demo", "eval", "ablate", "validity", "doctor", "bench", "playground")
+COMMANDS = ("train", "demo", "eval", "ablate", "view", "report", "runs", "validity", "doctor", "bench", "playground")
 
 # --- what is imported -------------------------------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ for argv in (["--help"], ["--version"], *([name, "--help"] for name in {COMMANDS
             assert stopped.code == 0, argv
     assert out.getvalue().strip(), argv
 import ireasoner.types, ireasoner.config, ireasoner.roles, ireasoner.answers, ireasoner.rewards
-import ireasoner.recorder, ireasoner.report, ireasoner.report.ablation, ireasoner.intervals
+import ireasoner.recorder, ireasoner.report, ireasoner.report.ablation, ireasoner.report.server, ireasoner.intervals
 import ireasoner.console, ireasoner.images
 import ireasoner.playground.world, ireasoner.playground.dataset
 print(sorted(set(sys.modules) & {{"torch", "transformers", "peft", "accelerate", "safetensors"}}))

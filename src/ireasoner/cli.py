@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import webbrowser
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +38,12 @@ def _whole(least: int) -> Callable[[str], int]:
 def _temperature(text: str) -> float:
     if not 0 <= (value := float(text)) < 100:
         raise argparse.ArgumentTypeError(f"{text} is not a temperature: 0 (greedy) or more")
+    return value
+
+
+def _port(text: str) -> int:
+    if not 0 <= (value := int(text)) <= 65535:
+        raise argparse.ArgumentTypeError(f"{value} is not a port: 0 to 65535")
     return value
 
 
@@ -136,6 +144,34 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config_options(ablate, {"scale (a preset sets these; the same for every arm)": _scale_options()})
     ablate.set_defaults(function=_ablate)
 
+    view = commands.add_parser(
+        "view",
+        help="look at a run in the browser, while it goes or afterwards",
+        description="Show a run on a local page: is it working, what does it ask and answer, how do the steps agree, "
+        "how did it change, what ran. Follows a run that goes on. Ctrl-C ends it.",
+    )
+    _add_run_options(view)
+    view.add_argument("--port", type=_port, default=0, metavar="N", help="port on 127.0.0.1 (any that is free)")
+    view.add_argument("--no-browser", action="store_true", help="only print the address")
+    view.set_defaults(function=_view)
+
+    report = commands.add_parser(
+        "report",
+        help="write that page as one file that can be mailed",
+        description="Write the page about a run, with its pictures, as one HTML file that needs nothing else.",
+    )
+    _add_run_options(report)
+    report.add_argument("--out", type=_writable, metavar="FILE", help="the file (RUN/report.html)")
+    report.set_defaults(function=_report)
+
+    runs = commands.add_parser(
+        "runs",
+        help="list runs with their state and results",
+        description="List the runs in a folder and below it, the latest last.",
+    )
+    runs.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="FOLDER", help="(%(default)s)")
+    runs.set_defaults(function=_runs)
+
     validity = commands.add_parser(
         "validity",
         help="is step agreement worth being a reward? from a run's episodes, without training",
@@ -209,6 +245,16 @@ def build_parser() -> argparse.ArgumentParser:
     world.add_argument("--seed", type=_whole(0), default=0, help="(%(default)s)")
     world.set_defaults(function=_playground)
     return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, finished or not")
+    parser.add_argument(
+        "--truth",
+        type=Path,
+        metavar="FILE",
+        help="what is true of the images, as playground writes it, to mark wrong majorities (what lies in RUN)",
+    )
 
 
 def _config_groups() -> dict[str, list[str]]:
@@ -296,7 +342,8 @@ def _follow(config: Any, out: Path, *, resuming: bool) -> int:
         return 130
     if outcome.summary and outcome.summary["before"]:
         results_table(outcome.summary)
-    print(f"Run directory: {out}   adapters: {out}/solver, {out}/proposer   look at: {out}/report.html")
+    print(f"Run directory: {out}   adapters: {out}/solver, {out}/proposer")
+    print(f"Look at it: {PROGRAM} view {out}   or open {out}/report.html")
     return 0
 
 
@@ -396,6 +443,43 @@ def _ablate(arguments: argparse.Namespace) -> int:
     print_text(prior_line(result["answer_prior"]))
     print_text(legend(result))
     print(f"Written: {arguments.out}/ablation.md, ablation.csv, ablation.png, ablation.json")
+    return 0
+
+
+def _view(arguments: argparse.Namespace) -> int:
+    from ireasoner.report.server import serve
+
+    def ready(address: str) -> None:
+        print(f"{arguments.run}: {address}   (Ctrl-C ends it)", flush=True)
+        # Where there is no desktop, a browser would be one of text, in this very terminal.
+        if not arguments.no_browser and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)):
+            webbrowser.open(address)
+
+    with suppress(KeyboardInterrupt):  # how a viewer ends
+        serve(arguments.run, arguments.truth, arguments.port, ready)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from ireasoner.report import write_report
+
+    try:
+        path = write_report(arguments.run, arguments.out, arguments.truth)
+    except OSError as error:
+        raise UsageError(f"the report could not be written: {error}") from None
+    print(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from ireasoner.console import plain, print_table
+    from ireasoner.report.run import overview
+
+    rows = overview(arguments.folder)
+    if len(rows) == 1:
+        print(f"No run in {arguments.folder}. Start one with: {PROGRAM} demo")
+        return 0
+    print_table(f"Runs in {plain(str(arguments.folder))}", [[plain(cell) for cell in row] for row in rows])
     return 0
 
 

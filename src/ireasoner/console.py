@@ -29,6 +29,7 @@ SHOWN = {
     "reward/solver/total": "reward",
     "reward/solver/outcome": "outcome",
     "reward/solver/step_agreement": "step agreement",
+    "reward/proposer/total": "proposer",
     "answers/majority_fraction": "majority",
     "answers/entropy": "answer entropy",
     "kl/solver": "KL",
@@ -126,6 +127,8 @@ class Display:
 
     def on_step(self, step: int, metrics: Mapping[str, float], episodes: Sequence[Episode]) -> None:
         numbers = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in SHOWN.items() if name in metrics)
+        if seconds := metrics.get("time/step_seconds"):
+            numbers += f"  {sum(len(e.trajectories) for e in episodes) / seconds:.3g} trajectories/s"
         if self.live:
             self.progress.update(self.task, completed=step, description="training")
             lines = [Text(vote_line(episode), no_wrap=True, overflow="ellipsis") for episode in episodes[:4]]

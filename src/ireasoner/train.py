@@ -516,10 +516,14 @@ def _only_writer(out: Path) -> Iterator[None]:
     except OSError as error:
         raise RunDirectoryError(f"the run directory cannot be used: {out}: {error.strerror}") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"another process is training in {out}: wait for it or stop it") from None
+        for _ in range(10):  # whoever looks at the run holds the lock for a moment
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.05)
+        else:
+            raise RunError(f"another process is training in {out}: wait for it or stop it")
         yield
 
 

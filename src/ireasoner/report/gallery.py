@@ -1,0 +1,100 @@
+"""Which episodes to look at, and how their steps agree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from ireasoner.report.run import Entry, Run
+
+Matrix = list[list[float | None]]
+STRETCHES = 3  # of training, that are shown beside each other
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A way through the episodes: which ones, and in which order; a higher rank comes first, then the newest."""
+
+    label: str
+    keep: Callable[[Entry], bool]
+    rank: Callable[[Entry], float]
+
+
+FILTERS = {
+    "newest": Filter("newest", lambda e: True, lambda e: 0.0),
+    "disagreement": Filter("most disagreement", lambda e: bool(e.similarities), lambda e: e.answer_entropy),
+    "highest": Filter("highest reward", lambda e: e.reward is not None, lambda e: e.reward or 0.0),
+    "lowest": Filter("lowest reward", lambda e: e.reward is not None, lambda e: -(e.reward or 0.0)),
+    "malformed": Filter("malformed", lambda e: e.malformed > 0, lambda e: e.malformed),
+    "wrong": Filter("majority wrong", lambda e: e.wrong is True, lambda e: 0.0),
+}
+
+
+def select(run: Run, name: str = "newest", text: str = "", steps: tuple[int, int] | None = None) -> list[Entry]:
+    """The episodes of a filter that hold a text and lie between two steps, in the filter's order.
+
+    Raises:
+        KeyError: a filter other than those of FILTERS.
+    """
+    chosen, sought = FILTERS[name], text.casefold().strip()
+    found = [
+        entry
+        for entry in reversed(run.entries)
+        if chosen.keep(entry) and sought in entry.text and (steps is None or steps[0] <= entry.step <= steps[1])
+    ]
+    return sorted(found, key=chosen.rank, reverse=True)  # stable: the newest first among equals
+
+
+def filters(run: Run) -> dict[str, Filter]:
+    """The filters that make sense for a run: a wrong majority can be known only where the truth is."""
+    known = any(entry.wrong is not None for entry in run.entries)
+    return {name: each for name, each in FILTERS.items() if name != "wrong" or known}
+
+
+def average_agreement(entries: Sequence[Entry]) -> Matrix:
+    """Leave-one-out similarity by trajectory and step position, averaged over episodes.
+
+    Trajectories have no order of their own: in each episode they are ranked by their mean similarity, best first.
+    Empty where nothing was compared.
+    """
+    cells: dict[tuple[int, int], list[float]] = {}
+    for entry in entries:
+        rows = [row for row in entry.similarities if any(value is not None for value in row)]
+        rows.sort(key=lambda row: fmean(value for value in row if value is not None), reverse=True)
+        for i, row in enumerate(rows):
+            for j, value in enumerate(row):
+                if value is not None:
+                    cells.setdefault((i, j), []).append(value)
+    least = max(1, len(entries) // 50)  # a place that hardly any trajectory reaches says nothing
+    means = {place: fmean(values) for place, values in cells.items() if len(values) >= least}
+    if not means:
+        return []
+    height, width = (1 + max(place[k] for place in means) for k in (0, 1))
+    return [[means.get((i, j)) for j in range(width)] for i in range(height)]
+
+
+def stretches(run: Run) -> list[tuple[int, int]]:
+    """First, middle and last part of what was played, as steps from and to; fewer for a short run."""
+    if not run.entries:
+        return []
+    first, last = run.entries[0].step, run.entries[-1].step
+    span = (last - first + 1) / STRETCHES
+    if span < 1:
+        return [(first, last)]
+    return [(first + round(k * span), first + round((k + 1) * span) - 1) for k in range(STRETCHES)]
+
+
+def openings(run: Run, most: int = 8) -> tuple[list[str], list[tuple[tuple[int, int], dict[str, float], float]]]:
+    """How questions begin: the commonest first two words, and by stretch their shares and that of different texts."""
+    counts = Counter(opening for entry in run.entries if (opening := entry.opening))
+    shown = [opening for opening, _ in counts.most_common(most)]
+    rows = []
+    for first, last in stretches(run):
+        asked = [e for e in run.entries if first <= e.step <= last and e.question]
+        if asked:
+            shares = Counter(e.opening for e in asked)
+            distinct = len({" ".join((e.question or "").lower().split()) for e in asked}) / len(asked)
+            rows.append(((first, last), {opening: shares[opening] / len(asked) for opening in shown}, distinct))
+    return shown, rows

@@ -1,0 +1,390 @@
+"""A run directory as it is read: whole or still growing, of this version or torn, and never trusted.
+
+Episodes are indexed once and read one by one; of each, the index keeps what filters, searches and averages need.
+Whatever does not have the form of a record is left out and counted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ireasoner.answers import answer_key
+from ireasoner.config import Config, ConfigError, load_config
+from ireasoner.playground import dataset, world
+from ireasoner.types import UsageError
+
+LONGEST_LINE = 4_000_000  # bytes; no record of ours comes near
+MOST_TRAJECTORIES, MOST_STEPS = 64, 64  # of an episode, that are shown
+
+State = Literal["finished", "ended itself", "running", "stopped"]
+
+
+class _Record(BaseModel):
+    """Part of an episode, as `recorder.episode_record` writes it; other keys are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class StepScore(_Record):
+    similarity: float | None
+    recurrence: float
+    score: float | None
+
+
+class Trajectory(_Record):
+    reasoning_steps: list[str]
+    answer: str | None
+    answer_key: str | None
+    in_majority: bool
+    well_formed: bool
+    problem: str | None
+    text: str
+    words_before_answer: int
+    num_tokens: int
+    finish_reason: str
+    reward: float
+    reward_parts: dict[str, float]
+    step_scores: list[StepScore] = Field(default_factory=list)  # runs of version 0.1 before it have none
+
+    @property
+    def scored_steps(self) -> list[tuple[str, StepScore | None]]:
+        """The reasoning steps to show, each with its score; None where it was not compared."""
+        scores: list[StepScore | None] = [*self.step_scores, *[None] * len(self.reasoning_steps)]
+        return list(zip(self.reasoning_steps, scores, strict=False))[:MOST_STEPS]
+
+
+class Question(_Record):
+    text: str
+    rationale: str
+    problem: str | None
+
+
+class Proposal(_Record):
+    text: str
+
+
+class Episode(_Record):
+    step: int
+    image: str
+    question: Question
+    question_completion: Proposal | None
+    proposer_reward: float
+    majority_answer: str | None
+    majority_fraction: float
+    answer_entropy: float
+    trajectories: list[Trajectory] = Field(max_length=MOST_TRAJECTORIES)
+    step_weight: float | None = None
+    true_answer: str | None = None
+    thumbnail: str = ""
+
+
+class Probe(_Record):
+    step: int
+    image: str
+    question: str
+    answer: str | None
+    reasoning_steps: list[str]
+    thumbnail: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is kept of an episode; `place` is where its line begins and how long it is."""
+
+    place: tuple[int, int]
+    step: int
+    image: str
+    question: str | None
+    text: str
+    answer_entropy: float
+    reward: float | None
+    malformed: float
+    wrong: bool | None
+    similarities: tuple[tuple[float | None, ...], ...]
+
+    @property
+    def opening(self) -> str | None:
+        """The question's first two words: what kind it is."""
+        return " ".join(self.question.lower().split()[:2]) if self.question else None
+
+
+@dataclass
+class _Tail:
+    """The lines of a file that is being appended to."""
+
+    path: Path
+    offset: int = 0
+    identity: tuple[int, int] | None = None
+    damaged: int = 0
+
+    def restarted(self) -> bool:
+        """Whether the file is another one than before, as after a run went back: then it is read from its start."""
+        found = self.path.stat() if self.path.is_file() else None
+        identity = (found.st_dev, found.st_ino) if found else None
+        again = identity != self.identity or bool(found and found.st_size < self.offset)
+        if again:
+            self.offset, self.damaged, self.identity = 0, 0, identity
+        return again
+
+    def lines(self) -> Iterator[tuple[tuple[int, int], bytes]]:
+        """New whole lines, each with its place; a last line that is still being written comes another time."""
+        if self.identity is None:
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            while (line := file.readline(LONGEST_LINE)).endswith(b"\n") or len(line) == LONGEST_LINE:
+                place, self.offset = (self.offset, len(line)), self.offset + len(line)
+                yield place, line
+
+
+@dataclass
+class Run:
+    """A run directory; `refresh` reads what is new. After the directory is gone, what was read stays.
+
+    Args:
+        path: the run directory, which is only read.
+        truth_file: what is true of the images, as `ireasoner playground` writes it; None: what lies inside the run.
+
+    Raises:
+        UsageError: no run, or a truth that cannot be read.
+    """
+
+    path: Path
+    truth_file: Path | None = None
+    gone: bool = field(default=False, init=False)
+    metrics: list[dict[str, Any]] = field(default_factory=list, init=False)
+    entries: list[Entry] = field(default_factory=list, init=False)
+    probes: list[Probe] = field(default_factory=list, init=False)
+    skipped: list[dict[str, Any]] = field(default_factory=list, init=False)
+    events: list[dict[str, Any]] = field(default_factory=list, init=False)
+    summary: dict[str, Any] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if not (self.path / "config.yaml").is_file():
+            raise UsageError(f"{self.path} is not a run directory: it has no config.yaml")
+        try:
+            self.config: Config = load_config(self.path / "config.yaml")
+        except ConfigError as error:
+            raise UsageError(f"this run cannot be shown: {error}") from None
+        self.pictures = self._truth()
+        self._tails = {
+            name: _Tail(self.path / f"{name}.jsonl") for name in ("metrics", "episodes", "probes", "skipped", "events")
+        }
+        self.refresh()
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def step(self) -> int:
+        """The last step that was recorded; 0 before the first."""
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+    @property
+    def damaged(self) -> int:
+        """Lines that are no records."""
+        return sum(tail.damaged for tail in self._tails.values())
+
+    @property
+    def version(self) -> str:
+        """Changes whenever there is something new to show."""
+        sizes = "-".join(str(tail.offset) for tail in self._tails.values())
+        return f"{sizes}-{self.state()}{'-gone' * self.gone}".replace(" ", "-")
+
+    def refresh(self) -> None:
+        """Read what is new."""
+        try:
+            for name, tail in self._tails.items():
+                self._read(name, tail)
+            self.summary = _summary(self.path)
+            self.gone = not (self.path / "config.yaml").exists()
+        except OSError:  # deleted, or unmounted, while it was read
+            self.gone = True
+
+    def state(self) -> State:
+        """What the run is doing."""
+        return _state(self.path, self.summary)
+
+    def episode(self, entry: Entry) -> Episode | None:
+        """An episode in full; None if the file no longer holds it."""
+        try:
+            with (self.path / "episodes.jsonl").open("rb") as file:
+                file.seek(entry.place[0])
+                return Episode.model_validate_json(_without_surrogates(file.read(entry.place[1])))
+        except (OSError, ValueError, RecursionError):
+            return None
+
+    def thumbnail(self, name: str) -> Path | None:
+        """A run's own thumbnail by its recorded name; None for anything outside the run's folder of images."""
+        match = re.fullmatch(r"(?:images/)?([0-9a-f]{8,64}\.png)", name)
+        if not match:
+            return None
+        path = self.path / "images" / match[1]
+        folder = self.path / "images"
+        return path if path.is_file() and not path.is_symlink() and not folder.is_symlink() else None
+
+    def true_answer(self, image: str, question: str) -> str | None:
+        """What is true, where that is known."""
+        with suppress(KeyError, ValueError, TypeError):  # a picture that no world drew
+            picture = self.pictures.get(image)
+            solved = world.solve(picture, question) if picture else None
+            return solved.answer if solved else None
+
+    def step_truth(self, image: str, reasoning_step: str) -> bool | None:
+        """Whether a reasoning step is true of its image; None where that is not known."""
+        with suppress(KeyError, ValueError, TypeError):
+            picture = self.pictures.get(image)
+            return world.step_truth(picture, reasoning_step) if picture else None
+
+    def _truth(self) -> dict[str, world.Picture]:
+        beside = dataset.truth_path(self.config.images)
+        # A run directory may come from anywhere: what it names is followed no further than itself.
+        own = beside if beside.resolve().is_relative_to(self.path.resolve()) and beside.is_file() else None
+        path = self.truth_file or own
+        try:
+            return dataset.read_truth(path) if path else {}
+        except OSError as error:
+            raise UsageError(f"cannot read the truth in {path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if self.truth_file is None:
+                return {}
+            raise UsageError(f"{path} is no file of truth: lines of image and picture, as playground writes") from None
+
+    def _read(self, name: str, tail: _Tail) -> None:
+        kept: list[Any] = self.entries if name == "episodes" else getattr(self, name)
+        if tail.restarted():
+            kept.clear()
+        for place, line in tail.lines():
+            try:
+                kept.append(self._parse(name, place, line))
+            except (ValueError, RecursionError):  # pydantic's error is a ValueError
+                tail.damaged += 1
+
+    def _parse(self, name: str, place: tuple[int, int], line: bytes) -> Any:
+        line = _without_surrogates(line)
+        if name == "episodes":
+            return self._entry(place, Episode.model_validate_json(line))
+        if name == "probes":
+            return Probe.model_validate_json(line)
+        record = json.loads(line)
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError("not a record")
+        if name == "metrics":
+            numbers = {k: v for k, v in record.items() if type(v) in (int, float) and math.isfinite(v)}
+            return numbers
+        return {key: str(value) for key, value in record.items() if key != "step"} | {"step": record["step"]}
+
+    def _entry(self, place: tuple[int, int], e: Episode) -> Entry:
+        question = None if e.question.problem else e.question.text
+        truth = e.true_answer or (self.true_answer(e.image, question) if question else None)
+        key = answer_key(truth, question) if truth and question else None
+        texts = [e.image, e.question.text, *(t.answer or "" for t in e.trajectories)]
+        texts += [step for t in e.trajectories for step in t.reasoning_steps]
+        unreadable = sum(not t.well_formed for t in e.trajectories)
+        return Entry(
+            place=place,
+            step=e.step,
+            image=e.image,
+            question=question,
+            text="\n".join(texts).casefold(),
+            answer_entropy=e.answer_entropy,
+            reward=sum(t.reward for t in e.trajectories) / len(e.trajectories) if e.trajectories else None,
+            malformed=unreadable / len(e.trajectories) if e.trajectories else 1.0,
+            wrong=e.majority_answer != key if key and e.majority_answer else None,
+            similarities=tuple(tuple(s.similarity for s in t.step_scores[:MOST_STEPS]) for t in e.trajectories),
+        )
+
+
+def _without_surrogates(line: bytes) -> bytes:
+    """Half of a character, as in the name of a file that is no UTF-8, becomes a question mark."""
+    return json.dumps(json.loads(line), ensure_ascii=False).encode("utf-8", "replace") if b"\\ud" in line else line
+
+
+def _summary(path: Path) -> dict[str, Any] | None:
+    file = path / "summary.json"
+    try:
+        found = json.loads(file.read_bytes()) if file.is_file() and file.stat().st_size < LONGEST_LINE else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _state(path: Path, summary: dict[str, Any] | None) -> State:
+    """The lock that a trainer holds tells a running one from a stopped one."""
+    if summary:
+        return "ended itself" if summary.get("stopped_early") else "finished"
+    try:
+        if (path / ".lock").is_file():
+            with (path / ".lock").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "running"
+    except OSError:
+        pass
+    return "stopped"
+
+
+# --- many runs --------------------------------------------------------------------------------------------------------
+
+DEPTH = 3  # folders below the one that is searched
+
+
+def overview(folder: Path) -> list[list[str]]:
+    """A row for each run in a folder and below it, the latest last, heads first: name, state, recipe, step, result.
+
+    Raises:
+        UsageError: no such folder.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder: name the one that holds your runs")
+    found = [path for depth in range(DEPTH + 1) for path in folder.glob("*/" * depth + "config.yaml")]
+    runs = sorted({path.parent for path in found}, key=lambda run: (run / "config.yaml").stat().st_mtime)
+    rows = [["run", "state", "model", "recipe", "seed", "step", "result"]]
+    return rows + [row for run in runs if (row := _overview_row(run, str(run.relative_to(folder))))]
+
+
+def _overview_row(path: Path, name: str) -> list[str] | None:
+    """None for a folder whose config is not a run's."""
+    try:
+        config = load_config(path / "config.yaml")
+        summary, last = _summary(path), _last_metrics(path)
+    except (ConfigError, OSError):
+        return None
+    step = f"{last.get('step', 0)}/{config.steps}"
+    state = _state(path, summary)
+    return [name, state, config.model, config.recipe, str(config.seed), step, _result(summary or {}, last)]
+
+
+def _result(summary: dict[str, Any], last: dict[str, Any]) -> str:
+    try:
+        before, after = (100 * summary[when]["greedy"]["mean"] for when in ("before", "after"))
+        low, high = (100 * summary["difference"]["greedy"][end] for end in ("low", "high"))
+        return f"greedy {before:.1f} → {after:.1f} % ({after - before:+.1f} [{low:+.1f}, {high:+.1f}])"
+    except (KeyError, TypeError, ValueError):  # not measured
+        shown = {"reward": "reward/solver/total", "majority": "answers/majority_fraction"}
+        return ", ".join(f"{name} {last[key]:.3f}" for name, key in shown.items() if type(last.get(key)) is float)
+
+
+def _last_metrics(path: Path) -> dict[str, Any]:
+    """The last whole line of a run's metrics; empty if there is none."""
+    file = path / "metrics.jsonl"
+    if not file.is_file():
+        return {}
+    with file.open("rb") as lines:
+        lines.seek(max(0, file.stat().st_size - 65536))
+        for line in reversed(lines.read().split(b"\n")[:-1]):
+            with suppress(ValueError, RecursionError):
+                if isinstance(record := json.loads(line), dict):
+                    return record
+    return {}
