@@ -123,6 +123,7 @@ def open_port(port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(("127.0.0.1", port))
+        listener.listen(64)  # from now on a browser waits instead of being turned away
     except OSError as error:
         listener.close()
         raise UsageError(

@@ -1,0 +1,548 @@
+"""`ireasoner view`: what it answers to whom, what it makes of hostile and vanishing runs, and the page in a browser."""
+
+from __future__ import annotations
+
+import fcntl
+import http.client
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+
+from ireasoner.config import resolve
+from ireasoner.playground import dataset
+from ireasoner.report import write_report
+from ireasoner.report.run import Run, overview
+from ireasoner.types import UsageError
+from runs import HOSTILE, METRICS, episode, new_run, unreadable, with_metrics
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+IDLE = "!document.querySelector('[aria-busy]')"
+LOADED = "[...document.querySelectorAll('.panel img')].every(i => i.complete && i.naturalWidth)"
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+
+
+@contextmanager
+def viewing(run: Path, *options: str) -> Iterator[tuple[str, int]]:
+    """`ireasoner view` as a user starts and ends it; yields its address and port."""
+    command = [sys.executable, "-m", "ireasoner.cli", "view", str(run), "--no-browser", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process:
+        try:
+            found = re.search(r"(http://127\.0\.0\.1:(\d+)/)", process.stdout.readline())
+            assert found, process.communicate()
+            yield found[1], int(found[2])
+        finally:
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=20)
+            assert (process.returncode, errors) == (0, "")
+
+
+def get(port: int, path: str, host: str | None = None) -> tuple[int, dict[str, str], str]:
+    """Status, headers and body of one request."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("GET", path, headers={"Host": host or f"127.0.0.1:{port}"})
+    answer = connection.getresponse()
+    body = answer.read().decode("utf-8", "replace")
+    connection.close()
+    return answer.status, dict(answer.getheaders()), body
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run of the tiny model, with the truth about its images inside it, and held-out questions."""
+    from ireasoner.train import start
+
+    out = tmp_path_factory.mktemp("trained") / "run"
+    dataset.write_unlabeled(out / "data" / "unlabeled", 8)
+    questions = dataset.write_questions(out / "data" / "test", 8)
+    flags = {"images": str(out / "data" / "unlabeled"), "model": "tiny", "steps": 4, "images_per_step": 4}
+    config = resolve(flags | {"eval_data": str(questions), "probe_every": 2, "save_every": 2, "blank_every": 2})
+    assert start(config, out).complete
+    return out
+
+
+# --- what it answers --------------------------------------------------------------------------------------------------
+
+
+def test_every_part_is_served_under_a_strict_policy(trained: Path):
+    with viewing(trained) as (_, port):
+        kinds = {
+            "/": "text/html",
+            "/style.css": "text/css",
+            "/page.js": "text/javascript",
+            "/pulse": "application/json",
+        }
+        kinds |= {f"/part/{part}": "text/html" for part in ("working", "episodes", "agreement", "change", "ran")}
+        for path, kind in kinds.items():
+            status, headers, body = get(port, path)
+            assert (status, headers["content-type"].partition(";")[0]) == (200, kind), path
+            policy = headers["content-security-policy"]
+            assert policy.startswith("default-src 'none'")
+            assert "unsafe" not in policy
+            assert headers["x-content-type-options"] == "nosniff"
+            assert body
+        status, headers, body = get(port, "/curves/0.svg?v=1")
+        assert (status, headers["content-type"]) == (200, "image/svg+xml")
+        name = next((trained / "images").iterdir()).name
+        assert get(port, f"/images/{name}")[0] == 200
+        page = get(port, "/")[2]
+        assert not re.search(r"\sstyle=|\son\w+=|https?://", page)
+
+
+def test_hosts_that_are_not_loopback_are_refused(trained: Path):
+    with viewing(trained) as (_, port):
+        for host in (
+            "evil.example",
+            f"evil.example:{port}",
+            "127.0.0.1.evil.example",
+            "192.168.0.1",
+            "",
+            "localhost.evil",
+        ):
+            assert get(port, "/", host or " ")[0] == 400, host
+            assert get(port, "/pulse", host or " ")[0] == 400, host
+        for host in (f"127.0.0.1:{port}", f"localhost:{port}", "localhost"):
+            assert get(port, "/", host)[0] == 200, host
+
+
+def test_nothing_but_its_own_is_served(trained: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (tmp_path / "secret.png").write_bytes(b"the secret of the house")
+    (run / "images" / "00000000.png").symlink_to(tmp_path / "secret.png")
+    places = (
+        "/images/../config.yaml", "/images/..%2fconfig.yaml", "/images/%2e%2e/config.yaml", "/images/00000000.png",
+        "/images/..%2f..%2fsecret.png", "/images//etc/passwd", "/images/%00.png", "/images/", "/config.yaml",
+        "/curves/99.svg", "/curves/-1.svg", "/part/page", "/part/..%2fpage", "/templates/page.html",
+    )  # fmt: skip
+    with viewing(run) as (_, port):
+        for place in places:
+            status, _, body = get(port, place)
+            assert status == 404, place
+            assert "secret" not in body
+        for query in (
+            "?show=%00&q=%ff&from=-1&to=1e9&page=99999999999",
+            "?q=" + "x" * 5000,
+            "?page=3&show=../..",
+            "?q=%3Cb%3E",
+        ):
+            status, _, body = get(port, f"/part/episodes{query}")
+            assert status == 200, query
+            assert "<b>" not in body
+
+
+def test_mistakes_are_told_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from ireasoner.cli import main
+
+    run = with_metrics(new_run(tmp_path / "run")).run_dir
+    (tmp_path / "bad" / "images").mkdir(parents=True)
+    (tmp_path / "bad" / "config.yaml").write_text("steps: [")
+    (tmp_path / "truth").write_text("{}\n")
+    with viewing(run) as (_, port):
+        mistakes = {
+            ("view", str(tmp_path / "nowhere")): "is not a run directory",
+            ("view", str(tmp_path / "bad")): "this run cannot be shown",
+            ("view", str(run), "--port", str(port), "--no-browser"): f"port {port} cannot be used",
+            ("view", str(run), "--port", "70000"): "is not a port",
+            ("view", str(run), "--truth", str(tmp_path / "none")): "cannot read the truth",
+            ("view", str(run), "--truth", str(tmp_path / "truth")): "is no file of truth",
+            ("report", str(tmp_path)): "is not a run directory",
+            ("report", str(run), "--out", str(tmp_path / "no" / "file.html")): "cannot be written",
+            ("runs", str(tmp_path / "nowhere")): "is not a folder",
+        }
+        for argv, message in mistakes.items():
+            assert main(argv) == 2
+            error = capsys.readouterr().err
+            assert message in error
+            assert len(error.strip().splitlines()) == 1
+
+
+# --- runs that grow, break and vanish ---------------------------------------------------------------------------------
+
+
+def test_a_run_is_read_as_it_grows(tmp_path: Path):
+    recorder = with_metrics(new_run(tmp_path / "run"), 1)
+    run = Run(recorder.run_dir)
+    versions = {run.version}
+    recorder.episode(episode(question="The first."))
+    with (recorder.run_dir / "episodes.jsonl").open("ab") as file:
+        file.write(json.dumps(episode(question="The second.", step=2)).encode()[:-20])  # not yet whole
+    run.refresh()
+    versions.add(run.version)
+    assert [entry.question for entry in run.entries] == ["The first."]
+    with (recorder.run_dir / "episodes.jsonl").open("ab") as file:
+        file.write(json.dumps(episode(question="The second.", step=2)).encode()[-20:] + b"\n")
+    run.refresh()
+    versions.add(run.version)
+    assert [entry.question for entry in run.entries] == ["The first.", "The second."]
+    assert [e.question.text for entry in run.entries if (e := run.episode(entry))] == ["The first.", "The second."]
+    assert len(versions) == 3
+    assert run.damaged == 0
+
+
+def test_a_run_that_went_back_is_read_anew(tmp_path: Path):
+    recorder = with_metrics(new_run(tmp_path / "run"), 4)
+    for step in (1, 2, 3, 4):
+        recorder.episode(episode(question=f"Of step {step}.", step=step))
+    run = Run(recorder.run_dir)
+    recorder.rewind(2)
+    recorder.episode(episode(question="Another.", step=3))
+    run.refresh()
+    assert [entry.question for entry in run.entries] == ["Of step 1.", "Of step 2.", "Another."]
+    assert run.step == 2
+
+
+def test_lines_that_are_no_records_are_left_out_and_counted(tmp_path: Path):
+    recorder = with_metrics(new_run(tmp_path / "run"))
+    deep = b"[" * 100_000 + b"]" * 100_000
+    wrong = [
+        b"", b"null", b"\x00\xff", deep, b'{"step": 1}', b'{"step": "x", "image": []}', b'{"step": 1e400}',
+        json.dumps(episode() | {"trajectories": "many"}).encode(), json.dumps(episode() | {"step": None}).encode(),
+        json.dumps(episode() | {"question": {"text": ["a"]}}).encode(),
+        json.dumps(episode() | {"trajectories": episode()["trajectories"] * 1000}).encode(),
+    ]  # fmt: skip
+    for name in ("episodes", "metrics", "probes", "skipped", "events"):
+        with (recorder.run_dir / f"{name}.jsonl").open("ab") as file:
+            file.writelines(line + b"\n" for line in wrong)
+    recorder.episode(episode(question="A whole one."))
+    run = Run(recorder.run_dir)
+    assert [entry.question for entry in run.entries] == ["A whole one."]
+    assert run.damaged > 3 * len(wrong)
+    assert "A whole one." in write_report(recorder.run_dir, tmp_path / "page.html").read_text("utf-8")
+
+
+def test_the_lock_tells_a_running_run_from_a_stopped_one(tmp_path: Path):
+    recorder = with_metrics(new_run(tmp_path / "run"))
+    run = Run(recorder.run_dir)
+    assert run.state() == "stopped"
+    with (recorder.run_dir / ".lock").open("w") as lock:
+        assert run.state() == "stopped"  # a lock that nobody holds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run.state() == "running"
+    assert run.state() == "stopped"
+    recorder.write_text("summary.json", '{"stopped_early": false}')
+    run.refresh()
+    assert run.state() == "finished"
+
+
+def test_who_looks_does_not_keep_a_run_from_starting(tmp_path: Path):
+    from ireasoner.train import RunError, _only_writer
+
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another process is training"), _only_writer(tmp_path):
+            pass
+    look = f"f = open({str(tmp_path / '.lock')!r}); fcntl.flock(f, fcntl.LOCK_SH); print(flush=True); time.sleep(0.15)"
+    process = subprocess.Popen([sys.executable, "-c", f"import fcntl, time; {look}"], stdout=subprocess.PIPE)
+    with process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with _only_writer(tmp_path):
+            pass
+
+
+def test_a_run_deleted_under_the_viewer_leaves_what_was_read(tmp_path: Path):
+    recorder = with_metrics(new_run(tmp_path / "run"))
+    recorder.episode(episode(question="Before the end."))
+    with viewing(recorder.run_dir) as (_, port):
+        assert "Before the end." in get(port, "/")[2]
+        shutil.rmtree(recorder.run_dir)
+        for path in ("/", "/part/working", "/part/episodes", "/part/ran", "/curves/0.svg"):
+            assert get(port, path)[0] == 200, path
+        assert "The run directory is gone" in get(port, "/")[2]
+        assert json.loads(get(port, "/pulse")[2])["state"] == "gone"
+
+
+def test_runs_are_listed_with_state_and_result(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from ireasoner.cli import main
+
+    shutil.copytree(trained, tmp_path / "group" / "real")
+    with_metrics(new_run(tmp_path / "\x1b[31mcut"), 2)
+    new_run(tmp_path / "fresh")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("some: thing\n")
+    rows = {row[0]: row[1:] for row in overview(tmp_path)[1:]}
+    assert set(rows) == {"group/real", "\x1b[31mcut", "fresh"}
+    assert rows["group/real"][:1] + rows["group/real"][4:5] == ["finished", "4/4"]
+    assert re.fullmatch(r"greedy [\d.]+ → [\d.]+ % \([+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]\)", rows["group/real"][5])
+    assert rows["\x1b[31mcut"][4:] == ["2/3", "reward 0.500, majority 0.700"]
+    assert rows["fresh"][4:] == ["0/3", ""]
+    assert main(["runs", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "group/real" in printed
+    assert "\x1b" not in printed
+    (tmp_path / "none").mkdir()
+    assert main(["runs", str(tmp_path / "none")]) == 0
+    assert "demo" in capsys.readouterr().out
+    with pytest.raises(UsageError):
+        overview(tmp_path / "nowhere")
+
+
+def test_viewing_imports_no_torch(trained: Path):
+    code = f"""
+import sys
+from pathlib import Path
+from ireasoner.report.page import Page, write_report
+from ireasoner.report.server import Viewer
+from ireasoner.report.run import Run, overview
+run = Run(Path({str(trained)!r}))
+Page(run).render("page.html")
+Viewer(run).app()
+overview(Path({str(trained)!r}))
+print(sorted(set(sys.modules) & {{"torch", "transformers", "peft", "accelerate", "safetensors"}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "[]"
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def tab(browser: Browser, width: int = 1280, **options: Any) -> Iterator[Page]:
+    """A page that must neither complain, nor be asked for anything, nor reach for another machine."""
+    complaints: list[str] = []
+    asked: list[str] = []
+
+    def hear(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            complaints.append(message.text)
+
+    context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    page.on("console", hear)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: complaints.append(dialog.message))
+    page.on("request", lambda request: asked.append(request.url))
+    yield page
+    assert page.evaluate("window.pwned") is None
+    context.close()
+    assert complaints == []
+    assert all(url.startswith(("http://127.0.0.1:", "data:", "file:")) for url in asked)
+
+
+def until(page: Page, condition: str) -> None:
+    """Wait for a condition; `wait_for_function` would need `unsafe-eval`, which the page's policy forbids."""
+    for _ in range(200):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(condition)
+
+
+@needs_browser
+def test_a_real_run_in_a_browser(trained: Path, browser: Browser):
+    with viewing(trained) as (address, _), tab(browser) as page:
+        page.goto(address)
+        assert page.locator("#state").inner_text() == "finished"
+        assert "8 held-out questions" in page.locator(".verdict").inner_text()
+        assert page.locator(".panel img").count() >= 11
+        until(page, LOADED)
+        articles = page.locator("article")
+        assert articles.count() == 12  # of the 16
+        page.get_by_role("link", name="Next").click()
+        until(page, "document.querySelectorAll('article').length === 4")
+
+        page.get_by_label("Show").select_option("most disagreement")
+        until(page, "document.querySelectorAll('article').length === 12")
+        entropies = [float(x) for x in re.findall(r"entropy ([\d.]+)", page.locator("#episodes").inner_text())]
+        assert entropies == sorted(entropies, reverse=True)
+        name = page.locator("article .head .hint .said:first-child").nth(3).inner_text()
+        page.get_by_label("with").fill(name)
+        until(page, f"{IDLE} && document.querySelectorAll('article').length < 12")
+        assert set(page.locator("article .head .hint .said:first-child").all_inner_texts()) == {name}
+        assert f"q={name.replace('/', '%2F')}" in page.url  # can be shared
+
+
+@needs_browser
+def test_steps_are_coloured_and_reward_terms_add_up_in_a_browser(trained: Path, browser: Browser):
+    with viewing(trained) as (address, _), tab(browser) as page:
+        page.goto(f"{address}?show=disagreement")
+        page.locator("article summary").nth(1).click()
+        opened = page.locator("article").nth(1)
+        assert opened.locator(".trajectory").count() == 5
+        assert opened.locator(".group.majority").count() == 1
+        colours = page.evaluate(
+            "[...document.querySelectorAll('.trajectory li')].filter(li => li.offsetParent)"
+            ".map(li => [li.className, getComputedStyle(li).backgroundColor, li.title])"
+        )
+        shades = {name: colour for name, colour, _ in colours if name != "none"}
+        assert len(shades) > 1
+        assert len(set(shades.values())) == len(shades)
+        for name, _, title in colours:
+            number = re.match(r"agreement (\d\.\d+)", title)
+            assert (number is None) == (name == "none")
+            assert number is None or round(10 * float(number[1])) == int(name[1:])
+        assert page.get_by_text("does not add up").count() == 0
+        sums = [row.inner_text() for row in opened.locator("tr[data-name=reward]").all()]
+        assert len(sums) == 5
+        for text in sums:  # by hand, as a reader would
+            total, a, outcome, b, agreement = map(float, re.findall(r"\d+\.?\d*", text))
+            assert total == pytest.approx(a * outcome + b * agreement, abs=2e-4)
+        for text in [row.inner_text() for row in opened.locator("tr[data-name='step agreement']").all()]:
+            value, *terms = map(float, re.findall(r"\d+\.\d+", text))
+            assert value == pytest.approx(sum(terms) / len(terms) if terms else 0.0, abs=2e-4)
+        assert opened.locator(".heat td").count() > 0
+
+
+@needs_browser
+def test_what_a_model_wrote_stays_text_in_a_browser(tmp_path: Path, browser: Browser):
+    recorder = with_metrics(new_run(tmp_path / "run"))
+    for text in HOSTILE:
+        recorder.episode(episode(text, question=text))
+        recorder.episode(unreadable(text=text))
+        recorder.probe({"step": 0, "image": text, "question": text, "answer": text, "reasoning_steps": [text]})
+        recorder.skip(1, text, text)
+    with viewing(recorder.run_dir) as (address, _), tab(browser) as page:
+        page.goto(address)
+        page.get_by_label("with").fill("<script>")
+        until(page, f"{IDLE} && document.querySelectorAll('article').length < 12")
+        for summary in page.locator("article summary").all():
+            summary.click()
+        assert "<script>window.pwned = 1</script>" in page.locator("#episodes").inner_text()
+        assert page.locator("#episodes script, #episodes iframe, #episodes img").count() == 0
+    with tab(browser) as page:
+        page.goto(write_report(recorder.run_dir, tmp_path / "page.html").as_uri())
+        assert "<script>window.pwned = 1</script>" in page.locator("#episodes").inner_text()
+        assert page.locator("main iframe").count() == 0
+
+
+@needs_browser
+def test_the_report_filters_and_searches_without_a_server(trained: Path, tmp_path: Path, browser: Browser):
+    with tab(browser) as page:
+        page.goto(write_report(trained, tmp_path / "page.html").as_uri())
+        until(page, LOADED)
+        shown = page.locator("article:not([hidden])")
+        assert shown.count() == 16
+        page.get_by_label("Show").select_option("most disagreement")
+        entropies = [float(x) for x in re.findall(r"entropy ([\d.]+)", page.locator("#episodes").inner_text())]
+        assert entropies == sorted(entropies, reverse=True)
+        name = shown.nth(2).locator(".head .hint .said").first.inner_text()
+        page.get_by_label("with").fill(name)
+        assert 0 < shown.count() < 16
+        assert page.locator("#count").inner_text().startswith(f"{shown.count()} of 16 episodes")
+
+
+@needs_browser
+def test_curves_are_read_out_at_a_step(trained: Path, browser: Browser):
+    with viewing(trained) as (address, _), tab(browser) as page:
+        page.goto(address)
+        panel = page.locator(".panel").nth(3)
+        assert " → " in panel.locator("output").inner_text()
+        page.get_by_label("Read the curves at step").focus()
+        page.keyboard.press("Home")  # a range is moved by keys
+        metrics = Run(trained).metrics[0]
+        assert float(panel.locator("output").inner_text()) == pytest.approx(metrics["answers/entropy"], rel=0.01)
+        assert page.locator("#at-value").inner_text() == "1"
+        page.get_by_role("link", name="Episodes of this step").click()
+        until(page, "document.querySelectorAll('article').length === 4")
+        assert set(re.findall(r"step (\d+) ·", page.locator("#episodes").inner_text())) == {"1"}
+
+
+@needs_browser
+def test_the_page_is_reached_by_keys_alone(trained: Path, browser: Browser):
+    with viewing(trained) as (address, _), tab(browser) as page:
+        page.goto(address)
+        page.get_by_label("Show").focus()
+        page.keyboard.press("ArrowDown")
+        until(page, "location.search.includes('show=disagreement')")
+        summary = page.locator("article summary").nth(1)
+        summary.focus()
+        page.keyboard.press("Enter")
+        assert page.locator("article").nth(1).locator(".trajectory").first.is_visible()
+        outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert outline == "solid"
+
+
+# The contrast of every text with what is behind it, by WCAG; small text needs 4.5.
+CONTRASTS = """() => {
+    const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+    function rgb(colour) {
+        canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data];
+    }
+    function linear(c) { return c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4; }
+    function light([r, g, b]) { return .2126 * linear(r / 255) + .7152 * linear(g / 255) + .0722 * linear(b / 255); }
+    function behind(e) {
+        while (e && rgb(getComputedStyle(e).backgroundColor)[3] < 255) e = e.parentElement;
+        return e ? rgb(getComputedStyle(e).backgroundColor) : [255, 255, 255];
+    }
+    const shown = [...document.querySelectorAll("main *, nav a, header *")].filter(
+        (e) => e.offsetParent && [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()));
+    return shown.map((e) => {
+        const a = light(rgb(getComputedStyle(e).color)), b = light(behind(e));
+        return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), `${e.tagName} ${e.className}: ${e.textContent}`];
+    });
+}"""
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_and_is_readable(trained: Path, browser: Browser, width: int, scheme: Any):
+    with viewing(trained) as (address, _), tab(browser, width, color_scheme=scheme) as page:
+        page.goto(address)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        contrasts = page.evaluate(CONTRASTS)
+        assert len(contrasts) > 100
+        assert {text for contrast, text in contrasts if contrast < 4.5} == set()
+
+
+@needs_browser
+def test_the_page_follows_a_run(tmp_path: Path, browser: Browser):
+    recorder = with_metrics(new_run(tmp_path / "run"), 2)
+    recorder.episode(episode(question="The first."))
+    lock = (recorder.run_dir / ".lock").open("w")
+    with lock, viewing(recorder.run_dir) as (address, _), tab(browser) as page:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        page.goto(address)
+        assert page.locator("#state").inner_text() == "running"
+        page.wait_for_timeout(3500)  # it has looked once
+        recorder.metrics(3, METRICS | {"answers/entropy": 0.123})
+        recorder.episode(episode(question="The second.", step=3))
+        page.get_by_role("link", name="New episodes: show").click()
+        page.get_by_text("The second.", exact=True).wait_for()
+        until(page, "document.querySelectorAll('.panel')[3].textContent.includes('0.123')")
+        lock.close()
+        until(page, "document.querySelector('#state').textContent === 'stopped'")
+        shutil.rmtree(recorder.run_dir)
+        until(page, "document.querySelector('#state').textContent === 'gone'")
+        page.get_by_text("The run directory is gone").wait_for()
+
+
+@needs_browser
+def test_a_long_run_opens_at_once_and_in_pages(tmp_path: Path, browser: Browser):
+    recorder = new_run(tmp_path / "run", steps=2500, images_per_step=1)
+    Image.new("RGB", (64, 64), "red").save(recorder.run_dir / "images" / "00000000.png")
+    lines = [json.dumps(episode(f"text {step}", step=step, thumbnail="images/00000000.png")) for step in range(1, 2501)]
+    (recorder.run_dir / "episodes.jsonl").write_text("\n".join(lines) + "\n")
+    rows = [json.dumps(METRICS | {"step": step, "answers/entropy": 1 / step}) for step in range(1, 2501)]
+    (recorder.run_dir / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    with viewing(recorder.run_dir) as (address, port), tab(browser) as page:
+        page.goto(address)
+        assert page.locator("article").count() == 12
+        assert "of 2500 episodes" in page.locator(".pager").inner_text()
+        assert len(get(port, "/")[2]) < 400_000
+        page.get_by_label("with").fill("text 1234")
+        until(page, "document.querySelectorAll('article').length === 1")
