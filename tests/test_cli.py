@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import io
 import json
@@ -77,6 +78,27 @@ def test_every_option_of_every_command_is_explained():
     assert tuple(commands.choices) == COMMANDS  # type: ignore[arg-type]
     for parser in commands.choices.values():  # type: ignore[union-attr]
         assert all(action.help for action in parser._actions)
+
+
+def test_a_room_imports_only_rooms_above_it():
+    """By the README's table of rooms, read downwards and, within a row, from left to right; late imports count too."""
+    root = Path(__file__).parents[1]
+    table = (root / "README.md").read_text("utf-8").partition("## What is where")[2].partition("\n\ndocs/")[0]
+    first_cells = re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)
+    rooms = [name.removeprefix("src/ireasoner/").rstrip("/") for cell in first_cells for name in cell.split("`")[1::2]]
+    package = root / "src" / "ireasoner"
+    files = [path for path in package.rglob("*.py") if path != package / "__init__.py"]
+    assert {path.relative_to(package).parts[0] for path in files} <= set(rooms)
+    for path in files:
+        room = path.relative_to(package).parts[0]
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("ireasoner"):
+                continue
+            modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            named = {module.split(".")[1] for module in modules if module and "." in module}
+            used = {name for name in rooms if name.removesuffix(".py") in named}
+            above = rooms[: rooms.index(room) + 1]
+            assert used <= set(above), f"{path.name} imports {used - set(above)}"
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import http.client
+import itertools
 import json
+import random
 import re
 import shutil
 import signal
@@ -22,11 +24,15 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 from ireasoner.config import resolve
 from ireasoner.playground import dataset
 from ireasoner.report import write_report
+from ireasoner.report.curves import PANELS, draw_panel
+from ireasoner.report.page import Page as Rendered
+from ireasoner.report.page import Query
 from ireasoner.report.run import Run, overview
 from ireasoner.types import UsageError
 from runs import HOSTILE, METRICS, episode, new_run, unreadable, with_metrics
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+TAILS = ("metrics", "episodes", "probes", "skipped", "events")
 IDLE = "!document.querySelector('[aria-busy]')"
 LOADED = "[...document.querySelectorAll('.panel img')].every(i => i.complete && i.naturalWidth)"
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
@@ -213,7 +219,7 @@ def test_lines_that_are_no_records_are_left_out_and_counted(tmp_path: Path):
         json.dumps(episode() | {"question": {"text": ["a"]}}).encode(),
         json.dumps(episode() | {"trajectories": episode()["trajectories"] * 1000}).encode(),
     ]  # fmt: skip
-    for name in ("episodes", "metrics", "probes", "skipped", "events"):
+    for name in TAILS:
         with (recorder.run_dir / f"{name}.jsonl").open("ab") as file:
             file.writelines(line + b"\n" for line in wrong)
     recorder.episode(episode(question="A whole one."))
@@ -221,6 +227,65 @@ def test_lines_that_are_no_records_are_left_out_and_counted(tmp_path: Path):
     assert [entry.question for entry in run.entries] == ["A whole one."]
     assert run.damaged > 3 * len(wrong)
     assert "A whole one." in write_report(recorder.run_dir, tmp_path / "page.html").read_text("utf-8")
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of all values inside a value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inside:
+        yield (*path, key)
+        yield from leaves(item, (*path, key))
+
+
+STRANGE = (
+    None, True, -1, 0, 7, 10**30, -1e300, 1e-300, float("nan"), float("inf"), "", "x", "../../etc/passwd", "\ud800",
+    [], {}, [[]], {"a": []}, ["a"] * 100, "x" * 10_000, [None] * 3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_record_of_any_kind_breaks_nothing(trained: Path, tmp_path: Path, seed: int):
+    """Ten values at random places of a real run's files are replaced by others; six times each."""
+    rng = random.Random(seed)
+    for _ in range(6):
+        run = tmp_path / f"run-{rng.random()}"
+        run.mkdir()
+        shutil.copytree(trained / "images", run / "images")
+        for name in ("config.yaml", "summary.json", "versions.json", *(f"{n}.jsonl" for n in TAILS)):
+            if (trained / name).exists():
+                shutil.copy(trained / name, run / name)
+        for _ in range(10):
+            name = rng.choice(["summary.json", "episodes.jsonl", "metrics.jsonl", "probes.jsonl", "versions.json"])
+            file = run / name
+            lines = [file.read_text()] if file.suffix == ".json" else file.read_text().splitlines()
+            number = rng.randrange(len(lines))
+            record = json.loads(lines[number])
+            if places := list(leaves(record)):
+                *way, last = rng.choice(places)
+                target = record
+                for key in way:
+                    target = target[key]
+                target[last] = rng.choice(STRANGE)
+            lines[number] = json.dumps(record)
+            file.write_text("\n".join(lines) + "\n")
+        read = Run(run)
+        for query in (Query(), Query("disagreement", "x", (0, 2)), Query("wrong", page=3)):
+            assert b"What ran?" in Rendered(read).render("page.html", query)
+        for number in range(len(PANELS)):
+            draw_panel(read, number)
+        write_report(run, tmp_path / "page.html")
+
+
+@pytest.mark.parametrize("kind", ["bomb", "deep", "number", "list", "binary"])
+def test_a_config_of_any_kind_is_refused_in_one_sentence(tmp_path: Path, kind: str):
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    bomb += "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghijkl"))
+    text = {"bomb": f"{bomb}steps: *l\n", "deep": "[" * 50_000, "number": f"steps: {'9' * 5000}", "list": "- 1\n"}
+    (tmp_path / "config.yaml").write_bytes(text.get(kind, "\x00\xff").encode("latin-1"))
+    with pytest.raises(UsageError) as refused:
+        Run(tmp_path)
+    assert len(str(refused.value)) < 6000
+    assert "\n" not in str(refused.value)
 
 
 def test_the_lock_tells_a_running_run_from_a_stopped_one(tmp_path: Path):

@@ -6,6 +6,7 @@ which is the same for every arm: learning rate, steps, lengths, prompts, batch. 
 
 from __future__ import annotations
 
+import reprlib
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -216,7 +217,7 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"{path.parent} is not a run directory: it has no {path.name}") from None
     except ValidationError as error:
         raise ConfigError(f"{path}: {_explain(error)}") from None
-    except (yaml.YAMLError, TypeError, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, TypeError, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 
@@ -238,6 +239,10 @@ def conflicts(stored: Config, flags: dict[str, Any]) -> list[str]:
     return found
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring = 2, 200  # a few lines of YAML can stand for a value of any size
+
+
 def _explain(error: ValidationError) -> str:
     parts = []
     for item in error.errors():
@@ -247,5 +252,5 @@ def _explain(error: ValidationError) -> str:
         elif item["type"] == "extra_forbidden":
             parts.append(f"{name} is not an option")
         else:
-            parts.append(f"{name}: {item['msg'].lower()}, not {item['input']!r}")
+            parts.append(f"{name}: {item['msg'].lower()}, not {_SHORT.repr(item['input'])}")
     return "; ".join(parts)

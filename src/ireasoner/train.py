@@ -147,6 +147,7 @@ class Run:
             self._restore(checkpoint, state)
         else:
             # Only now, when everything that the user named has proved usable, does the folder become a run.
+            recorder.write_text("versions.json", write_json(versions()))
             recorder.write_text("config.yaml", dump_config(config))
             self.probe()
             self.save()
@@ -443,11 +444,16 @@ class Run:
             "after": after.summary() if after else None,
             "difference": compare(before, after) if before and after else None,
             "training_seconds": self.elapsed,
-            "versions": {"ireasoner": __version__, **{name: metadata.version(name) for name in PACKAGES}},
+            "versions": versions(),
         }
         self.recorder.sync()
         self.recorder.write_text("summary.json", write_json(summary))
         return summary
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of those that a run's numbers depend on."""
+    return {"ireasoner": __version__, **{name: metadata.version(name) for name in PACKAGES}}
 
 
 def _load_state(checkpoint: Path) -> dict[str, Any]:

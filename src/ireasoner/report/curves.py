@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 THROUGHPUT = "trajectories a second"
-MOST_POINTS = 600  # of a curve that are drawn
+MOST_POINTS = 300  # of a curve that are drawn: a panel is about as many pixels wide
 FOREGROUND = "#010203"  # stands for the colour of the page's text in an SVG
-AXES = (0.12, 0.12, 0.86, 0.84)  # left, bottom, width and height of a panel's axes, in parts of the panel
+AXES = (0.15, 0.12, 0.83, 0.84)  # left, bottom, width and height of a panel's axes, in parts of the panel
 _drawing = threading.Lock()  # matplotlib's caches are not made for several threads
 
 
@@ -172,6 +172,9 @@ def _draw(axis: Axes, run: Run, panel: Panel) -> None:
     if run.metrics:
         first, last = run.metrics[0]["step"], run.metrics[-1]["step"]
         axis.set_xlim(first, max(last, first + 1))
+        back = run.summary.get("best_step") if run.state() == "ended itself" and run.summary else None
+        if type(back) is int and first <= back <= last:  # where it went back to
+            axis.axvline(back, color="#888", linestyle=":", linewidth=1.2)
 
 
 def _colors() -> Iterator[str]:

@@ -220,7 +220,7 @@ def _accuracy(run: Run) -> Accuracy | None:
             cells = [_interval(part, "{:.1f}") for part in parts]
             rows.append((name, cells[0], cells[1], _interval(change, "{:+.1f}"), f"{change['p']:.4f}"))
         return Accuracy(int(summary["before"]["questions"]), rows) if rows else None
-    except (KeyError, TypeError, ValueError):  # not ours
+    except (KeyError, TypeError, ValueError, ArithmeticError):  # not ours
         return None
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,6 +28,11 @@ MOST_TRAJECTORIES, MOST_STEPS = 64, 64  # of an episode, that are shown
 State = Literal["finished", "ended itself", "running", "stopped"]
 
 
+# No record of ours comes near these bounds, within which no sum overflows.
+Number = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+
+
 class _Record(BaseModel):
     """Part of an episode, as `recorder.episode_record` writes it; other keys are ignored."""
 
@@ -36,9 +40,9 @@ class _Record(BaseModel):
 
 
 class StepScore(_Record):
-    similarity: float | None
-    recurrence: float
-    score: float | None
+    similarity: Number | None
+    recurrence: Number
+    score: Number | None
 
 
 class Trajectory(_Record):
@@ -49,11 +53,11 @@ class Trajectory(_Record):
     well_formed: bool
     problem: str | None
     text: str
-    words_before_answer: int
-    num_tokens: int
+    words_before_answer: Count
+    num_tokens: Count
     finish_reason: str
-    reward: float
-    reward_parts: dict[str, float]
+    reward: Number
+    reward_parts: dict[str, Number]
     step_scores: list[StepScore] = Field(default_factory=list)  # runs of version 0.1 before it have none
 
     @property
@@ -74,22 +78,22 @@ class Proposal(_Record):
 
 
 class Episode(_Record):
-    step: int
+    step: Count
     image: str
     question: Question
     question_completion: Proposal | None
-    proposer_reward: float
+    proposer_reward: Number
     majority_answer: str | None
-    majority_fraction: float
-    answer_entropy: float
+    majority_fraction: Number
+    answer_entropy: Number
     trajectories: list[Trajectory] = Field(max_length=MOST_TRAJECTORIES)
-    step_weight: float | None = None
+    step_weight: Number | None = None
     true_answer: str | None = None
     thumbnail: str = ""
 
 
 class Probe(_Record):
-    step: int
+    step: Count
     image: str
     question: str
     answer: str | None
@@ -205,10 +209,11 @@ class Run:
     def refresh(self) -> None:
         """Read what is new."""
         try:
-            for name, tail in self._tails.items():
-                self._read(name, tail)
-            self.summary = _summary(self.path)
-            self.gone = not (self.path / "config.yaml").exists()
+            self.gone = not (self.path / "config.yaml").is_file()
+            if not self.gone:
+                for name, tail in self._tails.items():
+                    self._read(name, tail)
+                self.summary = _json(self.path / "summary.json")
         except OSError:  # deleted, or unmounted, while it was read
             self.gone = True
 
@@ -224,6 +229,11 @@ class Run:
                 return Episode.model_validate_json(_without_surrogates(file.read(entry.place[1])))
         except (OSError, ValueError, RecursionError):
             return None
+
+    def versions(self) -> dict[str, str]:
+        """Of the packages that the run began with; empty if it did not record them."""
+        found = _json(self.path / "versions.json") or (self.summary or {}).get("versions")
+        return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
     def thumbnail(self, name: str) -> Path | None:
         """A run's own thumbnail by its recorded name; None for anything outside the run's folder of images."""
@@ -278,11 +288,10 @@ class Run:
         if name == "probes":
             return Probe.model_validate_json(line)
         record = json.loads(line)
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
+        if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= 10**9:
             raise ValueError("not a record")
         if name == "metrics":
-            numbers = {k: v for k, v in record.items() if type(v) in (int, float) and math.isfinite(v)}
-            return numbers
+            return {key: value for key, value in record.items() if type(value) in (int, float) and abs(value) < 1e15}
         return {key: str(value) for key, value in record.items() if key != "step"} | {"step": record["step"]}
 
     def _entry(self, place: tuple[int, int], e: Episode) -> Entry:
@@ -311,11 +320,11 @@ def _without_surrogates(line: bytes) -> bytes:
     return json.dumps(json.loads(line), ensure_ascii=False).encode("utf-8", "replace") if b"\\ud" in line else line
 
 
-def _summary(path: Path) -> dict[str, Any] | None:
-    file = path / "summary.json"
+def _json(file: Path) -> dict[str, Any] | None:
+    """What a small file holds; None if it is missing or something else."""
     try:
         found = json.loads(file.read_bytes()) if file.is_file() and file.stat().st_size < LONGEST_LINE else None
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -358,7 +367,7 @@ def _overview_row(path: Path, name: str) -> list[str] | None:
     """None for a folder whose config is not a run's."""
     try:
         config = load_config(path / "config.yaml")
-        summary, last = _summary(path), _last_metrics(path)
+        summary, last = _json(path / "summary.json"), _last_metrics(path)
     except (ConfigError, OSError):
         return None
     step = f"{last.get('step', 0)}/{config.steps}"
@@ -371,7 +380,7 @@ def _result(summary: dict[str, Any], last: dict[str, Any]) -> str:
         before, after = (100 * summary[when]["greedy"]["mean"] for when in ("before", "after"))
         low, high = (100 * summary["difference"]["greedy"][end] for end in ("low", "high"))
         return f"greedy {before:.1f} → {after:.1f} % ({after - before:+.1f} [{low:+.1f}, {high:+.1f}])"
-    except (KeyError, TypeError, ValueError):  # not measured
+    except (KeyError, TypeError, ValueError, ArithmeticError):  # not measured
         shown = {"reward": "reward/solver/total", "majority": "answers/majority_fraction"}
         return ", ".join(f"{name} {last[key]:.3f}" for name, key in shown.items() if type(last.get(key)) is float)
 

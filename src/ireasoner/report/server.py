@@ -43,7 +43,7 @@ class Viewer:
     def __init__(self, run: Run) -> None:
         self.run, self.page = run, Page(run)
         self.lock = threading.Lock()  # requests come on several threads
-        self.drawn: dict[tuple[int, int], str] = {}
+        self.drawn: dict[int, tuple[int, str]] = {}  # each panel, and of how many steps
 
     def app(self) -> Starlette:
         """As an ASGI application, which answers to loopback names alone: no other site can make its name mean this."""
@@ -86,12 +86,19 @@ class Viewer:
         number = request.path_params["number"]
         if number >= len(PANELS):
             raise HTTPException(404)
+        return Response(self._draw(number), media_type="image/svg+xml", headers=PICTURE)
+
+    def draw_all(self) -> None:
+        """Every panel, before it is asked for."""
+        for number in range(len(PANELS)):
+            self._draw(number)
+
+    def _draw(self, number: int) -> str:
         with self.lock:
-            key = (number, len(self.run.metrics))
-            if key not in self.drawn:
-                self.drawn = {k: v for k, v in self.drawn.items() if k[0] != number}
-                self.drawn[key] = draw_panel(self.run, number)
-            return Response(self.drawn[key], media_type="image/svg+xml", headers=PICTURE)
+            count, drawn = self.drawn.get(number, (-1, ""))
+            if count != len(self.run.metrics):
+                count, drawn = self.drawn[number] = len(self.run.metrics), draw_panel(self.run, number)
+            return drawn
 
     def image(self, request: Request) -> Response:
         """A thumbnail of the run."""
@@ -143,5 +150,6 @@ def serve(path: Path, truth: Path | None, port: int, on_ready: Callable[[str], N
         uvicorn.Config(viewer.app(), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     )
     with listener:
+        threading.Thread(target=viewer.draw_all, daemon=True).start()  # while the browser comes up
         on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/")
         server.run(sockets=[listener])

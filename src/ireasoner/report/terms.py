@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ireasoner.config import Config
@@ -31,6 +32,13 @@ def solver_terms(config: Config, episode: Episode, trajectory: Trajectory) -> li
     if weight is None or set(parts) != {"outcome", "step_agreement"}:
         lines = [Line("reward", trajectory.reward, "", True)]
         return lines + [Line(name.replace("_", " "), value, "", True) for name, value in parts.items()]
+    with suppress(ArithmeticError):  # constants that no run could have used
+        return _solver_lines(config, episode, trajectory, weight)
+    return [Line("reward", trajectory.reward, "terms that overflow", False)]
+
+
+def _solver_lines(config: Config, episode: Episode, trajectory: Trajectory, weight: float) -> list[Line]:
+    parts = trajectory.reward_parts
     outcome, agreement = parts["outcome"], parts["step_agreement"]
     if config.reward != "agreement":
         meaning = {
@@ -55,7 +63,10 @@ def proposer_term(config: Config, episode: Episode) -> Line:
     readable = sum(t.well_formed for t in episode.trajectories)
     if readable < 2:
         return _line("proposer's reward", episode.proposer_reward, 0.0, "fewer than two answers could be read")
-    worth = math.exp(-((entropy - target) ** 2) / (2 * width**2))
+    try:
+        worth = math.exp(-((entropy - target) ** 2) / (2 * width**2))
+    except ArithmeticError:  # constants that no run could have used
+        return Line("proposer's reward", episode.proposer_reward, "terms that overflow", False)
     made_of = f"exp(−({entropy:.3f} − {target:g})² / (2 · {width:g}²)): entropy of the vote against the one aimed at"
     return _line("proposer's reward", episode.proposer_reward, worth, made_of)
 

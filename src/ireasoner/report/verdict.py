@@ -89,7 +89,7 @@ def _accuracy(summary: Mapping[str, Any]) -> Verdict:
         down = [name for name, (_, high) in ends.items() if high < 0]
         questions = summary["before"]["questions"]
         told = {name: _points(name, summary, changes[name]) for name in changes}
-    except (KeyError, TypeError, ValueError):  # none measured, or a file of somebody else's
+    except (KeyError, TypeError, ValueError, ArithmeticError):  # none measured, or a file of somebody else's
         return Verdict("unsure", "")
     if up and not down:
         rest = [name for name in changes if name not in up]

@@ -87,7 +87,14 @@ async function showEpisodes(query, remember = true) {
 
 function followFilter() {
   const form = find("#filter");
-  const ask = () => showEpisodes(new URLSearchParams(new FormData(form)).toString());
+  let stretch = form.elements.from.value + "-" + form.elements.to.value;
+  const ask = () => {
+    const query = new URLSearchParams(new FormData(form)).toString();
+    const chosen = form.elements.from.value + "-" + form.elements.to.value;
+    if (chosen !== stretch) fetchInto(find("#agreement"), `/part/agreement?${query}`).catch(() => {});
+    stretch = chosen;
+    return showEpisodes(query);
+  };
   let typing;
   form.addEventListener("submit", (event) => { event.preventDefault(); ask(); });
   form.addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(ask, 250); });
