@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ireasoner import processes
 from ireasoner.playground import dataset
-from ireasoner.processes import Processes
+from ireasoner.processes import LostProcessError, Processes
 from ireasoner.types import ROLES
 
 LAUNCH = [
@@ -163,3 +164,19 @@ def test_alone_nothing_is_exchanged():
     assert alone.sum(torch.tensor([1.5])).item() == 1.5
     assert (alone.any(True), alone.any(False)) == (True, False)
     assert [Processes(i, 2).share(5) for i in range(2)] == [[0, 2, 4], [1, 3]]
+
+
+def test_what_fails_between_processes_keeps_its_reason(monkeypatch: pytest.MonkeyPatch):
+    def failing(error: RuntimeError) -> Any:
+        def reduce(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(processes, "reduce", reduce)
+        return Processes(0, 2).sum(torch.ones(1))
+
+    with pytest.raises(LostProcessError) as lost:
+        failing(RuntimeError("Connection closed by peer\n#0: a trace"))
+    assert "has ended" in str(lost.value)
+    assert str(lost.value).endswith("(torch says: Connection closed by peer)")
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        failing(torch.OutOfMemoryError("CUDA out of memory"))

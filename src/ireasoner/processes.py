@@ -97,8 +97,11 @@ def joined(device: str) -> Iterator[Processes]:
 def _boundary() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError too, and no peer's doing
+        raise
     except RuntimeError as error:  # what torch.distributed raises if a peer is gone, whatever the backend
+        reason = str(error).partition("\n")[0]
         raise LostProcessError(
             "another process of this run has ended or cannot be reached: what is saved is safe; start as many as you "
-            "like again, with train --resume RUN"
+            f"like again, with train --resume RUN (torch says: {reason})"
         ) from error
