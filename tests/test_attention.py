@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
 from ireasoner import attention
@@ -55,8 +56,38 @@ def test_shared_prompts_are_repeated_prompts(monkeypatch: pytest.MonkeyPatch, ke
     all_values = torch.cat([prompt_values[prompt_R], past[1][rows], now[1]], 2)
     mask = torch.cat([MASK.bool()[prompt_R], torch.ones(len(rows), 3, dtype=torch.bool)], 1)[:, None]
     expected = plain_attention(query, all_keys, all_values, mask)
-    # The softmax is taken in float32, as transformers' own are.
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_bfloat16_is_as_exact_as_a_fused_kernel(monkeypatch: pytest.MonkeyPatch):
+    """Large scores, as trained heads have them: rounded to bfloat16 they would lose five times as much."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    prompt, own = (draw(B, KEY_HEADS, 100, 64) * 3, draw(B, KEY_HEADS, 100, 64)), draw(2, B * N, KEY_HEADS, 20, 64)
+    query = draw(B * N, KEY_HEADS * GROUPS, 1, 64)
+    prompts = DynamicCache()
+    prompts.update(*prompt, 0)
+    cache = SharedCache(prompts, torch.ones(B, 100), N)
+    monkeypatch.setattr(attention, "_active", [cache])
+    found, _ = shared_attention(SimpleNamespace(layer_idx=0), query, *cache.update(*own, 0), None)  # type: ignore[arg-type]
+
+    keys, values = (torch.cat([p.repeat_interleave(N, 0), o], 2) for p, o in zip(prompt, own, strict=True))
+    fused, exact = (
+        scaled_dot_product_attention(query.to(kind), keys.to(kind), values.to(kind), enable_gqa=True).transpose(1, 2)
+        for kind in (torch.bfloat16, torch.float64)
+    )
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).norm() < 2 * (fused - exact).norm()
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
+def test_attention_of_another_kind_is_refused(name: str):
+    one = torch.ones(1, 1, 1, 1)
+    with pytest.raises(NotImplementedError, match=f"attention with {name}"):
+        shared_attention(SimpleNamespace(layer_idx=0), one, one, one, None, **{name: torch.ones(1)})  # type: ignore[arg-type]
 
 
 def test_a_prompts_cache_is_held_once():

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 NAME = "ireasoner_shared_prompt"
+MORE = ("softcap", "s_aux", "position_bias")  # what some families ask of attention beyond softmax and product
 _active: list[SharedCache] = []  # whose keys the attention function reads: an attention module knows its layer only
 
 
@@ -93,21 +94,29 @@ def shared_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer: query [R, K·G, 1, W], own keys and values [R, K, T, W]; [R, 1, K·G, W]."""
+    """What transformers calls in each layer: query [R, K·G, 1, W], own keys and values [R, K, T, W]; [R, 1, K·G, W].
+
+    Raises:
+        NotImplementedError: the model's attention is more than softmax and product.
+    """
+    if more := [name for name in MORE if others.get(name) is not None]:
+        raise NotImplementedError(f"completions cannot share their prompts in attention with {', '.join(more)}")
     cache = _active[-1]
     layer = cache.layers[module.layer_idx]  # type: ignore[index]
     assert isinstance(layer, SharedLayer)
     rows, heads, length, width = query.shape
     assert length == 1  # every own token lies before it
     key_heads, own = key.shape[1], key.shape[2]
+    # Scores in bfloat16 would be off by 1/64 and more where they are large; fused kernels keep them in float32 too.
+    exact = torch.promote_types(query.dtype, torch.float32)
     # The query heads of one key head, and in the grid the rows of one prompt, are more queries to the same keys.
-    query = (query * (width**-0.5 if scaling is None else scaling)).reshape(rows, key_heads, -1, width)
-    to_prompt = cache.to_grid(query) @ layer.prompt_keys.transpose(-1, -2)
+    query = (query.to(exact) * (width**-0.5 if scaling is None else scaling)).reshape(rows, key_heads, -1, width)
+    to_prompt = cache.to_grid(query) @ layer.prompt_keys.to(exact).transpose(-1, -2)
     to_prompt = to_prompt.masked_fill(~cache.mask_BP[:, None, None], -torch.inf)
-    to_own = query @ key.transpose(-1, -2)
-    weights = torch.cat([to_prompt, cache.to_grid(to_own)], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    to_own = query @ key.to(exact).transpose(-1, -2)
+    weights = torch.cat([to_prompt, cache.to_grid(to_own)], -1).softmax(-1).to(value.dtype)
     output = cache.to_rows(weights[..., :-own] @ layer.prompt_values) + cache.to_rows(weights[..., -own:]) @ value
     return output.reshape(rows, heads, length, -1).transpose(1, 2).contiguous(), None
 
