@@ -433,11 +433,16 @@ class Policy:
                     self.extend(shared, ids_BC[:, t : t + 1], whole[:, : 5 + t], shared.next_position_B + t)
                     for t in range(3)
                 ]
+        except torch.OutOfMemoryError:  # a RuntimeError too, and says nothing about the model
+            raise
         except (RuntimeError, AssertionError):  # attention of another kind: shapes do not fit
             return False
+        # Each layer rounds anew, and independent errors add up like the square root of their number. Measured in
+        # bfloat16 on random models of 3 to 80 layers: 0.2 to 0.8 times eps times this root (0.008 to 0.04 of the norm);
+        # if padding is seen, 0.19 of the norm and more. In float32 the sums within a product round as well.
+        limit = max(1.5 * torch.finfo(self.backbone.dtype).eps * len(self.decoder.layers) ** 0.5, 1e-4)
         gaps = [packed.view(4, 4, -1)[:, 1:] - expected, torch.cat(steps, 1) - expected]
-        limit = 1e-3 if self.backbone.dtype == torch.float32 else 0.1
-        return all(bool(gap.abs().max() < limit * expected.abs().max()) for gap in gaps)
+        return all(bool(gap.float().norm() < limit * expected.float().norm()) for gap in gaps)
 
     @torch.no_grad()
     def _check_output_layer(self) -> None:
