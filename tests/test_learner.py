@@ -329,6 +329,15 @@ def test_update_sees_the_logprobs_that_were_sampled(make_policy: MakePolicy, pic
     assert learner.update(scene.prompts, fresh, REWARDS)["sampler_gap"] == pytest.approx(0.25, abs=1e-3)
 
 
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_gap_that_is_no_number_is_shown(scene: Scene, row: int):
+    """Whichever micro-batch it is in."""
+    first = scene.groups[row][0]
+    scene.groups[row][0] = replace(first, logprobs=(math.nan, *first.logprobs[1:]))
+    metrics = scene.learner(tokens_per_batch=1).update(scene.prompts, scene.groups, REWARDS)
+    assert math.isnan(metrics["sampler_gap"])
+
+
 def test_no_dropout_in_the_update(scene: Scene):
     start, found = weights(scene.policy), []
     for seed in (1, 2):

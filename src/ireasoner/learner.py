@@ -82,7 +82,7 @@ class Learner:
         else:
             advantages_BN = leave_one_out_advantages(rewards_BN) if groups else rewards_BN
         sums: dict[str, float] = {"loss": 0.0, "kl": 0.0, "token_entropy": 0.0}
-        sampler_gap = 0.0
+        sampler_gap = torch.zeros(())
         for rows, columns in self._micro_batches(prompts, groups):
             some = [completion for row in rows for completion in groups[row][columns]]
             ids_BC, sampled_BC, mask_BC = _pad(some, self.policy.pad_token, self.policy.device)
@@ -103,8 +103,8 @@ class Learner:
             sums["loss"] += loss.item() / total
             sums["kl"] += kl_B.sum().item() / total
             sums["token_entropy"] += trajectory_means(statistics.token_entropy_T, mask_BC).sum().item() / total
-            gap = (statistics.logprobs_T.detach() - sampled_BC[mask_BC]).abs().max().item()
-            sampler_gap = max(sampler_gap, gap)
+            gap = (statistics.logprobs_T.detach() - sampled_BC[mask_BC]).abs().max().cpu()
+            sampler_gap = sampler_gap.maximum(gap)  # which keeps NaN, unlike `max`
         sums = self._exchange(sums, advantages_BN)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm).item()
         if math.isfinite(grad_norm):
@@ -114,7 +114,7 @@ class Learner:
             **sums,
             "kl_coef": self.kl_coef,
             "grad_norm": grad_norm,
-            "sampler_gap": max(self.processes.gather([sampler_gap], self.processes.count)),
+            "sampler_gap": torch.tensor(self.processes.gather([sampler_gap.item()], self.processes.count)).max().item(),
         }
         if math.isfinite(sums["kl"]):
             self.kl_coef = adapt_kl_coef(self.kl_coef, sums["kl"], self.kl_target, self.kl_rate)
