@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from ireasoner.attention import SharedCache
 from ireasoner.backbone import ModelError, language_targets, load_backbone
@@ -166,6 +169,33 @@ def test_memory_that_runs_out_is_no_sign_of_another_attention(monkeypatch: pytes
     monkeypatch.setattr(Policy, "_packed_hidden", full)
     with pytest.raises(torch.OutOfMemoryError):
         Policy("tiny")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_recomputing_keeps_nothing_alive(
+    make_policy: MakePolicy, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch, backward: bool
+):
+    """Also where no backward pass comes to free what it would have needed."""
+    policy = make_policy(gradient_checkpointing=True)
+    cached: list[weakref.ref[Tensor]] = []
+    update = DynamicLayer.update
+
+    def watched(self: DynamicLayer, *args: Any, **kwargs: Any) -> Any:
+        keys, values = update(self, *args, **kwargs)
+        cached.append(weakref.ref(keys))
+        return keys, values
+
+    monkeypatch.setattr(DynamicLayer, "update", watched)
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with torch.enable_grad():
+        prompts = ask(policy, pictures[:1], QUESTIONS[:1])
+        hidden = policy.completion_hidden(prompts, ids, torch.ones_like(ids).bool(), "solver")
+        if backward:
+            hidden.sum().backward()
+    del hidden
+    gc.collect()
+    assert cached
+    assert all(keys() is None for keys in cached)
 
 
 # --- what is trained -------------------------------------------------------------------------------------------------

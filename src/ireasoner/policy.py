@@ -463,23 +463,24 @@ def _checkpointed(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> Tensor:
-    """A decoder layer's forward pass under activation checkpointing: computing it again leaves the cache as it was."""
+    """A decoder layer's forward pass under activation checkpointing: computing it again leaves the cache as it was.
+
+    What the backward pass would call holds the cache as it was before the layer, never what the layer made of it: that
+    would hold the backward pass in turn, and a forward pass that is never followed by one would never be freed.
+    """
     if past_key_values is None:
         return checkpoint(forward, hidden, *args, use_reentrant=False, **kwargs)
-    before, after = copy.copy(past_key_values.layers[index]), []
+    before = copy.copy(past_key_values)
+    before.layers = [*past_key_values.layers]
 
-    def run(hidden: Tensor) -> Tensor:
-        cache = copy.copy(past_key_values)
-        cache.layers = [*past_key_values.layers]
-        cache.layers[index] = copy.copy(before)
-        output = forward(hidden, *args, past_key_values=cache, **kwargs)
-        if not after:  # the first time; the second is in the backward pass
-            after.append(cache.layers[index])
-        return output
+    def run(hidden: Tensor) -> tuple[Tensor, Any]:
+        cache = copy.copy(before)
+        cache.layers = [*before.layers]
+        cache.layers[index] = copy.copy(before.layers[index])
+        return forward(hidden, *args, past_key_values=cache, **kwargs), cache.layers[index]
 
-    output = checkpoint(run, hidden, use_reentrant=False)
-    past_key_values.layers[index] = after[0]
-    return output  # type: ignore[return-value]
+    output, past_key_values.layers[index] = checkpoint(run, hidden, use_reentrant=False)  # type: ignore[misc]
+    return output
 
 
 _INNER = ("last_hidden_state", "hidden_states", "attentions")  # of the vision tower: nothing reads them later
