@@ -217,6 +217,14 @@ def test_lora_on_every_linear_layer_of_the_language_model_and_nowhere_else(folde
         Policy(str(folder), lora_targets=["patch_embed"])
 
 
+def test_a_limit_of_image_tokens_that_has_no_effect_is_told(folder: Path, pictures: list[Image.Image]):
+    large = pictures[0].resize((560, 560))
+    free, limited = Policy(str(folder)), Policy(str(folder), max_image_tokens=4)
+    has_effect = limited.encode_images([large])[0].tokens < free.encode_images([large])[0].tokens
+    assert ("max_image_tokens has no effect" in limited.describe()) == (not has_effect)
+    assert "max_image_tokens" not in free.describe()
+
+
 def test_the_doctor_finds_nothing_wrong(folder: Path):
     findings = list(examine(str(folder)))
     assert len(findings) == 7

@@ -43,7 +43,7 @@ from ireasoner.backbone import (
     resolve_device,
 )
 from ireasoner.config import Config
-from ireasoner.processors import SeenImage, render
+from ireasoner.processors import SeenImage, render, scales_by_area
 from ireasoner.prompts import EncodedImage, Prefix, Prompts, is_text, joined
 from ireasoner.types import ROLES, Role
 
@@ -79,6 +79,7 @@ class Policy:
         self.decoder: Any = backbone.get_decoder()  # the language model
         self.device = torch.device(device)
         self.processor = load_model_processor(model, max_image_tokens)
+        self.ignores_limit = max_image_tokens is not None and not scales_by_area(self.processor)
         self.targets = language_targets(backbone, lora_targets)
         config = LoraConfig(
             r=lora_rank,
@@ -141,14 +142,17 @@ class Policy:
         return {name: p for name, p in self.model.named_parameters() if f".{role}." in name}
 
     def describe(self) -> str:
-        """What is trained, in a sentence."""
+        """What is trained, and a limit that has no effect, in a sentence."""
         pattern = re.compile(self.targets)
         layers = [n for n, m in self.model.named_modules() if "lora_A" in dict(m.named_children())]
         layers = [name.removeprefix("base_model.model.") for name in layers]
         kinds = sorted({match[1] for name in layers if (match := pattern.fullmatch(name))})
         count = sum(p.numel() for p in self.parameters("solver").values())
         tower = module_name(self.backbone, self.decoder)
-        return f"LoRA on {len(layers)} layers of {tower} ({', '.join(kinds)}): {count:,} parameters a role"
+        said = f"LoRA on {len(layers)} layers of {tower} ({', '.join(kinds)}): {count:,} parameters a role"
+        if self.ignores_limit:
+            said += "; max_image_tokens has no effect: the model's processor decides how many tokens an image takes"
+        return said
 
     def save_adapters(self, folder: Path) -> None:
         """Write `folder/proposer` and `folder/solver` as PEFT does, for `PeftModel.from_pretrained`."""

@@ -63,19 +63,23 @@ def load_processor(model: str | Path, max_image_tokens: int | None = None, *, ra
     processor.chat_template = processor.chat_template or parts["tokenizer"].chat_template
     if not processor.chat_template:
         raise ValueError(f"{model} has no chat template: an instruction-tuned model is needed")
-    if max_image_tokens is not None:
+    if max_image_tokens is not None and scales_by_area(processor):
         _limit(parts["image_processor"], max_image_tokens, raise_limit)
     return processor
 
 
+def scales_by_area(processor: Any) -> bool:
+    """Whether `max_image_tokens` has an effect: the edges of the processor's `size` are areas in pixels."""
+    images = processor.image_processor
+    return "merge_size" in images.to_dict() and "longest_edge" in dict(images.size)
+
+
 def _limit(images: Any, max_image_tokens: int, raise_limit: bool) -> None:
     size = dict(images.size)
-    if "merge_size" in images.to_dict() and "longest_edge" in size:  # then these two are areas in pixels
-        pixels_per_token = (images.patch_size * images.merge_size) ** 2
-        limit = max_image_tokens * pixels_per_token
-        size["longest_edge"] = limit if raise_limit else min(size["longest_edge"], limit)
-        size["shortest_edge"] = min(size["shortest_edge"], size["longest_edge"])
-        images.size = size
+    limit = max_image_tokens * (images.patch_size * images.merge_size) ** 2
+    size["longest_edge"] = limit if raise_limit else min(size["longest_edge"], limit)
+    size["shortest_edge"] = min(size["shortest_edge"], size["longest_edge"])
+    images.size = size
 
 
 class SeenImage:

@@ -97,7 +97,7 @@ class VllmEngine:
         The log-probabilities returned are those of the unscaled distribution, whatever the temperature.
 
         Raises:
-            VllmError: vLLM read a prompt otherwise than the learner does.
+            VllmError: vLLM refuses a prompt, or read it otherwise than the learner does.
         """
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
@@ -125,7 +125,10 @@ class VllmEngine:
         if role is not None:
             number = self.version * len(ROLES) + ROLES.index(role)
             adapter = LoRARequest(f"{role}-{self.version}", number, str(self._folder / role))
-        answers = self.llm.generate(asked, params, lora_request=adapter, use_tqdm=False)
+        try:
+            answers = self.llm.generate(asked, params, lora_request=adapter, use_tqdm=False)
+        except ValueError as error:  # above all, a prompt longer than `longest` leaves room for
+            raise VllmError(f"vLLM refuses a prompt: {' '.join(str(error).split())[:300]}") from error
         self._check_prompts(prompts, [answer.prompt_token_ids for answer in answers[::count]])
         flat = [self._completion(answer.outputs[0]) for answer in answers]
         return [flat[i : i + count] for i in range(0, len(flat), count)]
