@@ -3,8 +3,8 @@
 All sides write completions of the same forced length, and none has a proposer update in the timed step (it comes every
 fifth). Repetitions are interleaved; medians are reported.
 
-*plain* does our work batched, without sharing prompts: each of a group's trajectories has a prefill of its own, and the
-update runs every whole sequence by the model's own forward pass.
+*plain* does our work batched, without sharing prompts: each of a group's trajectories has a prefill and a cache of its
+own, which the model's own attention reads, and the update runs every whole sequence by the model's own forward pass.
 
 *published* keeps the structure of the authors' code: for each image the processor and `generate` run once for the
 question and once for each trajectory, one sample at a time; then each trajectory has an update of its own, for which
@@ -104,6 +104,8 @@ class Bench:
     def _step(self, phases: Phases, images: Sequence[Image.Image], shared: bool) -> None:
         policy, config, count = self.policy, self.config, self.config.group_size
         learner, prefill = self.learner(), policy.prefill
+        shares = policy.shares_prompts, policy.shares_attention
+        policy.shares_prompts, policy.shares_attention = (shared and share for share in shares)
 
         def timed_prefill(prompts: Prompts) -> Prefix:
             with phases.timed("prefill", within="decode"):
@@ -133,9 +135,8 @@ class Bench:
         with phases.timed("read and reward"):
             earned = [self._reward([completion.text for completion in group]) for group in groups]
         with phases.timed("update"):
-            shares, policy.shares_prompts = policy.shares_prompts, shared and policy.shares_prompts
             learner.update(prompts, groups, earned)
-            policy.shares_prompts = shares
+        policy.shares_prompts, policy.shares_attention = shares
 
     def _reward(self, texts: Sequence[str]) -> list[float]:
         trajectories = [parse_trajectory(text) for text in texts]

@@ -1,0 +1,32 @@
+"""The sides of the benchmark do what they are said to do; what they take is for `ireasoner bench` to say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from ireasoner import prompts
+from ireasoner.attention import SharedCache
+from ireasoner.bench import Bench, Phases
+from ireasoner.config import resolve
+from ireasoner.policy import Policy
+
+
+def test_the_plain_side_shares_no_prompt(pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch):
+    shared: list[SharedCache] = []
+
+    def counted(*args: Any) -> SharedCache:
+        shared.append(SharedCache(*args))
+        return shared[-1]
+
+    monkeypatch.setattr(prompts, "SharedCache", counted)
+    policy = Policy("tiny")
+    runner = Bench(policy, resolve({"model": "tiny", "images": "."}), 4)
+    for side, caches in ((runner.plain, 0), (runner.ours, 2)):  # the question's and the answers'
+        shared.clear()
+        side(Phases(torch.device("cpu")), pictures[:1])
+        assert len(shared) == caches
+        assert (policy.shares_prompts, policy.shares_attention) == (True, True)
