@@ -37,8 +37,7 @@ def test_an_update_that_is_blind_to_the_image(monkeypatch: pytest.MonkeyPatch):
     def blind(self: Policy, images: Any) -> list[EncodedImage]:
         found = encode(self, images)
         return [
-            EncodedImage(e.seen, {n: [torch.zeros_like(t) for t in v] for n, v in e.features.items()}, e.tokens)
-            for e in found
+            EncodedImage(e.seen, {n: [torch.zeros_like(t) for t in v] for n, v in e.features.items()}) for e in found
         ]
 
     monkeypatch.setattr(Policy, "encode_images", blind)

@@ -341,7 +341,7 @@ def _measure(
                 peaks[name] = peak_bytes(device)
     encoded = runner.policy.encode_images(images[:1])
     prompt = runner.policy.prompts(encoded, [solver_messages(runner.config.solver_prompt, QUESTION)])
-    row: dict[str, Any] = {"images_per_step": size, "image_tokens": encoded[0].tokens}
+    row: dict[str, Any] = {"images_per_step": size, "image_tokens": len(encoded[0].pooled)}
     row["prompt_tokens"] = prompt.mask_BP.shape[1]
     for name, repeated in runs.items():
         seconds = {k: statistics.median(p.seconds[k] for p in repeated) for k in repeated[0].seconds}

@@ -15,7 +15,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +45,8 @@ from ireasoner.config import Config
 from ireasoner.processors import SeenImage, render, scales_by_area
 from ireasoner.prompts import EncodedImage, Prefix, Prompts, is_text, joined
 from ireasoner.types import ROLES, Role
+
+_INNER = ("last_hidden_state", "hidden_states", "attentions")  # of the vision tower: nothing reads them later
 
 
 class Policy:
@@ -188,8 +189,7 @@ class Policy:
             tensors["pixel_values"] = tensors["pixel_values"].to(self.backbone.dtype)
             output = self.base.get_image_features(**tensors, return_dict=True)
             features = {name: value for name, value in output.items() if name not in _INNER and value is not None}
-            found = EncodedImage(seen, features, 0)
-            encoded.append(replace(found, tokens=len(found.pooled)))
+            encoded.append(EncodedImage(seen, features))
         return encoded
 
     def prompts(self, images: Sequence[EncodedImage], messages: Sequence[list[dict[str, Any]]]) -> Prompts:
@@ -485,6 +485,3 @@ def _checkpointed(
 
     output, past_key_values.layers[index] = checkpoint(run, hidden, use_reentrant=False)  # type: ignore[misc]
     return output
-
-
-_INNER = ("last_hidden_state", "hidden_states", "attentions")  # of the vision tower: nothing reads them later

@@ -23,7 +23,6 @@ class EncodedImage:
 
     seen: SeenImage
     features: Any  # what the model's `get_image_features` returned, features alone
-    tokens: int  # that it takes in a prompt
 
     @property
     def pooled(self) -> Tensor:
