@@ -33,17 +33,12 @@ def make_policy() -> Callable[..., Policy]:
     Fresh adapters have B = 0, so that A gets no gradient and the KL is 0: no test of an update should start there.
     At 0.05 the model still writes what it was trained to; at 0.2 it babbles, from a broad distribution.
     """
-    import torch
-
+    from ireasoner.doctor import fill_adapters
     from ireasoner.policy import Policy
 
     def make(filled: float = 0.05, **options: Any) -> Policy:
         policy = Policy("tiny", **options)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for name, tensor in policy.model.named_parameters():
-                if "lora_B" in name:
-                    tensor.copy_(torch.randn(tensor.shape, generator=generator) * filled)
+        fill_adapters(policy, filled, seed=1)
         return policy
 
     return make

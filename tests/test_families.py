@@ -21,16 +21,17 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from families import FAMILIES
+from ireasoner import doctor
 from ireasoner.backbone import ModelError, load_backbone
 from ireasoner.config import resolve
-from ireasoner.doctor import examine
 from ireasoner.engines.transformers import TransformersEngine, uniforms
 from ireasoner.learner import Learner
 from ireasoner.policy import Policy
-from ireasoner.processors import load_processor, render
+from ireasoner.processors import load_processor
 from ireasoner.roles import solver_messages
 from ireasoner.selfplay import SelfPlay
 from ireasoner.types import ROLES, Completion, Role
+from plain import chosen
 
 QUESTIONS = ("Which bar is the tallest?", "Is red more than blue, or is there no telling which of them is?", "Where?")
 WINDOWS = "gemma3"  # sliding windows: completions share the prompt's computation, but each has a copy of its cache
@@ -57,11 +58,7 @@ def sized(pictures: list[Image.Image]) -> list[Image.Image]:
 def filled(folder: Path, **options: Any) -> Policy:
     """A policy whose adapters do something: fresh ones leave the backbone as it is."""
     policy = Policy(str(folder), **options)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, tensor in policy.model.named_parameters():
-            if "lora_B" in name:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+    doctor.fill_adapters(policy, 0.3, seed=1)
     return policy
 
 
@@ -75,16 +72,7 @@ def load_plain(folder: Path, adapter: Path | None) -> torch.nn.Module:
 
 def plain_logprobs(model: Any, processor: Any, image: Image.Image, question: str, ids: Sequence[int]) -> Tensor:
     """Log-probabilities of `ids` by one forward pass of the whole model on the processor's own tensors."""
-    text = render(processor, solver_messages("{question}", question))
-    inputs = dict(processor(images=[image], text=[text], add_special_tokens=False, return_tensors="pt"))
-    length, extra = inputs["input_ids"].shape[1], torch.tensor([list(ids)])
-    for name in [n for n in inputs if n == "attention_mask" or n.endswith("token_type_ids")]:
-        value = 1 if name == "attention_mask" else 0
-        inputs[name] = torch.cat([inputs[name], torch.full_like(extra, value)], 1)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], extra], 1)
-    with torch.no_grad():
-        logprobs = model(**inputs).logits[0, length - 1 : -1].log_softmax(-1)
-    return logprobs[torch.arange(len(ids)), list(ids)]
+    return chosen(doctor.plain_logprobs(model, processor, image, question, ids), ids)
 
 
 def ask(policy: Policy, images: Sequence[Image.Image], questions: Sequence[str] = QUESTIONS) -> Any:
@@ -226,7 +214,7 @@ def test_a_limit_of_image_tokens_that_has_no_effect_is_told(folder: Path, pictur
 
 
 def test_the_doctor_finds_nothing_wrong(folder: Path):
-    findings = list(examine(str(folder)))
+    findings = list(doctor.examine(str(folder)))
     assert len(findings) == 7
     assert [f.name for f in findings if not f.passed] == []
 

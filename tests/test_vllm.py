@@ -16,6 +16,7 @@ pytest.importorskip("vllm")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from ireasoner.cli import main
+from ireasoner.doctor import fill_adapters
 from ireasoner.engines.transformers import uniforms
 from ireasoner.engines.vllm import VllmEngine, VllmError
 from ireasoner.playground import dataset
@@ -29,16 +30,8 @@ QUESTIONS = ("Which bar is the tallest?", "Is red more than blue?", "Where?")
 @pytest.fixture(scope="module")
 def policy() -> Policy:
     policy = Policy("tiny")
-    fill(policy, 1)
+    fill_adapters(policy, 0.1, seed=1)
     return policy
-
-
-def fill(policy: Policy, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in policy.model.named_parameters():
-            if "lora_B" in name:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +85,11 @@ def test_an_update_is_served_only_after_it_was_handed_over(
     policy: Policy, engine: VllmEngine, pictures: list[Image.Image]
 ):
     prompts, draws = ask(policy, pictures), uniforms([[4], [5], [6]], 2, 32)
-    fill(policy, 2)
+    fill_adapters(policy, 0.1, seed=2)
     assert gap(policy, prompts, engine.sample(prompts, "solver", draws), "solver") > 1e-2
     engine.refresh()
     assert gap(policy, prompts, engine.sample(prompts, "solver", draws), "solver") < 1e-4
-    fill(policy, 1)
+    fill_adapters(policy, 0.1, seed=1)
     engine.refresh()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,20 +67,19 @@ def pictures(size: int = 336) -> list[Image.Image]:
     return [image.resize((size, size)) for image in drawn]
 
 
-def frozen_logprobs(model: str, image: Image.Image, ids: Sequence[int], **options: str) -> Tensor:
-    """Log-probabilities [len(ids), V] of a completion under the model as loaded: no adapters, no code of ours."""
-    backbone, processor = load_backbone(model, **options), load_model_processor(model)
-    text = render(processor, solver_messages("{question}", QUESTIONS[0]))
-    inputs = processor(images=[image], text=[text], add_special_tokens=False, return_tensors="pt").to(backbone.device)
-    extra = torch.tensor([list(ids)], device=backbone.device)
+@torch.no_grad()
+def plain_logprobs(model: Any, processor: Any, image: Image.Image, question: str, ids: Sequence[int]) -> Tensor:
+    """Log-probabilities [len(ids), V] of a completion by one forward pass of the whole model: no code of ours."""
+    text = render(processor, solver_messages("{question}", question))
+    inputs = processor(images=[image], text=[text], add_special_tokens=False, return_tensors="pt").to(model.device)
+    extra = torch.tensor([list(ids)], device=model.device)
     length = inputs["input_ids"].shape[1]
     for name in [n for n in inputs if n == "attention_mask" or n.endswith("token_type_ids")]:
         added = torch.full_like(extra, int(name == "attention_mask"))
         inputs[name] = torch.cat([inputs[name], added], 1)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], extra], 1)
-    inputs["pixel_values"] = inputs["pixel_values"].to(backbone.dtype)
-    with torch.no_grad():
-        return backbone(**inputs).logits[0, length - 1 : -1].float().log_softmax(-1)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    return model(**inputs).logits[0, length - 1 : -1].float().log_softmax(-1)
 
 
 def examine(model: str, *, dtype: str = "float32", device: str = "cpu") -> Iterator[Finding]:
@@ -95,7 +95,7 @@ def examine(model: str, *, dtype: str = "float32", device: str = "cpu") -> Itera
     processor = load_model_processor(model)
     ids = processor.tokenizer(COMPLETION, add_special_tokens=False)["input_ids"]
     images = pictures()
-    frozen = frozen_logprobs(model, images[0], ids, dtype=dtype, device=device)
+    frozen = plain_logprobs(load_backbone(model, dtype, device), processor, images[0], QUESTIONS[0], ids)
     policy, limits = Policy(model, dtype=dtype, device=device), TOLERANCES[dtype]
     yield what_is_trainable(policy)
     yield equal_to_the_model(policy, images[0], ids, frozen, limits)
@@ -146,7 +146,7 @@ def reference(policy: Policy, image: Image.Image, ids: Sequence[int], frozen: Te
     """Fault 2: KL to the reference equals KL to a copy that was loaded apart, under adapters that say something."""
     kl, expected = 0.0, 0.0
     for spread in FILLS:
-        _fill(policy, spread)
+        fill_adapters(policy, spread)
         tokens = torch.tensor(list(ids), device=policy.device)
         with torch.no_grad():
             hidden, unadapted = (_hidden(policy, image, ids, role) for role in ("solver", None))
@@ -160,9 +160,9 @@ def reference(policy: Policy, image: Image.Image, ids: Sequence[int], frozen: Te
     return Finding("the reference is the frozen model", passed, figure)
 
 
-def _fill(policy: Policy, spread: float) -> None:
+def fill_adapters(policy: Policy, spread: float, seed: int = 0) -> None:
     """Adapters as if trained: fresh ones change nothing, and half of each would get no gradient."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in policy.model.named_parameters():
             if "lora_B" in name:
