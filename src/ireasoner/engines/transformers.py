@@ -53,7 +53,7 @@ class TransformersEngine:
             prefix = policy.prefill(prompts).repeat(count, share=policy.shares_attention)
         uniforms = torch.from_numpy(uniforms_BNC.reshape(-1, longest)).to(policy.device, torch.float64)
         total = len(uniforms)
-        tokens = torch.full((total, longest), policy.pad_token, device=policy.device)
+        tokens = torch.zeros((total, longest), dtype=torch.long, device=policy.device)
         logprobs = torch.zeros((total, longest), device=policy.device)
         ends = torch.tensor(policy.end_tokens, device=policy.device)
         lengths = torch.full((total,), longest, device=policy.device)
@@ -66,10 +66,11 @@ class TransformersEngine:
                 if t < min_tokens:
                     logits[:, ends] = -torch.inf
                 chosen, chosen_logprobs = _draw(logits, uniforms[rows, t], temperature)
-                tokens[rows[~done], t] = chosen[~done]
-                logprobs[rows[~done], t] = chosen_logprobs[~done]
+                # Of a finished row too: what stands behind its length is cut off. Indexing by a mask would make a GPU
+                # wait for the host; so only the count of rows that are left does.
+                tokens[rows, t], logprobs[rows, t] = chosen, chosen_logprobs
                 ended = torch.isin(chosen, ends) & ~done
-                lengths[rows[ended]] = t + 1
+                lengths[rows] = torch.where(ended, t + 1, lengths[rows])
                 done |= ended
                 left = int((~done).sum())
                 if left == 0 or t == longest - 1:
