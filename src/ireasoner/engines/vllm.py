@@ -48,7 +48,7 @@ class VllmEngine:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process: no worker to lose
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         try:
-            from vllm import LLM  # pyright: ignore[reportMissingImports]
+            from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
         except ImportError:
             raise VllmError("--engine vllm needs vLLM: pip install vllm, or leave the option out") from None
         self.policy, self.version = policy, 0
@@ -99,7 +99,7 @@ class VllmEngine:
         Raises:
             VllmError: vLLM refuses a prompt, or read it otherwise than the learner does.
         """
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
         _, count, longest = uniforms_BNC.shape
