@@ -90,7 +90,9 @@ class Preset(BaseModel):
     group_size: Annotated[int, Field(ge=2)] = Field(5, description="N: trajectories for each question")
     max_question_tokens: Count = Field(128, description="longest proposer completion")
     max_solution_tokens: Count = Field(256, description="longest solver completion")
-    max_image_tokens: Count = Field(1280, description="images are scaled down to at most so many tokens")
+    max_image_tokens: Count = Field(
+        1280, description="images are scaled down to at most so many tokens, where the model's processor scales by area"
+    )
     proposer_prompt: str = Field(PROPOSER_PROMPT, description="what the proposer is told")
     solver_prompt: str = Field(SOLVER_PROMPT, description="what the solver is told; {question} stands for the question")
     lora_rank: Count = Field(16, description="rank of both adapters")
