@@ -254,6 +254,15 @@ def test_thinning_keeps_every_spike():
     assert thin(values[:50]).tolist() == list(range(50))
 
 
+def test_a_run_that_went_back_shows_where_in_its_curves(recorder: Recorder):
+    with_metrics(recorder, 30)
+    plain = draw_panel(Run(recorder.run_dir), 2)
+    for best, marks in ((20, 1), (10**30, 0), ("x", 0)):
+        recorder.write_text("summary.json", write_json({"stopped_early": True, "best_step": best, "steps": 30}))
+        assert (draw_panel(Run(recorder.run_dir), 2) != plain) == bool(marks)
+    write_report(recorder.run_dir)  # its PNG has legends only where there are labels: warnings are errors
+
+
 def test_panels_are_pictures_that_suit_light_and_dark(recorder: Recorder):
     run = Run(with_metrics(recorder, 30).run_dir)
     for number in range(len(PANELS)):

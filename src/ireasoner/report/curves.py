@@ -132,7 +132,7 @@ def draw_curves(run: Run, target: Path) -> None:
         for axis, panel in zip(figure.subplots(3, 4).flat, PANELS, strict=True):
             _draw(axis, run, panel)
             axis.set_title(panel.title, fontsize=10)
-            if len(axis.lines) > 2:
+            if axis.get_legend_handles_labels()[1]:
                 axis.legend(fontsize=7)
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=110)

@@ -88,10 +88,11 @@ class Viewer:
             raise HTTPException(404)
         return Response(self._draw(number), media_type="image/svg+xml", headers=PICTURE)
 
-    def draw_all(self) -> None:
+    def draw_all(self, stop: threading.Event) -> None:
         """Every panel, before it is asked for."""
         for number in range(len(PANELS)):
-            self._draw(number)
+            if not stop.is_set():
+                self._draw(number)
 
     def _draw(self, number: int) -> str:
         with self.lock:
@@ -150,6 +151,12 @@ def serve(path: Path, truth: Path | None, port: int, on_ready: Callable[[str], N
         uvicorn.Config(viewer.app(), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     )
     with listener:
-        threading.Thread(target=viewer.draw_all, daemon=True).start()  # while the browser comes up
+        stop = threading.Event()
+        drawing = threading.Thread(target=viewer.draw_all, args=(stop,))
+        drawing.start()  # while the browser comes up
         on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/")
-        server.run(sockets=[listener])
+        try:
+            server.run(sockets=[listener])
+        finally:
+            stop.set()
+            drawing.join()  # an interpreter that ends under it would abort
