@@ -180,3 +180,57 @@ def test_what_fails_between_processes_keeps_its_reason(monkeypatch: pytest.Monke
     assert str(lost.value).endswith("(torch says: Connection closed by peer)")
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         failing(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def launcher_at_step(out: Path, *command: str, step: int) -> subprocess.Popen[str]:
+    """A launcher in a process group of its own, whose run has saved this step."""
+    launcher = subprocess.Popen(
+        [*LAUNCH, *command, "--out", str(out)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (out / f"checkpoints/step-{step:06d}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return launcher
+
+
+def test_ctrl_c_stops_both_processes_with_a_checkpoint(place: Path, together: Path):
+    """A terminal sends it to launcher and processes alike."""
+    out = place / "interrupted"
+    with launcher_at_step(out, *options(place), step=1) as launcher:
+        os.killpg(launcher.pid, signal.SIGINT)
+        launcher.communicate(timeout=120)
+    assert not (out / "summary.json").exists()
+    assert (out / "checkpoints").is_dir()
+    done = run(LAUNCH, "train", "--resume", out)
+    assert done.returncode == 0, done.stderr
+    assert_bitwise(out, together)
+
+
+def test_a_process_that_fails_ends_the_run_with_its_own_reason(place: Path, tmp_path: Path):
+    """Rank 1 cannot go on at step 2; rank 0 must not wait for it for ever, nor be taken for the culprit."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from ireasoner import train\n"
+        "    update = train.Run.update\n"
+        "    def fail(self, play):\n"
+        "        if self.step == 2:\n"
+        "            raise MemoryError('made to fail')\n"
+        "        return update(self, play)\n"
+        "    train.Run.update = fail\n"
+    )
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [*LAUNCH, *options(place), "--out", str(place / "failing")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0
+    assert "made to fail" in done.stderr
+    assert not (place / "failing" / "summary.json").exists()
+    assert (place / "failing" / "checkpoints" / "step-000001").is_dir()
+
+
+def test_a_device_with_a_number_is_refused_for_several_processes(place: Path):
+    done = run(LAUNCH, *options(place, device="cuda:0"), "--out", place / "numbered")
+    assert done.returncode != 0
+    assert "--device cuda:0 names one GPU" in done.stderr

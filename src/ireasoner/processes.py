@@ -59,7 +59,8 @@ class Processes:
         with _boundary():
             lengths: Any = gather(torch.tensor([len(text)], device=self.device))
             texts: Any = gather(pad_across_processes(text[None], dim=1))
-        shares = [json.loads(bytes(t[:n].tolist())) for t, n in zip(texts, lengths.tolist(), strict=True)]
+        sent = zip(texts.cpu().numpy(), lengths.tolist(), strict=True)
+        shares = [json.loads(row[:length].tobytes()) for row, length in sent]
         return [shares[i % self.count][i // self.count] for i in range(total)]
 
     def sum(self, values: Tensor) -> Tensor:
@@ -77,6 +78,10 @@ class Processes:
         """Whether it is so in any process; a point that none passes before all have come to it."""
         return bool(self.sum(torch.tensor([float(value)])).item() > 0)
 
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        self.any(True)
+
 
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
@@ -84,6 +89,8 @@ def joined(device: str) -> Iterator[Processes]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # the launcher's word for how many it started
         yield Processes()
         return
+    if ":" in device:
+        raise UsageError(f"--device {device} names one GPU, and several processes were started: use auto, cpu or cuda")
     state = PartialState(cpu=resolve_device(device) == "cpu")
     if state.num_processes != int(os.environ["WORLD_SIZE"]):
         raise UsageError("the processes that were started did not find each other: name --device cpu or cuda")

@@ -132,7 +132,7 @@ class Run:
         dropped = recorder.rewind(self.step if checkpoint else -1)
         for text in [*skipped, *(f"Dropped a damaged record: {warning}." for warning in dropped)]:
             self._tell(text)
-        self.processes.any(True)  # what the others read below is as the one that writes has left it
+        self.processes.wait()  # what the others read below is as the one that writes has left it
         self.pool = ImagePool(config.images, config.seed, on_skip=lambda name, why: recorder.skip(self.step, name, why))
         several = self.processes.count > 1
         self.policy = Policy.from_config(config, str(self.processes.device) if several else None)
@@ -375,7 +375,7 @@ class Run:
         keep = self.config.keep_checkpoints
         if self.processes.is_main:
             save_checkpoint(self.out / "checkpoints", self.step, self._write_state, keep, self._may_return_to())
-        self.processes.any(True)  # all know that it is there
+        self.processes.wait()  # all know that it is there
 
     def _write_state(self, folder: Path) -> None:
         self.policy.save_adapters(folder)
