@@ -72,7 +72,7 @@ def series(run: Run, metric: str) -> tuple[NDArray[np.float64], NDArray[np.float
     if metric == THROUGHPUT:
         played = Counter[int]()
         for entry in run.entries:
-            played[entry.step] += len(entry.similarities)
+            played[entry.step] += entry.trajectories
         took = {r["step"]: r["time/step_seconds"] for r in run.metrics if r.get("time/step_seconds", 0) > 0}
         points = [(step, played[step] / seconds) for step, seconds in took.items() if step in played]
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+
+import numpy as np
 
 from ireasoner.report.run import Entry, Run
 
@@ -24,7 +25,7 @@ class Filter:
 
 FILTERS = {
     "newest": Filter("newest", lambda e: True, lambda e: 0.0),
-    "disagreement": Filter("most disagreement", lambda e: bool(e.similarities), lambda e: e.answer_entropy),
+    "disagreement": Filter("most disagreement", lambda e: e.trajectories > 0, lambda e: e.answer_entropy),
     "highest": Filter("highest reward", lambda e: e.reward is not None, lambda e: e.reward or 0.0),
     "lowest": Filter("lowest reward", lambda e: e.reward is not None, lambda e: -(e.reward or 0.0)),
     "malformed": Filter("malformed", lambda e: e.malformed > 0, lambda e: e.malformed),
@@ -54,25 +55,19 @@ def filters(run: Run) -> dict[str, Filter]:
 
 
 def average_agreement(entries: Sequence[Entry]) -> Matrix:
-    """Leave-one-out similarity by trajectory and step position, averaged over episodes.
+    """Leave-one-out similarity by trajectory's rank and step's position (`Entry`), averaged over episodes.
 
-    Trajectories have no order of their own: in each episode they are ranked by their mean similarity, best first.
-    Empty where nothing was compared.
+    Without the rows and columns that fewer than 2 % of the episodes reach: they would say nothing.
     """
-    cells: dict[tuple[int, int], list[float]] = {}
-    for entry in entries:
-        rows = [row for row in entry.similarities if any(value is not None for value in row)]
-        rows.sort(key=lambda row: fmean(value for value in row if value is not None), reverse=True)
-        for i, row in enumerate(rows):
-            for j, value in enumerate(row):
-                if value is not None:
-                    cells.setdefault((i, j), []).append(value)
-    least = max(1, len(entries) // 50)  # a place that hardly any trajectory reaches says nothing
-    means = {place: fmean(values) for place, values in cells.items() if len(values) >= least}
-    if not means:
+    if not entries:
         return []
-    height, width = (1 + max(place[k] for place in means) for k in (0, 1))
-    return [[means.get((i, j)) for j in range(width)] for i in range(height)]
+    stacked = np.stack([entry.agreement for entry in entries])  # [episodes, trajectories, positions]
+    known = np.isfinite(stacked)
+    counts = known.sum(0)
+    shown = counts >= max(1, len(entries) // 50)
+    height, width = (int(np.flatnonzero(shown.any(axis)).max(initial=-1)) + 1 for axis in (1, 0))
+    sums = np.where(known, stacked, 0).sum(0)
+    return [[float(sums[i, j] / counts[i, j]) if shown[i, j] else None for j in range(width)] for i in range(height)]
 
 
 def stretches(run: Run) -> list[tuple[int, int]]:

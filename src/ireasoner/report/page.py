@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 from urllib.parse import urlencode
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, UnidentifiedImageError
 
@@ -279,8 +279,8 @@ def _heat_maps(run: Run, chosen: tuple[int, int] | None) -> list[tuple[tuple[int
         entries = [entry for entry in run.entries if first <= entry.step <= last]
         if matrix := average_agreement(entries):
             steps = (entries[0].step, entries[-1].step)
-            values = [v for e in entries for row in e.similarities for v in row if v is not None]
-            found.append((steps, len(entries), matrix, fmean(values)))
+            mean = float(np.nanmean(np.stack([entry.agreement for entry in entries])))
+            found.append((steps, len(entries), matrix, mean))
     return found
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ireasoner.answers import answer_key
@@ -103,7 +105,12 @@ class Probe(_Record):
 
 @dataclass(frozen=True)
 class Entry:
-    """What is kept of an episode; `place` is where its line begins and how long it is."""
+    """What is kept of an episode; `place` is where its line begins and how long it is.
+
+    `agreement` holds the leave-one-out similarity of each reasoning step, NaN where there is none: a row for each of
+    `group_size` trajectories, a column for each of `max_reasoning_steps` positions. Trajectories have no order of their
+    own: they are ranked by the mean of their row, the most agreed first.
+    """
 
     place: tuple[int, int]
     step: int
@@ -114,7 +121,8 @@ class Entry:
     reward: float | None
     malformed: float
     wrong: bool | None
-    similarities: tuple[tuple[float | None, ...], ...]
+    trajectories: int
+    agreement: NDArray[np.float32]
 
     @property
     def opening(self) -> str | None:
@@ -311,8 +319,19 @@ class Run:
             reward=sum(t.reward for t in e.trajectories) / len(e.trajectories) if e.trajectories else None,
             malformed=unreadable / len(e.trajectories) if e.trajectories else 1.0,
             wrong=e.majority_answer != key if key and e.majority_answer else None,
-            similarities=tuple(tuple(s.similarity for s in t.step_scores[:MOST_STEPS]) for t in e.trajectories),
+            trajectories=len(e.trajectories),
+            agreement=self._agreement(e),
         )
+
+    def _agreement(self, e: Episode) -> NDArray[np.float32]:
+        rows = [[s.similarity for s in t.step_scores if s.similarity is not None] for t in e.trajectories]
+        compared = sorted((i for i, row in enumerate(rows) if row), key=lambda i: -sum(rows[i]) / len(rows[i]))
+        shape = min(self.config.group_size, MOST_TRAJECTORIES), min(self.config.max_reasoning_steps, MOST_STEPS)
+        found = np.full(shape, np.nan, dtype=np.float32)
+        for row, i in zip(found, compared, strict=False):
+            scores = [np.nan if s.similarity is None else s.similarity for s in e.trajectories[i].step_scores]
+            row[: len(scores)] = scores[: len(row)]
+        return found
 
 
 def _without_surrogates(line: bytes) -> bytes:
