@@ -15,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ireasoner.recorder import FILES, Recorder, RunDirectoryError, episode_record, read_records, write_json
+from ireasoner.recorder import (
+    FILES,
+    Recorder,
+    RunDirectoryError,
+    episode_record,
+    read_records,
+    replace_file,
+    write_json,
+)
 from ireasoner.types import Completion, Episode, Question, StepScore, Trajectory
 
 HOSTILE = '\ud800 \u2028\u2029 \x00 \x1b[31m </script><!-- \r\n " \\ \u202e é 🦉 \x85'
@@ -375,6 +383,16 @@ def test_no_answer_is_no_majority() -> None:
     group = (unreadable,), (completion("x", ()),), (None,)
     episode = Episode(1, "a.png", question, None, 0.0, *group, None, 0.0, 0.0, (0.0,), {}, 0.5, ((),), None)
     assert episode_record(episode)["trajectories"][0]["in_majority"] is False
+
+
+def test_a_file_is_replaced_and_never_written_through_a_link(tmp_path: Path) -> None:
+    victim, target = tmp_path / "victim", tmp_path / "report.html"
+    victim.write_text("dear to me")
+    (tmp_path / ".report.html.tmp").symlink_to(victim)
+    target.symlink_to(victim)
+    replace_file(target, b"new")
+    assert victim.read_text() == "dear to me"
+    assert (target.read_text(), target.is_symlink()) == ("new", False)
 
 
 def test_the_recorder_imports_no_torch() -> None:

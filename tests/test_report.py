@@ -24,6 +24,7 @@ from ireasoner.report.page import IN_REPORT, Page, Query
 from ireasoner.report.run import Episode, Run
 from ireasoner.report.terms import proposer_term, solver_terms
 from ireasoner.report.verdict import signs, verdict
+from ireasoner.watch import Watch
 from runs import HOSTILE, METRICS, episode, new_run, unreadable, with_metrics
 
 VOID = {"img", "br", "meta", "link", "input", "hr"}
@@ -143,9 +144,11 @@ def test_before_and_after_are_shown_with_their_intervals(recorder: Recorder):
     [
         ({"greedy": 0.25}, "good", "got better: greedy accuracy 25.0 % → 50.0 % (+25.0 points, 95 % interval +12.5 to"),
         ({"greedy": -0.25}, "bad", "got worse"),
-        ({"greedy": 0.1}, "unsure", "No difference that 64 held-out questions can show"),
-        ({"greedy": 0.25, "maj@5": 0.1}, "good", "maj@5 moved by no more than chance could"),
-        ({"greedy": 0.25, "pass@5": -0.25}, "unsure", "Better in one way, worse in another"),
+        ({"greedy": 0.1}, "unsure", "No difference is shown: greedy accuracy"),
+        ({"greedy": 0.25, "maj@5": 0.1}, "good", "Of the other measures, maj@5 did not clearly move."),
+        ({"greedy": 0.25, "maj@5": 0.2, "pass@5": -0.25}, "good", "Of the other measures, maj@5 rose; pass@5 fell."),
+        ({"greedy": 0.1, "pass@5": 0.25}, "unsure", "Of the other measures, pass@5 rose."),  # one of many may by chance
+        ({"mean@1": 0.25}, "good", "got better: mean@1"),
     ],
 )
 def test_the_verdict_follows_the_intervals(recorder: Recorder, differences: dict[str, float], tone: str, said: str):
@@ -164,10 +167,10 @@ def test_without_labels_no_accuracy_is_claimed(recorder: Recorder, summary: dict
     assert "got better" not in page.text
 
 
-def signal_run(path: Path, late: dict[str, float], steps: int = 40) -> Run:
+def signal_run(path: Path, late: dict[str, float], steps: int = 60, **options: Any) -> Run:
     """A run with a window of 10 whose signals change after its half."""
     healthy = {"majority_fraction": 0.6, "answer_entropy": 0.9, "readable": 1.0, "distinct_questions": 0.9}
-    recorder = new_run(path, steps=steps)
+    recorder = new_run(path, steps=steps, **options)
     for step in range(1, steps + 1):
         values = healthy | (late if step > steps // 2 else {})
         recorder.metrics(step, METRICS | {f"watch/{name}": value for name, value in values.items()})
@@ -185,7 +188,7 @@ def test_healthy_signs_are_no_proof(tmp_path: Path):
 @pytest.mark.parametrize(
     ("late", "tone", "meaning"),
     [
-        ({"majority_fraction": 0.99}, "bad", "the group agrees whatever is asked"),
+        ({"majority_fraction": 0.99}, "bad", "the group agrees whatever is asked (majority fraction 0.6 → 0.99)"),
         ({"answer_entropy": 0.41}, "unsure", "answers lose their diversity"),
         ({"readable": 0.5}, "bad", "texts can no longer be read"),
         ({"distinct_questions": 0.2}, "bad", "the same questions come again and again"),
@@ -197,14 +200,32 @@ def test_a_run_that_goes_wrong_says_how(tmp_path: Path, late: dict[str, float], 
     assert meaning in found.sentence
 
 
-def test_agreement_that_is_lost_again_is_measured_against_the_best(tmp_path: Path):
-    recorder = new_run(tmp_path / "run", steps=60)
-    for step in range(1, 61):
-        share = 0.6 if step <= 20 else 0.9 if step <= 40 else 0.62
-        recorder.metrics(step, METRICS | {"watch/majority_fraction": share})
-    found = verdict(Run(recorder.run_dir))
-    assert found.tone == "bad"
-    assert "agreement that had been won is lost again (majority fraction 0.9 → 0.62)" in found.sentence
+def test_under_labels_agreement_is_no_sign_of_trouble(tmp_path: Path):
+    run = signal_run(tmp_path / "run", {"majority_fraction": 0.99}, recipe="oracle", labels="/labels.jsonl")
+    assert verdict(run).tone == "unsure"
+    assert "paid for true answers" in verdict(run).sentence
+    assert signs(run) == []
+
+
+def test_the_page_and_the_watch_say_the_same(tmp_path: Path):
+    """Of noise around a level that holds, and of agreement that is won and lost, at every tenth step."""
+    rng = np.random.default_rng(0)
+    recorder = new_run(tmp_path / "run", steps=200)
+    run, watch, told = Run(recorder.run_dir), Watch(10), set()
+    for step in range(1, 201):
+        level = 0.6 if step < 80 else 0.9 if step < 140 else 0.55
+        values = {"majority_fraction": float(np.clip(rng.normal(level, 0.1), 0, 1)), "readable": 1.0}
+        recorder.metrics(step, METRICS | {f"watch/{name}": value for name, value in values.items()})
+        watch.observe(step, {**values, "blank_survival": 0.3, "distinct_questions": 0.9})
+        if step % 10 == 0:
+            run.refresh()
+            assert run.watch.signs() == watch.signs()
+            told.add(verdict(run).tone)
+    assert told == {"unsure", "bad"}
+    (lost,) = [sign for sign in watch.signs() if sign.trouble]
+    assert lost.trouble == "agreement that had been won is lost again"
+    assert watch.alarm is not None
+    assert f"{lost.trouble} (majority fraction {lost.reference:.3g} → {lost.recent:.3g})" in verdict(run).sentence
 
 
 def test_too_few_steps_for_a_verdict(tmp_path: Path):
@@ -217,7 +238,9 @@ def test_a_run_that_ended_itself_says_so_first(recorder: Recorder):
     recorder.write_text("summary.json", write_json(ended))
     found = verdict(Run(with_metrics(recorder).run_dir))
     assert found.tone == "bad"
-    assert "ended itself after step 3 (texts can no longer be read) and went back to step 2" in found.sentence
+    assert found.sentence == (
+        "It went wrong: texts can no longer be read. The run ended itself after step 3 and went back to step 2."
+    )
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------

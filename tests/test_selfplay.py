@@ -21,6 +21,9 @@ from ireasoner.config import Config, names, resolve
 from ireasoner.engines.transformers import TransformersEngine
 from ireasoner.learner import Learner
 from ireasoner.policy import Policy
+from ireasoner.recorder import episode_record
+from ireasoner.report import run as recorded
+from ireasoner.report.terms import proposer_term, solver_terms
 from ireasoner.roles import parse_trajectory
 from ireasoner.selfplay import ClaimMemory, SelfPlay, step_weight
 from ireasoner.types import Completion, Episode, FinishReason, Question, Trajectory
@@ -291,6 +294,44 @@ def test_step_scores_explain_the_step_agreement(policy: Policy, recipe: str):
         assert [s.score for s in episode.step_scores[2]] == [None]  # outside the majority
         assert episode.step_scores[2][0].similarity is not None
     assert episode.step_weight == step_weight(config, episode.step)
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "oracle"])
+@pytest.mark.parametrize("step", [1, LAST])
+def test_the_page_takes_every_reward_apart(policy: Policy, recipe: str, step: int):
+    """Whatever a recipe pays, its terms add up to it; and to nothing else."""
+    texts = [
+        solution("7", "The red bar reaches 7.", "So it is 7.", "That is all of it.", *["And more."] * 6),
+        solution("7", "The blue bar reaches 3.", "The red bar reaches 7.", "Nothing more is there."),
+        solution("7", "The red bar reaches 7."),
+        solution("3", "The red bar reaches 3."),
+        "nothing",
+    ]
+    config = config_of(recipe, target_words=9, length_penalty=0.3, target_entropy=0.6)
+    record = episode_record(pay(policy, config, texts, step, truth="7"))
+    for changed in (False, True):
+        if changed:
+            for t in record["trajectories"]:
+                t["reward"] -= 1.5
+                t["reward_parts"] = {name: value + 0.01 for name, value in t["reward_parts"].items()}
+        read = recorded.Episode.model_validate(record | {"proposer_reward": record["proposer_reward"] + 0.01 * changed})
+        lines = [line for t in read.trajectories for line in solver_terms(config, read, t)]
+        assert len(lines) == 5 * (3 if config.reward == "agreement" else 1)
+        assert {line.adds_up for line in [*lines, proposer_term(config, read)]} == {not changed}
+
+
+@pytest.mark.parametrize("option", ["length_penalty", "outcome_exponent", "density_exponent", "position_decay"])
+def test_a_term_with_another_constant_does_not_add_up(policy: Policy, option: str):
+    texts = [
+        solution("7", "The red bar reaches 7.", "It is so."),
+        solution("7", "The red bar reaches 7.", "Look at it."),
+    ]
+    texts.append(solution("3", "The red bar reaches 3."))
+    config = config_of("paper", target_words=5)
+    read = recorded.Episode.model_validate(episode_record(pay(policy, config, texts)))
+    other = config.model_copy(update={option: getattr(config, option) + 0.2})
+    lines = [line for t in read.trajectories for line in solver_terms(other, read, t)]
+    assert not all(line.adds_up for line in lines)
 
 
 MALFORMED = {

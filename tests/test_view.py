@@ -6,6 +6,7 @@ import fcntl
 import http.client
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -25,14 +26,16 @@ from ireasoner.config import resolve
 from ireasoner.playground import dataset
 from ireasoner.report import write_report
 from ireasoner.report.curves import PANELS, draw_panel
+from ireasoner.report.gallery import select
+from ireasoner.report.overview import overview
 from ireasoner.report.page import Page as Rendered
 from ireasoner.report.page import Query
-from ireasoner.report.run import Run, overview
+from ireasoner.report.run import LARGEST_PICTURE, TAILS, Run
 from ireasoner.types import UsageError
 from runs import HOSTILE, METRICS, episode, new_run, unreadable, with_metrics
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-TAILS = ("metrics", "episodes", "probes", "skipped", "events")
+
 IDLE = "!document.querySelector('[aria-busy]')"
 LOADED = "[...document.querySelectorAll('.panel img')].every(i => i.complete && i.naturalWidth)"
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
@@ -318,6 +321,82 @@ def test_who_looks_does_not_keep_a_run_from_starting(tmp_path: Path):
             pass
 
 
+def test_what_was_read_stays_while_a_run_is_deleted_file_by_file(tmp_path: Path):
+    recorder = with_metrics(new_run(tmp_path / "run"))
+    recorder.episode(episode())
+    run = Run(recorder.run_dir)
+    for name in ("episodes.jsonl", "metrics.jsonl", "config.yaml"):
+        (recorder.run_dir / name).unlink()
+        run.refresh()
+        assert (run.gone, len(run.entries), run.step) == (True, 1, 3)
+
+
+def test_another_run_in_the_same_place_is_shown_with_its_own_config(tmp_path: Path):
+    recorder = with_metrics(new_run(tmp_path / "run"), 3)
+    recorder.episode(episode())
+    run = Run(recorder.run_dir)
+    version = run.version
+    shutil.rmtree(recorder.run_dir)
+    run.refresh()
+    assert run.gone
+    with_metrics(new_run(tmp_path / "run", recipe="paper", steps=9), 3)
+    run.refresh()
+    assert (run.gone, run.config.recipe, run.config.steps, run.step, run.entries) == (False, "paper", 9, 3, [])
+    assert run.version != version
+
+
+def test_curves_are_drawn_anew_whenever_the_run_has_changed(tmp_path: Path):
+    recorder = with_metrics(new_run(tmp_path / "run"), 30)
+    with viewing(recorder.run_dir) as (_, port):
+        page, before = get(port, "/")[2], get(port, "/curves/2.svg")[2]
+        recorder.write_text("summary.json", json.dumps({"stopped_early": True, "best_step": 20, "steps": 30}))
+        later = get(port, "/")[2]
+        assert get(port, "/curves/2.svg")[2] != before  # where it went back to is dotted
+        asked = [re.findall(r"/curves/2\.svg\?v=[^\"]+", text) for text in (page, later)]
+        assert asked[0] != asked[1]  # or the browser would show what it kept
+        recorder.rewind(10)
+        for step in range(11, 31):
+            recorder.metrics(step, METRICS | {"answers/majority_fraction": 0.1})
+        drawn = get(port, "/curves/2.svg")[2]
+        assert get(port, "/pulse")[0] == 200
+        assert get(port, "/curves/2.svg")[2] != drawn
+    with viewing(recorder.run_dir) as (_, port):
+        again = re.findall(r"/curves/2\.svg\?v=[^\"]+", get(port, "/")[2])
+        assert len(again) == 1
+        assert again not in asked  # nor what it kept of another viewer at this address
+
+
+def test_links_out_of_a_run_lead_nowhere(tmp_path: Path):
+    outside = tmp_path / "outside"
+    (outside / "step-000001").mkdir(parents=True)
+    recorder = with_metrics(new_run(tmp_path / "run"))
+    (recorder.run_dir / "checkpoints").symlink_to(outside)
+    (recorder.run_dir / "images" / "00000000.png").write_bytes(b"\x89PNG" + bytes(LARGEST_PICTURE))
+    run = Run(recorder.run_dir)
+    assert b"step-000001" not in Rendered(run).render("ran.html")
+    assert run.thumbnail("images/00000000.png") is None
+
+
+@pytest.mark.parametrize("images", ["/", ".", "''", '"\\0"', "loop/x"])
+def test_whatever_a_config_calls_its_images_it_opens(tmp_path: Path, images: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    recorder = with_metrics(new_run(tmp_path / "run"))
+    config = (recorder.run_dir / "config.yaml").read_text()
+    recorder.write_text("config.yaml", config.replace("images: /pictures", f"images: {images}"))
+    assert Run(recorder.run_dir).pictures == {}
+
+
+def test_malformed_text_is_found_too(tmp_path: Path):
+    recorder = with_metrics(new_run(tmp_path / "run"))
+    record = episode()
+    record["trajectories"][2]["text"] = "A Zebra that never closes"
+    recorder.episode(record)
+    recorder.episode(unreadable(text="a giraffe, unasked"))
+    run = Run(recorder.run_dir)
+    assert [len(select(run, text=text)) for text in ("zebra", "giraffe", "unicorn")] == [1, 1, 0]
+
+
 def test_a_run_deleted_under_the_viewer_leaves_what_was_read(tmp_path: Path):
     recorder = with_metrics(new_run(tmp_path / "run"))
     recorder.episode(episode(question="Before the end."))
@@ -338,6 +417,8 @@ def test_runs_are_listed_with_state_and_result(trained: Path, tmp_path: Path, ca
     new_run(tmp_path / "fresh")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.yaml").write_text("some: thing\n")
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "config.yaml")
     rows = {row[0]: row[1:] for row in overview(tmp_path)[1:]}
     assert set(rows) == {"group/real", "\x1b[31mcut", "fresh"}
     assert rows["group/real"][:1] + rows["group/real"][4:5] == ["finished", "4/4"]
@@ -361,7 +442,8 @@ import sys
 from pathlib import Path
 from ireasoner.report.page import Page, write_report
 from ireasoner.report.server import Viewer
-from ireasoner.report.run import Run, overview
+from ireasoner.report.overview import overview
+from ireasoner.report.run import LARGEST_PICTURE, TAILS, Run
 run = Run(Path({str(trained)!r}))
 Page(run).render("page.html")
 Viewer(run).app()
@@ -583,12 +665,19 @@ def test_the_page_follows_a_run(tmp_path: Path, browser: Browser):
         fcntl.flock(lock, fcntl.LOCK_EX)
         page.goto(address)
         assert page.locator("#state").inner_text() == "running"
+        page.get_by_label("Read the curves at step").focus()
+        page.keyboard.press("Home")
+        page.locator(".panel").nth(3).hover(position={"x": 20, "y": 5})  # where one looks
         page.wait_for_timeout(3500)  # it has looked once
         recorder.metrics(3, METRICS | {"answers/entropy": 0.123})
         recorder.episode(episode(question="The second.", step=3))
         page.get_by_role("link", name="New episodes: show").click()
         page.get_by_text("The second.", exact=True).wait_for()
-        until(page, "document.querySelectorAll('.panel')[3].textContent.includes('0.123')")
+        until(page, "JSON.parse(document.querySelector('#readings').textContent).steps.length === 3")
+        assert page.locator("#step").inner_text() == "3"
+        assert page.locator("#at-value").inner_text() == "1"  # the reader's step stays, and the focus
+        assert page.locator(".panel").nth(3).locator("output").inner_text() == "0.8"
+        assert page.evaluate("document.activeElement.className").startswith("hint pager")
         lock.close()
         until(page, "document.querySelector('#state').textContent === 'stopped'")
         shutil.rmtree(recorder.run_dir)

@@ -127,7 +127,7 @@ def test_the_reason_has_the_numbers():
     # row end at 32, where every step of the window is 0.9. Step 27 − 10 was healthy.
     alarm, step = fired(run)
     assert step == 32
-    assert alarm == Alarm("the group agrees whatever is asked (majority fraction 0.5 -> 0.9)", 17)
+    assert alarm == Alarm("the group agrees whatever is asked (majority fraction from 0.5 to 0.9)", 17)
 
 
 def test_a_short_scare_is_forgotten():
@@ -143,7 +143,7 @@ def test_what_noise_explains_is_no_alarm():
     # Both fall from a mean of 13 to 5. Where the steps alternate between 1 and 25, ten of them say little.
     steady = only("length", [13.0] * 12 + [5.0] * 20)
     noisy = only("length", [1.0, 25.0] * 6 + [5.0] * 20)
-    assert fired(steady)[0].reason == "solutions shrink (length 13 -> 5)"
+    assert fired(steady)[0].reason == "solutions shrink (length from 13 to 5)"
     assert watch(noisy)[0].alarm is None
 
 

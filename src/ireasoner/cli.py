@@ -42,9 +42,9 @@ def _temperature(text: str) -> float:
 
 
 def _port(text: str) -> int:
-    if not 0 <= (value := int(text)) <= 65535:
-        raise argparse.ArgumentTypeError(f"{value} is not a port: 0 to 65535")
-    return value
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port: 0 to 65535")
+    return int(text)
 
 
 def _writable(text: str) -> Path:
@@ -473,7 +473,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _runs(arguments: argparse.Namespace) -> int:
     from ireasoner.console import plain, print_table
-    from ireasoner.report.run import overview
+    from ireasoner.report.overview import overview
 
     rows = overview(arguments.folder)
     if len(rows) == 1:

@@ -87,7 +87,7 @@ class Display:
             console=self.console,
         )
         self.task = self.progress.add_task("training", total=config.steps)
-        self.started, self.first_step = time.monotonic(), 1
+        self.first_step, self.training_seconds = 1, 0.0
 
     def __enter__(self) -> Display:
         if self.live:
@@ -127,14 +127,16 @@ class Display:
 
     def on_step(self, step: int, metrics: Mapping[str, float], episodes: Sequence[Episode]) -> None:
         numbers = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in SHOWN.items() if name in metrics)
-        if seconds := metrics.get("time/step_seconds"):
+        seconds = metrics.get("time/step_seconds", 0.0)
+        self.training_seconds += seconds
+        if seconds:
             numbers += f"  {sum(len(e.trajectories) for e in episodes) / seconds:.3g} trajectories/s"
         if self.live:
             self.progress.update(self.task, completed=step, description="training")
             lines = [Text(vote_line(episode), no_wrap=True, overflow="ellipsis") for episode in episodes[:4]]
             self.live.update(Group(self.progress, Text(numbers), *lines))
             return
-        per_step = (time.monotonic() - self.started) / (step - self.first_step + 1)
+        per_step = self.training_seconds / (step - self.first_step + 1)
         minutes, seconds = divmod(int(per_step * (self.config.steps - step)), 60)
         self.say(f"step {step}/{self.config.steps}  {numbers}  {per_step:.1f} s/step, {minutes}:{seconds:02d} left")
         if step % 5 == 1:

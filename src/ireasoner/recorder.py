@@ -207,9 +207,10 @@ def _plain(value: Any) -> Any:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a whole file, or replace it, in one go. Raises `OSError`."""
+    """Write a whole file, or replace it, in one go; whatever lies there is not followed anywhere. Raises `OSError`."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

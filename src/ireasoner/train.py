@@ -518,7 +518,7 @@ def _only_writer(out: Path) -> Iterator[None]:
     """Hold the run directory; the lock goes with the process, however that ends."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("w")
+        file = (out / ".lock").open("a")  # never to be emptied: it may be a link to something else
     except OSError as error:
         raise RunDirectoryError(f"the run directory cannot be used: {out}: {error.strerror}") from None
     with file:

@@ -61,6 +61,17 @@ STANDARD_ERRORS = 4.0  # that two windows must be apart as well: with few images
 
 
 @dataclass(frozen=True)
+class Sign:
+    """What the watch makes of a signal: the means that it compares, the trouble that it sees in them, if any."""
+
+    signal: str
+    reference: float
+    recent: float
+    trouble: str | None
+    alarms: bool
+
+
+@dataclass(frozen=True)
 class Alarm:
     """Why a run should end, in words, and the last step known to be healthy."""
 
@@ -98,6 +109,21 @@ class Watch:
         """After which steps a checkpoint may be needed: from before every excursion that goes on, and before now."""
         return {max(0, step - self.window) for step in (self._step, *self._left.values())}
 
+    def signs(self) -> list[Sign]:
+        """Every signal that can be judged by now, by its worst rule; what an alarm needs is that it lasts."""
+        found: dict[str, Sign] = {}
+        for rule in RULES:
+            recent, reference = self._mean(rule.signal, self._step), self._references.get(rule)
+            if recent is None or reference is None:
+                continue
+            trouble = rule.meaning if rule in self._left else None
+            alarms = self._alarmed.get(rule, 0) >= self.patience
+            sign = Sign(rule.signal, reference[0], recent[0], trouble, alarms)
+            known = found.get(rule.signal)
+            if known is None or (sign.alarms, bool(sign.trouble)) > (known.alarms, bool(known.trouble)):
+                found[rule.signal] = sign
+        return list(found.values())
+
     def _judge(self, rule: Rule) -> str | None:
         """Keep account of one rule; what it says if it has alarmed for long enough."""
         recent, reference = self._mean(rule.signal, self._step), self._reference(rule)
@@ -113,7 +139,7 @@ class Watch:
         self._alarmed[rule] = self._alarmed.get(rule, 0) + 1 if room < rule.alarm * had else 0
         name = rule.signal.replace("_", " ")
         lasts = self._alarmed[rule] >= self.patience
-        return f"{rule.meaning} ({name} {reference[0]:.3g} -> {recent[0]:.3g})" if lasts else None
+        return f"{rule.meaning} ({name} from {reference[0]:.3g} to {recent[0]:.3g})" if lasts else None
 
     def _reference(self, rule: Rule) -> tuple[float, float] | None:
         """What a signal is compared with: steps that do not overlap the recent ones."""

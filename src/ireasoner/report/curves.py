@@ -42,7 +42,7 @@ def _roles(metric: str) -> dict[str, str]:
 PANELS = (
     Panel(
         "Solver's reward",
-        "mean, and its parts",
+        "mean of what is paid, and its parts",
         {
             "total": "reward/solver/total",
             "outcome": "reward/solver/outcome",
@@ -84,18 +84,19 @@ def series(run: Run, metric: str) -> tuple[NDArray[np.float64], NDArray[np.float
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean of each value and those before it, over a twelfth of the series."""
     window = max(1, len(values) // 12)
-    total = np.cumsum(np.concatenate([np.zeros(1), values]))
+    total = np.cumsum(np.concatenate([np.zeros(1), values - values[:1]]))  # exact where nothing changes
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - window)
-    return (total[ends] - total[starts]) / (ends - starts)
+    return values[:1] + (total[ends] - total[starts]) / (ends - starts)
 
 
 def thin(values: NDArray[np.float64]) -> NDArray[np.intp]:
     """Which points of a long series to draw: the lowest and the highest of each stretch, so that no spike is lost."""
     if len(values) <= MOST_POINTS:
         return np.arange(len(values))
-    stretches = np.array_split(np.arange(len(values)), MOST_POINTS // 2)
-    return np.unique([pick for s in stretches for pick in (s[values[s].argmin()], s[values[s].argmax()])])
+    stretches = np.array_split(np.arange(len(values)), MOST_POINTS // 2 - 1)
+    extremes = [pick for s in stretches for pick in (s[values[s].argmin()], s[values[s].argmax()])]
+    return np.unique([0, *extremes, len(values) - 1])
 
 
 def readings(run: Run) -> dict[str, Any]:
@@ -161,6 +162,7 @@ def draw_panel(run: Run, number: int) -> str:
 
 
 def _draw(axis: Axes, run: Run, panel: Panel) -> None:
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")  # an exponent at the top would be cut off
     for color, (label, metric) in zip(_colors(), panel.metrics.items(), strict=False):
         steps, values = series(run, metric)
         if not len(values):

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import io
 import math
+import secrets
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -78,18 +79,39 @@ class Page:
 
     def __init__(self, run: Run, *, static: bool = False) -> None:
         self.run, self.static = run, static
+        self.nonce = secrets.token_hex(4)  # a browser keeps pictures: of this viewer, not of the last one at its port
         environment = Environment(loader=PackageLoader("ireasoner.report"), autoescape=True, undefined=StrictUndefined)
         environment.trim_blocks = environment.lstrip_blocks = True
-        environment.filters |= {"cut": _cut, "short": _short, "ends": _ends, "shade": _shade_of_score}
-        environment.filters |= {"shade_of": _shade, "explain": _explain}
+        environment.filters |= {"cut": _cut, "short": _short, "ends": _ends}
+        environment.filters |= {"shade": self._shade, "explain": self._explain}
         environment.globals |= {"verdict": verdict, "signs": signs, "accuracy": _accuracy, "readings": readings}
         environment.globals |= {"panels": PANELS, "filters": filters, "by_answer": _by_answer, "agrees": _agrees}
         environment.globals |= {"solver_terms": solver_terms, "proposer_term": proposer_term}
         environment.globals |= {"similarities": _similarities, "heat_maps": _heat_maps, "openings": openings}
         environment.globals |= {"probes": _probes, "differences": _differences, "options": _options}
-        environment.globals |= {"checkpoints": _checkpoints, "static": static}
+        environment.globals |= {"checkpoints": _checkpoints, "static": static, "least": self.least}
         environment.globals |= {"panel_source": self._panel_source, "thumbnail_source": self._thumbnail_source}
         self.environment = environment
+
+    @property
+    def least(self) -> float:
+        """The similarity of steps that have nothing in common, where the scale of colours begins."""
+        return 0.0 if self.run.config.step_measure == "claims" else 0.5  # (1 + cos)/2
+
+    def _shade(self, value: float | None) -> str:
+        """The class of a colour for a similarity in [0, 1]."""
+        if value is None or not math.isfinite(value):
+            return "none"
+        return f"a{round(10 * min(1.0, max(0.0, (value - self.least) / (1 - self.least))))}"
+
+    def _explain(self, score: StepScore | None) -> str:
+        """What the pointer says above a step."""
+        if score is None or score.similarity is None:
+            return "not compared: empty, beyond the last position compared, or it claims nothing beyond the answer"
+        recurs = f"recurs in {100 * score.recurrence:.1f} % of other images' groups; "
+        recurs = recurs if self.run.config.recurrence_window else ""
+        counts = "not counted in the reward" if score.score is None else f"counts {score.score:.4f}"
+        return f"agreement {score.similarity:.4f}; {recurs}{counts}"
 
     def render(self, name: str, query: Query | None = None) -> bytes:
         """A template of the page, such as `page.html` or `episodes.html`, as UTF-8."""
@@ -122,7 +144,7 @@ class Page:
 
     def _panel_source(self, run: Run, number: int) -> str:
         if not self.static:
-            return f"/curves/{number}.svg?v={len(run.metrics)}"
+            return f"/curves/{number}.svg?v={self.nonce}-{run.version}"
         return f"data:image/svg+xml;base64,{base64.b64encode(draw_panel(run, number).encode()).decode('ascii')}"
 
     def _thumbnail_source(self, run: Run, name: str) -> str:
@@ -180,24 +202,6 @@ def _ends(values: list[float | None]) -> str:
     """First and last of a smoothed curve."""
     known = [value for value in values if value is not None]
     return f"{known[0]:.3g} → {known[-1]:.3g}" if known else ""
-
-
-def _shade(value: float | None) -> str:
-    """The class of a colour for a similarity in [0, 1]."""
-    return "none" if value is None or not math.isfinite(value) else f"a{round(10 * min(1.0, max(0.0, value)))}"
-
-
-def _shade_of_score(score: StepScore | None) -> str:
-    return _shade(score.similarity if score else None)
-
-
-def _explain(score: StepScore | None) -> str:
-    """What the pointer says above a step."""
-    if score is None or score.similarity is None:
-        return "not compared: empty, beyond the last position compared, or it claims nothing beyond the answer"
-    counts = "not counted in the reward" if score.score is None else f"counts {score.score:.4f}"
-    recurs = f"recurs in {100 * score.recurrence:.1f} % of other images' groups"
-    return f"agreement {score.similarity:.4f}; {recurs}; {counts}"
 
 
 # --- Is it working? ---------------------------------------------------------------------------------------------------
@@ -272,15 +276,15 @@ def _similarities(episode: Episode) -> list[tuple[str, list[float | None]]]:
     return [(label, [*row, *[None] * (width - len(row))]) for label, row in rows] if compared else []
 
 
-def _heat_maps(run: Run, chosen: tuple[int, int] | None) -> list[tuple[tuple[int, int], int, Matrix, float]]:
-    """The averaged heat maps of the run's stretches, and of the steps that a reader chose."""
-    found = []
-    for first, last in [*stretches(run), *([chosen] if chosen else [])]:
+def _heat_maps(run: Run, chosen: tuple[int, int] | None) -> list[tuple[tuple[int, int], int, Matrix, float, bool]]:
+    """The averaged heat maps of the run's stretches, and of the steps that a reader chose, which are marked."""
+    found, parts = [], [(*stretch, False) for stretch in stretches(run)]
+    for first, last, own in [*parts, *([(*chosen, True)] if chosen else [])]:
         entries = [entry for entry in run.entries if first <= entry.step <= last]
         if matrix := average_agreement(entries):
             steps = (entries[0].step, entries[-1].step)
             mean = float(np.nanmean(np.stack([entry.agreement for entry in entries])))
-            found.append((steps, len(entries), matrix, mean))
+            found.append((steps, len(entries), matrix, mean, own))
     return found
 
 
@@ -348,9 +352,10 @@ def _checkpoints(run: Run) -> list[tuple[str, str]]:
     """The checkpoints that are there, the newest first, with their sizes."""
     folder, found = run.path / "checkpoints", []
     try:
-        for path in sorted(folder.iterdir(), reverse=True)[:100]:
-            if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
-                size = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+        for path in [] if folder.is_symlink() else sorted(folder.glob("step-*"), reverse=True)[:100]:
+            if path.is_dir() and not path.is_symlink():
+                files = [*path.glob("*"), *path.glob("*/*")]
+                size = sum(file.lstat().st_size for file in files if file.is_file())
                 found.append((path.name, f"{size / 1e6:.1f} MB"))
     except OSError:  # none yet, or deleted while it was read
         pass

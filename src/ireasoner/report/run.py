@@ -23,8 +23,11 @@ from ireasoner.answers import answer_key
 from ireasoner.config import Config, ConfigError, load_config
 from ireasoner.playground import dataset, world
 from ireasoner.types import UsageError
+from ireasoner.watch import Watch
 
 LONGEST_LINE = 4_000_000  # bytes; no record of ours comes near
+LARGEST_PICTURE = 4_000_000  # bytes; a thumbnail has 256 pixels a side
+TAILS = ("metrics", "episodes", "probes", "skipped", "events")
 MOST_TRAJECTORIES, MOST_STEPS = 64, 64  # of an episode, that are shown
 
 State = Literal["finished", "ended itself", "running", "stopped"]
@@ -138,14 +141,21 @@ class _Tail:
     offset: int = 0
     identity: tuple[int, int] | None = None
     damaged: int = 0
+    generation: int = 0
 
     def restarted(self) -> bool:
-        """Whether the file is another one than before, as after a run went back: then it is read from its start."""
+        """Whether the file is another one than before, as after a run went back: then it is read from its start.
+
+        Raises:
+            FileNotFoundError: it was there before.
+        """
         found = self.path.stat() if self.path.is_file() else None
+        if found is None and self.identity is not None:
+            raise FileNotFoundError(self.path)
         identity = (found.st_dev, found.st_ino) if found else None
         again = identity != self.identity or bool(found and found.st_size < self.offset)
         if again:
-            self.offset, self.damaged, self.identity = 0, 0, identity
+            self.offset, self.damaged, self.identity, self.generation = 0, 0, identity, self.generation + 1
         return again
 
     def lines(self) -> Iterator[tuple[tuple[int, int], bytes]]:
@@ -154,6 +164,7 @@ class _Tail:
             return
         with self.path.open("rb") as file:
             file.seek(self.offset)
+            # A longer one comes in pieces, of which none is a record.
             while (line := file.readline(LONGEST_LINE)).endswith(b"\n") or len(line) == LONGEST_LINE:
                 place, self.offset = (self.offset, len(line)), self.offset + len(line)
                 yield place, line
@@ -174,25 +185,34 @@ class Run:
     path: Path
     truth_file: Path | None = None
     gone: bool = field(default=False, init=False)
-    metrics: list[dict[str, Any]] = field(default_factory=list, init=False)
-    entries: list[Entry] = field(default_factory=list, init=False)
-    probes: list[Probe] = field(default_factory=list, init=False)
-    skipped: list[dict[str, Any]] = field(default_factory=list, init=False)
-    events: list[dict[str, Any]] = field(default_factory=list, init=False)
-    summary: dict[str, Any] | None = field(default=None, init=False)
+    metrics: list[dict[str, Any]] = field(init=False)
+    entries: list[Entry] = field(init=False)
+    probes: list[Probe] = field(init=False)
+    skipped: list[dict[str, Any]] = field(init=False)
+    events: list[dict[str, Any]] = field(init=False)
+    summary: dict[str, Any] | None = field(init=False)
 
     def __post_init__(self) -> None:
         if not (self.path / "config.yaml").is_file():
             raise UsageError(f"{self.path} is not a run directory: it has no config.yaml")
+        self._begin()
+        self.refresh()
+
+    def _begin(self) -> None:
+        """Read the config, of which all else depends, and forget what was read under another one."""
         try:
+            self._began = self._identity()
             self.config: Config = load_config(self.path / "config.yaml")
         except ConfigError as error:
             raise UsageError(f"this run cannot be shown: {error}") from None
         self.pictures = self._truth()
-        self._tails = {
-            name: _Tail(self.path / f"{name}.jsonl") for name in ("metrics", "episodes", "probes", "skipped", "events")
-        }
-        self.refresh()
+        self.watch = Watch(self.config.watch_window)
+        self.metrics, self.entries, self.probes, self.skipped, self.events = [], [], [], [], []
+        self.summary, self._tails = None, {name: _Tail(self.path / f"{name}.jsonl") for name in TAILS}
+
+    def _identity(self) -> tuple[int, int]:
+        found = (self.path / "config.yaml").stat()
+        return found.st_ino, found.st_mtime_ns
 
     @property
     def name(self) -> str:
@@ -211,23 +231,25 @@ class Run:
     @property
     def version(self) -> str:
         """Changes whenever there is something new to show."""
-        sizes = "-".join(str(tail.offset) for tail in self._tails.values())
-        return f"{sizes}-{self.state()}{'-gone' * self.gone}".replace(" ", "-")
+        read = "-".join(f"{tail.generation}.{tail.offset}" for tail in self._tails.values())
+        return f"{self._began[0]}-{read}-{self.state()}{'-gone' * self.gone}".replace(" ", "-")
 
     def refresh(self) -> None:
         """Read what is new."""
         try:
             self.gone = not (self.path / "config.yaml").is_file()
             if not self.gone:
+                if self._identity() != self._began:  # another run in the same place
+                    self._begin()
                 for name, tail in self._tails.items():
                     self._read(name, tail)
-                self.summary = _json(self.path / "summary.json")
-        except OSError:  # deleted, or unmounted, while it was read
+                self.summary = read_json(self.path / "summary.json")
+        except (OSError, UsageError):  # deleted, or unmounted, or made anew while it was read
             self.gone = True
 
     def state(self) -> State:
         """What the run is doing."""
-        return _state(self.path, self.summary)
+        return state_of(self.path, self.summary)
 
     def episode(self, entry: Entry) -> Episode | None:
         """An episode in full; None if the file no longer holds it."""
@@ -240,7 +262,7 @@ class Run:
 
     def versions(self) -> dict[str, str]:
         """Of the packages that the run began with; empty if it did not record them."""
-        found = _json(self.path / "versions.json") or (self.summary or {}).get("versions")
+        found = read_json(self.path / "versions.json") or (self.summary or {}).get("versions")
         return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
     def thumbnail(self, name: str) -> Path | None:
@@ -248,9 +270,10 @@ class Run:
         match = re.fullmatch(r"(?:images/)?([0-9a-f]{8,64}\.png)", name)
         if not match:
             return None
-        path = self.path / "images" / match[1]
         folder = self.path / "images"
-        return path if path.is_file() and not path.is_symlink() and not folder.is_symlink() else None
+        path = folder / match[1]
+        own = path.is_file() and not path.is_symlink() and not folder.is_symlink()
+        return path if own and path.stat().st_size <= LARGEST_PICTURE else None
 
     def true_answer(self, image: str, question: str) -> str | None:
         """What is true, where that is known."""
@@ -266,28 +289,36 @@ class Run:
             return world.step_truth(picture, reasoning_step) if picture else None
 
     def _truth(self) -> dict[str, world.Picture]:
-        beside = dataset.truth_path(self.config.images)
+        if self.truth_file:
+            try:
+                return dataset.read_truth(self.truth_file)
+            except OSError as error:
+                raise UsageError(f"cannot read the truth in {self.truth_file}: {error.strerror}") from None
+            except (ValueError, KeyError, TypeError, RecursionError):
+                why = "lines of image and picture, as playground writes"
+                raise UsageError(f"{self.truth_file} is no file of truth: {why}") from None
         # A run directory may come from anywhere: what it names is followed no further than itself.
-        own = beside if beside.resolve().is_relative_to(self.path.resolve()) and beside.is_file() else None
-        path = self.truth_file or own
-        try:
-            return dataset.read_truth(path) if path else {}
-        except OSError as error:
-            raise UsageError(f"cannot read the truth in {path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, RecursionError):
-            if self.truth_file is None:
-                return {}
-            raise UsageError(f"{path} is no file of truth: lines of image and picture, as playground writes") from None
+        with suppress(OSError, RuntimeError, ValueError, KeyError, TypeError):
+            beside = dataset.truth_path(self.config.images)
+            if beside.resolve().is_relative_to(self.path.resolve()) and beside.is_file():
+                return dataset.read_truth(beside)
+        return {}
 
     def _read(self, name: str, tail: _Tail) -> None:
         kept: list[Any] = self.entries if name == "episodes" else getattr(self, name)
         if tail.restarted():
             kept.clear()
+            self.watch = Watch(self.config.watch_window) if name == "metrics" else self.watch
         for place, line in tail.lines():
             try:
                 kept.append(self._parse(name, place, line))
             except (ValueError, RecursionError):  # pydantic's error is a ValueError
                 tail.damaged += 1
+                continue
+            if name == "metrics":
+                record = kept[-1]
+                signals = {k.removeprefix("watch/"): v for k, v in record.items() if k.startswith("watch/")}
+                self.watch.observe(record["step"], signals)
 
     def _parse(self, name: str, place: tuple[int, int], line: bytes) -> Any:
         line = _without_surrogates(line)
@@ -299,7 +330,7 @@ class Run:
         if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= 10**9:
             raise ValueError("not a record")
         if name == "metrics":
-            return {key: value for key, value in record.items() if type(value) in (int, float) and abs(value) < 1e15}
+            return {key: value for key, value in record.items() if type(value) in (int, float) and abs(value) < 1e9}
         return {key: str(value) for key, value in record.items() if key != "step"} | {"step": record["step"]}
 
     def _entry(self, place: tuple[int, int], e: Episode) -> Entry:
@@ -308,6 +339,8 @@ class Run:
         key = answer_key(truth, question) if truth and question else None
         texts = [e.image, e.question.text, *(t.answer or "" for t in e.trajectories)]
         texts += [step for t in e.trajectories for step in t.reasoning_steps]
+        texts += [t.text for t in e.trajectories if t.problem]
+        texts += [e.question_completion.text] if e.question.problem and e.question_completion else []
         unreadable = sum(not t.well_formed for t in e.trajectories)
         return Entry(
             place=place,
@@ -339,7 +372,7 @@ def _without_surrogates(line: bytes) -> bytes:
     return json.dumps(json.loads(line), ensure_ascii=False).encode("utf-8", "replace") if b"\\ud" in line else line
 
 
-def _json(file: Path) -> dict[str, Any] | None:
+def read_json(file: Path) -> dict[str, Any] | None:
     """What a small file holds; None if it is missing or something else."""
     try:
         found = json.loads(file.read_bytes()) if file.is_file() and file.stat().st_size < LONGEST_LINE else None
@@ -348,7 +381,7 @@ def _json(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _state(path: Path, summary: dict[str, Any] | None) -> State:
+def state_of(path: Path, summary: dict[str, Any] | None) -> State:
     """The lock that a trainer holds tells a running one from a stopped one."""
     if summary:
         return "ended itself" if summary.get("stopped_early") else "finished"
@@ -361,58 +394,3 @@ def _state(path: Path, summary: dict[str, Any] | None) -> State:
     except OSError:
         pass
     return "stopped"
-
-
-# --- many runs --------------------------------------------------------------------------------------------------------
-
-DEPTH = 3  # folders below the one that is searched
-
-
-def overview(folder: Path) -> list[list[str]]:
-    """A row for each run in a folder and below it, the latest last, heads first: name, state, recipe, step, result.
-
-    Raises:
-        UsageError: no such folder.
-    """
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: name the one that holds your runs")
-    found = [path for depth in range(DEPTH + 1) for path in folder.glob("*/" * depth + "config.yaml")]
-    runs = sorted({path.parent for path in found}, key=lambda run: (run / "config.yaml").stat().st_mtime)
-    rows = [["run", "state", "model", "recipe", "seed", "step", "result"]]
-    return rows + [row for run in runs if (row := _overview_row(run, str(run.relative_to(folder))))]
-
-
-def _overview_row(path: Path, name: str) -> list[str] | None:
-    """None for a folder whose config is not a run's."""
-    try:
-        config = load_config(path / "config.yaml")
-        summary, last = _json(path / "summary.json"), _last_metrics(path)
-    except (ConfigError, OSError):
-        return None
-    step = f"{last.get('step', 0)}/{config.steps}"
-    state = _state(path, summary)
-    return [name, state, config.model, config.recipe, str(config.seed), step, _result(summary or {}, last)]
-
-
-def _result(summary: dict[str, Any], last: dict[str, Any]) -> str:
-    try:
-        before, after = (100 * summary[when]["greedy"]["mean"] for when in ("before", "after"))
-        low, high = (100 * summary["difference"]["greedy"][end] for end in ("low", "high"))
-        return f"greedy {before:.1f} → {after:.1f} % ({after - before:+.1f} [{low:+.1f}, {high:+.1f}])"
-    except (KeyError, TypeError, ValueError, ArithmeticError):  # not measured
-        shown = {"reward": "reward/solver/total", "majority": "answers/majority_fraction"}
-        return ", ".join(f"{name} {last[key]:.3f}" for name, key in shown.items() if type(last.get(key)) is float)
-
-
-def _last_metrics(path: Path) -> dict[str, Any]:
-    """The last whole line of a run's metrics; empty if there is none."""
-    file = path / "metrics.jsonl"
-    if not file.is_file():
-        return {}
-    with file.open("rb") as lines:
-        lines.seek(max(0, file.stat().st_size - 65536))
-        for line in reversed(lines.read().split(b"\n")[:-1]):
-            with suppress(ValueError, RecursionError):
-                if isinstance(record := json.loads(line), dict):
-                    return record
-    return {}

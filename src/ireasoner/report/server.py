@@ -5,12 +5,14 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -32,9 +34,19 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-IMMUTABLE = {**HEADERS, "Cache-Control": "private, max-age=86400, immutable"}
-# A picture has no page's policy to live under: of its own style, nothing but what is written in it.
-PICTURE = {**IMMUTABLE, "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+# A picture has a style of its own, and is asked for once: its address names the version that it shows.
+PICTURE = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
+    "Cache-Control": "private, max-age=86400, immutable",
+}
+
+
+async def _guarded(request: Request, answer: RequestResponseEndpoint) -> Response:
+    """Every answer, refusals too, with the headers that it does not set itself."""
+    response = await answer(request)
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
+    return response
 
 
 class Viewer:
@@ -43,7 +55,7 @@ class Viewer:
     def __init__(self, run: Run) -> None:
         self.run, self.page = run, Page(run)
         self.lock = threading.Lock()  # requests come on several threads
-        self.drawn: dict[int, tuple[int, str]] = {}  # each panel, and of how many steps
+        self.drawn: dict[int, tuple[str, str]] = {}  # each panel, and of which version of the run
 
     def app(self) -> Starlette:
         """As an ASGI application, which answers to loopback names alone: no other site can make its name mean this."""
@@ -57,7 +69,7 @@ class Viewer:
             Route("/page.js", self.script),
         ]
         hosts = Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS), www_redirect=False)
-        return Starlette(routes=routes, middleware=[hosts])
+        return Starlette(routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=_guarded), hosts])
 
     def whole(self, request: Request) -> Response:
         """The page."""
@@ -71,15 +83,16 @@ class Viewer:
         with self.lock:
             self.run.refresh()
             text = self.page.render(template, Query.read(request.query_params))
-        return Response(text, media_type="text/html", headers=HEADERS)
+        return Response(text, media_type="text/html")
 
     def pulse(self, request: Request) -> Response:
         """Whether there is something new."""
         with self.lock:
             self.run.refresh()
             run = self.run
-            found = {"version": run.version, "state": "gone" if run.gone else run.state(), "episodes": len(run.entries)}
-        return JSONResponse(found, headers=HEADERS)
+            state = "gone" if run.gone else run.state()
+            found = {"version": run.version, "state": state, "step": run.step, "episodes": len(run.entries)}
+        return JSONResponse(found)
 
     def curve(self, request: Request) -> Response:
         """A panel as it is now."""
@@ -88,18 +101,15 @@ class Viewer:
             raise HTTPException(404)
         return Response(self._draw(number), media_type="image/svg+xml", headers=PICTURE)
 
-    def draw_all(self, stop: threading.Event) -> None:
-        """Every panel, before it is asked for."""
-        for number in range(len(PANELS)):
-            if not stop.is_set():
-                self._draw(number)
-
     def _draw(self, number: int) -> str:
-        with self.lock:
-            count, drawn = self.drawn.get(number, (-1, ""))
-            if count != len(self.run.metrics):
-                count, drawn = self.drawn[number] = len(self.run.metrics), draw_panel(self.run, number)
-            return drawn
+        with self.lock:  # lists that grow meanwhile are copied, so that no page waits for a drawing
+            version, run = self.run.version, copy(self.run)
+            run.metrics, run.entries = [*run.metrics], [*run.entries]
+        known, drawn = self.drawn.get(number, ("", ""))
+        if known != version:
+            drawn = draw_panel(run, number)
+            self.drawn[number] = version, drawn
+        return drawn
 
     def image(self, request: Request) -> Response:
         """A thumbnail of the run."""
@@ -114,11 +124,11 @@ class Viewer:
 
     def style(self, request: Request) -> Response:
         """The style sheet."""
-        return Response(FILES.joinpath("style.css").read_bytes(), media_type="text/css", headers=HEADERS)
+        return Response(FILES.joinpath("style.css").read_bytes(), media_type="text/css")
 
     def script(self, request: Request) -> Response:
         """The script."""
-        return Response(FILES.joinpath("page.js").read_bytes(), media_type="text/javascript", headers=HEADERS)
+        return Response(FILES.joinpath("page.js").read_bytes(), media_type="text/javascript")
 
 
 def open_port(port: int) -> socket.socket:
@@ -151,12 +161,5 @@ def serve(path: Path, truth: Path | None, port: int, on_ready: Callable[[str], N
         uvicorn.Config(viewer.app(), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     )
     with listener:
-        stop = threading.Event()
-        drawing = threading.Thread(target=viewer.draw_all, args=(stop,))
-        drawing.start()  # while the browser comes up
         on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/")
-        try:
-            server.run(sockets=[listener])
-        finally:
-            stop.set()
-            drawing.join()  # an interpreter that ends under it would abort
+        server.run(sockets=[listener])

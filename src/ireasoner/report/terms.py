@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from ireasoner.answers import answer_key
 from ireasoner.config import Config
 from ireasoner.report.run import Episode, Trajectory
 
@@ -41,15 +42,9 @@ def _solver_lines(config: Config, episode: Episode, trajectory: Trajectory, weig
     parts = trajectory.reward_parts
     outcome, agreement = parts["outcome"], parts["step_agreement"]
     if config.reward != "agreement":
-        meaning = {
-            "discrete": "1 for the majority's answer, else 0",
-            "random": "a random number, if readable",
-            "format": "1 for being readable",
-            "oracle": "1 for the true answer, else 0",
-        }[config.reward]
-        return [Line("reward", trajectory.reward, meaning, True)]
+        return [_other_reward(config, episode, trajectory)]
     total = (1 - weight) * outcome + weight * agreement
-    made_of = f"{1 - weight:.3g} × {outcome:.4f} outcome + {weight:.3g} × {agreement:.4f} step agreement"
+    made_of = f"{1 - weight:.6g} × {outcome:.4f} outcome + {weight:.6g} × {agreement:.4f} step agreement"
     return [
         _line("reward", trajectory.reward, total, made_of),
         _outcome(config, episode, trajectory),
@@ -67,8 +62,23 @@ def proposer_term(config: Config, episode: Episode) -> Line:
         worth = math.exp(-((entropy - target) ** 2) / (2 * width**2))
     except ArithmeticError:  # constants that no run could have used
         return Line("proposer's reward", episode.proposer_reward, "terms that overflow", False)
-    made_of = f"exp(−({entropy:.3f} − {target:g})² / (2 · {width:g}²)): entropy of the vote against the one aimed at"
+    made_of = f"exp(−({entropy:.6f} − {target:g})² / (2 · {width:g}²)): entropy of the vote against the one aimed at"
     return _line("proposer's reward", episode.proposer_reward, worth, made_of)
+
+
+def _other_reward(config: Config, episode: Episode, trajectory: Trajectory) -> Line:
+    """What the recipes pay that do not pay agreement; of a random number nothing can be checked but its bounds."""
+    paid = trajectory.reward
+    if config.reward == "discrete":
+        return _line("reward", paid, float(trajectory.in_majority), "1 for the majority's answer, else 0")
+    if config.reward == "format":
+        return _line("reward", paid, float(trajectory.well_formed), "1 for being readable, else 0")
+    if config.reward == "random":
+        sound = 0 <= paid < 1 if trajectory.well_formed else paid == 0
+        return Line("reward", paid, "a random number, 0 if unreadable", sound)
+    truth = answer_key(episode.true_answer, episode.question.text) if episode.true_answer is not None else None
+    true = trajectory.answer_key is not None and trajectory.answer_key == truth
+    return _line("reward", paid, float(true), "1 for the true answer, else 0")
 
 
 def _line(name: str, recorded: float, computed: float, made_of: str) -> Line:

@@ -6,24 +6,25 @@ const live = document.body.dataset.live === "true";
 const find = (selector, root = document) => root.querySelector(selector);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
-// --- curves: one step, read in every panel -------------------------------------------------------------------------
+// --- curves: one step, read in every panel ---------------------------------------------------------------------------
 
-function readOut() {
+function readOut(at) {
   const slider = find("#at");
   if (!slider) return;
   const { steps, panels, axes } = JSON.parse(find("#readings").textContent);
   const first = steps[0], last = steps[steps.length - 1];
 
   function show() {
-    let nearest = 0;
-    steps.forEach((step, i) => { if (Math.abs(step - slider.value) < Math.abs(steps[nearest] - slider.value)) nearest = i; });
-    find("#at-value").textContent = steps[nearest];
+    const step = Number(slider.value);
+    let nearest = 0; // of a long run, not every step has its reading
+    steps.forEach((each, i) => { if (Math.abs(each - step) < Math.abs(steps[nearest] - step)) nearest = i; });
+    find("#at-value").textContent = step;
     const link = find("#at-episodes");
-    if (link) link.href = `?from=${steps[nearest]}&to=${steps[nearest]}#asks`;
+    if (link) link.href = `?from=${step}&to=${step}#asks`;
     for (const panel of all(".panel")) {
       const values = panels[panel.dataset.panel], line = find(".plot i", panel);
       if (!line) continue;
-      line.style.left = `${100 * (axes[0] + axes[2] * (last > first ? (steps[nearest] - first) / (last - first) : 0))}%`;
+      line.style.left = `${100 * (axes[0] + axes[2] * (last > first ? (step - first) / (last - first) : 0))}%`;
       for (const output of all("output", panel)) {
         const value = values[output.dataset.label][nearest];
         output.textContent = value === null ? "–" : String(Number(value.toPrecision(3)));
@@ -41,13 +42,15 @@ function readOut() {
       show();
     });
   }
+  if (at !== undefined) { slider.value = at; show(); }
 }
 
 // --- episodes --------------------------------------------------------------------------------------------------------
 
 function filterReport() {
   const form = find("#filter"), list = find("#episodes"), articles = all(".episode", list);
-  const texts = new Map(articles.map((article) => [article, article.textContent.toLocaleLowerCase()]));
+  const said = (article) => all(".said, blockquote", article).map((e) => e.textContent).join("\n").toLocaleLowerCase();
+  const texts = new Map(articles.map((article) => [article, said(article)]));
 
   function show() {
     const name = form.elements.show.value, sought = form.elements.q.value.trim().toLocaleLowerCase();
@@ -63,23 +66,25 @@ function filterReport() {
   show();
 }
 
-async function fetchInto(target, address) {
+async function fetchText(address) {
   const answer = await fetch(address);
   if (!answer.ok) throw new Error(`${address}: ${answer.status}`);
-  target.innerHTML = await answer.text();
+  return answer.text();
 }
 
 let latest = 0; // of several lists asked for, the last one counts
 
-async function showEpisodes(query, remember = true) {
+async function showEpisodes(query) {
   const mine = ++latest, target = find("#episodes");
   target.setAttribute("aria-busy", "true");
   try {
-    const answer = await fetch(`/part/episodes?${query}`);
-    const text = await answer.text();
-    if (mine !== latest || !answer.ok) return;
+    const text = await fetchText(`/part/episodes?${query}`);
+    if (mine !== latest) return;
     target.innerHTML = text;
-    if (remember) history.replaceState(null, "", `?${query}#asks`);
+    history.replaceState(null, "", `?${query}#asks`);
+    find("#trouble").hidden = true;
+  } catch {
+    find("#trouble").hidden = false;
   } finally {
     if (mine === latest) target.removeAttribute("aria-busy");
   }
@@ -87,68 +92,79 @@ async function showEpisodes(query, remember = true) {
 
 function followFilter() {
   const form = find("#filter");
-  let stretch = form.elements.from.value + "-" + form.elements.to.value;
-  const ask = () => {
+  const steps = () => `${form.elements.from.value}-${form.elements.to.value}`;
+  let chosen = steps(), typing;
+
+  function ask() {
     const query = new URLSearchParams(new FormData(form)).toString();
-    const chosen = form.elements.from.value + "-" + form.elements.to.value;
-    if (chosen !== stretch) fetchInto(find("#agreement"), `/part/agreement?${query}`).catch(() => {});
-    stretch = chosen;
+    if (chosen !== steps()) refresh("agreement", query);
+    chosen = steps();
     return showEpisodes(query);
-  };
-  let typing;
+  }
+
   form.addEventListener("submit", (event) => { event.preventDefault(); ask(); });
   form.addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(ask, 250); });
-  find("#episodes").addEventListener("click", (event) => {
-    const link = event.target.closest(".pager a");
-    if (!link) return;
+  document.addEventListener("click", async (event) => {
+    const page = event.target.closest(".pager a"), stretch = event.target.closest("a[data-steps]");
+    if (!page && !stretch) return;
     event.preventDefault();
-    showEpisodes(new URL(link.href).search.slice(1)).then(() => find("#asks").scrollIntoView());
-  });
-  document.addEventListener("click", (event) => {
-    const link = event.target.closest("#at-episodes, #fresh");
-    if (!link) return;
-    event.preventDefault();
-    const values = new URL(link.href).searchParams;
-    form.elements.show.value = "newest";
-    form.elements.q.value = "";
-    form.elements.from.value = values.get("from") ?? "";
-    form.elements.to.value = values.get("to") ?? "";
-    find("#fresh").hidden = true;
-    ask().then(() => find("#asks").scrollIntoView());
+    const values = new URL((page ?? stretch).href).searchParams;
+    if (page) {
+      await showEpisodes(values.toString());
+    } else {
+      for (const name of ["from", "to", "q"]) form.elements[name].value = values.get(name) ?? "";
+      form.elements.show.value = "newest";
+      find("#fresh").hidden = true;
+      await ask();
+    }
+    find("#asks").scrollIntoView();
+    find(".pager").focus({ preventScroll: true });
   });
 }
 
 // --- following a run -------------------------------------------------------------------------------------------------
 
+async function refresh(part, query = location.search.slice(1)) {
+  const section = find(`#${part}`), text = await fetchText(`/part/${part}?${query}`).catch(() => null);
+  if (text === null) return false;
+  // What the reader has opened, where they stand, and the step that they read the curves at, stay.
+  const open = all("details", section).map((details) => details.open), slider = find("#at", section);
+  const reading = slider && slider.value !== slider.max ? slider.value : undefined;
+  const reachable = "a, button, input, summary, [tabindex]";
+  const focused = all(reachable, section).indexOf(document.activeElement);
+  section.innerHTML = text;
+  all("details", section).forEach((details, i) => { details.open = open[i] ?? details.open; });
+  if (focused >= 0) all(reachable, section)[focused]?.focus({ preventScroll: true });
+  if (part === "working") readOut(reading);
+  return true;
+}
+
+const selecting = (section) => !getSelection().isCollapsed && section.contains(getSelection().anchorNode);
+
 async function follow() {
-  let version = document.body.dataset.version, seen = null;
+  const parts = ["working", "agreement", "change", "ran"];
+  const versions = Object.fromEntries(parts.map((part) => [part, document.body.dataset.version]));
+  let seen = null;
   for (;;) {
     await new Promise((resolve) => setTimeout(resolve, document.hidden ? 15000 : 3000));
+    const chip = find("#state");
     let pulse;
     try {
-      pulse = await (await fetch("/pulse")).json();
+      pulse = JSON.parse(await fetchText("/pulse"));
     } catch {
-      find("#state").textContent = "the viewer has stopped";
-      find("#state").className = "chip stopped";
+      chip.textContent = "the viewer has stopped";
+      chip.className = "chip stopped";
       continue;
     }
-    find("#state").textContent = pulse.state;
-    find("#state").className = `chip ${pulse.state.replace(" ", "-")}`;
+    chip.textContent = pulse.state;
+    chip.className = `chip ${pulse.state.replace(" ", "-")}`;
+    find("#step").textContent = pulse.step;
     seen ??= pulse.episodes;
-    if (pulse.version === version) continue;
-    version = pulse.version;
     if (pulse.episodes !== seen) find("#fresh").hidden = false;
     seen = pulse.episodes;
-    // What somebody is reading or touching is left alone until they are done.
-    for (const part of ["working", "agreement", "change", "ran"]) {
-      const section = find(`#${part}`);
-      if (section.contains(document.activeElement) || section.matches(":hover")) { version = null; continue; }
-      const open = all("details", section).map((details) => details.open);
-      try {
-        await fetchInto(section, `/part/${part}${location.search}`);
-      } catch { continue; }
-      all("details", section).forEach((details, i) => { details.open = open[i] ?? details.open; });
-      if (part === "working") readOut();
+    for (const part of parts) {
+      if (versions[part] === pulse.version || selecting(find(`#${part}`))) continue;
+      if (await refresh(part)) versions[part] = pulse.version;
     }
   }
 }
