@@ -32,8 +32,8 @@ test-vllm: .venv-vllm/installed
 	touch $@
 
 lint: .venv/installed-dev
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/pyright
 
 bench: .venv/installed

@@ -42,7 +42,7 @@ def _roles(metric: str) -> dict[str, str]:
 PANELS = (
     Panel(
         "Solver's reward",
-        "mean of what is paid, and its parts",
+        "mean, and its parts",
         {
             "total": "reward/solver/total",
             "outcome": "reward/solver/outcome",

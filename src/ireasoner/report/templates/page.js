@@ -144,9 +144,9 @@ const selecting = (section) => !getSelection().isCollapsed && section.contains(g
 async function follow() {
   const parts = ["working", "agreement", "change", "ran"];
   const versions = Object.fromEntries(parts.map((part) => [part, document.body.dataset.version]));
-  let seen = null;
+  let seen = null, pause = 3000;
   for (;;) {
-    await new Promise((resolve) => setTimeout(resolve, document.hidden ? 15000 : 3000));
+    await new Promise((resolve) => setTimeout(resolve, document.hidden ? 15000 : pause));
     const chip = find("#state");
     let pulse;
     try {
@@ -162,10 +162,12 @@ async function follow() {
     seen ??= pulse.episodes;
     if (pulse.episodes !== seen) find("#fresh").hidden = false;
     seen = pulse.episodes;
+    const began = performance.now();
     for (const part of parts) {
       if (versions[part] === pulse.version || selecting(find(`#${part}`))) continue;
       if (await refresh(part)) versions[part] = pulse.version;
     }
+    pause = Math.max(3000, 20 * (performance.now() - began)); // the cores are there to train
   }
 }
 
