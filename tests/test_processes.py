@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from ireasoner import processes
 from ireasoner.playground import dataset
 from ireasoner.processes import LostProcessError, Processes
-from ireasoner.types import ROLES
+from ireasoner.types import ROLES, UsageError
 
 LAUNCH = [
     *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"),
@@ -230,7 +230,7 @@ def test_a_process_that_fails_ends_the_run_with_its_own_reason(place: Path, tmp_
     assert (place / "failing" / "checkpoints" / "step-000001").is_dir()
 
 
-def test_a_device_with_a_number_is_refused_for_several_processes(place: Path):
-    done = run(LAUNCH, *options(place, device="cuda:0"), "--out", place / "numbered")
-    assert done.returncode != 0
-    assert "--device cuda:0 names one GPU" in done.stderr
+def test_a_device_with_a_number_is_refused_for_several_processes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="--device cuda:0 names one GPU"), processes.joined("cuda:0"):
+        pass

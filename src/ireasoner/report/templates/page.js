@@ -167,7 +167,7 @@ async function follow() {
       if (versions[part] === pulse.version || selecting(find(`#${part}`))) continue;
       if (await refresh(part)) versions[part] = pulse.version;
     }
-    pause = Math.max(3000, 20 * (performance.now() - began)); // the cores are there to train
+    pause = Math.max(3000, 10 * (performance.now() - began)); // the cores are there to train
   }
 }
 
