@@ -495,12 +495,17 @@ def tab(browser: Browser, width: int = 1280, **options: Any) -> Iterator[Page]:
     assert all(url.startswith(("http://127.0.0.1:", "data:", "file:")) for url in asked)
 
 
-def until(page: Page, condition: str) -> None:
-    """Wait for a condition; `wait_for_function` would need `unsafe-eval`, which the page's policy forbids."""
+def until(page: Page, condition: str, tick: int = 0) -> None:
+    """Wait for a condition; `wait_for_function` would need `unsafe-eval`, which the page's policy forbids.
+
+    `tick` milliseconds pass on the page's own clock, which then has to be installed, for each tenth of a second.
+    """
     for _ in range(200):
         if page.evaluate(condition):
             return
         page.wait_for_timeout(100)
+        if tick:
+            page.clock.run_for(tick)
     raise AssertionError(condition)
 
 
@@ -669,26 +674,29 @@ def test_the_page_follows_a_run(tmp_path: Path, browser: Browser):
     lock = (recorder.run_dir / ".lock").open("w")
     with lock, viewing(recorder.run_dir) as (address, _), tab(browser) as page:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        page.clock.install()
         page.goto(address)
         assert page.locator("#state").inner_text() == "running"
         page.get_by_label("Read the curves at step").focus()
         page.keyboard.press("Home")
         page.locator(".panel").nth(3).hover(position={"x": 20, "y": 5})  # where one looks
-        page.wait_for_timeout(3500)  # it has looked once
+        page.clock.run_for(3100)
+        page.wait_for_timeout(500)  # it has looked once
         recorder.metrics(3, METRICS | {"answers/entropy": 0.123})
         recorder.episode(episode(question="The second.", step=3))
+        until(page, "!document.querySelector('#fresh').hidden", tick=1000)
         page.get_by_role("link", name="New episodes: show").click()
         page.get_by_text("The second.", exact=True).wait_for()
-        until(page, "JSON.parse(document.querySelector('#readings').textContent).steps.length === 3")
+        until(page, "JSON.parse(document.querySelector('#readings').textContent).steps.length === 3", tick=1000)
         assert page.locator("#step").inner_text() == "3"
         assert page.locator("#at-value").inner_text() == "1"  # the reader's step stays, and the focus
         assert page.locator(".panel").nth(3).locator("output").inner_text() == "0.8"
         assert page.evaluate("document.activeElement.className").startswith("hint pager")
         lock.close()
-        until(page, "document.querySelector('#state').textContent === 'stopped'")
+        until(page, "document.querySelector('#state').textContent === 'stopped'", tick=1000)
         shutil.rmtree(recorder.run_dir)
-        until(page, "document.querySelector('#state').textContent === 'gone'")
-        page.get_by_text("The run directory is gone").wait_for()
+        until(page, "document.querySelector('#state').textContent === 'gone'", tick=1000)
+        until(page, "document.body.textContent.includes('The run directory is gone')", tick=1000)
 
 
 @needs_browser

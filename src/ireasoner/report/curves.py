@@ -129,7 +129,8 @@ def draw_curves(run: Run, target: Path) -> None:
     from matplotlib.figure import Figure
 
     with _drawing:
-        figure = Figure(figsize=(14, 8), layout="constrained")
+        figure = Figure(figsize=(14, 8))
+        figure.subplots_adjust(left=0.04, right=0.99, bottom=0.04, top=0.95, wspace=0.2, hspace=0.27)
         for axis, panel in zip(figure.subplots(3, 4).flat, PANELS, strict=True):
             _draw(axis, run, panel)
             axis.set_title(panel.title, fontsize=10)
