@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 THROUGHPUT = "trajectories a second"
 MOST_POINTS = 300  # of a curve that are drawn: a panel is about as many pixels wide
 FOREGROUND = "#010203"  # stands for the colour of the page's text in an SVG
-AXES = (0.15, 0.12, 0.83, 0.84)  # left, bottom, width and height of a panel's axes, in parts of the panel
+AXES = (0.15, 0.12, 0.80, 0.84)  # left, bottom, width and height of a panel's axes, in parts of the panel
 _drawing = threading.Lock()  # matplotlib's caches are not made for several threads
 
 
@@ -163,6 +163,9 @@ def draw_panel(run: Run, number: int) -> str:
 
 
 def _draw(axis: Axes, run: Run, panel: Panel) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))  # there is no half step
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")  # an exponent at the top would be cut off
     for color, (label, metric) in zip(_colors(), panel.metrics.items(), strict=False):
         steps, values = series(run, metric)
