@@ -268,6 +268,20 @@ def test_smoothing_is_the_mean_of_the_last_twelfth():
     assert smooth(np.array([1.0, 5.0])).tolist() == [1.0, 5.0]
 
 
+def test_a_curve_that_stands_still_is_smoothed_to_itself():
+    assert set(smooth(np.full(5000, 0.7)).tolist()) == {0.7}
+
+
+def test_axes_say_how_small_their_numbers_are(recorder: Recorder):
+    """An exponent that stands above the axis would be outside of the panel."""
+    for step in range(1, 20):
+        recorder.metrics(step, METRICS | {"kl/solver": step * 1e-7, "kl/proposer": 0.0})
+    number = next(i for i, panel in enumerate(PANELS) if panel.title == "KL to the backbone")
+    labels = re.findall(r">([\d.]+e-\d+)</text>", draw_panel(Run(recorder.run_dir), number))
+    assert labels
+    assert all(0 < float(label) < 1e-5 for label in labels)
+
+
 def test_thinning_keeps_every_spike():
     values = np.zeros(10_000)
     values[[17, 5_000, 9_999]] = 1.0
