@@ -72,9 +72,9 @@ def prototype_similarities(
     if len(answers) != len(step_embeddings):
         raise ValueError(f"{len(answers)} answers but {len(step_embeddings)} arrays of step embeddings")
     units = [_unit_rows(np.asarray(rows, dtype=np.float64)[:max_reasoning_steps]) for rows in step_embeddings]
-    found = [np.full(len(rows), np.nan) for rows in units]
+    found, group = [np.full(len(rows), np.nan) for rows in units], majority(answers).members
     for position in range(max_reasoning_steps):
-        reached = [i for i in majority(answers).members if position < len(units[i]) and units[i][position].any()]
+        reached = [i for i in group if position < len(units[i]) and units[i][position].any()]
         if len(reached) < 2:
             continue
         vectors = np.stack([units[i][position] for i in reached])
@@ -109,10 +109,17 @@ def step_agreement_rewards(
     Raises:
         ValueError: the two sequences differ in length.
     """
+    similarities = prototype_similarities(answers, step_embeddings, max_reasoning_steps=max_reasoning_steps)
+    return prototype_rewards(answers, similarities, density_exponent=density_exponent, position_decay=position_decay)
+
+
+def prototype_rewards(
+    answers: Answers, similarities: Sequence[FloatArray], *, density_exponent: float = 0.7, position_decay: float = 0.15
+) -> FloatArray:
+    """`step_agreement_rewards` of s_ij that are known already: as `prototype_similarities` gives them; array [N]."""
     rewards = np.zeros(len(answers))
     density = (len(majority(answers).members) / max(len(answers), 1)) ** density_exponent
-    scores = prototype_similarities(answers, step_embeddings, max_reasoning_steps=max_reasoning_steps)
-    for i, scored in enumerate(scores):
+    for i, scored in enumerate(similarities):
         counted = np.isfinite(scored)
         if counted.any():
             weights = np.exp(-position_decay * np.arange(len(scored)))[counted]

@@ -217,21 +217,17 @@ class SelfPlay:
         if config.step_measure == "claims":
             said = [steps.beyond_answer(own, t.answer or "") for own, t in zip(compared, trajectories, strict=True)]
             support = steps.agreement(said)
-            earned = rewards.claim_agreement_rewards(support, [self.memory.recurrence(image, own) for own in said])
             similarity = [_in_place(own, some, found) for own, some, found in zip(compared, said, support, strict=True)]
+            counted = [f[np.isfinite(s)] for f, s in zip(recurrence, similarity, strict=True)]
+            earned = rewards.claim_agreement_rewards(support, counted)
             scores = [s * (1.0 - f) for s, f in zip(similarity, recurrence, strict=True)]
         else:
             embedded = [self.policy.embed_texts(own, config.max_step_tokens) for own in compared]
-            most = config.max_reasoning_steps
-            earned = rewards.step_agreement_rewards(
-                keys,
-                embedded,
-                density_exponent=config.density_exponent,
-                position_decay=config.position_decay,
-                max_reasoning_steps=most,
-            )
             similarity = rewards.leave_one_out_similarities(embedded)
-            scores = rewards.prototype_similarities(keys, embedded, max_reasoning_steps=most)
+            scores = rewards.prototype_similarities(keys, embedded, max_reasoning_steps=config.max_reasoning_steps)
+            earned = rewards.prototype_rewards(
+                keys, scores, density_exponent=config.density_exponent, position_decay=config.position_decay
+            )
         explained = tuple(
             tuple(map(StepScore, _or_none(alike), said_of_all.tolist(), _or_none(score)))
             for alike, said_of_all, score in zip(similarity, recurrence, scores, strict=True)

@@ -410,8 +410,7 @@ class Run:
                 steps = [text for trajectory in group for text in trajectory["reasoning_steps"]]
                 self.signals.remember(record["image"], record["question"]["text"], steps)
         for record in read_records(self.out / "metrics.jsonl"):
-            found = {name.removeprefix("watch/"): value for name, value in record.items() if name.startswith("watch/")}
-            self.watch.observe(record["step"], found)
+            self.watch.recall(record)
         self.observer.on_message(f"Resumed after step {self.step}.")
 
     def _publish_adapters(self) -> None:

@@ -15,6 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from ireasoner.types import Episode, Trajectory
 
@@ -104,6 +105,11 @@ class Watch:
         reasons = [reason for rule in RULES if (reason := self._judge(rule))]
         if reasons and self.alarm is None:
             self.alarm = Alarm("; ".join(reasons), min(self.may_return_to()))
+
+    def recall(self, record: Mapping[str, Any]) -> None:
+        """Take a step's signals from its line of `metrics.jsonl`."""
+        signals = {name.removeprefix("watch/"): value for name, value in record.items() if name.startswith("watch/")}
+        self.observe(record["step"], signals)
 
     def may_return_to(self) -> set[int]:
         """After which steps a checkpoint may be needed: from before every excursion that goes on, and before now."""

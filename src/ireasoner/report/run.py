@@ -316,9 +316,7 @@ class Run:
                 tail.damaged += 1
                 continue
             if name == "metrics":
-                record = kept[-1]
-                signals = {k.removeprefix("watch/"): v for k, v in record.items() if k.startswith("watch/")}
-                self.watch.observe(record["step"], signals)
+                self.watch.recall(kept[-1])
 
     def _parse(self, name: str, place: tuple[int, int], line: bytes) -> Any:
         line = _without_surrogates(line)
