@@ -27,9 +27,10 @@ def plain_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -
     return torch.stack(out, 2)
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("kept", [range(12), [0, 2, 3, 4, 9, 11], [1, 8, 9, 10, 11], [7]], ids=len)
-def test_shared_prompts_are_repeated_prompts(monkeypatch: pytest.MonkeyPatch, kept: Any):
-    """Two own tokens before, one now; whole groups, ragged ones, and groups that are gone."""
+def test_shared_prompts_are_repeated_prompts(monkeypatch: pytest.MonkeyPatch, kept: Any, fixed: bool):
+    """Two own tokens before, one now, room for two more; whole groups, ragged ones, and groups that are gone."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -42,12 +43,14 @@ def test_shared_prompts_are_repeated_prompts(monkeypatch: pytest.MonkeyPatch, ke
     query = draw(len(rows), KEY_HEADS * GROUPS, 1, WIDTH)
     prompts = DynamicCache()
     prompts.update(prompt_keys, prompt_values, 0)
-    cache = SharedCache(prompts, MASK, N)
-    cache.update(*past, 0)
+    cache = SharedCache(prompts, MASK, N, 5, fixed)
+    for t in range(2):
+        cache.update(*(each[:, :, t : t + 1] for each in past), 0)
+        cache.advance()
+    assert cache.get_seq_length() == PROMPT + 2
     if len(rows) < B * N:
         cache.reorder_cache(rows)
     keys, values = cache.update(*now, 0)
-    assert cache.get_seq_length() == PROMPT + 3
     monkeypatch.setattr(attention, "_active", [cache])
     found, _ = shared_attention(SimpleNamespace(layer_idx=0), query, keys, values, None)  # type: ignore[arg-type]
 
@@ -70,9 +73,13 @@ def test_bfloat16_is_as_exact_as_a_fused_kernel(monkeypatch: pytest.MonkeyPatch)
     query = draw(B * N, KEY_HEADS * GROUPS, 1, 64)
     prompts = DynamicCache()
     prompts.update(*prompt, 0)
-    cache = SharedCache(prompts, torch.ones(B, 100), N)
+    cache = SharedCache(prompts, torch.ones(B, 100), N, 20, fixed=False)
     monkeypatch.setattr(attention, "_active", [cache])
-    found, _ = shared_attention(SimpleNamespace(layer_idx=0), query, *cache.update(*own, 0), None)  # type: ignore[arg-type]
+    for t in range(20):
+        if t:
+            cache.advance()
+        written = cache.update(*(each[:, :, t : t + 1] for each in own), 0)
+    found, _ = shared_attention(SimpleNamespace(layer_idx=0), query, *written, None)  # type: ignore[arg-type]
 
     keys, values = (torch.cat([p.repeat_interleave(N, 0), o], 2) for p, o in zip(prompt, own, strict=True))
     fused, exact = (
@@ -93,7 +100,7 @@ def test_attention_of_another_kind_is_refused(name: str):
 def test_a_prompts_cache_is_held_once():
     prompts = DynamicCache()
     prompts.update(torch.zeros(B, KEY_HEADS, PROMPT, WIDTH), torch.zeros(B, KEY_HEADS, PROMPT, WIDTH), 0)
-    cache = SharedCache(prompts, MASK, N)
+    cache = SharedCache(prompts, MASK, N, 1, fixed=False)
     assert cache.layers[0].prompt_keys.data_ptr() == prompts.layers[0].keys.data_ptr()  # type: ignore[union-attr]
     cache.update(torch.zeros(B * N, KEY_HEADS, 1, WIDTH), torch.zeros(B * N, KEY_HEADS, 1, WIDTH), 0)
     cache.reorder_cache(torch.tensor([4, 6]))  # the second prompt's

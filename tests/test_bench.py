@@ -18,8 +18,8 @@ from ireasoner.policy import Policy
 def test_the_plain_side_shares_no_prompt(pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch):
     shared: list[SharedCache] = []
 
-    def counted(*args: Any) -> SharedCache:
-        shared.append(SharedCache(*args))
+    def counted(*args: Any, **kwargs: Any) -> SharedCache:
+        shared.append(SharedCache(*args, **kwargs))
         return shared[-1]
 
     monkeypatch.setattr(prompts, "SharedCache", counted)

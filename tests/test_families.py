@@ -32,6 +32,7 @@ from ireasoner.roles import solver_messages
 from ireasoner.selfplay import SelfPlay
 from ireasoner.types import ROLES, Completion, Role
 from plain import chosen
+from recorded import recorded
 
 QUESTIONS = ("Which bar is the tallest?", "Is red more than blue, or is there no telling which of them is?", "Where?")
 WINDOWS = "gemma3"  # sliding windows: completions share the prompt's computation, but each has a copy of its cache
@@ -181,6 +182,19 @@ def test_a_step_of_self_play_and_an_update_of_each_role(folder: Path, sized: lis
             load_plain(folder, tmp_path / role), processor, sized[1], QUESTIONS[1], completion.token_ids
         )
         assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_a_step_of_decoding_can_be_captured(folder: Path, pictures: list[Image.Image]):
+    policy = filled(folder)
+    if not policy.shares_attention:
+        pytest.skip("decodes from a cache that grows")
+    engine, prompts = TransformersEngine(policy), ask(policy, pictures[:2], QUESTIONS[:2])
+    numbers = uniforms([[1], [2]], 3, 12)
+    expected = engine.sample(prompts, "solver", numbers)
+    engine.capture = recorded
+    found = engine.sample(prompts, "solver", numbers)
+    assert engine.capture is not None  # nothing in the step waited for the host
+    assert [[c.token_ids for c in group] for group in found] == [[c.token_ids for c in group] for group in expected]
 
 
 def test_another_image_other_logprobs(folder: Path, pictures: list[Image.Image]):

@@ -24,6 +24,7 @@ from ireasoner.policy import Policy
 from ireasoner.roles import proposer_messages, solver_messages
 from ireasoner.types import ROLES, Completion, Role
 from plain import chosen, load_apart, plain_logprobs
+from recorded import recorded
 
 MakePolicy = Callable[..., Policy]
 QUESTIONS = ("Which bar is the tallest?", "Is red more than blue, or is there no telling which of them is?", "Where?")
@@ -309,6 +310,62 @@ def test_sampler_logprobs_are_those_of_plain_transformers_and_peft(
     assert torch.cat(gaps).abs().max() < 1e-4
     # Not for want of uncertainty: these are samples of a broad distribution.
     assert np.mean([p for group in groups for c in group for p in c.logprobs]) < -0.5
+
+
+def ids_and_logprobs(groups: Sequence[Sequence[Any]]) -> tuple[list[tuple[int, ...]], Tensor]:
+    flat = [completion for group in groups for completion in group]
+    return [c.token_ids for c in flat], torch.tensor([p for c in flat for p in c.logprobs])
+
+
+@pytest.mark.parametrize("role", [*ROLES, None])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"min_tokens": 7}], ids=str)
+def test_a_captured_step_of_decoding_is_right_at_every_step(
+    make_policy: MakePolicy, pictures: list[Image.Image], role: Role | None, options: Any
+):
+    """What a GPU replays may depend on numbers in tensors alone, and on none that Python must ask for.
+
+    Completions of the tiny model end at different lengths, so that rows are dropped and the step is captured anew.
+    """
+    policy = make_policy()
+    engine, captured = TransformersEngine(policy), []
+    prompts = ask(policy, pictures, [QUESTIONS[i % 3] for i in range(len(pictures))])
+
+    def capture(step: Any) -> Any:
+        replay = recorded(step)
+        captured.append(0)
+
+        def counted() -> None:
+            captured[-1] += 1
+            replay()
+
+        return counted
+
+    numbers = uniforms([[seed] for seed in range(len(pictures))], 5, 40)
+    expected_ids, expected_logprobs = ids_and_logprobs(engine.sample(prompts, role, numbers, **options))
+    engine.capture = capture
+    ids, logprobs = ids_and_logprobs(engine.sample(prompts, role, numbers, **options))
+    assert ids == expected_ids
+    torch.testing.assert_close(logprobs, expected_logprobs, atol=1e-5, rtol=0.0)
+    assert len({len(each) for each in ids}) > 1
+    assert len(captured) > 1
+    assert sum(captured) > 10
+
+
+def test_a_step_that_cannot_be_captured_is_run_as_it_is(babbler: Policy, pictures: list[Image.Image]):
+    engine, numbers = TransformersEngine(babbler), uniforms([[1], [2]], 2, 8)
+    prompts = ask(babbler, pictures[:2], QUESTIONS[:2])
+    expected = engine.sample(prompts, "solver", numbers)
+    engine.capture = recorded
+
+    def ask_for_a_number(*args: Any) -> None:
+        args[-1].sum().item()
+
+    hook = babbler.decoder.norm.register_forward_hook(ask_for_a_number)
+    with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph and will be slower: .*waits for the host"):
+        found = engine.sample(prompts, "solver", numbers)
+    hook.remove()
+    assert engine.capture is None
+    assert ids_and_logprobs(found)[0] == ids_and_logprobs(expected)[0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

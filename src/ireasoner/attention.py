@@ -5,6 +5,9 @@ for every token. Here the queries of all completions of a prompt meet its keys i
 matrix product, and each completion's own keys in another; one softmax runs over both. Same mathematics; plugged in
 through transformers' `AttentionInterface`.
 
+Nothing in a step of decoding depends on how far it has come but the numbers in tensors: own keys and values have their
+places from the start, and a step's place is in a tensor too. So a step can be captured once and replayed (engines).
+
 Shape suffixes: B prompts, M most completions of one, R rows (completions), K key-value heads, G query heads for each,
 P prompt positions, T own positions, W width of a head.
 """
@@ -26,15 +29,34 @@ _active: list[SharedCache] = []  # whose keys the attention function reads: an a
 
 
 class SharedLayer(DynamicLayer):
-    """One layer's cache: the prompts' keys and values [B, K, P, W]; the rows' own [R, K, T, W] as `keys`, `values`."""
+    """One layer's cache: the prompts' keys and values [B, K, P, W]; the rows' own [R, K, T, W] as `keys`, `values`.
 
-    def __init__(self, prompt_keys: Tensor, prompt_values: Tensor) -> None:
+    Keys are in float32 at least: scores in bfloat16 would be off by 1/64 and more where they are large; fused kernels
+    keep them in float32 too.
+    """
+
+    keys: Tensor  # type: ignore[assignment]  # from the start
+    values: Tensor  # type: ignore[assignment]
+
+    def __init__(self, prompt_keys: Tensor, prompt_values: Tensor, rows: int, at: Tensor, room: int) -> None:
         super().__init__()
-        self.prompt_keys, self.prompt_values = prompt_keys, prompt_values
+        self.prompt_keys = prompt_keys.to(torch.promote_types(prompt_keys.dtype, torch.float32))
+        self.prompt_values = prompt_values
+        self.at = at
+        self.keys, self.values = (
+            kind.new_zeros(rows, kind.shape[1], room, kind.shape[3]) for kind in (self.prompt_keys, prompt_values)
+        )
+        self.is_initialized = True
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> Tensor:  # type: ignore[override]  # as transformers' own static layers
         """Prompt positions and own."""
-        return self.prompt_keys.shape[-2] + (self.keys.shape[-2] if self.is_initialized else 0)  # type: ignore[union-attr]
+        return self.prompt_keys.shape[-2] + self.at[0]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """One more position of every row, in its place."""
+        self.keys.index_copy_(2, self.at, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.at, value_states)
+        return self.keys, self.values
 
 
 class SharedCache(Cache):
@@ -44,22 +66,35 @@ class SharedCache(Cache):
         prompts: the prompts' cache, one row each.
         mask_BP: 1 at real tokens of the prompts.
         count: completions of each prompt, neighbours together.
+        room: own positions that a completion may take.
+        fixed: attend to all places, those ahead masked, so that every step is the same work on the same memory.
     """
 
-    def __init__(self, prompts: Cache, mask_BP: Tensor, count: int) -> None:
-        super().__init__(layers=[SharedLayer(layer.keys, layer.values) for layer in prompts.layers])  # type: ignore[union-attr, arg-type]
-        self.mask_BP = mask_BP.bool()
+    def __init__(self, prompts: Cache, mask_BP: Tensor, count: int, room: int, fixed: bool) -> None:
+        self.at = mask_BP.new_zeros(1, dtype=torch.long)  # the own position that comes next
+        self.used = None if fixed else 1  # how many places are looked at
+        rows = len(mask_BP) * count
+        layers: list[Any] = [SharedLayer(layer.keys, layer.values, rows, self.at, room) for layer in prompts.layers]  # type: ignore[union-attr, arg-type]
+        super().__init__(layers=layers)
+        self.padding_BP = ~mask_BP.bool()
+        self.ahead_T = torch.arange(room, device=mask_BP.device) > 0
         self._arrange(torch.arange(len(mask_BP), device=mask_BP.device).repeat_interleave(count))
+
+    def advance(self) -> None:
+        """To the next own position: after each forward pass."""
+        self.at += 1
+        self.used = None if self.used is None else self.used + 1
+        self.ahead_T.logical_and_(torch.arange(len(self.ahead_T), device=self.at.device) > self.at)
 
     def _arrange(self, prompt_R: Tensor) -> None:
         """Rows in order of their prompts, side by side in a [B, M] grid; what is left of it points at row 0."""
         self.prompt_R = prompt_R
-        counts_B = torch.bincount(prompt_R, minlength=len(self.mask_BP))
+        counts_B = torch.bincount(prompt_R, minlength=len(self.padding_BP))
         starts_B = counts_B.cumsum(0) - counts_B
         within_R = torch.arange(len(prompt_R), device=prompt_R.device) - starts_B[prompt_R]
         self.most = int(counts_B.max())
         self.place_R = prompt_R * self.most + within_R
-        self.row_BM = torch.zeros(len(self.mask_BP) * self.most, dtype=torch.long, device=prompt_R.device)
+        self.row_BM = torch.zeros(len(self.padding_BP) * self.most, dtype=torch.long, device=prompt_R.device)
         self.row_BM[self.place_R] = torch.arange(len(prompt_R), device=prompt_R.device)
         self.full = len(prompt_R) == len(self.row_BM)
 
@@ -68,17 +103,16 @@ class SharedCache(Cache):
         left_B, prompt_R = torch.unique(self.prompt_R[beam_idx], return_inverse=True)
         for layer in self.layers:
             assert isinstance(layer, SharedLayer)
-            if layer.is_initialized:
-                layer.keys, layer.values = layer.keys[beam_idx], layer.values[beam_idx]  # type: ignore[index]
-            if len(left_B) < len(self.mask_BP):
+            layer.keys, layer.values = layer.keys[beam_idx], layer.values[beam_idx]
+            if len(left_B) < len(self.padding_BP):
                 layer.prompt_keys, layer.prompt_values = layer.prompt_keys[left_B], layer.prompt_values[left_B]
-        self.mask_BP = self.mask_BP[left_B]
+        self.padding_BP = self.padding_BP[left_B]
         self._arrange(prompt_R)
 
     def to_grid(self, rows: Tensor) -> Tensor:
         """[R, K, X, W] to [B, K, M·X, W]."""
         grid = rows if self.full else rows[self.row_BM]
-        grid = grid.view(len(self.mask_BP), self.most, *rows.shape[1:])
+        grid = grid.view(len(self.padding_BP), self.most, *rows.shape[1:])
         return grid.transpose(1, 2).flatten(2, 3)
 
     def to_rows(self, grid: Tensor) -> Tensor:
@@ -107,15 +141,14 @@ def shared_attention(
     layer = cache.layers[module.layer_idx]  # type: ignore[index]
     assert isinstance(layer, SharedLayer)
     rows, heads, length, width = query.shape
-    assert length == 1  # every own token lies before it
+    assert length == 1  # one place in the cache
+    key, value, ahead_T = key[:, :, : cache.used], value[:, :, : cache.used], cache.ahead_T[: cache.used]
     key_heads, own = key.shape[1], key.shape[2]
-    # Scores in bfloat16 would be off by 1/64 and more where they are large; fused kernels keep them in float32 too.
-    exact = torch.promote_types(query.dtype, torch.float32)
     # The query heads of one key head, and in the grid the rows of one prompt, are more queries to the same keys.
-    query = (query.to(exact) * (width**-0.5 if scaling is None else scaling)).reshape(rows, key_heads, -1, width)
-    to_prompt = cache.to_grid(query) @ layer.prompt_keys.to(exact).transpose(-1, -2)
-    to_prompt = to_prompt.masked_fill(~cache.mask_BP[:, None, None], -torch.inf)
-    to_own = query @ key.to(exact).transpose(-1, -2)
+    query = (query.to(key.dtype) * (width**-0.5 if scaling is None else scaling)).reshape(rows, key_heads, -1, width)
+    to_prompt = cache.to_grid(query) @ layer.prompt_keys.transpose(-1, -2)
+    to_prompt = to_prompt.masked_fill(cache.padding_BP[:, None, None], -torch.inf)
+    to_own = (query @ key.transpose(-1, -2)).masked_fill(ahead_T, -torch.inf)
     weights = torch.cat([to_prompt, cache.to_grid(to_own)], -1).softmax(-1).to(value.dtype)
     output = cache.to_rows(weights[..., :-own] @ layer.prompt_values) + cache.to_rows(weights[..., -own:]) @ value
     return output.reshape(rows, heads, length, -1).transpose(1, 2).contiguous(), None

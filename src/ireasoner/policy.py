@@ -306,7 +306,7 @@ class Policy:
         hidden, positions = self.read(prompts, cache)
         return Prefix(cache, prompts.mask_BP, hidden[:, -1], positions[:, -1] + 1)
 
-    def extend(self, prefix: Prefix, ids_BC: Tensor, mask: Tensor, first_position_B: Tensor) -> Tensor:
+    def extend(self, prefix: Prefix, ids_BC: Tensor, mask: Tensor | None, first_position_B: Tensor) -> Tensor:
         """Hidden states [B, C, D] of more tokens after a prefix; the prefix's cache grows by them.
 
         To be called within `attending` to that cache.
@@ -314,7 +314,7 @@ class Policy:
         Args:
             prefix: what was run before.
             ids_BC: the tokens.
-            mask: [B, cached + C], 1 at real tokens.
+            mask: [B, cached + C], 1 at real tokens; None: a shared cache knows them.
             first_position_B: the position of each row's first new token.
         """
         positions = first_position_B[:, None] + torch.arange(ids_BC.shape[1], device=ids_BC.device)
@@ -344,7 +344,7 @@ class Policy:
             prefix = self.prefill(prompts)
             if self.shares_attention:
                 return self._packed_hidden(prefix, ids_BC, mask_BC)
-            prefix = prefix.repeat(len(ids_BC) // len(prompts), share=False)
+            prefix = prefix.repeat(len(ids_BC) // len(prompts))
             # The last token is predicted, never read: its own hidden state predicts nothing that was sampled.
             mask = torch.cat([prefix.mask_BP, mask_BC[:, :-1].to(prefix.mask_BP.dtype)], dim=1)
             hidden = prefix.last_hidden_BD[:, None]
@@ -427,16 +427,16 @@ class Policy:
             ).last_hidden_state
             return Prefix(cache, mask, hidden[:, -1], positions[:, -1] + 1)
 
-        repeated, shared = prefill().repeat(2, share=False), prefill().repeat(2, share=True)
+        repeated, shared = prefill().repeat(2), prefill().repeat(2, room=3)
         whole = torch.cat([repeated.mask_BP, torch.ones_like(ids_BC)], 1)
         expected = self.extend(repeated, ids_BC[:, :-1], whole[:, :-1], repeated.next_position_B)
         try:
             packed = self._packed_hidden(prefill(), ids_BC, torch.ones_like(ids_BC, dtype=torch.bool))
+            steps = []
             with attending(self.decoder, shared.cache):
-                steps = [
-                    self.extend(shared, ids_BC[:, t : t + 1], whole[:, : 5 + t], shared.next_position_B + t)
-                    for t in range(3)
-                ]
+                for t in range(3):
+                    steps.append(self.extend(shared, ids_BC[:, t : t + 1], None, shared.next_position_B + t))
+                    shared.cache.advance()  # type: ignore[attr-defined]
         except torch.OutOfMemoryError:  # a RuntimeError too, and says nothing about the model
             raise
         except (RuntimeError, AssertionError):  # attention of another kind: shapes do not fit

@@ -86,12 +86,16 @@ class Prefix:
         self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # for every kind of layer: index_select along the batch
         return Prefix(self.cache, self.mask_BP[rows], self.last_hidden_BD[rows], self.next_position_B[rows])
 
-    def repeat(self, count: int, *, share: bool) -> Prefix:
-        """Every prompt `count` times over, neighbours together; its cache once for all (`share`) or repeated."""
+    def repeat(self, count: int, *, room: int | None = None, fixed: bool = False) -> Prefix:
+        """Every prompt `count` times over, neighbours together.
+
+        Its cache is repeated too; or kept once for all, with `room` for so many further positions of each (`fixed`: as
+        in `SharedCache`).
+        """
         rows = torch.arange(len(self.mask_BP), device=self.mask_BP.device).repeat_interleave(count)
-        if not share:
+        if room is None:
             return self.select(rows)
-        cache = SharedCache(self.cache, self.mask_BP, count)
+        cache = SharedCache(self.cache, self.mask_BP, count, room, fixed)
         return Prefix(cache, self.mask_BP[rows], self.last_hidden_BD[rows], self.next_position_B[rows])
 
 

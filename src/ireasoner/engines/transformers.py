@@ -2,17 +2,24 @@
 
 Rows are drawn by inverting the cumulative distribution at uniform numbers that the caller supplies, so that what a
 trajectory says depends on its own seed and, but for rounding, never on what else is in the batch.
+
+A token of a large model is thousands of small kernels, and Python launches them more slowly than a GPU runs them. So on
+a GPU the step is captured once as a CUDA graph and replayed: nothing in it asks the host for anything, and all that
+changes from token to token lies in tensors that stay where they are.
+
+Shape suffixes: B prompts, N completions of each, R rows of the shrinking batch, C tokens of a completion, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ireasoner.attention import attending
+from ireasoner.attention import SharedCache, attending
 from ireasoner.policy import Policy
 from ireasoner.prompts import Prompts
 from ireasoner.types import Completion, Role
@@ -23,6 +30,10 @@ class TransformersEngine:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        # Of a step of decoding, makes what does the same again; None: the step itself does.
+        self.capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
+        if policy.device.type == "cuda" and policy.shares_attention:
+            self.capture = cuda_graph
 
     def refresh(self) -> None:
         """Nothing: it samples from the live policy."""
@@ -50,7 +61,8 @@ class TransformersEngine:
         policy = self.policy
         _, count, longest = uniforms_BNC.shape
         with policy.acting_as(role):
-            prefix = policy.prefill(prompts).repeat(count, share=policy.shares_attention)
+            room = longest - 1 if policy.shares_attention else None
+            prefix = policy.prefill(prompts).repeat(count, room=room, fixed=self.capture is not None)
         uniforms = torch.from_numpy(uniforms_BNC.reshape(-1, longest)).to(policy.device, torch.float64)
         total = len(uniforms)
         tokens = torch.zeros((total, longest), dtype=torch.long, device=policy.device)
@@ -59,29 +71,74 @@ class TransformersEngine:
         lengths = torch.full((total,), longest, device=policy.device)
         rows = torch.arange(total, device=policy.device)  # which trajectory each row of the shrinking batch is
         done = torch.zeros(total, dtype=torch.bool, device=policy.device)
-        hidden, mask = prefix.last_hidden_BD, prefix.mask_BP
-        with policy.acting_as(role), attending(policy.decoder, prefix.cache):
-            for t in range(longest):
-                logits = policy.output_layer(hidden).float()
-                if t < min_tokens:
-                    logits[:, ends] = -torch.inf
-                chosen, chosen_logprobs = _draw(logits, uniforms[rows, t], temperature)
-                # Of a finished row too: what stands behind its length is cut off. Indexing by a mask would make a GPU
-                # wait for the host; so only the count of rows that are left does.
-                tokens[rows, t], logprobs[rows, t] = chosen, chosen_logprobs
-                ended = torch.isin(chosen, ends) & ~done
-                lengths[rows] = torch.where(ended, t + 1, lengths[rows])
-                done |= ended
-                left = int((~done).sum())
-                if left == 0 or t == longest - 1:
-                    break
-                if left <= 0.75 * len(rows):  # finished rows cost as much as others: drop them in batches
-                    keep = (~done).nonzero()[:, 0]
-                    prefix = prefix.select(keep)
-                    rows, done, chosen, mask = rows[keep], done[keep], chosen[keep], mask[keep]
+        t = torch.zeros(1, dtype=torch.long, device=policy.device)  # which token is drawn: a tensor, to be captured
+        mask = None if isinstance(prefix.cache, SharedCache) else prefix.mask_BP
+
+        def draw(hidden: torch.Tensor) -> None:
+            logits = policy.output_layer(hidden).float()
+            if min_tokens:
+                logits = torch.where(t < min_tokens, logits.index_fill(1, ends, -torch.inf), logits)
+            # Of a finished row too: what stands behind its length is cut off. Indexing by a mask would make a GPU
+            # wait for the host; so only the count of rows that are left does.
+            chosen, chosen_logprobs = _draw(logits, uniforms[rows, t], temperature)
+            tokens[rows, t], logprobs[rows, t] = chosen, chosen_logprobs
+            ended = torch.isin(chosen, ends) & ~done
+            lengths[rows] = torch.where(ended, t + 1, lengths[rows])
+            done.logical_or_(ended)
+
+        def step() -> None:
+            nonlocal mask
+            if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-                hidden = policy.extend(prefix, chosen[:, None], mask, prefix.next_position_B + t)[:, 0]
+            hidden = policy.extend(prefix, tokens[rows, t][:, None], mask, prefix.next_position_B + t)[:, 0]
+            t.add_(1)
+            if isinstance(prefix.cache, SharedCache):
+                prefix.cache.advance()
+            draw(hidden)
+
+        with policy.acting_as(role), attending(policy.decoder, prefix.cache):
+            draw(prefix.last_hidden_BD)
+            again: Callable[[], None] | None = None
+            for _ in range(longest - 1):
+                left = int((~done).sum())
+                if left == 0:
+                    break
+                # Finished rows cost as much as others: drop them in batches; rarer where that means to capture anew.
+                if left <= (0.5 if self.capture else 0.75) * len(rows):
+                    keep = (~done).nonzero()[:, 0]
+                    prefix, rows, done, again = prefix.select(keep), rows[keep], done[keep], None
+                    mask = None if mask is None else mask[keep]
+                if again is not None:
+                    again()
+                else:
+                    step()
+                    again = self._captured(step)
         return _completions(policy, tokens, logprobs, lengths, count)
+
+    def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
+        """What does a step, that ran once already, again."""
+        if self.capture is None:
+            return step
+        try:
+            return self.capture(step)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the model's forward pass asks the GPU for a number
+            warnings.warn(f"decoding cannot be captured as a CUDA graph and will be slower: {error}", stacklevel=2)
+            self.capture = None
+            return step
+
+
+def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """The same kernels on the same memory, in one launch.
+
+    Raises:
+        RuntimeError: the step waits for the host somewhere.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads (NCCL's) may go on
+        step()
+    return graph.replay
 
 
 def _draw(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
