@@ -1,4 +1,4 @@
-"""What a CUDA graph does, on a CPU: the operations of a step on the memory they touched, again and without its Python."""
+"""What a CUDA graph does, on a CPU: the operations of a step on the memory they touched, without its Python."""
 
 from __future__ import annotations
 
