@@ -368,6 +368,20 @@ def test_a_step_that_cannot_be_captured_is_run_as_it_is(babbler: Policy, picture
     assert ids_and_logprobs(found)[0] == ids_and_logprobs(expected)[0]
 
 
+def test_a_cache_that_grows_is_not_captured(make_policy: MakePolicy, pictures: list[Image.Image]):
+    policy = make_policy()
+    prompts, numbers = ask(policy, pictures[:2], QUESTIONS[:2]), uniforms([[1], [2]], 3, 12)
+    expected = TransformersEngine(policy).sample(prompts, "solver", numbers)
+    engine, policy.shares_attention = TransformersEngine(policy), False
+
+    def capture(_: Any) -> Any:
+        raise AssertionError("captured")
+
+    engine.capture = capture
+    found = engine.sample(prompts, "solver", numbers)
+    assert ids_and_logprobs(found)[0] == ids_and_logprobs(expected)[0]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_first_tokens_are_drawn_as_often_as_the_softmax_says(
     babbler: Policy, pictures: list[Image.Image], plain: dict[Role | None, torch.nn.Module], temperature: float

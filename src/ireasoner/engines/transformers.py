@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,8 +33,8 @@ class TransformersEngine:
         self.policy = policy
         # Of a step of decoding, makes what does the same again; None: the step itself does.
         self.capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
-        if policy.device.type == "cuda" and policy.shares_attention:
-            self.capture = cuda_graph
+        if policy.device.type == "cuda":
+            self.capture = partial(cuda_graph, torch.cuda.Stream(policy.device))
 
     def refresh(self) -> None:
         """Nothing: it samples from the live policy."""
@@ -60,9 +61,10 @@ class TransformersEngine:
         """
         policy = self.policy
         _, count, longest = uniforms_BNC.shape
+        room = longest - 1 if policy.shares_attention else None
+        captures = self.capture is not None and policy.shares_attention  # a cache that grows is new memory every time
         with policy.acting_as(role):
-            room = longest - 1 if policy.shares_attention else None
-            prefix = policy.prefill(prompts).repeat(count, room=room, fixed=self.capture is not None)
+            prefix = policy.prefill(prompts).repeat(count, room=room, fixed=captures)
         uniforms = torch.from_numpy(uniforms_BNC.reshape(-1, longest)).to(policy.device, torch.float64)
         total = len(uniforms)
         tokens = torch.zeros((total, longest), dtype=torch.long, device=policy.device)
@@ -104,7 +106,7 @@ class TransformersEngine:
                 if left == 0:
                     break
                 # Finished rows cost as much as others: drop them in batches; rarer where that means to capture anew.
-                if left <= (0.5 if self.capture else 0.75) * len(rows):
+                if left <= (0.5 if captures else 0.75) * len(rows):
                     keep = (~done).nonzero()[:, 0]
                     prefix, rows, done, again = prefix.select(keep), rows[keep], done[keep], None
                     mask = None if mask is None else mask[keep]
@@ -112,12 +114,12 @@ class TransformersEngine:
                     again()
                 else:
                     step()
-                    again = self._captured(step)
+                    again = self._captured(step) if captures else step
         return _completions(policy, tokens, logprobs, lengths, count)
 
     def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """What does a step, that ran once already, again."""
-        if self.capture is None:
+        if self.capture is None:  # tried before
             return step
         try:
             return self.capture(step)
@@ -129,14 +131,19 @@ class TransformersEngine:
             return step
 
 
-def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
+def cuda_graph(stream: torch.cuda.Stream, step: Callable[[], None]) -> Callable[[], None]:
     """The same kernels on the same memory, in one launch.
+
+    Args:
+        stream: of the device on which the step works; the same one every time, since cuBLAS keeps memory for each.
+        step: ran before, so that nothing in it is done for the first time.
 
     Raises:
         RuntimeError: the step waits for the host somewhere.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads (NCCL's) may go on
+    # Other threads may go on meanwhile (NCCL's ask the GPU for what is done).
+    with torch.cuda.device(stream.device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
