@@ -510,7 +510,8 @@ def test_no_repeated_work_in_a_step(make_policy: MakePolicy, pictures: list[Imag
 
     def count_prompts(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         rows, width = kwargs["position_ids"].shape[-2:]
-        if width == kwargs["attention_mask"].shape[1]:  # nothing is cached yet
+        mask = kwargs["attention_mask"]  # None: a shared cache has its own
+        if mask is not None and width == mask.shape[1]:  # nothing is cached yet
             prompt_rows.append(rows)
 
     monkeypatch.setattr(processor, "__call__", counted_processor)
