@@ -83,8 +83,10 @@ class SharedCache(Cache):
     def advance(self) -> None:
         """To the next own position: after each forward pass."""
         self.at += 1
-        self.used = None if self.used is None else self.used + 1
-        self.ahead_T.logical_and_(torch.arange(len(self.ahead_T), device=self.at.device) > self.at)
+        if self.used is None:
+            self.ahead_T.logical_and_(torch.arange(len(self.ahead_T), device=self.at.device) > self.at)
+        else:
+            self.used += 1
 
     def _arrange(self, prompt_R: Tensor) -> None:
         """Rows in order of their prompts, side by side in a [B, M] grid; what is left of it points at row 0."""
@@ -142,13 +144,15 @@ def shared_attention(
     assert isinstance(layer, SharedLayer)
     rows, heads, length, width = query.shape
     assert length == 1  # one place in the cache
-    key, value, ahead_T = key[:, :, : cache.used], value[:, :, : cache.used], cache.ahead_T[: cache.used]
+    key, value = key[:, :, : cache.used], value[:, :, : cache.used]
     key_heads, own = key.shape[1], key.shape[2]
     # The query heads of one key head, and in the grid the rows of one prompt, are more queries to the same keys.
     query = (query.to(key.dtype) * (width**-0.5 if scaling is None else scaling)).reshape(rows, key_heads, -1, width)
     to_prompt = cache.to_grid(query) @ layer.prompt_keys.transpose(-1, -2)
     to_prompt = to_prompt.masked_fill(cache.padding_BP[:, None, None], -torch.inf)
-    to_own = (query @ key.transpose(-1, -2)).masked_fill(ahead_T, -torch.inf)
+    to_own = query @ key.transpose(-1, -2)
+    if cache.used is None:
+        to_own = to_own.masked_fill(cache.ahead_T, -torch.inf)
     weights = torch.cat([to_prompt, cache.to_grid(to_own)], -1).softmax(-1).to(value.dtype)
     output = cache.to_rows(weights[..., :-own] @ layer.prompt_values) + cache.to_rows(weights[..., -own:]) @ value
     return output.reshape(rows, heads, length, -1).transpose(1, 2).contiguous(), None
