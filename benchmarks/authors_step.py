@@ -30,12 +30,10 @@ the log-softmax; an optimizer that goes tensor by tensor.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import importlib
 import io
-import statistics
 import sys
 import tempfile
 from collections import Counter
@@ -44,16 +42,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
+from beside import parser_for, scene, spread
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ireasoner.backbone import TINY_MODEL, load_backbone, load_model_processor
+from ireasoner.backbone import load_model_processor
 from ireasoner.bench import QUESTION, QUESTION_TOKENS, Bench, Phases
-from ireasoner.config import resolve
-from ireasoner.playground import world
-from ireasoner.policy import Policy
 from ireasoner.processors import render
 from ireasoner.roles import proposer_messages, solver_messages
 
@@ -145,31 +140,12 @@ class Theirs:
         del phases.seconds["read picture"]  # the other sides have theirs in memory
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("checkout", help="folder of the authors' code")
-    parser.add_argument("--model", default="tiny", choices=("tiny", "random-25m"))
-    for name, default in (("group-size", 5), ("tokens", 40), ("images-per-step", 1), ("repetitions", 7)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--image-tokens", type=int, help="of each picture, about (a small picture's)")
     asked = parser.parse_args()
-    config = resolve({"model": asked.model, "images": ".", "dtype": "float32", "group_size": asked.group_size})
-    rng = np.random.default_rng(0)
-    styles = [(world.sample_picture(rng), world.sample_style("chalk", rng)) for _ in range(asked.images_per_step)]
-    images = [world.draw(picture, style, rng) for picture, style in styles]
-    if asked.image_tokens:
-        images = [image.resize((28 * round(asked.image_tokens**0.5),) * 2) for image in images]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = str(TINY_MODEL) if asked.model == "tiny" else f"{scratch}/model"
-        if asked.model != "tiny":  # saved, for all sides to load
-            processor = load_model_processor(asked.model, config.max_image_tokens)
-            for part in (load_backbone(asked.model), processor.tokenizer, processor.image_processor):
-                part.save_pretrained(folder)
-        bench = Bench(Policy(folder), config, asked.tokens)
+        folder, bench, images = scene(asked, scratch)
         theirs = Theirs(asked.checkout, folder, scratch, bench, images)
         policy, backbone = bench.policy, bench.policy.backbone
         adapter = {k: p for k, p in theirs.core.model.named_parameters() if ".default." in k}

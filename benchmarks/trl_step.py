@@ -18,26 +18,21 @@ in `--rows` completions at a time (all of them), ours as many tokens as its pres
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from beside import parser_for, scene, spread
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from ireasoner.backbone import TINY_MODEL, load_backbone, load_model_processor
+from ireasoner.backbone import load_model_processor
 from ireasoner.bench import QUESTION, Bench, Phases
-from ireasoner.config import resolve
-from ireasoner.playground import world
-from ireasoner.policy import Policy
 from ireasoner.roles import solver_messages
 
 CPU = torch.device("cpu")
@@ -152,31 +147,13 @@ def trainer_for(turns: Turns, folder: str, scratch: Path, rows: int | None, repe
     return trainer
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny", choices=("tiny", "random-25m"))
-    for name, default in (("group-size", 5), ("tokens", 40), ("images-per-step", 1), ("repetitions", 7)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--image-tokens", type=int, help="of each picture, about (a small picture's)")
+    parser = parser_for(__doc__)
     parser.add_argument("--rows", type=int, help="completions in each of TRL's forward passes of the update (all)")
     asked = parser.parse_args()
-    config = resolve({"model": asked.model, "images": ".", "dtype": "float32", "group_size": asked.group_size})
-    rng = np.random.default_rng(0)
-    styles = [(world.sample_picture(rng), world.sample_style("chalk", rng)) for _ in range(asked.images_per_step)]
-    images = [world.draw(picture, style, rng) for picture, style in styles]
-    if asked.image_tokens:
-        images = [image.resize((28 * round(asked.image_tokens**0.5),) * 2) for image in images]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = str(TINY_MODEL) if asked.model == "tiny" else f"{scratch}/model"
-        if asked.model != "tiny":  # saved, for both sides to load
-            processor = load_model_processor(asked.model, config.max_image_tokens)
-            for part in (load_backbone(asked.model), processor.tokenizer, processor.image_processor):
-                part.save_pretrained(folder)
-        turns = Turns(Bench(Policy(folder), config, asked.tokens), images)
+        folder, bench, images = scene(asked, scratch)
+        turns = Turns(bench, images)
         turns.trainer = trainer = trainer_for(turns, folder, Path(scratch), asked.rows, asked.repetitions)
         parts = (turns.bench.policy.model, ".solver."), (trainer.model, ".default.")
         adapters = [{k: p for k, p in model.named_parameters() if role in k} for model, role in parts]
