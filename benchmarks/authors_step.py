@@ -47,10 +47,10 @@ from beside import parser_for, scene, spread
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ireasoner.backbone import load_model_processor
-from ireasoner.bench import QUESTION, QUESTION_TOKENS, Bench, Phases
-from ireasoner.processors import render
-from ireasoner.roles import proposer_messages, solver_messages
+from ireasoner.method.texts import proposer_messages, solver_messages
+from ireasoner.model.backbone import load_model_processor
+from ireasoner.model.processors import render
+from ireasoner.studies.bench import QUESTION, QUESTION_TOKENS, Bench, Phases
 
 CPU = torch.device("cpu")
 calls = Counter[str]()  # of the step that runs

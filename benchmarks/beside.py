@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ireasoner.backbone import TINY_MODEL, load_backbone, load_model_processor
-from ireasoner.bench import Bench
-from ireasoner.config import resolve
+from ireasoner.model.backbone import TINY_MODEL, load_backbone, load_model_processor
+from ireasoner.model.policy import Policy
 from ireasoner.playground import world
-from ireasoner.policy import Policy
+from ireasoner.studies.bench import Bench
+from ireasoner.training.config import resolve
 
 
 def parser_for(description: str | None) -> argparse.ArgumentParser:

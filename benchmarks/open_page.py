@@ -32,7 +32,7 @@ SCROLL = """async () => {
 
 def open_once(page: Page, run: str) -> tuple[float, float, float]:
     """Seconds from the command to its address, from there to the text, and to the last curve."""
-    command = [sys.executable, "-m", "ireasoner.cli", "view", run, "--no-browser"]
+    command = [sys.executable, "-m", "ireasoner.app.cli", "view", run, "--no-browser"]
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as viewer:
         assert viewer.stdout is not None

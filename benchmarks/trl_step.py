@@ -31,9 +31,9 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from ireasoner.backbone import load_model_processor
-from ireasoner.bench import QUESTION, Bench, Phases
-from ireasoner.roles import solver_messages
+from ireasoner.method.texts import solver_messages
+from ireasoner.model.backbone import load_model_processor
+from ireasoner.studies.bench import QUESTION, Bench, Phases
 
 CPU = torch.device("cpu")
 

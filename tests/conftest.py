@@ -16,7 +16,7 @@ from PIL import Image
 from ireasoner.playground import world
 
 if TYPE_CHECKING:
-    from ireasoner.policy import Policy
+    from ireasoner.model.policy import Policy
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +33,8 @@ def make_policy() -> Callable[..., Policy]:
     Fresh adapters have B = 0, so that A gets no gradient and the KL is 0: no test of an update should start there.
     At 0.05 the model still writes what it was trained to; at 0.2 it babbles, from a broad distribution.
     """
-    from ireasoner.doctor import fill_adapters
-    from ireasoner.policy import Policy
+    from ireasoner.model.policy import Policy
+    from ireasoner.studies.doctor import fill_adapters
 
     def make(filled: float = 0.05, **options: Any) -> Policy:
         policy = Policy("tiny", **options)

@@ -16,10 +16,10 @@ from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 
-from ireasoner.backbone import TINY_MODEL, load_backbone
-from ireasoner.policy import Policy
-from ireasoner.processors import load_processor
-from ireasoner.types import ROLES, Role
+from ireasoner.method.types import ROLES, Role
+from ireasoner.model.backbone import TINY_MODEL, load_backbone
+from ireasoner.model.policy import Policy
+from ireasoner.model.processors import load_processor
 
 processor_of = cache(load_processor)
 

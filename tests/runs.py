@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ireasoner.config import dump_config, resolve
-from ireasoner.recorder import Recorder, episode_record
-from ireasoner.types import Completion, Episode, Question, StepScore, Trajectory
+from ireasoner.method.types import Completion, Episode, Question, StepScore, Trajectory
+from ireasoner.training.config import dump_config, resolve
+from ireasoner.training.recorder import Recorder, episode_record
 
 HOSTILE = (
     "<script>window.pwned = 1</script>",

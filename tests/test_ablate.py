@@ -23,15 +23,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ireasoner import ablate
-from ireasoner.ablate import Settings, arm_config, arm_names, settle
-from ireasoner.cli import main
-from ireasoner.config import names
-from ireasoner.console import JobDisplay, print_table
-from ireasoner.evaluate import evaluate_target, load_questions
-from ireasoner.intervals import paired_interval
+from ireasoner.app.cli import main
+from ireasoner.app.display import JobDisplay, print_table
+from ireasoner.method.types import UsageError
 from ireasoner.playground import dataset, world
-from ireasoner.report.ablation import (
+from ireasoner.studies import ablate
+from ireasoner.studies.ablate import Settings, arm_config, arm_names, settle
+from ireasoner.studies.ablation_tables import (
     csv_text,
     difference_rows,
     distinct_questions,
@@ -42,7 +40,9 @@ from ireasoner.report.ablation import (
     summarize,
     tables,
 )
-from ireasoner.types import UsageError
+from ireasoner.training.config import names
+from ireasoner.training.evaluation import evaluate_target, load_questions
+from ireasoner.training.statistics import paired_interval
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
 
@@ -474,7 +474,7 @@ def test_two_jobs_make_what_one_makes(own: Path, capsys: pytest.CaptureFixture[s
 @contextmanager
 def at_work(out: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     """An ablation by two processes, once both are training."""
-    command = [sys.executable, "-m", "ireasoner.cli", "ablate", str(out), "--jobs", "2", *options]
+    command = [sys.executable, "-m", "ireasoner", "ablate", str(out), "--jobs", "2", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             wait_until(lambda: all((out / arm / "metrics.jsonl").exists() for arm in ("paper-0", "discrete-0")))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ireasoner.answers import Vote, answer_key, lettered_options, majority, vote_shares
+from ireasoner.method.answers import Vote, answer_key, lettered_options, majority, vote_shares
 
 SAME = [
     # numbers

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
-from ireasoner import attention
-from ireasoner.attention import SharedCache, shared_attention
+from ireasoner.model import attention
+from ireasoner.model.attention import SharedCache, shared_attention
 
 B, N, KEY_HEADS, GROUPS, WIDTH, PROMPT = 3, 4, 2, 3, 8, 7
 MASK = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]])

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ireasoner import prompts
-from ireasoner.attention import SharedCache
-from ireasoner.bench import Bench, Phases
-from ireasoner.config import resolve
-from ireasoner.policy import Policy
+from ireasoner.model import inputs as prompts
+from ireasoner.model.attention import SharedCache
+from ireasoner.model.policy import Policy
+from ireasoner.studies.bench import Bench, Phases
+from ireasoner.training.config import resolve
 
 
 def test_the_plain_side_shares_no_prompt(pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import io
 import json
@@ -16,15 +15,23 @@ import pytest
 from PIL import Image
 
 from ireasoner import __version__
-from ireasoner.cli import build_parser, main
-from ireasoner.config import Config, dump_config, resolve
-from ireasoner.console import Display, evaluation_table, plain, results_table, vote_line
-from ireasoner.evaluate import MEASURES, Scores, compare
-from ireasoner.types import Completion, Episode, Question, Trajectory
+from ireasoner.app.cli import build_parser, main
+from ireasoner.app.display import Display, evaluation_table, plain, results_table, vote_line
+from ireasoner.method.types import Completion, Episode, Question, Trajectory
+from ireasoner.training.config import Config, dump_config, resolve
+from ireasoner.training.evaluation import MEASURES, Scores, compare
 
 COMMANDS = ("train", "demo", "eval", "ablate", "view", "report", "runs", "validity", "doctor", "bench", "playground")
 
 # --- what is imported -------------------------------------------------------------------------------------------------
+
+
+LIGHT = (
+    *("ireasoner.method." + name for name in ("types", "texts", "answers", "claims", "rewards")),
+    *("ireasoner.training." + name for name in ("config", "items", "recorder", "statistics", "watch")),
+    *("ireasoner.page", "ireasoner.page.server", "ireasoner.studies.ablation_tables", "ireasoner.app.display"),
+    *("ireasoner.playground.world", "ireasoner.playground.dataset"),
+)
 
 
 def fresh(code: str) -> str:
@@ -37,7 +44,7 @@ def fresh(code: str) -> str:
 def test_help_of_every_command_and_the_light_rooms_import_no_torch():
     code = f"""
 import contextlib, io, sys
-from ireasoner.cli import main
+from ireasoner.app.cli import main
 for argv in (["--help"], ["--version"], *([name, "--help"] for name in {COMMANDS!r})):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
@@ -45,10 +52,9 @@ for argv in (["--help"], ["--version"], *([name, "--help"] for name in {COMMANDS
         except SystemExit as stopped:
             assert stopped.code == 0, argv
     assert out.getvalue().strip(), argv
-import ireasoner.types, ireasoner.config, ireasoner.roles, ireasoner.answers, ireasoner.rewards
-import ireasoner.recorder, ireasoner.report, ireasoner.report.ablation, ireasoner.report.server, ireasoner.intervals
-import ireasoner.console, ireasoner.images
-import ireasoner.playground.world, ireasoner.playground.dataset
+import importlib
+for module in {LIGHT!r}:
+    importlib.import_module(module)
 print(sorted(set(sys.modules) & {{"torch", "transformers", "peft", "accelerate", "safetensors"}}))
 """
     assert fresh(code).strip() == "[]"
@@ -57,7 +63,7 @@ print(sorted(set(sys.modules) & {{"torch", "transformers", "peft", "accelerate",
 def test_drawing_the_playground_imports_no_torch(tmp_path: Path):
     code = f"""
 import sys
-from ireasoner.cli import main
+from ireasoner.app.cli import main
 assert main(["playground", {str(tmp_path)!r}, "--images", "1", "--questions", "1"]) == 0
 print("torch" in sys.modules)
 """
@@ -78,27 +84,6 @@ def test_every_option_of_every_command_is_explained():
     assert tuple(commands.choices) == COMMANDS  # type: ignore[arg-type]
     for parser in commands.choices.values():  # type: ignore[union-attr]
         assert all(action.help for action in parser._actions)
-
-
-def test_a_room_imports_only_rooms_above_it():
-    """By the README's table of rooms, read downwards and, within a row, from left to right; late imports count too."""
-    root = Path(__file__).parents[1]
-    table = (root / "README.md").read_text("utf-8").partition("## What is where")[2].partition("\n\ndocs/")[0]
-    first_cells = re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)
-    rooms = [name.removeprefix("src/ireasoner/").rstrip("/") for cell in first_cells for name in cell.split("`")[1::2]]
-    package = root / "src" / "ireasoner"
-    files = [path for path in package.rglob("*.py") if path != package / "__init__.py"]
-    assert {path.relative_to(package).parts[0] for path in files} <= set(rooms)
-    for path in files:
-        room = path.relative_to(package).parts[0]
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("ireasoner"):
-                continue
-            modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            named = {module.split(".")[1] for module in modules if module and "." in module}
-            used = {name for name in rooms if name.removesuffix(".py") in named}
-            above = rooms[: rooms.index(room) + 1]
-            assert used <= set(above), f"{path.name} imports {used - set(above)}"
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ireasoner.cli import main
-from ireasoner.config import (
+from ireasoner.app.cli import main
+from ireasoner.method.types import UsageError
+from ireasoner.training.config import (
     Config,
     ConfigError,
     Preset,
@@ -21,7 +22,6 @@ from ireasoner.config import (
     names,
     resolve,
 )
-from ireasoner.types import UsageError
 
 NEEDED = {"images": "/pictures", "model": "tiny"}
 

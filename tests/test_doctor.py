@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from ireasoner import doctor, policy
-from ireasoner.cli import main
-from ireasoner.engines import transformers as engine
-from ireasoner.learner import Learner
-from ireasoner.policy import Policy
-from ireasoner.prompts import EncodedImage
-from ireasoner.types import Role
+from ireasoner.app.cli import main
+from ireasoner.method.types import Role
+from ireasoner.model import policy
+from ireasoner.model.inputs import EncodedImage
+from ireasoner.model.learner import Learner
+from ireasoner.model.policy import Policy
+from ireasoner.rollouts import live as engine
+from ireasoner.studies import doctor
 
 
 def failed(dtype: str = "float32") -> set[str]:

@@ -21,16 +21,16 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from families import FAMILIES
-from ireasoner import doctor
-from ireasoner.backbone import ModelError, load_backbone
-from ireasoner.config import resolve
-from ireasoner.engines.transformers import TransformersEngine, uniforms
-from ireasoner.learner import Learner
-from ireasoner.policy import Policy
-from ireasoner.processors import load_processor
-from ireasoner.roles import solver_messages
-from ireasoner.selfplay import SelfPlay
-from ireasoner.types import ROLES, Completion, Role
+from ireasoner.method.texts import solver_messages
+from ireasoner.method.types import ROLES, Completion, Role
+from ireasoner.model.backbone import ModelError, load_backbone
+from ireasoner.model.learner import Learner
+from ireasoner.model.policy import Policy
+from ireasoner.model.processors import load_processor
+from ireasoner.rollouts.live import TransformersEngine, uniforms
+from ireasoner.studies import doctor
+from ireasoner.training.config import resolve
+from ireasoner.training.selfplay import SelfPlay
 from plain import chosen
 from recorded import recorded
 

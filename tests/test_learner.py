@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ireasoner.engines.transformers import TransformersEngine, uniforms
-from ireasoner.learner import Learner
-from ireasoner.loss import adapt_kl_coef
-from ireasoner.policy import Policy
-from ireasoner.prompts import Prompts
-from ireasoner.roles import solver_messages
-from ireasoner.types import ROLES, Completion, Role
+from ireasoner.method.texts import solver_messages
+from ireasoner.method.types import ROLES, Completion, Role
+from ireasoner.model.inputs import Prompts
+from ireasoner.model.learner import Learner
+from ireasoner.model.loss import adapt_kl_coef
+from ireasoner.model.policy import Policy
+from ireasoner.rollouts.live import TransformersEngine, uniforms
 from plain import chosen, load_apart, plain_logprobs
 
 MakePolicy = Callable[..., Policy]

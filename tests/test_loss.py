@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ireasoner.loss import adapt_kl_coef, reinforce_loss, token_statistics, trajectory_means
+from ireasoner.model.loss import adapt_kl_coef, reinforce_loss, token_statistics, trajectory_means
 
 T, D, V = 37, 4, 50
 
@@ -160,8 +160,8 @@ def test_memory_does_not_grow_with_the_vocabulary_and_the_tokens():
     """1,500 tokens of a 152k vocabulary: all logits at once would take 0.85 GiB a copy, and a log-softmax several."""
     code = """
 import torch
-from ireasoner.bench import peak_bytes, reset_peak
-from ireasoner.loss import token_statistics
+from ireasoner.studies.bench import peak_bytes, reset_peak
+from ireasoner.model.loss import token_statistics
 device = torch.device("cpu")
 layer = torch.nn.Linear(32, 152064, bias=False).requires_grad_(False)
 def update(tokens):

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ireasoner.backbone import TINY_MODEL
-from ireasoner.config import resolve
-from ireasoner.evaluate import load_questions
-from ireasoner.images import ImagePool
+from ireasoner.method.texts import parse_question, parse_trajectory
+from ireasoner.model.backbone import TINY_MODEL
+from ireasoner.model.processors import load_processor
 from ireasoner.playground import dataset, easyvqa, tiny, wording, world
 from ireasoner.playground.world import Picture
-from ireasoner.processors import load_processor
-from ireasoner.roles import parse_question, parse_trajectory
+from ireasoner.training.config import resolve
+from ireasoner.training.evaluation import load_questions
+from ireasoner.training.items import ImagePool
 
 STYLES = ("plain", "varied", "chalk")
 

@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from ireasoner.attention import SharedCache
-from ireasoner.backbone import ModelError, language_targets, load_backbone
-from ireasoner.engines.transformers import TransformersEngine, uniforms
-from ireasoner.policy import Policy
-from ireasoner.roles import proposer_messages, solver_messages
-from ireasoner.types import ROLES, Completion, Role
+from ireasoner.method.texts import proposer_messages, solver_messages
+from ireasoner.method.types import ROLES, Completion, Role
+from ireasoner.model.attention import SharedCache
+from ireasoner.model.backbone import ModelError, language_targets, load_backbone
+from ireasoner.model.policy import Policy
+from ireasoner.rollouts.live import TransformersEngine, uniforms
 from plain import chosen, load_apart, plain_logprobs
 from recorded import recorded
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ireasoner.recorder import (
+from ireasoner.method.types import Completion, Episode, Question, StepScore, Trajectory
+from ireasoner.training.recorder import (
     FILES,
     Recorder,
     RunDirectoryError,
@@ -24,7 +25,6 @@ from ireasoner.recorder import (
     replace_file,
     write_json,
 )
-from ireasoner.types import Completion, Episode, Question, StepScore, Trajectory
 
 HOSTILE = '\ud800 \u2028\u2029 \x00 \x1b[31m </script><!-- \r\n " \\ \u202e é 🦉 \x85'
 
@@ -396,5 +396,5 @@ def test_a_file_is_replaced_and_never_written_through_a_link(tmp_path: Path) -> 
 
 
 def test_the_recorder_imports_no_torch() -> None:
-    code = "import sys, ireasoner.recorder; sys.exit('torch' in sys.modules)"
+    code = "import sys, ireasoner.training.recorder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

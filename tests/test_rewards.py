@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ireasoner.rewards import (
+from ireasoner.method.rewards import (
     discrete_rewards,
     leave_one_out_similarities,
     mixing_weight,

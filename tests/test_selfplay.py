@@ -16,17 +16,17 @@ import torch
 import yaml
 from PIL import Image
 
-from ireasoner import rewards
-from ireasoner.config import Config, names, resolve
-from ireasoner.engines.transformers import TransformersEngine
-from ireasoner.learner import Learner
-from ireasoner.policy import Policy
-from ireasoner.recorder import episode_record
-from ireasoner.report import run as recorded
-from ireasoner.report.terms import proposer_term, solver_terms
-from ireasoner.roles import parse_trajectory
-from ireasoner.selfplay import ClaimMemory, SelfPlay, step_weight
-from ireasoner.types import Completion, Episode, FinishReason, Question, Trajectory
+from ireasoner.method import rewards
+from ireasoner.method.texts import parse_trajectory
+from ireasoner.method.types import Completion, Episode, FinishReason, Question, Trajectory
+from ireasoner.model.learner import Learner
+from ireasoner.model.policy import Policy
+from ireasoner.page import run as recorded
+from ireasoner.page.terms import proposer_term, solver_terms
+from ireasoner.rollouts.live import TransformersEngine
+from ireasoner.training.config import Config, names, resolve
+from ireasoner.training.recorder import episode_record
+from ireasoner.training.selfplay import ClaimMemory, SelfPlay, step_weight
 
 MakePolicy = Callable[..., Policy]
 RECIPES = [name for name in names("recipes") if name != "oracle"]

@@ -16,14 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ireasoner.answers import majority
-from ireasoner.cli import main
-from ireasoner.config import Config, dump_config, resolve
-from ireasoner.perturbations import PERTURBATIONS
+from ireasoner.app.cli import main
+from ireasoner.method.answers import majority
+from ireasoner.method.types import Completion, Episode, Question, Trajectory, UsageError
 from ireasoner.playground import world
-from ireasoner.recorder import Recorder, episode_record
-from ireasoner.types import Completion, Episode, Question, Trajectory, UsageError
-from ireasoner.validity import (
+from ireasoner.studies.perturbations import PERTURBATIONS
+from ireasoner.studies.validity import (
     SAMPLE,
     Group,
     claims,
@@ -37,6 +35,8 @@ from ireasoner.validity import (
     statistics,
     validity,
 )
+from ireasoner.training.config import Config, dump_config, resolve
+from ireasoner.training.recorder import Recorder, episode_record
 
 NAN = float("nan")
 RED_AND_BLUE = world.Picture("bars", values=(("red", 7), ("blue", 3)))
@@ -247,9 +247,9 @@ def test_claims_prefer_those_that_agree() -> None:
 def test_a_run_scored_anew_from_its_texts_has_the_step_agreement_that_was_paid(
     tmp_path: Path, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ireasoner.engines.transformers import TransformersEngine
-    from ireasoner.policy import Policy
-    from ireasoner.selfplay import SelfPlay
+    from ireasoner.model.policy import Policy
+    from ireasoner.rollouts.live import TransformersEngine
+    from ireasoner.training.selfplay import SelfPlay
 
     config = write_run(tmp_path, [], model="tiny", recipe="paper")
     policy, recorder = Policy("tiny"), Recorder(tmp_path)
@@ -477,6 +477,6 @@ def test_what_the_user_can_put_right_is_one_sentence(tmp_path: Path, capsys: pyt
 
 
 def test_reading_and_measuring_import_no_torch(tmp_path: Path) -> None:
-    code = "import sys, ireasoner.validity; print(sorted(set(sys.modules) & {'torch', 'transformers', 'peft'}))"
+    code = "import sys, ireasoner.studies.validity; print(sorted(set(sys.modules) & {'torch', 'transformers', 'peft'}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr

@@ -22,16 +22,16 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
-from ireasoner.config import resolve
+from ireasoner.method.types import UsageError
+from ireasoner.page import write_report
+from ireasoner.page.curves import PANELS, draw_panel
+from ireasoner.page.gallery import select
+from ireasoner.page.overview import overview
+from ireasoner.page.page import Page as Rendered
+from ireasoner.page.page import Query
+from ireasoner.page.run import LARGEST_PICTURE, TAILS, Run
 from ireasoner.playground import dataset
-from ireasoner.report import write_report
-from ireasoner.report.curves import PANELS, draw_panel
-from ireasoner.report.gallery import select
-from ireasoner.report.overview import overview
-from ireasoner.report.page import Page as Rendered
-from ireasoner.report.page import Query
-from ireasoner.report.run import LARGEST_PICTURE, TAILS, Run
-from ireasoner.types import UsageError
+from ireasoner.training.config import resolve
 from runs import HOSTILE, METRICS, episode, new_run, unreadable, with_metrics
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -44,7 +44,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: a
 @contextmanager
 def viewing(run: Path, *options: str) -> Iterator[tuple[str, int]]:
     """`ireasoner view` as a user starts and ends it; yields its address and port."""
-    command = [sys.executable, "-m", "ireasoner.cli", "view", str(run), "--no-browser", *options]
+    command = [sys.executable, "-m", "ireasoner", "view", str(run), "--no-browser", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process:
@@ -71,7 +71,7 @@ def get(port: int, path: str, host: str | None = None) -> tuple[int, dict[str, s
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real run of the tiny model, with the truth about its images inside it, and held-out questions."""
-    from ireasoner.train import start
+    from ireasoner.training.loop import start
 
     out = tmp_path_factory.mktemp("trained") / "run"
     dataset.write_unlabeled(out / "data" / "unlabeled", 8)
@@ -160,7 +160,7 @@ def test_nothing_but_its_own_is_served(trained: Path, tmp_path: Path):
 
 
 def test_mistakes_are_told_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from ireasoner.cli import main
+    from ireasoner.app.cli import main
 
     run = with_metrics(new_run(tmp_path / "run")).run_dir
     (tmp_path / "bad" / "images").mkdir(parents=True)
@@ -312,7 +312,7 @@ def test_the_lock_tells_a_running_run_from_a_stopped_one(tmp_path: Path):
 
 
 def test_who_looks_does_not_keep_a_run_from_starting(tmp_path: Path):
-    from ireasoner.train import RunError, _only_writer
+    from ireasoner.training.loop import RunError, _only_writer
 
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -416,7 +416,7 @@ def test_a_run_deleted_under_the_viewer_leaves_what_was_read(tmp_path: Path):
 
 
 def test_runs_are_listed_with_state_and_result(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from ireasoner.cli import main
+    from ireasoner.app.cli import main
 
     shutil.copytree(trained, tmp_path / "group" / "real")
     with_metrics(new_run(tmp_path / "\x1b[31mcut"), 2)
@@ -446,10 +446,10 @@ def test_viewing_imports_no_torch(trained: Path):
     code = f"""
 import sys
 from pathlib import Path
-from ireasoner.report.page import Page, write_report
-from ireasoner.report.server import Viewer
-from ireasoner.report.overview import overview
-from ireasoner.report.run import LARGEST_PICTURE, TAILS, Run
+from ireasoner.page.page import Page, write_report
+from ireasoner.page.server import Viewer
+from ireasoner.page.overview import overview
+from ireasoner.page.run import LARGEST_PICTURE, TAILS, Run
 run = Run(Path({str(trained)!r}))
 Page(run).render("page.html")
 Viewer(run).app()

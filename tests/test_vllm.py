@@ -15,14 +15,14 @@ from PIL import Image
 pytest.importorskip("vllm")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-from ireasoner.cli import main
-from ireasoner.doctor import fill_adapters
-from ireasoner.engines.transformers import uniforms
-from ireasoner.engines.vllm import VllmEngine, VllmError
+from ireasoner.app.cli import main
+from ireasoner.method.texts import solver_messages
+from ireasoner.method.types import ROLES, Completion, Role
+from ireasoner.model.policy import Policy
 from ireasoner.playground import dataset
-from ireasoner.policy import Policy
-from ireasoner.roles import solver_messages
-from ireasoner.types import ROLES, Completion, Role
+from ireasoner.rollouts.live import uniforms
+from ireasoner.rollouts.vllm import VllmEngine, VllmError
+from ireasoner.studies.doctor import fill_adapters
 
 QUESTIONS = ("Which bar is the tallest?", "Is red more than blue?", "Where?")
 

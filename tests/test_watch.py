@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pytest
 
-from ireasoner.types import Completion, Episode, Question, Trajectory
-from ireasoner.watch import RULES, Alarm, Signals, Watch, repeated_share
+from ireasoner.method.types import Completion, Episode, Question, Trajectory
+from ireasoner.training.watch import RULES, Alarm, Signals, Watch, repeated_share
 
 WINDOW = 10
 Series = list[dict[str, float | None]]

@@ -12,8 +12,8 @@ import json
 import shutil
 from pathlib import Path
 
+from ireasoner.method.types import UsageError
 from ireasoner.playground import dataset
-from ireasoner.types import UsageError
 
 
 def package_data() -> Path:

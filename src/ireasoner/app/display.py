@@ -1,0 +1,310 @@
+"""What a person sees in the terminal: one steady live display, or plain lines where output is not a terminal."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ireasoner.method.types import Episode
+from ireasoner.training.config import Config
+
+if TYPE_CHECKING:  # these import torch
+    from ireasoner.studies.doctor import Finding
+    from ireasoner.training.evaluation import Scores
+    from ireasoner.training.loop import Observer
+
+SHOWN = {
+    "reward/solver/total": "reward",
+    "reward/solver/outcome": "outcome",
+    "reward/solver/step_agreement": "step agreement",
+    "reward/proposer/total": "proposer",
+    "answers/majority_fraction": "majority",
+    "answers/entropy": "answer entropy",
+    "kl/solver": "KL",
+    "well_formed/solver": "well-formed",
+}
+OTHER_ROWS = {
+    "answer_entropy": "entropy",
+    "well_formed": "readable",
+    "tokens": "tokens",
+    "step_truth": "true steps",
+    "checkable_steps": "checkable",
+}
+
+
+def quiet_libraries() -> None:
+    """Libraries' own progress bars and advice would break the display; their warnings and errors stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def plain(text: str, limit: int = 120) -> str:
+    """A model's text, safe to print: one line, no control characters, cut at `limit`."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def vote_line(episode: Episode) -> str:
+    """An episode in one line: image, question, and how the group voted."""
+    if not episode.trajectories:
+        return plain(f"{episode.image}: unreadable question ({episode.question.problem})")
+    votes = Counter(t.answer if t.answer is not None else "(unreadable)" for t in episode.trajectories)
+    tally = ", ".join(f"{plain(answer, 24)} x{count}" for answer, count in votes.most_common())
+    return f"{plain(episode.image, 30)}: {plain(episode.question.text, 80)} -> {tally}"
+
+
+class Display:
+    """Shows a run while it goes; a context manager. Progress, time left, and what is being learned."""
+
+    def __init__(self, config: Config, out: Path) -> None:
+        self.config, self.out = config, out
+        self.console = Console(highlight=False)
+        self.live = (
+            Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        )
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task = self.progress.add_task("training", total=config.steps)
+        self.first_step, self.training_seconds = 1, 0.0
+
+    def __enter__(self) -> Display:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live:
+            self.live.stop()
+
+    def observer(self) -> Observer:
+        """The callbacks that `train` takes."""
+        from ireasoner.training.loop import Observer
+
+        return Observer(self.on_start, self.on_step, self.on_evaluation, self.say)
+
+    def say(self, message: str) -> None:
+        """One line that stays."""
+        self.console.print(Text(message), soft_wrap=self.live is None)
+
+    def on_start(self, config: Config, first_step: int) -> None:
+        self.first_step = first_step
+        self.progress.update(self.task, completed=first_step - 1)
+        self.say(
+            f"{config.model} on {config.images}: recipe {config.recipe}, preset {config.preset}, seed {config.seed}, "
+            f"{config.steps} steps of {config.images_per_step} images x {config.group_size} trajectories -> {self.out}"
+        )
+
+    def on_evaluation(self, which: str, done: int, total: int) -> None:
+        if self.live:
+            self.progress.update(self.task, description=f"evaluating {which}: {done}/{total}")
+            self.live.update(self.progress)
+        elif done == total:
+            self.say(f"evaluated {which}: {total} held-out questions")
+
+    def on_step(self, step: int, metrics: Mapping[str, float], episodes: Sequence[Episode]) -> None:
+        numbers = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in SHOWN.items() if name in metrics)
+        seconds = metrics.get("time/step_seconds", 0.0)
+        self.training_seconds += seconds
+        if seconds:
+            numbers += f"  {sum(len(e.trajectories) for e in episodes) / seconds:.3g} trajectories/s"
+        if self.live:
+            self.progress.update(self.task, completed=step, description="training")
+            lines = [Text(vote_line(episode), no_wrap=True, overflow="ellipsis") for episode in episodes[:4]]
+            self.live.update(Group(self.progress, Text(numbers), *lines))
+            return
+        per_step = self.training_seconds / (step - self.first_step + 1)
+        minutes, seconds = divmod(int(per_step * (self.config.steps - step)), 60)
+        self.say(f"step {step}/{self.config.steps}  {numbers}  {per_step:.1f} s/step, {minutes}:{seconds:02d} left")
+        if step % 5 == 1:
+            self.say(f"    {vote_line(episodes[0])}")
+
+
+class JobDisplay:
+    """Progress of one long job of many parts: a bar on a terminal, else a line now and then; with the time left.
+
+    Work is counted in units of equal length, such as training steps.
+    """
+
+    def __init__(self, total: float, quiet_seconds: float = 30.0) -> None:
+        self.total, self.done, self.quiet_seconds = total, 0.0, quiet_seconds
+        self.console = Console(highlight=False)
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[left]}")
+        self.progress = Progress(*columns, console=self.console, transient=True) if self.console.is_terminal else None
+        self.task = self.progress.add_task("", total=total, left="") if self.progress else None
+        self.started = self.told = time.monotonic()
+
+    def __enter__(self) -> JobDisplay:
+        if self.progress:
+            self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def say(self, message: str) -> None:
+        """One line that stays."""
+        self.console.print(Text(message), soft_wrap=self.progress is None)
+
+    def hear(self, call: str, details: tuple[Any, ...]) -> None:
+        """What a `Relay` in another process was told."""
+        {"say": self.say, "skip": self.skip, "work": self.work}[call](*details)
+
+    def skip(self, units: float) -> None:
+        """Some of the work was there already."""
+        self.total -= units
+
+    def work(self, what: str, units: float = 1.0) -> None:
+        """Some of the work was done just now."""
+        self.done += units
+        now = time.monotonic()
+        seconds = int((now - self.started) / self.done * max(0.0, self.total - self.done)) if self.done else 0
+        left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+        if self.progress and self.task is not None:
+            self.progress.update(self.task, description=what, completed=self.done, total=self.total, left=left)
+        elif now - self.told >= self.quiet_seconds:
+            self.told = now
+            self.say(f"{what}, {left}")
+
+
+class Relay(JobDisplay):
+    """A job's display in another process: shows nothing and hands on what it is told, for `JobDisplay.hear`."""
+
+    def __init__(self, tell: Callable[[tuple[str, tuple[Any, ...]]], None]) -> None:
+        super().__init__(0)
+        self.tell = tell
+
+    def say(self, message: str) -> None:
+        self.tell(("say", (message,)))
+
+    def skip(self, units: float) -> None:
+        self.tell(("skip", (units,)))
+
+    def work(self, what: str, units: float = 1.0) -> None:
+        self.tell(("work", (what, units)))
+
+
+def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """Rows of text, the first one being the heads; in narrow terminals, of two lines each."""
+    console = Console(highlight=False)
+    wide = _text_table(title, rows, 1)
+    needed = console.measure(wide, options=console.options.update(width=500)).maximum
+    if needed <= console.width or not console.is_terminal:
+        console.print(wide, width=None if console.is_terminal else 200)
+        return
+    heads = [head.replace(" ", "\n").replace("-", "-\n") for head in rows[0]]
+    console.print(_text_table(title, [heads, *([row[0], *map(_two_lines, row[1:])] for row in rows[1:])], 0))
+
+
+def print_finding(finding: Finding) -> None:
+    """One check of the doctor: its verdict, its name, and its figure below."""
+    verdict = Text("ok  ", "bold green") if finding.passed else Text("FAIL", "bold red")
+    console = Console(highlight=False)
+    console.print(verdict + Text(f"  {finding.name}", "bold"))
+    console.print(Text(f"      {finding.figure}"), soft_wrap=True)
+
+
+def print_text(text: str) -> None:
+    """A paragraph, broken between words on a terminal and nowhere else."""
+    console = Console(highlight=False)
+    console.print(Text(text), soft_wrap=not console.is_terminal)
+
+
+def _text_table(title: str, rows: Sequence[Sequence[str]], gap: int) -> Table:
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0))
+    for head in rows[0]:
+        table.add_column(Text(head), overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _two_lines(cell: str) -> str:
+    """`+1.0 [+0.5, +1.5]` and `1.0 ±0.5` with what they are sure of below them."""
+    value, bracket, ends = cell.partition(" [")
+    return f"{value}\n[{ends.replace(' ', '').replace('+', '')}" if bracket else cell.replace(" ±", "\n±")
+
+
+def prior_line(prior: Mapping[str, float]) -> str:
+    """What always giving the most frequent answer would reach."""
+    return (
+        f"Answer prior: always the most frequent answer {100 * prior['overall']:.1f} %, by the question's first two "
+        f"words {100 * prior['by_first_words']:.1f} % (an upper bound for a blind guesser: it reads these labels)"
+    )
+
+
+def _cell(values: Mapping[str, float]) -> str:
+    mean, low, high = (100 * values[name] for name in ("mean", "low", "high"))
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def results_table(summary: Mapping[str, Any]) -> None:
+    """Before and after on the held-out questions, with 95 % intervals."""
+    before, after, difference = summary["before"], summary["after"], summary["difference"]
+    table = Table(
+        title=f"Accuracy in % on {before['questions']} held-out questions, with 95 % intervals",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for name in ("", "before", "after", "difference", "p"):
+        table.add_column(name)
+    for name, change in difference.items():
+        table.add_row(name, _cell(before[name]), _cell(after[name]), _cell(change), f"{change['p']:.4f}")
+    for name, label in OTHER_ROWS.items():
+        if before.get(name) is not None and after.get(name) is not None:
+            table.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}", "", "")
+    Console(highlight=False).print(table)
+
+
+def evaluation_table(names: Sequence[str], scores: Sequence[Scores]) -> dict[str, Any]:
+    """Print the accuracies of one model or two; returns what was printed, ready for JSON."""
+    from ireasoner.training.evaluation import compare
+
+    if len(scores) == 2:
+        summary = {"before": scores[0].summary(), "after": scores[1].summary(), "difference": compare(*scores)}
+        print(f"before: {plain(names[0])}   after: {plain(names[1])}")
+        results_table(summary)
+        return {"models": list(names), **summary}
+    summary = scores[0].summary()
+    table = Table(
+        title=Text(f"{plain(names[0])}: accuracy in % on {summary['questions']} questions, 95 % intervals"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for name in ("", "accuracy"):
+        table.add_column(name)
+    for name in scores[0].measures:
+        table.add_row(name, _cell(summary[name]))
+    for name, label in OTHER_ROWS.items():
+        if summary[name] is not None:
+            table.add_row(label, f"{summary[name]:.3f}")
+    Console(highlight=False).print(table)
+    return {"models": list(names), "scores": summary}

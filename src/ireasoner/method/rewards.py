@@ -1,0 +1,215 @@
+"""The rewards of iReasoner (arXiv 2601.05877), one pure function for each equation. All lie in [0, 1].
+
+`answers` are canonical answer keys (`ireasoner.method.answers.answer_key`), one for each of the N trajectories of a
+group; None is an unreadable trajectory: it casts no vote, stays in N and earns 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ireasoner.method.answers import majority, vote_shares
+
+Answers = Sequence[str | None]
+FloatArray = NDArray[np.float64]
+
+
+def outcome_rewards(
+    answers: Answers,
+    words_before_answer: Sequence[int],
+    *,
+    exponent: float = 0.7,
+    length_penalty: float = 0.05,
+    target_words: int = 64,
+) -> FloatArray:
+    """Agreement on the answer: r_out,i = p̂(a_i)^γ · (1 − η · clip((w_i − w*)/w*, 0, 1)).
+
+    Args:
+        answers: N answer keys, None where unreadable.
+        words_before_answer: w_i, words before `<answer>`, one for each trajectory.
+        exponent: γ. length_penalty: η. target_words: w*.
+
+    Returns:
+        Array [N].
+
+    Raises:
+        ValueError: the two sequences differ in length.
+    """
+    shares = vote_shares(answers)
+    p_hat = np.array([0.0 if key is None else shares[key] for key in answers])
+    words = np.asarray(words_before_answer, dtype=np.float64)
+    if words.shape != p_hat.shape:
+        raise ValueError(f"{len(answers)} answers but {len(words)} word counts")
+    readable = np.array([key is not None for key in answers], dtype=np.float64)
+    too_long = np.clip((words - target_words) / target_words, 0.0, 1.0)
+    return readable * p_hat**exponent * (1.0 - length_penalty * too_long)
+
+
+def prototype_similarities(
+    answers: Answers, step_embeddings: Sequence[NDArray[np.floating]], *, max_reasoning_steps: int = 8
+) -> list[FloatArray]:
+    """How near each reasoning step is to the majority group's prototype: s_ij = (1 + cos(e_ij, μ_j))/2.
+
+    μ_j is the normalised mean of the e_·j over the majority group G.
+
+    Args:
+        answers: N answer keys, None where unreadable.
+        step_embeddings: one array [reasoning steps, width] for each trajectory, rows of any length. A row of zeros is
+            an empty reasoning step: it keeps its position and is neither compared nor counted.
+        max_reasoning_steps: later reasoning steps are left out.
+
+    Returns:
+        One array [reasoning steps] for each trajectory; NaN outside G, at positions that no other of G reaches, and for
+        empty steps.
+
+    Raises:
+        ValueError: the two sequences differ in length.
+    """
+    if len(answers) != len(step_embeddings):
+        raise ValueError(f"{len(answers)} answers but {len(step_embeddings)} arrays of step embeddings")
+    units = [_unit_rows(np.asarray(rows, dtype=np.float64)[:max_reasoning_steps]) for rows in step_embeddings]
+    found, group = [np.full(len(rows), np.nan) for rows in units], majority(answers).members
+    for position in range(max_reasoning_steps):
+        reached = [i for i in group if position < len(units[i]) and units[i][position].any()]
+        if len(reached) < 2:
+            continue
+        vectors = np.stack([units[i][position] for i in reached])
+        prototype = _unit_rows(vectors.mean(axis=0, keepdims=True))[0]
+        for i, cosine in zip(reached, vectors @ prototype, strict=True):
+            found[i][position] = (1.0 + cosine) / 2.0
+    return found
+
+
+def step_agreement_rewards(
+    answers: Answers,
+    step_embeddings: Sequence[NDArray[np.floating]],
+    *,
+    density_exponent: float = 0.7,
+    position_decay: float = 0.15,
+    max_reasoning_steps: int = 8,
+) -> FloatArray:
+    """Agreement on the reasoning within the majority group G.
+
+    r_step,i = (|G|/N)^γd · Σ_j ω_j s_ij / Σ_j ω_j over the positions j that i and at least one other of G reach, with
+    s_ij of `prototype_similarities` and ω_j = exp(−δ j), j from 0. It is 0 outside G, where |G| < 2, and where no
+    position is shared.
+
+    Args:
+        answers: N answer keys, None where unreadable.
+        step_embeddings: as for `prototype_similarities`.
+        density_exponent: γd. position_decay: δ. max_reasoning_steps: later reasoning steps are left out.
+
+    Returns:
+        Array [N].
+
+    Raises:
+        ValueError: the two sequences differ in length.
+    """
+    similarities = prototype_similarities(answers, step_embeddings, max_reasoning_steps=max_reasoning_steps)
+    return prototype_rewards(answers, similarities, density_exponent=density_exponent, position_decay=position_decay)
+
+
+def prototype_rewards(
+    answers: Answers, similarities: Sequence[FloatArray], *, density_exponent: float = 0.7, position_decay: float = 0.15
+) -> FloatArray:
+    """`step_agreement_rewards` of s_ij that are known already: as `prototype_similarities` gives them; array [N]."""
+    rewards = np.zeros(len(answers))
+    density = (len(majority(answers).members) / max(len(answers), 1)) ** density_exponent
+    for i, scored in enumerate(similarities):
+        counted = np.isfinite(scored)
+        if counted.any():
+            weights = np.exp(-position_decay * np.arange(len(scored)))[counted]
+            rewards[i] = density * np.average(scored[counted], weights=weights)
+    return np.clip(rewards, 0.0, 1.0)  # rounding may leave a cosine just above 1
+
+
+def leave_one_out_similarities(step_embeddings: Sequence[NDArray[np.floating]]) -> list[FloatArray]:
+    """How near each reasoning step is to those of the others at its position: (1 + cos)/2 with the mean of theirs.
+
+    Unlike the prototype of the published reward, this mean leaves the step itself out; answers play no part.
+
+    Args:
+        step_embeddings: one array [reasoning steps, width] for each trajectory; a row of zeros is an empty step.
+
+    Returns:
+        One array [reasoning steps] for each trajectory; NaN where no other trajectory reaches the position.
+    """
+    units = [_unit_rows(np.asarray(rows, dtype=np.float64)) for rows in step_embeddings]
+    found = [np.full(len(rows), np.nan) for rows in units]
+    for position in range(max(map(len, units), default=0)):
+        reached = [i for i, rows in enumerate(units) if position < len(rows) and rows[position].any()]
+        if len(reached) < 2:
+            continue
+        total = sum(units[i][position] for i in reached)
+        for i in reached:
+            others = _unit_rows((total - units[i][position])[None])[0]
+            found[i][position] = np.clip((1.0 + units[i][position] @ others) / 2.0, 0.0, 1.0)
+    return found
+
+
+def claim_agreement_rewards(
+    support: Sequence[NDArray[np.float64]], recurrence: Sequence[NDArray[np.float64]]
+) -> FloatArray:
+    """Agreement on what the reasoning steps claim: r_step,i = mean_j s_ij (1 − f_ij); 0 without steps.
+
+    Args:
+        support: s_ij in [0, 1], one array for each of the N trajectories: how far the others of the group make the same
+            claim (`ireasoner.method.claims.agreement`), over the steps that claim more than the answer
+            (`ireasoner.method.claims.beyond_answer`); empty for an unreadable trajectory.
+        recurrence: f_ij in [0, 1], the share of other images' groups that make it too: what is said of every image says
+            nothing about this one.
+
+    Returns:
+        Array [N].
+    """
+    return np.array(
+        [float((s * (1.0 - f)).mean()) if len(s) else 0.0 for s, f in zip(support, recurrence, strict=True)]
+    )
+
+
+def _unit_rows(rows: FloatArray) -> FloatArray:
+    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+
+
+def mixing_weight(
+    step: int, total_steps: int, *, warmup: float = 0.3, initial: float = 0.0, final: float = 0.7
+) -> float:
+    """λ(t): `initial` for the first `warmup` share of training, then linear to `final` at the last step.
+
+    Args:
+        step: the step being trained, from 1 to `total_steps`.
+        total_steps: steps of the whole run, not of what is left of it.
+
+    Raises:
+        ValueError: a step outside 0..total_steps.
+    """
+    if not 0 <= step <= total_steps:
+        raise ValueError(f"step {step} is outside 0..{total_steps}")
+    start = warmup * total_steps
+    progress = (step - start) / (total_steps - start) if total_steps > start else 0.0
+    return initial + (final - initial) * min(max(progress, 0.0), 1.0)
+
+
+def solver_rewards(outcome: FloatArray, step_agreement: FloatArray, weight: float) -> FloatArray:
+    """r_i = (1 − λ) r_out,i + λ r_step,i; arrays [N], `weight` is λ(t)."""
+    return (1.0 - weight) * outcome + weight * step_agreement
+
+
+def proposer_reward(answer_entropy: float, *, target: float = 0.90, width: float = 0.35) -> float:
+    """Questions of middle difficulty: exp(−(H − μ)² / 2σ²), H the entropy in nats of the readable votes.
+
+    Args:
+        answer_entropy: H. target: μ. width: σ.
+    """
+    return math.exp(-((answer_entropy - target) ** 2) / (2.0 * width**2))
+
+
+def discrete_rewards(answers: Answers) -> FloatArray:
+    """The discrete baseline: 1 for the majority answer, else 0; array [N]."""
+    members = majority(answers).members
+    return np.array([float(i in members) for i in range(len(answers))])

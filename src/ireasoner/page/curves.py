@@ -1,0 +1,188 @@
+"""What a run's numbers did, step by step: panels of curves, as one PNG and as an SVG each."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ireasoner.page.run import Run
+from ireasoner.training.recorder import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+THROUGHPUT = "trajectories a second"
+MOST_POINTS = 300  # of a curve that are drawn: a panel is about as many pixels wide
+FOREGROUND = "#010203"  # stands for the colour of the page's text in an SVG
+AXES = (0.15, 0.12, 0.80, 0.84)  # left, bottom, width and height of a panel's axes, in parts of the panel
+_drawing = threading.Lock()  # matplotlib's caches are not made for several threads
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves that share axes: what they show, and the metric of each by its label."""
+
+    title: str
+    hint: str
+    metrics: dict[str, str]
+
+
+def _roles(metric: str) -> dict[str, str]:
+    return {role: f"{metric}/{role}" for role in ("solver", "proposer")}
+
+
+PANELS = (
+    Panel(
+        "Solver's reward",
+        "mean, and its parts",
+        {
+            "total": "reward/solver/total",
+            "outcome": "reward/solver/outcome",
+            "step agreement": "reward/solver/step_agreement",
+        },
+    ),
+    Panel("Proposer's reward", "best at middle difficulty", {"proposer": "reward/proposer/total"}),
+    Panel("Majority fraction", "of a group's answers", {"": "answers/majority_fraction"}),
+    Panel("Answer entropy", "nats; 0: unanimous", {"": "answers/entropy"}),
+    Panel("KL to the backbone", "nats a token", _roles("kl")),
+    Panel("KL coefficient β", "weight of that KL", _roles("kl_coef")),
+    Panel("Completion length", "tokens", _roles("length")),
+    Panel("Well-formed", "share of texts that could be read", _roles("well_formed")),
+    Panel(
+        "Distinct questions",
+        "texts per question asked",
+        {"in a step": "questions/distinct", "in the watch's window": "watch/distinct_questions"},
+    ),
+    Panel("Token entropy", "nats; randomness of sampling", _roles("token_entropy")),
+    Panel("Blank image", "share of majority answers that survive it", {"": "watch/blank_survival"}),
+    Panel("Throughput", THROUGHPUT, {"": THROUGHPUT}),
+)
+
+
+def series(run: Run, metric: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A metric's steps and values, where it was measured; throughput is made of the episodes and the time."""
+    if metric == THROUGHPUT:
+        played = Counter[int]()
+        for entry in run.entries:
+            played[entry.step] += entry.trajectories
+        took = {r["step"]: r["time/step_seconds"] for r in run.metrics if r.get("time/step_seconds", 0) > 0}
+        points = [(step, played[step] / seconds) for step, seconds in took.items() if step in played]
+    else:
+        points = [(record["step"], record[metric]) for record in run.metrics if metric in record]
+    steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean of each value and those before it, over a twelfth of the series."""
+    window = max(1, len(values) // 12)
+    total = np.cumsum(np.concatenate([np.zeros(1), values - values[:1]]))  # exact where nothing changes
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return values[:1] + (total[ends] - total[starts]) / (ends - starts)
+
+
+def thin(values: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Which points of a long series to draw: the lowest and the highest of each stretch, so that no spike is lost."""
+    if len(values) <= MOST_POINTS:
+        return np.arange(len(values))
+    stretches = np.array_split(np.arange(len(values)), MOST_POINTS // 2 - 1)
+    extremes = [pick for s in stretches for pick in (s[values[s].argmin()], s[values[s].argmax()])]
+    return np.unique([0, *extremes, len(values) - 1])
+
+
+def readings(run: Run) -> dict[str, Any]:
+    """The smoothed values of every panel for the page to read out: `steps`, and by panel and label a list as long.
+
+    Where a metric was not measured at a step, its last value stands; None before its first.
+    """
+    steps = np.array([record["step"] for record in run.metrics], dtype=np.float64)
+    if len(steps) > MOST_POINTS:
+        steps = steps[np.linspace(0, len(steps) - 1, MOST_POINTS).astype(int)]
+    panels = []
+    for panel in PANELS:
+        found = {}
+        for label, metric in panel.metrics.items():
+            at, values = series(run, metric)
+            if len(values):
+                last = np.searchsorted(at, steps, side="right") - 1
+                smoothed = smooth(values)
+                found[label] = [float(f"{smoothed[i]:.4g}") if i >= 0 else None for i in last]
+        panels.append(found)
+    return {"steps": steps.astype(int).tolist(), "panels": panels, "axes": AXES}
+
+
+def draw_curves(run: Run, target: Path) -> None:
+    """Write all panels as one PNG; raw values faint, moving averages over them.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    with _drawing:
+        figure = Figure(figsize=(14, 8))
+        figure.subplots_adjust(left=0.04, right=0.99, bottom=0.04, top=0.95, wspace=0.2, hspace=0.27)
+        for axis, panel in zip(figure.subplots(3, 4).flat, PANELS, strict=True):
+            _draw(axis, run, panel)
+            axis.set_title(panel.title, fontsize=10)
+            if axis.get_legend_handles_labels()[1]:
+                axis.legend(fontsize=7)
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=110)
+    replace_file(target, png.getvalue())
+
+
+def draw_panel(run: Run, number: int) -> str:
+    """One panel as SVG without a frame of its own: text and axes take the colour that suits the reader's page."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with _drawing, mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "panel"}):
+        figure = Figure(figsize=(4, 2.3))
+        axis = figure.add_axes(AXES)
+        _draw(axis, run, PANELS[number])
+        axis.tick_params(labelsize=9, length=3, color=FOREGROUND, labelcolor=FOREGROUND)
+        axis.grid(axis="y", color="#888", alpha=0.25, linewidth=0.6)
+        for side, spine in axis.spines.items():
+            spine.set_color(FOREGROUND)
+            spine.set_visible(side in ("left", "bottom"))
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    colors = "<style>svg{color:#444}@media(prefers-color-scheme:dark){svg{color:#bbb}}</style>"
+    head, _, rest = text.getvalue().replace(FOREGROUND, "currentColor").partition("<defs>")
+    return f"{head}{colors}<defs>{rest}"
+
+
+def _draw(axis: Axes, run: Run, panel: Panel) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))  # there is no half step
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")  # an exponent at the top would be cut off
+    for color, (label, metric) in zip(_colors(), panel.metrics.items(), strict=False):
+        steps, values = series(run, metric)
+        if not len(values):
+            continue
+        raw, smoothed = thin(values), smooth(values)
+        axis.plot(steps[raw], values[raw], color=color, alpha=0.3, linewidth=0.8)
+        drawn = thin(smoothed)
+        axis.plot(steps[drawn], smoothed[drawn], color=color, linewidth=1.6, label=label or None)
+    if run.metrics:
+        first, last = run.metrics[0]["step"], run.metrics[-1]["step"]
+        axis.set_xlim(first, max(last, first + 1))
+        back = run.summary.get("best_step") if run.state() == "ended itself" and run.summary else None
+        if type(back) is int and first <= back <= last:  # where it went back to
+            axis.axvline(back, color="#888", linestyle=":", linewidth=1.2)
+
+
+def _colors() -> Iterator[str]:
+    """Blue, orange and green of a lightness that is read on white and on black."""
+    yield from ("#2b8cd6", "#e06c1f", "#1aa179")

@@ -1,5 +1,0 @@
-"""Pages, tables and figures from run directories alone."""
-
-from ireasoner.report.page import write_report
-
-__all__ = ["write_report"]

@@ -1,0 +1,158 @@
+"""Sampling on vLLM, beside the learner in one process: both roles as LoRA adapters, handed over after each update.
+
+vLLM computes with kernels of its own, and in the backbone's precision (adapters too): what it says a token's
+log-probability was and what the learner computes differ by rounding, which every step logs as `sampler_gap`. Its
+sampling is seeded for each completion, but a resumed run draws the same only as far as vLLM's batches are the same.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ireasoner.method.types import ROLES, Completion, Role, UsageError
+from ireasoner.model.backbone import resolve_model
+from ireasoner.model.inputs import Prompts
+from ireasoner.model.policy import Policy
+
+# Of a GPU that the learner shares: its own copy of the weights, activations and logits need the rest.
+GPU_SHARE = 0.45
+
+
+class VllmError(UsageError):
+    """vLLM is missing or cannot serve this model as the learner sees it; the message says why."""
+
+
+class VllmEngine:
+    """An engine (`ireasoner.rollouts.engine`) that samples on vLLM.
+
+    Args:
+        policy: whose adapters are served; `model` is the same backbone.
+        model: 'tiny', a folder or a hub id.
+        longest: most tokens of a prompt and its completion together.
+
+    Raises:
+        VllmError: vLLM is not installed, or does not serve the model.
+    """
+
+    def __init__(self, policy: Policy, model: str, longest: int) -> None:
+        on_gpu = policy.device.type == "cuda"
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process: no worker to lose
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        try:
+            from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+        except ImportError:
+            raise VllmError("--engine vllm needs vLLM: pip install vllm, or leave the option out") from None
+        self.policy, self.version = policy, 0
+        self._adapters = Path(tempfile.mkdtemp(prefix="ireasoner-"))
+        weakref.finalize(self, shutil.rmtree, self._adapters, ignore_errors=True)
+        options: dict[str, Any] = {"gpu_memory_utilization": GPU_SHARE} if on_gpu else {"enforce_eager": True}
+        try:
+            self.llm = LLM(
+                model=resolve_model(model),
+                dtype=str(policy.backbone.dtype).removeprefix("torch."),
+                enable_lora=True,
+                max_loras=len(ROLES),
+                max_lora_rank=max(config.r for config in policy.model.peft_config.values()),  # type: ignore[union-attr]
+                max_model_len=longest,
+                limit_mm_per_prompt={"image": 1},
+                enable_mm_embeds=True,
+                generation_config="vllm",  # not the checkpoint's: it may ask for top-k or a repetition penalty
+                **options,
+            )
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise VllmError(f"vLLM cannot serve {model}: {' '.join(str(error).split())[:300]}") from error
+        self.refresh()
+
+    @property
+    def _folder(self) -> Path:
+        return self._adapters / str(self.version)
+
+    def refresh(self) -> None:
+        """Serve the policy's adapters as they are now, under a new version: vLLM keeps what it has read by its path."""
+        before = self._folder
+        self.version += 1
+        self.policy.save_adapters(self._folder)
+        shutil.rmtree(before, ignore_errors=True)
+
+    def sample(
+        self,
+        prompts: Prompts,
+        role: Role | None,
+        uniforms_BNC: NDArray[np.float64],
+        *,
+        temperature: float = 1.0,
+        min_tokens: int = 0,
+    ) -> list[list[Completion]]:
+        """N completions of each of B prompts; of the uniform numbers the first of each completion is its seed.
+
+        The log-probabilities returned are those of the unscaled distribution, whatever the temperature.
+
+        Raises:
+            VllmError: vLLM refuses a prompt, or read it otherwise than the learner does.
+        """
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+        _, count, longest = uniforms_BNC.shape
+        asked: list[Any] = []
+        params: list[Any] = []
+        for row in range(len(prompts)):
+            ids = self.policy.processor.tokenizer(prompts.texts[row], add_special_tokens=False)["input_ids"]
+            for seed in (uniforms_BNC[row, :, 0] * 2**31).astype(int).tolist():
+                # One request for each completion, so that each has its own seed; vLLM keeps the prompt they share.
+                asked.append({"prompt_token_ids": ids, "multi_modal_data": {"image": _image(prompts, row)}})
+                params.append(
+                    SamplingParams(
+                        temperature=temperature,
+                        seed=seed,
+                        max_tokens=longest,
+                        min_tokens=min_tokens,
+                        logprobs=0,  # of the sampled token alone
+                        stop_token_ids=list(self.policy.end_tokens),
+                        detokenize=False,
+                    )
+                )
+        adapter = None
+        if role is not None:
+            number = self.version * len(ROLES) + ROLES.index(role)
+            adapter = LoRARequest(f"{role}-{self.version}", number, str(self._folder / role))
+        try:
+            answers = self.llm.generate(asked, params, lora_request=adapter, use_tqdm=False)
+        except ValueError as error:  # above all, a prompt longer than `longest` leaves room for
+            raise VllmError(f"vLLM refuses a prompt: {' '.join(str(error).split())[:300]}") from error
+        self._check_prompts(prompts, [answer.prompt_token_ids for answer in answers[::count]])
+        flat = [self._completion(answer.outputs[0]) for answer in answers]
+        return [flat[i : i + count] for i in range(0, len(flat), count)]
+
+    def _check_prompts(self, prompts: Prompts, read: Sequence[Sequence[int]]) -> None:
+        for row, theirs in enumerate(read):
+            ours = prompts.text["input_ids"][row][prompts.mask_BP[row].bool()].tolist()
+            if list(theirs) != ours:
+                raise VllmError(
+                    f"vLLM reads a prompt as {len(theirs)} tokens that the learner reads as {len(ours)}: its processor "
+                    "treats images otherwise; leave out --engine vllm for this model"
+                )
+
+    def _completion(self, output: Any) -> Completion:
+        ids = tuple(output.token_ids)
+        logprobs = tuple(entry[token].logprob for entry, token in zip(output.logprobs, ids, strict=True))
+        stopped = ids[-1] in self.policy.end_tokens
+        text = self.policy.processor.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
+        return Completion(text, ids, logprobs, "stop" if stopped else "length")
+
+
+def _image(prompts: Prompts, row: int) -> Any:
+    """The image as vLLM takes it: our features where a grid says all about them, as for Qwen's, else the picture."""
+    image, extras = prompts.images[row], prompts.extras[row]
+    if set(image.features) == {"pooler_output"} and set(extras) == {"image_grid_thw"}:
+        return {"image_embeds": image.pooled, **extras}
+    return image.seen.image

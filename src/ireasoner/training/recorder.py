@@ -1,0 +1,230 @@
+"""The run directory: what happened, step by step, for people and reports to read.
+
+Each `.jsonl` file holds one strict JSON object a line, in ASCII, with its `step`. NaN and infinities, which JSON lacks,
+become null. Nothing here depends on time or process: a resumed run writes what an uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ireasoner.method.types import Completion, Episode, UsageError
+
+FILES = ("metrics.jsonl", "episodes.jsonl", "probes.jsonl", "skipped.jsonl", "events.jsonl")
+
+
+class RunDirectoryError(UsageError):
+    """The run directory cannot be written or read; the message says where and why in one sentence."""
+
+
+class Recorder:
+    """Writes into one run directory, which it creates. What a killed process left unfinished there is cut off.
+
+    Every method raises `RunDirectoryError` if the disk refuses; no part of a line is left behind then.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir, self._paths = run_dir, [run_dir / name for name in FILES]
+        with _boundary(run_dir):
+            (run_dir / "images").mkdir(parents=True, exist_ok=True)
+            for path in filter(Path.exists, self._paths):
+                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        self._skipped = {record["image"] for record in read_records(run_dir / "skipped.jsonl")}
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one line of numbers, by names such as `reward/solver/outcome`."""
+        self._append("metrics.jsonl", {"step": step, **{name: float(value) for name, value in values.items()}})
+
+    def episode(self, record: Mapping[str, Any]) -> None:
+        """Add an episode, as `episode_record` makes it; it may have more keys."""
+        self._append("episodes.jsonl", record)
+
+    def probe(self, record: Mapping[str, Any]) -> None:
+        """Add an answer to a probe question; like every record, it has a `step`."""
+        self._append("probes.jsonl", record)
+
+    def skip(self, step: int, image: str, reason: str) -> None:
+        """Add an image that could not be used, unless it is there already."""
+        if image not in self._skipped:
+            self._append("skipped.jsonl", {"step": step, "image": image, "reason": reason})
+            self._skipped.add(image)
+
+    def event(self, step: int, text: str) -> None:
+        """Add something that a person should know, such as a warning."""
+        self._append("events.jsonl", {"step": step, "text": text})
+
+    def thumbnail(self, image: Image.Image, key: str) -> str:
+        """Save a PNG of at most 256 px a side (smaller images unchanged), once for each key; return its relative path.
+
+        `key` stands for the image's content: 8 to 64 lower-case hexadecimal digits; anything else is a `ValueError`.
+        """
+        if not re.fullmatch(r"[0-9a-f]{8,64}", key):
+            raise ValueError(f"not a content key: {key!r}")
+        path = self.run_dir / "images" / f"{key}.png"
+        if not path.exists():
+            small = image.convert("RGBA" if image.has_transparency_data else "RGB")
+            small.thumbnail((256, 256))
+            png = io.BytesIO()
+            small.save(png, "PNG", icc_profile=None)
+            _replace(path, png.getvalue())
+        return f"images/{path.name}"
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a whole file, or replace it, in one go."""
+        _replace(self.run_dir / name, text.encode())
+
+    def sync(self) -> None:
+        """Return when everything is on the disk; call it before a checkpoint, which counts on earlier records."""
+        for path in filter(Path.exists, self._paths):
+            with _boundary(path), path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def rewind(self, step: int) -> list[str]:
+        """Drop all records after `step`, and damaged lines, each of which is named in one returned sentence."""
+        damage: list[str] = []
+        for path in filter(Path.exists, self._paths):
+            _replace(path, b"".join(line for line, record in _lines(path, damage) if record["step"] <= step))
+        self._skipped = {record["image"] for record in read_records(self.run_dir / "skipped.jsonl")}
+        return damage
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        if type(record.get("step")) is not int:
+            raise ValueError(f"a record for {name} needs an int as its step, not {record.get('step')!r}")
+        line = json.dumps(_plain(record), allow_nan=False).encode("ascii") + b"\n"
+        with _boundary(self.run_dir / name), (self.run_dir / name).open("ab", buffering=0) as file:
+            written = file.write(line)
+            if written < len(line):  # a full disk took what fits: leave no part of a line
+                file.truncate(file.tell() - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class NoRecorder(Recorder):
+    """For the processes of a run that write nothing, because another one does."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    def skip(self, step: int, image: str, reason: str) -> None:
+        """Nothing."""
+
+    def thumbnail(self, image: Image.Image, key: str) -> str:
+        """Nothing, under no name."""
+        return ""
+
+    def write_text(self, name: str, text: str) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int) -> list[str]:
+        """Nothing was damaged."""
+        return []
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+def episode_record(episode: Episode) -> dict[str, Any]:
+    """All that explains an episode's rewards, for `Recorder.episode`; token ids are left out, for they are many."""
+    names = ("step", "image", "proposer_reward", "majority_answer", "majority_fraction", "answer_entropy")
+    names = (*names, "step_weight", "true_answer")
+    question, proposal, e = episode.question, episode.question_completion, episode
+    group = zip(e.trajectories, e.completions, e.answer_keys, e.rewards, e.step_scores, strict=True)
+    return _plain(
+        {name: getattr(episode, name) for name in names}
+        | {"question": asdict(question) | {"well_formed": question.well_formed}}
+        | {"question_completion": _completion_record(proposal) if proposal else None}
+        | {
+            "trajectories": [
+                {**_completion_record(completion), **asdict(trajectory), "well_formed": trajectory.well_formed}
+                | {"answer_key": key, "in_majority": key is not None and key == episode.majority_answer}
+                | {"reward": reward, "reward_parts": {name: part[i] for name, part in episode.reward_parts.items()}}
+                | {"step_scores": [asdict(score) for score in scores]}
+                for i, (trajectory, completion, key, reward, scores) in enumerate(group)
+            ]
+        }
+    )
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a `.jsonl` file (none if it is missing), without a last line that is still being written.
+
+    Any other line that is no record is left out too, and named in a `UserWarning` after the last record.
+    """
+    damage: list[str] = []
+    yield from (record for _, record in _lines(path, damage))
+    for text in damage:
+        warnings.warn(text, stacklevel=2)
+
+
+def write_json(value: Any) -> str:
+    """Strict JSON text for people to read; NaN and infinities become null."""
+    return json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
+
+
+def _lines(path: Path, damage: list[str]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    with _boundary(path), path.open("rb") if path.exists() else nullcontext(()) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                return  # a kill tore it, or its writer is not done
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                yield line, record
+            else:
+                damage.append(f"{path.name}, line {number}, is not a record and was left out")
+
+
+def _completion_record(completion: Completion) -> dict[str, Any]:
+    mean = sum(completion.logprobs) / len(completion.logprobs) if completion.logprobs else None
+    record = {"text": completion.text, "finish_reason": completion.finish_reason}
+    return {**record, "num_tokens": len(completion.token_ids), "mean_sampler_logprob": mean}
+
+
+def _plain(value: Any) -> Any:
+    """`value` in dicts and lists, with None for the numbers that JSON cannot say."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a whole file, or replace it, in one go; whatever lies there is not followed anywhere. Raises `OSError`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    with _boundary(path):
+        replace_file(path, data)
+
+
+@contextmanager
+def _boundary(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunDirectoryError(f"the run directory cannot be used: {path}: {error.strerror or error}") from error

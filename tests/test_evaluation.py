@@ -1,0 +1,444 @@
+"""Held-out accuracy: intervals, the paired comparison, labelled questions, and the tiny LMM on its own world."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ireasoner.method.texts import parse_trajectory, solver_messages
+from ireasoner.method.types import UsageError
+from ireasoner.model.policy import Policy
+from ireasoner.playground import dataset, world
+from ireasoner.rollouts.live import TransformersEngine, uniforms
+from ireasoner.training.evaluation import (
+    MEASURES,
+    DataError,
+    LabelledQuestion,
+    Scores,
+    answer_prior,
+    compare,
+    evaluate,
+    evaluate_target,
+    load_questions,
+)
+from ireasoner.training.items import ImageError, load_image
+from ireasoner.training.statistics import interval, paired_interval, plus_minus, resampled_means
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
+def test_without_spread_the_interval_is_a_point(value: float):
+    assert interval(np.full(20, value)) == pytest.approx((value, value, value))
+    assert interval(np.array([value])) == pytest.approx((value, value, value))
+
+
+@pytest.mark.parametrize(("right", "questions"), [(50, 100), (300, 400), (64, 512)])
+def test_of_many_questions_the_interval_is_the_normal_one(right: int, questions: int):
+    mean, low, high = interval((np.arange(questions) < right).astype(float))
+    share = right / questions
+    half = 1.96 * np.sqrt(share * (1 - share) / questions)
+    assert mean == share
+    assert low == pytest.approx(share - half, abs=0.08 * half + 1 / questions)
+    assert high == pytest.approx(share + half, abs=0.08 * half + 1 / questions)
+
+
+def test_of_two_questions_the_interval_is_all_that_resampling_can_make():
+    assert interval(np.array([0.0, 1.0])) == (0.5, 0.0, 1.0)  # means 0, 0.5, 1 with chances 1/4, 1/2, 1/4
+
+
+def test_the_interval_is_the_same_whenever_it_is_asked_for():
+    values = np.random.default_rng(0).random(50)
+    assert interval(values) == interval(values.copy())
+    mean, low, high = interval(values)
+    assert low < mean < high
+
+
+@pytest.mark.parametrize(
+    ("by_seed", "half"),
+    [
+        ([0.3], None),
+        ([0.2, 0.2, 0.2], 0.0),
+        ([0.1, 0.3], 12.706 * 0.1),  # deviation √0.02, over √2
+        ([0.1, 0.2, 0.3], 4.303 * 0.1 / 3**0.5),
+        ([0.1, 0.2] * 6, 2.201 * (0.0025 * 12 / 11) ** 0.5 / 12**0.5),  # past the table of quantiles
+    ],
+)
+def test_the_interval_over_seeds_is_students(by_seed: list[float], half: float | None):
+    assert plus_minus(by_seed) == (half if half is None else pytest.approx(half, rel=2e-3, abs=1e-12))
+
+
+def test_seeds_and_questions_are_both_resampled():
+    seeds = np.array([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])  # all the spread is between two seeds: means 0, 0.5, 1
+    questions = np.array([[0.0, 1.0]] * 7)  # all the spread is between two questions
+    for values in (seeds, questions):
+        means, counts = np.unique(resampled_means(values[None]).round(9), return_counts=True)
+        assert means.tolist() == [0.0, 0.5, 1.0]
+        assert counts / counts.sum() == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
+        assert paired_interval(values) == (0.5, 0.0, 1.0)
+
+
+def test_two_models_are_resampled_alike():
+    rng = np.random.default_rng(4)
+    a, b = rng.random((2, 3, 40))
+    apart = resampled_means(np.stack([a, b]))
+    together = resampled_means((a - b)[None])[:, 0]
+    assert apart[:, 0] - apart[:, 1] == pytest.approx(together)
+    mean, low, high = paired_interval(a - b)
+    assert (mean, low, high) == pytest.approx(((a - b).mean(), *np.quantile(together, [0.025, 0.975])))
+    assert paired_interval(np.full((3, 5), 0.25)) == pytest.approx((0.25, 0.25, 0.25))
+
+
+# --- without looking --------------------------------------------------------------------------------------------------
+
+
+def test_the_answer_prior_by_hand():
+    rows = [("How many bars?", "3"), ("how  many dots?", "three"), ("How many rows?", "4"), ("Is it red?", "4"),
+            ("Is it blue?", "no"), ("Is it low?", "no"), ("Why?", "yes")]  # fmt: skip
+    found = answer_prior([LabelledQuestion(Path("a.png"), question, answer) for question, answer in rows])
+    # Of all: 3 (twice), 4 (twice) or no (twice), of 7. By words: 2 of the 3 how many, 2 of the 3 is it, 1 of 1 why.
+    assert found == {"overall": pytest.approx(2 / 7), "by_first_words": pytest.approx(5 / 7)}
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def scores(values: np.ndarray) -> Scores:
+    values = np.asarray(values, dtype=np.float64)
+    ones = np.ones(len(values))
+    return Scores(dict.fromkeys(MEASURES, values), 0 * ones, ones, 20 * ones, ("",) * len(values))
+
+
+def one(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    found = compare(scores(before), scores(after))
+    assert set(found) == set(MEASURES)
+    return found["greedy"]
+
+
+def test_equal_scores_differ_by_nothing():
+    values = np.random.default_rng(1).integers(0, 2, 64)
+    assert one(values, values) == {"mean": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+
+
+def test_the_difference_is_after_minus_before():
+    worse, better = np.zeros(40), np.concatenate([np.ones(10), np.zeros(30)])
+    up, down = one(worse, better), one(better, worse)
+    assert up["mean"] == 0.25
+    assert up["low"] > 0
+    assert down["mean"] == -0.25
+    assert down["high"] < 0
+    assert up["p"] == down["p"]
+
+
+def test_a_strong_paired_effect_is_told_from_chance_and_none_is_not():
+    rng = np.random.default_rng(2)
+    before = rng.integers(0, 2, 200).astype(float)
+    gained = before.copy()
+    gained[np.flatnonzero(before == 0)[:30]] = 1  # 30 of 200 gained, none lost
+    assert one(before, gained)["p"] < 0.001
+    shuffled = before.copy()
+    shuffled[np.flatnonzero(before == 0)[:15]] = 1
+    shuffled[np.flatnonzero(before == 1)[:15]] = 0  # 15 gained, 15 lost
+    assert one(before, shuffled)["mean"] == 0
+    assert one(before, shuffled)["p"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "exact"),
+    # Two-sided sign test: the chance that of n fair flips at least `gained`, or at most `lost`, are heads.
+    [(3, 0, 0.25), (5, 0, 0.0625), (6, 4, 0.754), (9, 1, 0.0215), (8, 2, 0.109)],
+)
+def test_p_is_that_of_the_exact_sign_test(gained: int, lost: int, exact: float):
+    difference = np.array([1.0] * gained + [-1.0] * lost + [0.0] * 7)
+    assert one(np.zeros(len(difference)), difference)["p"] == pytest.approx(exact, abs=0.02)
+
+
+def test_p_is_never_zero():
+    assert 0 < one(np.zeros(400), np.ones(400))["p"] <= 2e-4
+
+
+def test_a_summary_is_json_and_has_every_measure():
+    summary = json.loads(json.dumps(scores(np.array([1.0, 0.0, 1.0, 1.0])).summary()))
+    assert summary["questions"] == 4
+    for name in MEASURES:
+        assert summary[name]["mean"] == 0.75
+        assert summary[name]["low"] <= 0.75 <= summary[name]["high"]
+    assert summary["well_formed"] == 1.0
+    assert summary["tokens"] == 20.0
+    assert summary["step_truth"] is summary["checkable_steps"] is None  # no question came with its picture
+
+
+# --- labelled questions -----------------------------------------------------------------------------------------------
+
+ROW = {"image": "a.png", "question": "How many?", "answer": "7"}
+
+
+def lines(folder: Path, *rows: object) -> Path:
+    """A data file beside one picture, `a.png`; rows are texts or values to write as JSON."""
+    Image.new("RGB", (84, 84), "red").save(folder / "a.png")
+    path = folder / "data.jsonl"
+    texts = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_bytes("\n".join(texts).encode("utf-8", "surrogatepass"))
+    return path
+
+
+def test_questions_are_read_with_images_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = lines(tmp_path, ROW, "", "   ", {**ROW, "answer": 7}, {**ROW, "answer": 2.5, "note": "kept out"})
+    monkeypatch.chdir("/")
+    found = load_questions(path)
+    assert [q.answer for q in found] == ["7", "7", "2.5"]
+    assert all(q.image == (tmp_path / "a.png").resolve() and q.image.is_absolute() for q in found)
+    assert found[0].question == "How many?"
+
+
+def test_an_absolute_image_path_is_taken_as_it_is(tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (84, 84)).save(tmp_path / "elsewhere" / "b.png")
+    path = lines(tmp_path, {**ROW, "image": str(tmp_path / "elsewhere" / "b.png")})
+    assert load_questions(path)[0].image.name == "b.png"
+
+
+def test_the_limit_takes_the_first(tmp_path: Path):
+    path = lines(tmp_path, *({**ROW, "answer": str(i)} for i in range(5)))
+    assert [q.answer for q in load_questions(path, 2)] == ["0", "1"]
+    assert len(load_questions(path, 9)) == 5
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "{",
+        "7",
+        "null",
+        '"text"',
+        '["a.png", "q", "1"]',
+        "{}",
+        {"image": "a.png", "question": "q"},
+        {**ROW, "image": 3},
+        {**ROW, "question": ["q"]},
+        {**ROW, "answer": None},
+        {**ROW, "answer": ["1", "2"]},
+        {**ROW, "image": "b.png"},
+        {**ROW, "image": "."},
+        {**ROW, "image": ""},
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, bad: object):
+    path = lines(tmp_path, ROW, "", bad, ROW)
+    with pytest.raises(DataError, match=r"data\.jsonl, line 3: ") as caught:
+        load_questions(path)
+    assert isinstance(caught.value, UsageError)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param({**ROW, "image": "data:image/png;base64," + "A" * 5000}, id="image-in-the-line"),
+        pytest.param({**ROW, "image": "a\0.png"}, id="null-character"),
+        pytest.param("[" * 100_000, id="nested-too-deep"),
+    ],
+)
+def test_a_very_bad_line_is_named(tmp_path: Path, bad: object):
+    with pytest.raises(DataError, match=r"data\.jsonl, line 1: "):
+        load_questions(lines(tmp_path, bad))
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u0085", "\u2029"])
+def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path: Path, mark: str):
+    (question,) = load_questions(lines(tmp_path, {**ROW, "question": f"one{mark}two"}))
+    assert question.question == f"one{mark}two"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n \n", None, b"\xff\xfe{}"])
+def test_a_file_without_questions_is_named(tmp_path: Path, content: bytes | None):
+    path = tmp_path / "data.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=r"data\.jsonl"):
+        load_questions(path)
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+def test_a_limit_below_one_is_a_mistake(tmp_path: Path, limit: int):
+    with pytest.raises(UsageError, match="limit"):
+        load_questions(lines(tmp_path, ROW, ROW), limit)
+
+
+PICTURE = world.picture_record(world.sample_picture(np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize(("given", "kept"), [(PICTURE, True), ("a photo", False), (None, False)])
+def test_a_picture_of_the_world_is_kept(tmp_path: Path, given: object, kept: bool):
+    (question,) = load_questions(lines(tmp_path, {**ROW, "picture": given}))
+    assert (question.picture is not None) == kept
+    if question.picture is not None:
+        assert world.picture_record(world.picture_from_record(question.picture)) == PICTURE
+
+
+@pytest.mark.parametrize("bad", [{}, {"family": "oil"}, {**PICTURE, "values": 3}, {"bytes": "", "path": "a.png"}])
+def test_a_picture_that_is_none_is_named(tmp_path: Path, bad: object):
+    with pytest.raises(DataError, match=r"data\.jsonl, line 2: .*picture"):
+        load_questions(lines(tmp_path, ROW, {**ROW, "picture": bad}))
+
+
+# --- a model on questions ---------------------------------------------------------------------------------------------
+
+LOOKING = ("value", "where", "what", "color", "extreme", "count")  # the kinds that can be answered only by looking
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Policy:
+    return Policy("tiny", max_image_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> list[LabelledQuestion]:
+    """Questions in the style that the tiny LMM was pre-trained on, about pictures of a seed that it never saw."""
+    folder = tmp_path_factory.mktemp("questions")
+    rng = np.random.default_rng(987_654)
+    found = []
+    while len(found) < 60:
+        picture = world.sample_picture(rng)
+        question = world.sample_question(picture, rng)
+        if question.kind in LOOKING:
+            path = folder / f"{len(found)}.png"
+            world.draw(picture, world.sample_style("varied", rng), rng).save(path)
+            found.append(LabelledQuestion(path, question.text, question.answer, world.picture_record(picture)))
+    return found
+
+
+def knowing_blindly() -> float:
+    """Accuracy of who knows the world, and the kind of a question, but does not look."""
+    rng = np.random.default_rng(5)
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for _ in range(1500):
+        question = world.sample_question(world.sample_picture(rng), rng)
+        if question.kind in LOOKING:
+            answers[question.kind][question.answer] += 1
+    return sum(max(count.values()) for count in answers.values()) / sum(map(Counter.total, answers.values()))
+
+
+def test_the_tiny_model_looks_at_its_world(tiny: Policy, questions: list[LabelledQuestion]):
+    told: list[tuple[int, int]] = []
+    found = evaluate(
+        tiny, questions, None, prompt="{question}", max_tokens=96, batch_size=30,
+        on_progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    assert told == [(30, 60), (60, 60)]
+    # Not the greedy answer: the tiny LMM can look, but guesses more often than not; guesses seldom agree.
+    accuracy = found.measures["maj@5"].mean()
+    assert accuracy > knowing_blindly() + 0.12
+    assert found.well_formed.mean() > 0.8
+    assert all(set(values) <= {k / 5 for k in range(6)} for values in found.measures.values())
+    others = [LabelledQuestion(questions[i - 1].image, q.question, q.answer) for i, q in enumerate(questions)]
+    swapped = evaluate(tiny, others, None, prompt="{question}", max_tokens=96)
+    assert swapped.measures["maj@5"].mean() < accuracy - 0.1  # it was the picture
+
+
+def test_scores_depend_on_the_seed_alone_and_not_on_the_batches(tiny: Policy, questions: list[LabelledQuestion]):
+    def of(seed: int, batch_size: int) -> Scores:
+        return evaluate(
+            tiny, questions[:6], None, prompt="{question}", max_tokens=64, seed=seed, batch_size=batch_size
+        )  # fmt: skip
+
+    first, again, other = of(0, 64), of(0, 4), of(1, 64)
+    assert first.greedy_texts == again.greedy_texts == other.greedy_texts  # greedy draws nothing
+    for name in MEASURES:
+        assert np.array_equal(first.measures[name], again.measures[name])
+    assert np.array_equal(first.answer_entropy, again.answer_entropy)
+    assert not np.array_equal(first.answer_entropy, other.answer_entropy)
+
+
+def test_any_right_sample_passes(tiny: Policy, questions: list[LabelledQuestion]):
+    found = evaluate(tiny, questions[:20], None, prompt="{question}", max_tokens=64).measures
+    assert np.array_equal(found["pass@5"], found["mean@1"] > 0)
+    assert found["pass@5"].mean() > found["mean@1"].mean()
+
+
+def test_the_truth_of_steps_is_that_of_the_sampled_steps(tiny: Policy, questions: list[LabelledQuestion]):
+    some = questions[:8]
+    found = evaluate(tiny, some, None, prompt="{question}", max_tokens=64, seed=3)
+    prompts = tiny.prompts(
+        tiny.encode_images([load_image(q.image) for q in some]),
+        [solver_messages("{question}", q.question) for q in some],
+    )
+    groups = TransformersEngine(tiny).sample(prompts, None, uniforms([[3, i] for i in range(8)], 5, 64))
+    checkable, true = np.zeros(8), np.zeros(8)
+    for i, (question, group) in enumerate(zip(some, groups, strict=True)):
+        assert question.picture is not None
+        picture = world.picture_from_record(question.picture)
+        for read in (parse_trajectory(c.text, c.finish_reason) for c in group):
+            for step in read.reasoning_steps if read.well_formed else ():
+                verdict = world.step_truth(picture, step)
+                checkable[i] += verdict is not None
+                true[i] += verdict is True
+    assert 0 < true.sum() < checkable.sum()
+    assert found.checkable_steps == pytest.approx(checkable / 5)
+    assert found.true_steps == pytest.approx(true / 5)
+    assert found.step_truth == pytest.approx(true.sum() / checkable.sum())
+    assert found.summary()["step_truth"] == found.step_truth
+    assert found.tokens == pytest.approx([np.mean([len(c.token_ids) for c in group]) for group in groups])
+
+
+def test_without_every_picture_there_is_no_truth(tiny: Policy, questions: list[LabelledQuestion]):
+    mixed = [questions[0], replace(questions[1], picture=None)]
+    found = evaluate(tiny, mixed, None, prompt="{question}", max_tokens=32)
+    assert found.checkable_steps is found.true_steps is found.step_truth is None
+    cut = evaluate(tiny, questions[:2], None, prompt="{question}", max_tokens=3)  # nothing readable, so nothing checked
+    assert cut.checkable_steps is not None
+    assert not cut.checkable_steps.any()
+    assert cut.step_truth is None
+
+
+def test_blank_images_tell_nothing(tiny: Policy, questions: list[LabelledQuestion]):
+    same = [LabelledQuestion(q.image, "How many bars are there?", "3") for q in questions[:6]]
+    blank = evaluate(tiny, same, None, prompt="{question}", max_tokens=64, blank=True).greedy_texts
+    assert len(set(blank)) == 1
+    assert len(set(evaluate(tiny, same, None, prompt="{question}", max_tokens=64).greedy_texts)) > 1
+
+
+def test_a_truncated_answer_is_wrong(tiny: Policy, questions: list[LabelledQuestion]):
+    found = evaluate(tiny, questions[:2], None, prompt="{question}", max_tokens=3)
+    assert not any(values.any() for values in found.measures.values())
+    assert not found.well_formed.any()
+    assert not found.answer_entropy.any()
+
+
+def test_a_cold_sample_is_the_greedy_answer(tiny: Policy, questions: list[LabelledQuestion]):
+    found = evaluate(tiny, questions[:4], None, prompt="{question}", max_tokens=64, temperature=0.0)
+    assert np.array_equal(found.measures["greedy"], found.measures["mean@1"])
+    assert np.array_equal(found.measures["greedy"], found.measures["maj@5"])
+    assert not found.answer_entropy.any()
+
+
+def test_an_answer_that_is_the_same_in_other_words_is_right(tiny: Policy, questions: list[LabelledQuestion]):
+    count = next(q for q in questions if q.question.startswith("How many"))
+    first = evaluate(tiny, [count], None, prompt="{question}", max_tokens=64, temperature=0.0)
+    said = first.greedy_texts[0].partition("<answer>")[2].partition("</answer>")[0]
+    again = [LabelledQuestion(count.image, count.question, f"{float(said)}")]  # "3.0" for "3"
+    assert evaluate(tiny, again, None, prompt="{question}", max_tokens=64).measures["greedy"].tolist() == [1.0]
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tiny: Policy, tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    with pytest.raises(ImageError, match=r"a\.png"):
+        evaluate(tiny, [LabelledQuestion(tmp_path / "a.png", "What?", "1")], None, prompt="{question}", max_tokens=4)
+
+
+def test_a_plain_model_gets_the_prompt_and_lengths_of_its_preset(questions: list[LabelledQuestion]):
+    found = evaluate_target("tiny", questions[:4], device="cpu")
+    assert found.well_formed.mean() > 0.5  # under the 7b preset's long prompt the tiny LMM would not even be readable
+    assert found.greedy_texts == evaluate_target("tiny", questions[:4], preset="tiny", device="cpu").greedy_texts
+
+
+def test_the_held_out_files_of_the_world_can_be_evaluated(tmp_path: Path):
+    path = dataset.write_questions(tmp_path / "test", 4, "varied")
+    found = evaluate_target("tiny", load_questions(path), device="cpu")
+    assert len(found.greedy_texts) == 4

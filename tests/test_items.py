@@ -1,0 +1,692 @@
+"""The image pool: every image found, every skip reported, nothing hostile gets through, exact resume."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import socket
+import struct
+import subprocess
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from ireasoner.training.items import ImageError, ImagePool, UnreadableImageError, content_hash, load_image
+
+RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
+MAGICS = (
+    b"\x89PNG\r\n\x1a\n",
+    b"\xff\xd8\xff\xe0",
+    b"RIFF\0\0\1\0WEBPVP8 ",
+    b"RIFF\0\0\1\0WEBPVP8X",
+    b"GIF89a",
+    b"GIF87a",
+)
+MAGICS += (b"BM", b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08", b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0", b"")
+
+
+def corners(width: int = 24, height: int = 16) -> Image.Image:
+    """Red top left, green top right, blue bottom left, white bottom right: every turn of it looks different."""
+    image = Image.new("RGB", (width, height), WHITE)
+    image.paste(RED, (0, 0, width // 2, height // 2))
+    image.paste(GREEN, (width // 2, 0, width, height // 2))
+    image.paste(BLUE, (0, height // 2, width // 2, height))
+    return image
+
+
+def encoded(image: Image.Image, image_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, pixels: bytes, *, depth: int = 8, color: int = 2, extra: bytes = b"") -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    return MAGICS[0] + header + extra + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+
+
+def close(image: Image.Image, expected: Image.Image, tolerance: int = 0) -> bool:
+    """Equal up to `tolerance`, compared at the middle of each quarter, where lossy formats are faithful."""
+    assert image.mode == "RGB"
+    assert image.size == expected.size
+    w, h = image.size
+    spots = [(w // 4, h // 4), (3 * w // 4, h // 4), (w // 4, 3 * h // 4), (3 * w // 4, 3 * h // 4)]
+    pairs = [(image.getpixel(spot), expected.getpixel(spot)) for spot in spots]
+    return all(abs(a - b) <= tolerance for got, wanted in pairs for a, b in zip(got, wanted, strict=True))
+
+
+def save(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def fill(folder: Path, count: int) -> Path:
+    """`count` 2x2 images; the i-th has red = i, so that pixels tell which one it is."""
+    for i in range(count):
+        save(folder / f"{i:02}.png", encoded(Image.new("RGB", (2, 2), (i, 0, 0)), "PNG"))
+    return folder
+
+
+def names(images: list[tuple[str, Image.Image]]) -> list[str]:
+    return [name for name, _ in images]
+
+
+def reason_of(path: Path) -> str:
+    with pytest.raises(UnreadableImageError) as caught:
+        load_image(path)
+    assert str(path) in str(caught.value)
+    assert str(path) not in caught.value.reason
+    assert "\n" not in str(caught.value)
+    return caught.value.reason
+
+
+# --- decoding -------------------------------------------------------------------------------------------------------
+
+GRAY = corners().convert("L")
+PALETTE = corners().quantize(8)
+HALF_TURN = corners().rotate(180)
+FILES = {
+    "png": (encoded(corners(), "PNG"), corners(), 0),
+    "png L": (encoded(GRAY, "PNG"), GRAY.convert("RGB"), 0),
+    "png P": (encoded(PALETTE, "PNG"), corners(), 0),
+    "png LA": (encoded(GRAY.convert("LA"), "PNG"), GRAY.convert("RGB"), 0),
+    "png 1": (encoded(corners().convert("1", dither=Image.Dither.NONE), "PNG"), None, 0),
+    "png animated": (
+        encoded(corners(), "PNG", save_all=True, append_images=[HALF_TURN.copy()]),
+        corners(),
+        0,
+    ),
+    "jpeg": (encoded(corners(), "JPEG", quality=95), corners(), 12),
+    "jpeg progressive": (encoded(corners(), "JPEG", quality=95, progressive=True), corners(), 12),
+    "jpeg L": (encoded(GRAY, "JPEG", quality=95), GRAY.convert("RGB"), 12),
+    "jpeg CMYK": (encoded(corners().convert("CMYK"), "JPEG", quality=95), corners(), 24),
+    "jpeg MPO": (encoded(corners(), "MPO", quality=95, save_all=True, append_images=[HALF_TURN.copy()]), corners(), 12),
+    "webp": (encoded(corners(), "WEBP", quality=95), corners(), 40),
+    "webp lossless": (encoded(corners(), "WEBP", lossless=True), corners(), 0),
+    "webp animated": (
+        encoded(corners(), "WEBP", lossless=True, save_all=True, append_images=[HALF_TURN.copy()]),
+        corners(),
+        0,
+    ),
+    "gif": (encoded(PALETTE, "GIF"), corners(), 0),
+    "gif animated": (encoded(PALETTE, "GIF", save_all=True, append_images=[PALETTE.rotate(180)]), corners(), 0),
+    "bmp": (encoded(corners(), "BMP"), corners(), 0),
+    "bmp 1": (encoded(corners().convert("1", dither=Image.Dither.NONE), "BMP"), None, 0),
+    "tiff": (encoded(corners(), "TIFF"), corners(), 0),
+    "tiff pages": (encoded(corners(), "TIFF", save_all=True, append_images=[HALF_TURN.copy()]), corners(), 0),
+    "tiff lzw": (encoded(corners(), "TIFF", compression="tiff_lzw"), corners(), 0),
+    "tiff big": (encoded(corners(), "TIFF", big_tiff=True), corners(), 0),
+    "tiff CMYK": (encoded(corners().convert("CMYK"), "TIFF"), corners(), 0),
+    "tiff YCbCr": (encoded(corners().convert("YCbCr"), "TIFF"), corners(), 2),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("extension", ["right", ".txt", ".png", ".gif", ""])
+def test_every_format_and_mode_decodes_whatever_the_name(tmp_path, kind, extension):
+    data, expected, tolerance = FILES[kind]
+    path = save(tmp_path / ("image" + extension.replace("right", "." + kind.split()[0])), data)
+    image = load_image(path)
+    assert type(image) is Image.Image  # no lazy file object
+    assert image.mode == "RGB"
+    if expected is not None:
+        assert close(image, expected, tolerance)
+    [(name, from_pool)] = ImagePool(tmp_path, seed=0).take(1)
+    assert (name, from_pool.tobytes()) == (path.name, image.tobytes())
+
+
+def test_one_bit_is_black_and_white(tmp_path):
+    path = save(tmp_path / "a", encoded(Image.new("1", (4, 4), 1), "TIFF", compression="group4"))
+    assert load_image(path).getpixel((0, 0)) == WHITE
+    path = save(tmp_path / "a", encoded(Image.new("1", (4, 4), 0), "PNG"))
+    assert load_image(path).getpixel((0, 0)) == BLACK
+
+
+def gray_row(path: Path) -> list[int]:
+    pixels = np.asarray(load_image(path))
+    assert (pixels == pixels[:, :, :1]).all()
+    return pixels[0, :, 0].tolist()
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, image_format):
+    values = np.array([[0, 128, 129, 257, 256 * 128, 65534]], dtype=np.uint16)
+    path = save(tmp_path / "a", encoded(Image.fromarray(values), image_format))
+    assert gray_row(path) == [0, 0, 1, 1, 128, 255]
+    big_endian = Image.frombytes("I;16B", (6, 1), values.astype(">u2").tobytes())
+    assert gray_row(save(tmp_path / "b", encoded(big_endian, "TIFF"))) == [0, 0, 1, 1, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 100, 255], [0, 100, 255]),  # 8 bits in a wide type
+        ([0, 32768, 65535], [0, 128, 255]),  # 16 bits
+        ([0, 2**30, 2**31 - 1], [0, 128, 255]),  # no known scale: stretched
+        ([-100, 0, 100], [0, 128, 255]),
+        ([2**30, 2**30 + 1, 2**30 + 2], [0, 128, 255]),  # float32 could not tell these apart
+        ([10**6] * 3, [0, 0, 0]),
+    ],
+)
+def test_integers_are_scaled_not_clipped(tmp_path, values, expected):
+    image = Image.fromarray(np.array([values], dtype=np.int32))
+    assert image.mode == "I"
+    assert gray_row(save(tmp_path / "a", encoded(image, "TIFF"))) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.0, 0.5, 1.0], [0, 128, 255]),
+        ([0.0, 100.4, 255.0], [0, 100, 255]),
+        ([-1.0, 0.0, 1.0], [0, 128, 255]),
+        ([-3e38, 0.0, 3e38], [0, 128, 255]),
+        ([np.nan, 1.0, np.inf], [0, 255, 255]),
+        ([np.nan, -np.inf, 0.5], [0, 0, 128]),
+        ([np.nan, -5.0, 5.0, np.inf, -np.inf], [0, 0, 255, 255, 0]),
+    ],
+)
+def test_floats_are_scaled(tmp_path, values, expected):
+    image = Image.fromarray(np.array([values], dtype=np.float32))
+    assert image.mode == "F"
+    assert gray_row(save(tmp_path / "a", encoded(image, "TIFF"))) == expected
+
+
+def test_an_image_without_a_single_number_is_unreadable(tmp_path):
+    image = Image.fromarray(np.full((2, 2), np.nan, dtype=np.float32))
+    assert "finite" in reason_of(save(tmp_path / "a", encoded(image, "TIFF")))
+
+
+def test_transparency_lies_on_white(tmp_path):
+    clear_black, half_red = (0, 0, 0, 0), (255, 0, 0, 128)
+    rgba = Image.new("RGBA", (2, 1), clear_black)
+    rgba.putpixel((1, 0), half_red)
+    for image_format, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})):
+        image = load_image(save(tmp_path / "a", encoded(rgba, image_format, **options)))
+        assert image.getpixel((0, 0)) == WHITE
+        assert image.getpixel((1, 0)) == (255, 127, 127)
+    gray = Image.new("LA", (1, 1), (0, 0))
+    assert load_image(save(tmp_path / "a", encoded(gray, "PNG"))).getpixel((0, 0)) == WHITE
+
+
+def test_named_transparent_colors_lie_on_white(tmp_path):
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.putpixel((1, 0), 1)
+    for image_format, transparency in (("PNG", 0), ("PNG", b"\x00\xff"), ("GIF", 0)):
+        image = load_image(save(tmp_path / "a", encoded(palette, image_format, transparency=transparency)))
+        assert [image.getpixel((x, 0)) for x in (0, 1)] == [WHITE, RED]
+    half = load_image(save(tmp_path / "a", encoded(palette, "PNG", transparency=b"\x80\xff")))
+    assert half.getpixel((0, 0)) == (127, 127, 127)
+    rgb = load_image(save(tmp_path / "a", encoded(Image.new("RGB", (1, 1)), "PNG", transparency=(0, 0, 0))))
+    assert rgb.getpixel((0, 0)) == WHITE
+    gray16 = png(2, 1, b"\0" + struct.pack(">HH", 7, 8), depth=16, color=0, extra=chunk(b"tRNS", struct.pack(">H", 7)))
+    assert gray_row(save(tmp_path / "a", gray16)) == [255, 0]
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_once(tmp_path, image_format, orientation):
+    # How a camera held that way stores an upright scene: the inverse of the turn that the tag asks for.
+    method = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)
+    stored = corners(48, 32) if method is None else corners(48, 32).transpose(Image.Transpose(method))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    image = load_image(save(tmp_path / "a", encoded(stored, image_format, exif=exif, **options)))
+    assert close(image, corners(48, 32), 30)
+
+
+def test_metadata_is_stripped(tmp_path):
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "maker", 6
+    data = encoded(corners(), "JPEG", exif=exif, icc_profile=b"profile" * 30, comment=b"secret", dpi=(300, 300))
+    image = load_image(save(tmp_path / "a", data))
+    assert image.info == {}
+    assert dict(image.getexif()) == {}
+    assert encoded(image, "PNG") == encoded(Image.frombytes("RGB", image.size, image.tobytes()), "PNG")
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0junk", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0", b"\xff" * 50])
+def test_damaged_exif_does_not_cost_the_picture(tmp_path, exif):
+    assert close(load_image(save(tmp_path / "a", encoded(corners(), "PNG", exif=exif))), corners())
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_truncated_files_are_unreadable(tmp_path, kind):
+    data = FILES[kind][0]
+    for length in (1, 10, 30, len(data) // 3):
+        reason_of(save(tmp_path / "a.png", data[:length]))
+    if kind.split()[0] in ("png", "jpeg"):
+        noise = encoded(Image.frombytes("RGB", (40, 40), random.Random(0).randbytes(4800)), kind.split()[0].upper())
+        for length in (len(noise) // 2, len(noise) - 60):
+            assert "truncated" in reason_of(save(tmp_path / "a.png", noise[:length])).lower()
+
+
+def test_what_is_no_image_says_so(tmp_path):
+    assert reason_of(save(tmp_path / "a.png", b"")) == "the file is empty"
+    for data in (
+        b"hello",
+        b"<svg/>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        b"P6 1 1 255\nabc",
+        b"8BPS\0\1",
+    ):
+        assert "not a PNG" in reason_of(save(tmp_path / "a.png", data))
+    assert reason_of(tmp_path / "missing.png") == "No such file or directory"
+    assert reason_of(tmp_path) == "not a regular file"
+    with pytest.raises(UnreadableImageError, match="null byte"):
+        load_image("a\0b.png")
+
+
+def bomb_bmp() -> bytes:
+    data = bytearray(encoded(corners(), "BMP"))
+    data[18:26] = struct.pack("<ii", 100000, 100000)
+    return bytes(data)
+
+
+def bomb_jpeg() -> bytes:
+    data = bytearray(encoded(corners(), "JPEG"))
+    start = data.index(b"\xff\xc0")
+    data[start + 5 : start + 9] = struct.pack(">HH", 65000, 65000)
+    return bytes(data)
+
+
+BOMBS = {
+    "png": png(100000, 100000, b""),
+    "png above our limit": png(8001, 8000, b""),
+    "png where Pillow only warns": png(10000, 10000, b""),
+    "png widest": png(2**31 - 1, 2**31 - 1, b""),
+    "gif": b"GIF89a" + struct.pack("<HHBBB", 60000, 60000, 0, 0, 0) + b",\0\0\0\0\0\0\0\0\0\2\2\x4c\1\0;",
+    "gif frame": b"GIF89a\1\0\1\0\0\0\0," + struct.pack("<HHHHB", 0, 0, 60000, 60000, 0) + b"\2\2\x4c\1\0;",
+    "bmp": bomb_bmp(),
+    "jpeg": bomb_jpeg(),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_bombs_are_refused_by_their_header(tmp_path, kind):  # they hold no pixels: decoding would say "truncated"
+    limits = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    with warnings.catch_warnings(record=True) as leaked:
+        warnings.simplefilter("always")
+        assert "limit of" in reason_of(save(tmp_path / "a.png", BOMBS[kind]))
+    assert leaked == []
+    assert limits == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+
+
+def test_limits_of_size_and_shape(tmp_path):
+    path = save(tmp_path / "a", encoded(corners(20, 10), "PNG"))
+    assert load_image(path, max_pixels=200).size == (20, 10)
+    with pytest.raises(UnreadableImageError, match="20 x 10 is over the limit of 199 pixels"):
+        load_image(path, max_pixels=199)
+    assert load_image(save(tmp_path / "a", encoded(Image.new("RGB", (200, 1)), "PNG"))).size == (200, 1)
+    assert "longer than 200 to 1" in reason_of(save(tmp_path / "a", encoded(Image.new("RGB", (201, 1)), "PNG")))
+    assert "longer than 200 to 1" in reason_of(save(tmp_path / "a", encoded(Image.new("RGB", (2, 401)), "PNG")))
+    reason_of(save(tmp_path / "a", png(0, 5, b"")))
+
+
+@pytest.mark.parametrize("magic", MAGICS)
+def test_random_bytes_raise_nothing_else(tmp_path, magic):
+    rng = random.Random(repr(magic))
+    for _ in range(60):
+        path = save(tmp_path / "a", magic + rng.randbytes(rng.choice((0, 1, 5, 40, 400, 4000))))
+        try:
+            assert load_image(path).mode == "RGB"
+        except UnreadableImageError as error:
+            json.dumps(error.reason).encode()
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_mutated_images_raise_nothing_else(tmp_path, kind):
+    rng = random.Random(kind)
+    for _ in range(60):
+        data = bytearray(FILES[kind][0])
+        for _ in range(rng.choice((1, 3, 20))):
+            data[rng.randrange(rng.choice((60, len(data))))] = rng.choice((0, 1, 127, 255, rng.randrange(256)))
+        with contextlib.suppress(UnreadableImageError):
+            image = load_image(save(tmp_path / "a", bytes(data)))
+            assert (image.mode, image.info) == ("RGB", {})
+
+
+def test_content_hash(tmp_path):
+    path = save(tmp_path / "a", b"abc")
+    assert content_hash(path) == "ba7816bf8f01cfea"
+    with pytest.raises(UnreadableImageError, match="No such file"):
+        content_hash(tmp_path / "b")
+
+
+# --- finding --------------------------------------------------------------------------------------------------------
+
+
+def test_finds_images_beside_and_below_subfolders(tmp_path):  # fault 14
+    data = encoded(corners(), "PNG")
+    wanted = {"top.png", "sub/in.JPG", "sub/deep/er/x.webp", "sub/noext", "other/y.txt", "sub.png/z.png"}
+    for name in wanted:
+        save(tmp_path / name, data)
+    for name in (".hidden.png", ".git/a.png", "sub/._x.png", "__MACOSX/a.png", "sub/__MACOSX/a.png"):
+        save(tmp_path / name, data)
+    for name in ("notes.txt", "sub/data.json", "BMs.txt", "empty"):
+        save(tmp_path / name, b"" if name == "empty" else b"BM is how this text begins, and it is long enough")
+    pool = ImagePool(tmp_path, seed=0)
+    assert len(pool) == len(wanted)
+    assert set(names(pool.take(len(wanted)))) == wanted
+    assert pool.skipped == {}
+    assert pool.path("sub/noext") == str(tmp_path / "sub" / "noext")
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_every_format_is_recognised_by_its_first_bytes(tmp_path, kind):
+    save(tmp_path / "nameless", FILES[kind][0])
+    assert len(ImagePool(tmp_path, seed=0)) == 1
+
+
+def test_unusable_folders_are_clear_errors(tmp_path):
+    fill(tmp_path / "images", 2)
+    for wrong, match in (
+        (tmp_path / "imagse", r"imagse' \(No such file or directory\): check the path"),
+        (tmp_path / "images" / "subb", "No such file"),
+        (tmp_path / "images" / "00.png", "Not a directory"),
+        ("", "No such file"),
+        ("a\0b", "null"),
+    ):
+        with pytest.raises(ImageError, match=match):
+            ImagePool(wrong, seed=0)
+    (tmp_path / "none").mkdir()
+    save(tmp_path / "none" / "notes.txt", b"no image here")
+    with pytest.raises(ImageError, match=r"No image in the folder '.*none': point to"):
+        ImagePool(tmp_path / "none", seed=0)
+    (tmp_path / "none" / "link").symlink_to(tmp_path / "images")
+    with pytest.raises(ImageError, match="link/: a link to a folder"):
+        ImagePool(tmp_path / "none", seed=0)
+
+
+def test_negative_seed_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="non-negative"):
+        ImagePool(fill(tmp_path, 1), seed=-1)
+
+
+def test_pipes_sockets_and_links_cannot_hang_it(tmp_path, monkeypatch):
+    fill(tmp_path / "a", 2)
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    os.mkfifo(tmp_path / "a" / "pipe")
+    (tmp_path / "a" / "device.png").symlink_to("/dev/zero")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "a" / "self.png").symlink_to(tmp_path / "a" / "self.png")
+    (tmp_path / "a" / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "a" / "linked.png").symlink_to(tmp_path / "a" / "00.png")
+    with socket.socket(socket.AF_UNIX) as sock:
+        monkeypatch.chdir(tmp_path / "a")  # the whole path can be too long for a socket
+        sock.bind("s.png")
+        pool = ImagePool(tmp_path, seed=0)
+    assert set(names(pool.take(3))) == {"a/00.png", "a/01.png", "a/linked.png"}
+    assert pool.skipped == {
+        "a/dangling.png": "No such file or directory",
+        "a/device.png": "not a regular file",
+        "a/loop/": "a link to a folder, which is not followed",
+        "a/pipe.png": "not a regular file",
+        "a/s.png": "not a regular file",
+        "a/self.png": "Too many levels of symbolic links",
+    }
+    assert len(pool) == 3
+    assert reason_of(tmp_path / "a" / "pipe.png") == "not a regular file"
+
+
+def test_the_folder_itself_may_be_a_link(tmp_path):
+    fill(tmp_path / "real", 1)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert names(ImagePool(tmp_path / "link", seed=0).take(1)) == ["00.png"]
+
+
+def test_an_unreadable_subfolder_is_reported(tmp_path):
+    # Deeper than the longest path the system takes: this fails for root too, whom permissions do not stop.
+    fill(tmp_path, 1)
+    parts = ["d" * 250] * 20
+    handles = [os.open(tmp_path, os.O_RDONLY)]
+    for part in parts:
+        os.mkdir(part, dir_fd=handles[-1])
+        handles.append(os.open(part, os.O_RDONLY, dir_fd=handles[-1]))
+    for handle in handles:
+        os.close(handle)
+    try:
+        pool = ImagePool(tmp_path, seed=0)
+        [(name, reason)] = pool.skipped.items()
+        assert name.startswith("ddd")
+        assert "too long" in reason
+        assert names(pool.take(2)) == ["00.png"] * 2
+    finally:
+        shutil.rmtree(tmp_path / parts[0])
+
+
+def test_deep_trees_do_not_exhaust_the_stack(tmp_path):
+    deep = tmp_path.joinpath(*["d"] * 1200)
+    fill(tmp_path, 1)
+    subprocess.run(["mkdir", "-p", deep], check=True)
+    try:
+        save(deep / "x.png", encoded(corners(), "PNG"))
+        assert len(ImagePool(tmp_path, seed=0)) == 2
+    finally:
+        subprocess.run(["rm", "-r", tmp_path / "d"], check=True)
+
+
+def test_weird_names(tmp_path):
+    data = encoded(corners(), "PNG")
+    weird = [
+        b"not-utf8-\xff.png",
+        b"\\udcff.png",
+        b"\xff.png",
+        b"new\nline.png",
+        b"esc\x1b[31m.png",
+        "größe 图.png".encode(),
+    ]
+    for name in weird:
+        try:
+            Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_bytes(data)
+        except OSError:
+            pytest.skip("the file system allows UTF-8 names only")
+    save(tmp_path / os.fsdecode(b"dir\xfe\n") / "bad\n.png", b"broken")
+    pool = ImagePool(tmp_path, seed=0)
+    found = names(pool.take(6))
+    assert len(set(found)) == 6
+    assert {"größe 图.png", "new\\nline.png", "not-utf8-\\udcff.png", "\\udcff.png", "\\\\udcff.png"} <= set(found)
+    assert len(pool.peek(9)) == 6
+    assert list(pool.skipped) == ["dir\\udcfe\\n/bad\\n.png"]
+    for name in found:
+        assert name.isprintable()
+        assert content_hash(pool.path(name)) == content_hash(pool.path(found[0]))
+    json.dumps(pool.state(), ensure_ascii=False).encode()
+    with pytest.raises(UnreadableImageError) as caught:
+        load_image(pool.path("dir\\udcfe\\n/bad\\n.png"))
+    str(caught.value).encode()
+
+
+# --- drawing --------------------------------------------------------------------------------------------------------
+
+
+def test_order_is_seeded_and_every_epoch_covers_every_image_once(tmp_path):
+    fill(tmp_path, 12)
+    pool = ImagePool(tmp_path, seed=3)
+    epochs = [names(pool.take(12)) for _ in range(4)]
+    assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 12 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert names(ImagePool(str(tmp_path), seed=3).take(48)) == [name for epoch in epochs for name in epoch]
+    assert names(ImagePool(tmp_path, seed=4).take(12)) != epochs[0]
+    assert names(ImagePool(tmp_path, seed=2**70).take(12)) != epochs[0]
+
+
+def test_order_is_the_same_on_every_machine(tmp_path):
+    # Written down once: a change here breaks the resume of every saved run.
+    sorted_names = ["B/5.png", "B/a/0.png", "a-b/4.png", "a.png", "a/2.png", "c/d/1.png"]
+    for name in reversed(sorted_names):
+        save(tmp_path / name, encoded(corners(), "PNG"))
+    taken = names(ImagePool(tmp_path, seed=0).take(12))
+    assert "".join(str(sorted_names.index(name)) for name in taken) == "145203231045"
+
+
+def test_skips_come_in_the_same_order_on_every_machine(tmp_path):
+    fill(tmp_path, 1)
+    links = [f"{i * 37 % 50:02}.jpg" for i in range(50)]
+    for link in links:
+        (tmp_path / link).symlink_to(tmp_path / "nowhere")
+    assert list(ImagePool(tmp_path, seed=0).skipped) == sorted(links)
+
+
+def test_pixels_belong_to_their_names(tmp_path):
+    for name, image in ImagePool(fill(tmp_path, 9), seed=1).take(20):
+        assert image.getpixel((1, 1)) == (int(name[:2]), 0, 0)
+
+
+def test_fewer_images_than_asked_for_repeat(tmp_path):
+    pool = ImagePool(fill(tmp_path, 2), seed=0)
+    taken = names(pool.take(7))
+    assert all(sorted(taken[i : i + 2]) == ["00.png", "01.png"] for i in (0, 2, 4))
+    assert len(taken) == 7
+    assert pool.take(0) == []
+    assert (pool.state()["epoch"], pool.state()["position"]) == (3, 1)
+
+
+def test_each_undecodable_file_is_skipped_once_and_stops_nothing(tmp_path):
+    fill(tmp_path, 5)
+    save(tmp_path / "sub" / "broken.JPG", b"not a jpeg")
+    save(tmp_path / "empty.png", b"")
+    save(tmp_path / "phone.heic", b"\0\0\0\x18ftypheic")
+    told: list[tuple[str, str]] = []
+    pool = ImagePool(tmp_path, seed=0, on_skip=lambda name, reason: told.append((name, reason)))
+    assert len(pool) == 8
+    taken = names(pool.take(15))
+    assert sorted(taken) == sorted([f"{i:02}.png" for i in range(5)] * 3)
+    assert set(pool.skipped) == {"sub/broken.JPG", "empty.png", "phone.heic"}
+    assert told == list(pool.skipped.items())
+    assert len(pool) == 5
+    save(tmp_path / "empty.png", encoded(corners(), "PNG"))
+    assert "empty.png" not in names(pool.take(15))  # never tried again
+
+
+def test_a_file_deleted_after_the_scan_is_skipped(tmp_path):
+    pool = ImagePool(fill(tmp_path, 3), seed=0)
+    (tmp_path / "01.png").unlink()
+    assert set(names(pool.take(6))) == {"00.png", "02.png"}
+    assert pool.skipped == {"01.png": "No such file or directory"}
+    shutil.rmtree(tmp_path)
+    with pytest.raises(ImageError, match="None of the 3 images"):
+        pool.take(1)
+
+
+def test_all_corrupt_folder_is_an_error_and_ends(tmp_path):  # fault 14
+    for i in range(5):
+        save(tmp_path / f"{i}.png", b"junk")
+    told: list[str] = []
+    pool = ImagePool(tmp_path, seed=0, on_skip=lambda name, reason: told.append(name))
+    for draw in (pool.take, pool.peek, pool.take):
+        with pytest.raises(ImageError) as caught:
+            draw(1)
+        message = str(caught.value)
+        assert str(tmp_path) in message
+        assert "None of the 5 images" in message
+        assert message.count("not a PNG") == 3
+        assert "and 2 more" in message
+    assert sorted(told) == [f"{i}.png" for i in range(5)]
+
+
+def test_peek_shows_the_first_of_epoch_0_and_does_not_move(tmp_path):
+    fill(tmp_path, 6)
+    save(tmp_path / "bad.png", b"junk")
+    first = names(ImagePool(tmp_path, seed=5).take(6))
+    pool = ImagePool(tmp_path, seed=5)
+    for _ in range(3):
+        before = pool.state()["epoch"], pool.state()["position"]
+        assert names(pool.peek(4)) == first[:4]
+        assert names(pool.peek(99)) == first
+        assert (pool.state()["epoch"], pool.state()["position"]) == before
+        pool.take(5)
+    fresh = ImagePool(tmp_path, seed=5)
+    assert names(fresh.take(20))[15:] == names(pool.take(5))
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trial", range(12))
+def test_resume_continues_exactly(tmp_path, trial):
+    rng = random.Random(trial)
+    count = rng.randint(1, 9)
+    fill(tmp_path, count)
+    for i in range(rng.randint(0, 4)):
+        save(tmp_path / f"bad{i}.png", b"junk")
+    seed = rng.randrange(1000)
+    whole, cut = ImagePool(tmp_path, seed), ImagePool(tmp_path, seed)
+    for _ in range(12):
+        n = rng.randint(0, 5)
+        if rng.random() < 0.5:
+            state = json.loads(json.dumps(cut.state()))
+            cut = ImagePool(tmp_path, seed)
+            if rng.random() < 0.5:
+                cut.take(rng.randint(0, 20))  # whatever it did before must not matter
+            cut.restore(state)
+            assert cut.state() == state
+        expected, got = whole.take(n), cut.take(n)
+        assert names(got) == names(expected)
+        assert [image.tobytes() for _, image in got] == [image.tobytes() for _, image in expected]
+        assert cut.state() == whole.state()
+        assert list(cut.skipped.items()) == list(whole.skipped.items())
+        assert len(cut) == len(whole)
+
+
+def test_restored_skips_are_not_reported_anew(tmp_path):
+    fill(tmp_path, 2)
+    save(tmp_path / "bad.png", b"junk")
+    pool = ImagePool(tmp_path, seed=0)
+    pool.take(4)
+    told: list[str] = []
+    resumed = ImagePool(tmp_path, seed=0, on_skip=lambda name, reason: told.append(name))
+    resumed.restore(pool.state())
+    resumed.take(9)
+    assert told == []
+
+
+def test_state_is_a_snapshot_and_small(tmp_path):
+    fill(tmp_path, 40)
+    save(tmp_path / "bad.png", b"junk")
+    pool = ImagePool(tmp_path, seed=0)
+    state = pool.state()
+    pool.take(50)
+    assert state["skipped"] == {}
+    assert len(json.dumps(pool.state())) < 400
+
+
+def test_a_changed_folder_cannot_be_resumed(tmp_path):
+    pool = ImagePool(fill(tmp_path, 4), seed=0)
+    pool.take(2)
+    state = pool.state()
+    save(tmp_path / "new.png", encoded(corners(), "PNG"))
+    grown = ImagePool(tmp_path, seed=0)
+    before = grown.state()
+    with pytest.raises(ImageError, match=r"added to, removed from or renamed .*4 images then, 5 now.*cannot resume"):
+        grown.restore(state)
+    assert grown.state() == before
+    (tmp_path / "00.png").unlink()
+    with pytest.raises(ImageError, match="4 images then, 4 now"):
+        ImagePool(tmp_path, seed=0).restore(state)
+    (tmp_path / "new.png").rename(tmp_path / "00.png")
+    ImagePool(tmp_path, seed=0).restore(state)
+    with pytest.raises(ImageError, match="seed 0, not 1"):
+        ImagePool(tmp_path, seed=1).restore(state)
+
+
+def test_a_moved_folder_can_be_resumed(tmp_path):
+    pool = ImagePool(fill(tmp_path / "here", 5), seed=0)
+    pool.take(3)
+    moved = ImagePool((tmp_path / "here").rename(tmp_path / "there"), seed=0)
+    moved.restore(pool.state())
+    rest = names(moved.take(4))
+    assert rest == names(ImagePool(tmp_path / "there", seed=0).take(7))[3:]

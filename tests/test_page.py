@@ -1,0 +1,607 @@
+"""The page about a run, as one file: five questions answered from the run directory; a model's text stays text."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ireasoner.method.answers import answer_key
+from ireasoner.page import write_report
+from ireasoner.page.curves import MOST_POINTS, PANELS, draw_panel, readings, smooth, thin
+from ireasoner.page.gallery import average_agreement, select, stretches
+from ireasoner.page.page import IN_REPORT, Page, Query
+from ireasoner.page.run import Episode, Run
+from ireasoner.page.terms import proposer_term, solver_terms
+from ireasoner.page.verdict import signs, verdict
+from ireasoner.playground import dataset, world
+from ireasoner.training.config import resolve
+from ireasoner.training.recorder import Recorder, write_json
+from ireasoner.training.watch import Watch
+from runs import HOSTILE, METRICS, episode, new_run, unreadable, with_metrics
+
+VOID = {"img", "br", "meta", "link", "input", "hr"}
+
+
+class Parsed(HTMLParser):
+    """The elements of a page with their attributes, its text, and whether what opens also closes."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.open, self.source = "", [], page.read_text("utf-8")
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+        self.text += " " if tag in ("td", "th", "li") else ""
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes nothing that is open"
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "script"} & {*self.open}:
+            self.text += data
+
+    def tags(self) -> set[str]:
+        return {tag for tag, _ in self.elements}
+
+    def thumbnails(self) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.elements if tag == "img" and attributes.get("class") == "thumb"]
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Recorder:
+    return new_run(tmp_path / "run")
+
+
+def report(recorder: Recorder) -> Parsed:
+    """The page in a file of its own: then no PNG is drawn beside it."""
+    return Parsed(write_report(recorder.run_dir, recorder.run_dir / "page.html"))
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+# --- text stays text --------------------------------------------------------------------------------------------------
+
+
+def test_what_a_model_wrote_stays_text(recorder: Recorder):
+    with_metrics(recorder)
+    for text in HOSTILE:
+        recorder.episode(episode(text, question=text))
+        recorder.episode(unreadable(text=text))
+        recorder.probe(
+            {"step": 0, "image": text, "question": text, "text": text, "answer": text, "reasoning_steps": [text]}
+        )
+        recorder.skip(1, text, text)
+        recorder.event(1, text)
+    page = report(recorder)
+    assert not page.tags() & {"iframe", "b", "object", "embed", "base", "link"}
+    scripts = [attributes for tag, attributes in page.elements if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "readings"}, {}]  # the page's own
+    assert page.source.lower().count("<style") == 1
+    for tag, attributes in page.elements:
+        assert not any(name.startswith("on") or name == "style" for name in attributes), tag
+        assert (attributes.get("src") or "data:image/").startswith("data:image/")
+    for text in HOSTILE:
+        shown = text.replace("\x00", "").replace("\ud800", "?")
+        assert page.text.replace("\x00", "").replace("\ufffd", "").replace("\\ud800", "?").count(shown) >= 9
+
+
+def test_options_and_the_runs_name_stay_text(tmp_path: Path):
+    name = "<script>alert(1)<" + "title>{{ name }}"
+    flags = {"images": "/<img src=x>", "proposer_prompt": "</table><script>alert(2)</script>"}
+    page = report(with_metrics(new_run(tmp_path / name, **flags)))
+    assert "</table><script>alert(2)</script>" in page.text
+    assert "/<img src=x>" in page.text
+    assert page.text.count(name) == 2  # title and heading
+
+
+def test_the_page_allows_its_own_style_and_script_and_no_network(recorder: Recorder):
+    page = report(with_metrics(recorder))
+    (policy,) = [a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a]
+    digest = r"'sha256-[\w+/]{43}='"
+    assert re.fullmatch(rf"default-src 'none'; img-src data:; style-src {digest}; script-src {digest}", policy or "")
+    addresses = set(re.findall(r"https?://[^\s\"'<>)]*", page.source))
+    assert addresses == set()
+
+
+# --- Is it working? ---------------------------------------------------------------------------------------------------
+
+
+def cell(mean: float, half: float = 0.125) -> dict[str, float]:
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def scored(recorder: Recorder, **differences: float) -> Recorder:
+    before = {"questions": 64, **{name: cell(0.25) for name in differences}}
+    after = {"questions": 64, **{name: cell(0.25 + change) for name, change in differences.items()}}
+    difference = {name: cell(change) | {"p": 0.0123} for name, change in differences.items()}
+    recorder.write_text("summary.json", write_json({"before": before, "after": after, "difference": difference}))
+    return with_metrics(recorder)
+
+
+def test_before_and_after_are_shown_with_their_intervals(recorder: Recorder):
+    text = flat(report(scored(recorder, greedy=0.25)).text)
+    for shown in ("greedy", "25.0 [12.5, 37.5]", "50.0 [37.5, 62.5]", "+25.0 [+12.5, +37.5]", "0.0123", "64 held-out"):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    ("differences", "tone", "said"),
+    [
+        ({"greedy": 0.25}, "good", "got better: greedy accuracy 25.0 % → 50.0 % (+25.0 points, 95 % interval +12.5 to"),
+        ({"greedy": -0.25}, "bad", "got worse"),
+        ({"greedy": 0.1}, "unsure", "No difference is shown: greedy accuracy"),
+        ({"greedy": 0.25, "maj@5": 0.1}, "good", "Of the other measures, maj@5 did not clearly move."),
+        ({"greedy": 0.25, "maj@5": 0.2, "pass@5": -0.25}, "good", "Of the other measures, maj@5 rose; pass@5 fell."),
+        ({"greedy": 0.1, "pass@5": 0.25}, "unsure", "Of the other measures, pass@5 rose."),  # one of many may by chance
+        ({"mean@1": 0.25}, "good", "got better: mean@1"),
+    ],
+)
+def test_the_verdict_follows_the_intervals(recorder: Recorder, differences: dict[str, float], tone: str, said: str):
+    found = verdict(Run(scored(recorder, **differences).run_dir))
+    assert found.tone == tone
+    assert said in found.sentence
+
+
+@pytest.mark.parametrize("summary", [None, {"before": None, "after": None, "difference": None, "steps": 3}])
+def test_without_labels_no_accuracy_is_claimed(recorder: Recorder, summary: dict[str, Any] | None):
+    if summary:
+        recorder.write_text("summary.json", write_json(summary))
+    page = report(with_metrics(recorder))
+    assert "--eval-data" in page.text
+    assert "nothing here is accuracy" in page.text
+    assert "got better" not in page.text
+
+
+def signal_run(path: Path, late: dict[str, float], steps: int = 60, **options: Any) -> Run:
+    """A run with a window of 10 whose signals change after its half."""
+    healthy = {"majority_fraction": 0.6, "answer_entropy": 0.9, "readable": 1.0, "distinct_questions": 0.9}
+    recorder = new_run(path, steps=steps, **options)
+    for step in range(1, steps + 1):
+        values = healthy | (late if step > steps // 2 else {})
+        recorder.metrics(step, METRICS | {f"watch/{name}": value for name, value in values.items()})
+    return Run(path)
+
+
+def test_healthy_signs_are_no_proof(tmp_path: Path):
+    run = signal_run(tmp_path / "run", {"majority_fraction": 0.7})
+    found = verdict(run)
+    assert (found.tone, found.sentence.split(":")[0]) == ("unsure", "No sign of trouble")
+    assert any("cannot tell a right consensus from a wrong one" in note for note in found.notes)
+    assert all(sign.trouble is None for sign in signs(run))
+
+
+@pytest.mark.parametrize(
+    ("late", "tone", "meaning"),
+    [
+        ({"majority_fraction": 0.99}, "bad", "the group agrees whatever is asked (majority fraction 0.6 → 0.99)"),
+        ({"answer_entropy": 0.41}, "unsure", "answers lose their diversity"),
+        ({"readable": 0.5}, "bad", "texts can no longer be read"),
+        ({"distinct_questions": 0.2}, "bad", "the same questions come again and again"),
+    ],
+)
+def test_a_run_that_goes_wrong_says_how(tmp_path: Path, late: dict[str, float], tone: str, meaning: str):
+    found = verdict(signal_run(tmp_path / "run", late))
+    assert found.tone == tone
+    assert meaning in found.sentence
+
+
+def test_under_labels_agreement_is_no_sign_of_trouble(tmp_path: Path):
+    run = signal_run(tmp_path / "run", {"majority_fraction": 0.99}, recipe="oracle", labels="/labels.jsonl")
+    assert verdict(run).tone == "unsure"
+    assert "paid for true answers" in verdict(run).sentence
+    assert signs(run) == []
+
+
+def test_the_page_and_the_watch_say_the_same(tmp_path: Path):
+    """Of noise around a level that holds, and of agreement that is won and lost, at every tenth step."""
+    rng = np.random.default_rng(0)
+    recorder = new_run(tmp_path / "run", steps=200)
+    run, watch, told = Run(recorder.run_dir), Watch(10), set()
+    for step in range(1, 201):
+        level = 0.6 if step < 80 else 0.9 if step < 140 else 0.55
+        values = {"majority_fraction": float(np.clip(rng.normal(level, 0.1), 0, 1)), "readable": 1.0}
+        recorder.metrics(step, METRICS | {f"watch/{name}": value for name, value in values.items()})
+        watch.observe(step, {**values, "blank_survival": 0.3, "distinct_questions": 0.9})
+        if step % 10 == 0:
+            run.refresh()
+            assert run.watch.signs() == watch.signs()
+            told.add(verdict(run).tone)
+    assert told == {"unsure", "bad"}
+    (lost,) = [sign for sign in watch.signs() if sign.trouble]
+    assert lost.trouble == "agreement that had been won is lost again"
+    assert watch.alarm is not None
+    assert f"{lost.trouble} (majority fraction {lost.reference:.3g} → {lost.recent:.3g})" in verdict(run).sentence
+
+
+def test_too_few_steps_for_a_verdict(tmp_path: Path):
+    assert verdict(Run(new_run(tmp_path / "a").run_dir)).sentence.startswith("Nothing can be said yet")
+    assert verdict(signal_run(tmp_path / "b", {}, steps=12)).sentence.startswith("Too early to say")
+
+
+def test_a_run_that_ended_itself_says_so_first(recorder: Recorder):
+    ended = {"stopped_early": True, "steps": 3, "best_step": 2, "reason": "texts can no longer be read", "before": None}
+    recorder.write_text("summary.json", write_json(ended))
+    found = verdict(Run(with_metrics(recorder).run_dir))
+    assert found.tone == "bad"
+    assert found.sentence == (
+        "It went wrong: texts can no longer be read. The run ended itself after step 3 and went back to step 2."
+    )
+
+
+# --- curves -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_metric_has_its_panel_with_first_and_last_value(recorder: Recorder):
+    recorder.metrics(1, METRICS)
+    recorder.metrics(2, METRICS | {"answers/entropy": 0.2})
+    recorder.episode(episode())
+    run = Run(recorder.run_dir)
+    found = readings(run)
+    assert found["steps"] == [1, 2]
+    assert all(found["panels"])  # each of them has a curve
+    by_title = {panel.title: values for panel, values in zip(PANELS, found["panels"], strict=True)}
+    assert by_title["Answer entropy"] == {"": [0.8, 0.2]}  # two steps: nothing to smooth over
+    assert by_title["Throughput"] == {"": [2.0, 2.0]}  # 3 trajectories in 1.5 s; step 2 played none
+    assert set(by_title["KL to the backbone"]) == {"solver", "proposer"}
+    assert "0.8 → 0.2" in report(recorder).text
+
+
+def test_smoothing_is_the_mean_of_the_last_twelfth():
+    values = np.arange(24.0)
+    assert smooth(values).tolist() == [0.0, *(values[1:] - 0.5).tolist()]
+    assert smooth(np.array([1.0, 5.0])).tolist() == [1.0, 5.0]
+
+
+def test_a_curve_that_stands_still_is_smoothed_to_itself():
+    assert set(smooth(np.full(5000, 0.7)).tolist()) == {0.7}
+
+
+def test_axes_say_how_small_their_numbers_are(recorder: Recorder):
+    """An exponent that stands above the axis would be outside of the panel."""
+    for step in range(1, 20):
+        recorder.metrics(step, METRICS | {"kl/solver": step * 1e-7, "kl/proposer": 0.0})
+    number = next(i for i, panel in enumerate(PANELS) if panel.title == "KL to the backbone")
+    labels = re.findall(r">([\d.]+e-\d+)</text>", draw_panel(Run(recorder.run_dir), number))
+    assert labels
+    assert all(0 < float(label) < 1e-5 for label in labels)
+
+
+def test_thinning_keeps_every_spike():
+    values = np.zeros(10_000)
+    values[[17, 5_000, 9_999]] = 1.0
+    values[[18, 7_777]] = -1.0
+    drawn = thin(values)
+    assert len(drawn) <= MOST_POINTS
+    assert {17, 18, 5_000, 7_777, 9_999} <= set(drawn.tolist())
+    assert thin(values[:50]).tolist() == list(range(50))
+
+
+def test_a_run_that_went_back_shows_where_in_its_curves(recorder: Recorder):
+    with_metrics(recorder, 30)
+    plain = draw_panel(Run(recorder.run_dir), 2)
+    for best, marks in ((20, 1), (10**30, 0), ("x", 0)):
+        recorder.write_text("summary.json", write_json({"stopped_early": True, "best_step": best, "steps": 30}))
+        assert (draw_panel(Run(recorder.run_dir), 2) != plain) == bool(marks)
+    write_report(recorder.run_dir)  # its PNG has legends only where there are labels: warnings are errors
+
+
+def test_panels_are_pictures_that_suit_light_and_dark(recorder: Recorder):
+    run = Run(with_metrics(recorder, 30).run_dir)
+    for number in range(len(PANELS)):
+        svg = draw_panel(run, number)
+        assert "currentColor" in svg
+        assert "prefers-color-scheme:dark" in svg
+        assert "<script" not in svg
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_run_that_has_hardly_begun_has_a_page(recorder: Recorder, steps: int):
+    page = Parsed(write_report(with_metrics(recorder, steps).run_dir))
+    assert "0 of 0 episodes" in page.text
+    assert (recorder.run_dir / "curves.png").exists()
+
+
+def test_metrics_that_are_missing_or_not_finite_are_left_out(recorder: Recorder):
+    recorder.metrics(1, {"reward/solver/total": 0.5, "kl/solver": float("nan")})
+    recorder.metrics(2, {"reward/solver/total": float("inf")})
+    page = report(recorder)
+    assert flat(page.text).count("not measured in this run") == len(PANELS) - 1
+
+
+# --- What does it ask and answer? -------------------------------------------------------------------------------------
+
+
+def test_an_episode_shows_question_votes_and_rewards(recorder: Recorder):
+    with_metrics(recorder).episode(episode("blue", question="Which one?"))
+    page = report(recorder)
+    for text in ("Which one?", "I see blue.", "So it is.", "blue ×2", "unreadable ×1", "no closed <think>: blue"):
+        assert text in flat(page.text)
+    groups = [a["class"] for tag, a in page.elements if tag == "section" and "group" in (a.get("class") or "")]
+    assert groups == ["group n2 majority", "group n1"]
+
+
+def test_steps_are_coloured_by_their_agreement_and_say_the_number(recorder: Recorder):
+    with_metrics(recorder).episode(episode())
+    steps = [a for tag, a in report(recorder).elements if tag == "li" and "title" in a]
+    assert [a["class"] for a in steps] == ["a5", "none", "a2"]
+    assert (steps[0]["title"] or "").startswith("agreement 0.5000; recurs in 0.0 % of other images' groups; counts 0.5")
+    assert (steps[1]["title"] or "").startswith("not compared")
+
+
+def test_every_reward_is_taken_apart(recorder: Recorder):
+    with_metrics(recorder).episode(episode())
+    text = flat(report(recorder).text)
+    assert "0.6264 = 0.5 × 0.7529 outcome + 0.5 × 0.5000 step agreement" in text
+    assert "0.7529 = (2/3)^0.7 = 0.7529 of the vote × 1.0000 for 8 words × 1.0000 not said of other images" in text
+    assert "0.5000 = mean of 0.5000" in text
+
+
+def test_terms_that_do_not_add_up_are_shown_as_such(recorder: Recorder):
+    record = episode()
+    record["trajectories"][0]["reward"] = 0.9
+    record["trajectories"][1]["step_scores"][0]["score"] = 0.3
+    read, config = Episode.model_validate(record), resolve({"images": "/", "model": "tiny"})
+    wrong = [[line.name for line in solver_terms(config, read, t) if not line.adds_up] for t in read.trajectories]
+    assert wrong == [["reward"], ["step agreement"], []]
+    assert not proposer_term(config, read).adds_up  # 0.125 is not what an entropy of 0 earns
+    with_metrics(recorder).episode(record)
+    assert flat(report(recorder).text).count("does not add up") == 3
+
+
+def test_an_unreadable_question_shows_why_and_what_was_written(recorder: Recorder):
+    with_metrics(recorder).episode(unreadable(text="Ask me <question>"))
+    text = report(recorder).text
+    assert "no closed <question>" in text
+    assert "Ask me <question>" in text
+
+
+def test_episodes_of_an_older_version_show_their_parts(recorder: Recorder):
+    record = episode()
+    del record["step_weight"]
+    for t in record["trajectories"]:
+        del t["step_scores"]
+    with_metrics(recorder).episode(record)
+    page = report(recorder)
+    assert "outcome 0.7529" in flat(page.text)
+    assert "did not record what its steps were compared with" in flat(page.text)
+
+
+def filled(recorder: Recorder) -> Run:
+    """Five episodes, told apart by their step."""
+    changes: list[dict[str, Any]] = [{}, {"answer_entropy": 1.5}, {}, {"answer_entropy": 0.5}]
+    for step, change in enumerate(changes, 1):
+        recorder.episode(episode(f"text {step}", step=step, **change))
+    record = episode("text 5", step=5)
+    for t in record["trajectories"]:
+        t.update(reward=0.9, well_formed=True)
+    recorder.episode(record)
+    recorder.episode(unreadable(step=6))
+    return Run(recorder.run_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("newest", [6, 5, 4, 3, 2, 1]),
+        ("disagreement", [2, 4, 5, 3, 1]),
+        ("highest", [5, 4, 3, 2, 1]),
+        ("lowest", [4, 3, 2, 1, 5]),
+        ("malformed", [6, 4, 3, 2, 1]),
+        ("wrong", []),
+    ],
+)
+def test_filters(recorder: Recorder, name: str, steps: list[int]):
+    assert [entry.step for entry in select(filled(recorder), name)] == steps
+
+
+def test_text_search_and_a_stretch_of_steps(recorder: Recorder):
+    run = filled(recorder)
+    assert [entry.step for entry in select(run, text=" TEXT 3 ")] == [3]  # in answers and steps, whatever the case
+    assert [entry.step for entry in select(run, text="how many")] == [5, 4, 3, 2, 1]
+    assert select(run, text="nowhere") == []
+    assert [entry.step for entry in select(run, "disagreement", steps=(3, 5))] == [4, 5, 3]
+
+
+def test_wrong_majorities_are_found_where_the_truth_is_known(tmp_path: Path):
+    recorder = new_run(tmp_path / "run", images=str(tmp_path / "run" / "data" / "unlabeled"))
+    images = tmp_path / "run" / "data" / "unlabeled"
+    dataset.write_unlabeled(images, 3)
+    truth = dataset.load_truth(images)
+    for step, (name, picture) in enumerate(truth.items(), 1):
+        question = world.questions(picture)[0]
+        key = {1: "text:nonsense"}.get(step)
+        record = episode("x", step=step, question=question.text, image=name)
+        recorder.episode(record | {"majority_answer": key or answer_key(question.answer, question.text)})
+    run = Run(recorder.run_dir)
+    assert [entry.wrong for entry in run.entries] == [True, False, False]
+    assert [entry.step for entry in select(run, "wrong")] == [1]
+    assert "true answer" in report(with_metrics(recorder)).text
+
+
+def test_truth_outside_the_run_is_read_only_where_it_was_named(tmp_path: Path):
+    images = tmp_path / "elsewhere" / "unlabeled"
+    dataset.write_unlabeled(images, 2)
+    recorder = new_run(tmp_path / "run", images=str(images))
+    assert Run(recorder.run_dir).pictures == {}
+    assert len(Run(recorder.run_dir, dataset.truth_path(images)).pictures) == 2
+
+
+def test_a_report_keeps_the_first_episodes_of_every_list(recorder: Recorder):
+    for step in range(1, IN_REPORT + 11):
+        recorder.episode(episode(f"text {step}", step=step, answer_entropy=1 / step))
+    page = report(with_metrics(recorder))
+    articles = [a for tag, a in page.elements if tag == "article"]
+    newest = [a["data-newest"] for a in articles if "data-newest" in a]
+    assert newest == [str(rank) for rank in range(IN_REPORT)]
+    disagreement = [a["data-disagreement"] for a in articles if "data-disagreement" in a]
+    assert disagreement == [str(rank) for rank in reversed(range(IN_REPORT))]  # the oldest disagree most
+    assert f"{len(articles)} of {IN_REPORT + 10} episodes" in page.text
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, Query()),
+        ({"show": "wrong", "q": "red", "page": "2", "from": "3", "to": "9"}, Query("wrong", "red", (3, 9), 2)),
+        ({"show": "../etc", "page": "-1", "from": "x", "to": "²"}, Query()),
+        ({"page": "9" * 50, "from": "7"}, Query(steps=(7, 10**9))),
+    ],
+)
+def test_an_address_may_say_anything(values: dict[str, str], expected: Query):
+    assert Query.read(values) == expected
+
+
+def test_pages_of_episodes(recorder: Recorder):
+    for step in range(1, 31):
+        recorder.episode(episode(step=step))
+    page = Page(Run(recorder.run_dir))
+    texts = [page.render("episodes.html", Query(page=number)).decode() for number in range(4)]
+    assert [flat(re.sub("<[^>]*>", " ", text)).split(" episodes")[0] for text in texts] == [
+        "1–12 of 30", "13–24 of 30", "25–30 of 30", "25–30 of 30",
+    ]  # fmt: skip
+    assert 'rel="prev"' not in texts[0]
+    assert 'rel="next"' not in texts[2]
+
+
+# --- How do the steps agree? ------------------------------------------------------------------------------------------
+
+
+def test_averaged_agreement_ranks_within_each_group(recorder: Recorder):
+    first, second = episode(), episode()
+    second["trajectories"].reverse()  # the order of sampling means nothing
+    for record in (first, second):
+        recorder.episode(record)
+    run = Run(recorder.run_dir)
+    assert average_agreement(run.entries) == [[0.5], [0.25]]
+    assert average_agreement([]) == []
+
+
+def test_stretches_of_training(recorder: Recorder):
+    assert stretches(Run(recorder.run_dir)) == []
+    for step in range(1, 11):
+        recorder.episode(episode(step=step))
+    assert stretches(Run(recorder.run_dir)) == [(1, 3), (4, 7), (8, 10)]
+
+
+# --- How did it change? What ran? -------------------------------------------------------------------------------------
+
+
+def test_probes_stand_side_by_side_through_training(recorder: Recorder):
+    for step in (0, 2, 4):
+        for image in ("a.png", "b.png"):
+            answer = {0: None, 2: "7", 4: "seven"}[step]
+            record = {"image": image, "question": f"What of {image}?", "text": "", "answer": answer}
+            recorder.probe({"step": step, "reasoning_steps": [f"Of {image} at {step}."], **record})
+    page = report(with_metrics(recorder))
+    text = flat(page.text)
+    assert text.index("before training") < text.index("What of a.png?") < text.index("Of a.png at 4.")
+    assert text.index("Of a.png at 4.") < text.index("What of b.png?")
+    assert text.count("unreadable") == 2
+    assert [a.get("class") for tag, a in page.elements if tag == "td"].count("changed") == 2  # 7 and seven are the same
+
+
+def test_many_probes_are_shown_at_some_steps(recorder: Recorder):
+    for step in range(0, 2001, 50):
+        recorder.probe({"step": step, "image": "a", "question": "q", "answer": "1", "reasoning_steps": []})
+    text = flat(report(with_metrics(recorder)).text)
+    for column in ("before training", "step 400", "step 800", "step 1200", "step 1600", "step 2000"):
+        assert column in text
+    assert "step 50 " not in text
+
+
+def test_what_ran_names_options_differences_skips_and_events(recorder: Recorder):
+    recorder.skip(1, "sub/broken.jpg", "the file is empty")
+    recorder.event(2, "Something to know.")
+    (recorder.run_dir / "checkpoints" / "step-000002").mkdir(parents=True)
+    text = flat(report(with_metrics(recorder)).text)
+    for shown in ("sub/broken.jpg: the file is empty", "step 2: Something to know.", "step-000002"):
+        assert shown in text
+    for name in ("learning_rate", "outcome_exponent", "solver_prompt"):
+        assert name in text
+    assert "steps 3 40" in text  # here, and what the preset says
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def pixels(attributes: dict[str, str | None]) -> np.ndarray:
+    kind, _, data = (attributes["src"] or "").partition(",")
+    assert kind == "data:image/webp;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def test_thumbnails_are_inside_the_page(recorder: Recorder):
+    red = Image.new("RGB", (84, 84), "red")
+    thumbnail = recorder.thumbnail(red, "0" * 16)
+    with_metrics(recorder).episode({**episode(), "thumbnail": thumbnail})
+    recorder.probe(
+        {"step": 0, "image": "a", "question": "q", "answer": "1", "reasoning_steps": [], "thumbnail": thumbnail}
+    )
+    found = report(recorder).thumbnails()
+    assert len(found) == 2
+    assert all(np.abs(pixels(image) - np.asarray(red)).max() < 8 for image in found)
+
+
+def test_nothing_outside_the_runs_own_images_is_read(recorder: Recorder, tmp_path: Path):
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "secret.png")
+    Image.new("RGB", (8, 8), "blue").save(recorder.run_dir / "deadbeef.png")
+    (recorder.run_dir / "images" / "00000000.png").symlink_to(tmp_path / "secret.png")
+    (recorder.run_dir / "images" / "11111111.png").write_bytes(b"no picture")
+    (recorder.run_dir / "images" / "22222222.png").mkdir()
+    places = [
+        "../secret.png", str(tmp_path / "secret.png"), "images/../../secret.png", "images/00000000.png",
+        "images/../deadbeef.png", "images/11111111.png", "images/22222222.png", "config.yaml", "", "images",
+    ]  # fmt: skip
+    for place in places:
+        with_metrics(recorder).episode(episode(thumbnail=place))
+    page = report(recorder)
+    assert f"{len(places)} of {len(places)} episodes" in page.text
+    assert page.thumbnails() == []
+
+
+def test_a_picture_that_unpacks_to_something_huge_is_left_out(recorder: Recorder):
+    Image.new("1", (20_000, 20_000)).save(recorder.run_dir / "images" / "33333333.png")
+    with_metrics(recorder).episode(episode(thumbnail="images/33333333.png"))
+    assert report(recorder).thumbnails() == []
+
+
+# --- runs that are not whole ------------------------------------------------------------------------------------------
+
+
+def test_the_page_can_be_written_again(recorder: Recorder):
+    with_metrics(recorder, 1).episode(episode(question="The first."))
+    first = write_report(recorder.run_dir)
+    recorder.episode(episode(question="The second.", step=2))
+    assert write_report(recorder.run_dir) == first == recorder.run_dir / "report.html"
+    assert "The second." in Parsed(first).text
+
+
+def test_a_report_can_go_elsewhere_and_leaves_the_run_alone(recorder: Recorder, tmp_path: Path):
+    with_metrics(recorder)
+    before = sorted(recorder.run_dir.rglob("*"))
+    assert write_report(recorder.run_dir, tmp_path / "mail.html") == tmp_path / "mail.html"
+    assert sorted(recorder.run_dir.rglob("*")) == before
+
+
+def test_summary_of_somebody_else(recorder: Recorder):
+    with_metrics(recorder)
+    for summary in ("[]", "{}", '{"difference": {"greedy": 3}}', '{"versions": 7, "difference": []}', "{", "null"):
+        recorder.write_text("summary.json", summary)
+        assert b"Is it working?" in Page(Run(recorder.run_dir)).render("page.html")

@@ -1,0 +1,232 @@
+"""Several processes: the same run as one, to rounding; killed, they say what to do and lose nothing. Real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ireasoner.method.types import ROLES, UsageError
+from ireasoner.model import parallel as processes
+from ireasoner.model.parallel import LostProcessError, Processes
+from ireasoner.playground import dataset
+
+LAUNCH = [
+    *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"),
+    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    *("-m", "ireasoner"),
+]
+ONE = [sys.executable, "-m", "ireasoner"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(command: list[str], *arguments: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*command, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("processes")
+    dataset.write_unlabeled(out / "unlabeled", 12, "chalk")
+    dataset.write_questions(out / "test", 5, "chalk")
+    return out
+
+
+def options(place: Path, **more: Any) -> list[str]:
+    given = {
+        **{"images": place / "unlabeled", "eval-data": place / "test/test.jsonl", "model": "tiny", "device": "cpu"},
+        **{"steps": 4, "images-per-step": 3, "proposer-every": 2, "blank-every": 2, "save-every": 1},
+        **{"watch-window": 2, "probe-images": 2, "keep-checkpoints": 0, **more},
+    }
+    return ["train", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
+
+
+@pytest.fixture(scope="module")
+def together(place: Path) -> Path:
+    done = run(LAUNCH, *options(place), "--out", place / "together")
+    assert done.returncode == 0, done.stderr
+    return place / "together"
+
+
+def records(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same episodes and probes, numbers and adapters to rounding."""
+    for a, b in zip(records(one, "episodes.jsonl"), records(other, "episodes.jsonl"), strict=True):
+        assert (a["step"], a["image"], a["question"]) == (b["step"], b["image"], b["question"])
+        assert [t["text"] for t in a["trajectories"]] == [t["text"] for t in b["trajectories"]]
+        assert [t["reward"] for t in a["trajectories"]] == pytest.approx([t["reward"] for t in b["trajectories"]])
+    for a, b in zip(records(one, "metrics.jsonl"), records(other, "metrics.jsonl"), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if not name.startswith(("time/", "sampler_gap/")):
+                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+    assert [p["text"] for p in records(one, "probes.jsonl")] == [p["text"] for p in records(other, "probes.jsonl")]
+    for role in ROLES:
+        mine, theirs = (load_file(path / role / "adapter_model.safetensors") for path in (one, other))
+        for name, tensor in mine.items():
+            assert tensor.any()
+            torch.testing.assert_close(tensor, theirs[name], atol=2e-5, rtol=0)
+    first, second = (json.loads((path / "summary.json").read_text()) for path in (one, other))
+    assert first["before"] == second["before"]
+
+
+def assert_bitwise(one: Path, other: Path) -> None:
+    for role in ROLES:
+        mine, theirs = (load_file(path / role / "adapter_model.safetensors") for path in (one, other))
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+    assert (one / "episodes.jsonl").read_bytes() == (other / "episodes.jsonl").read_bytes()
+
+
+def test_two_processes_and_one_make_the_same_run(place: Path, together: Path):
+    """Three images a step over two processes: baseline, KL, gradients, watch and evaluation are global."""
+    done = run(ONE, *options(place), "--out", place / "alone")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(place / "alone", together)
+
+
+def test_a_process_without_images_takes_the_same_steps(place: Path):
+    few = options(place, **{"images-per-step": 1, "steps": 2, "recipe": "paper", "device": "auto"})
+    for command, name in ((LAUNCH, "few-together"), (ONE, "few-alone")):
+        done = run(command, *few, "--out", place / name)
+        assert done.returncode == 0, done.stderr
+    assert_same_run(place / "few-alone", place / "few-together")
+
+
+def workers(launcher: int) -> Iterator[int]:
+    """The launcher's children."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == launcher:
+            yield int(path.parent.name)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_run_with_a_message_and_nothing_is_lost(place: Path, together: Path, rank: int):
+    out = place / f"killed-{rank}"
+    with subprocess.Popen(
+        [*LAUNCH, *options(place), "--out", str(out)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    ) as launcher:
+        deadline = time.monotonic() + 120
+        while not (out / "checkpoints/step-000002").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        ranks = {}
+        for pid in workers(launcher.pid):
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            ranks |= {int(e[5:]): pid for e in environment if e.startswith(b"RANK=")}
+        os.kill(ranks[rank], signal.SIGKILL)
+        said = launcher.communicate(timeout=120)[1]
+    assert launcher.returncode != 0
+    assert "another process of this run has ended" in said
+    assert "train --resume RUN" in said
+    assert not (out / "summary.json").exists()
+    done = run(ONE if rank == 1 else LAUNCH, "train", "--resume", out)  # as many processes as one likes
+    assert done.returncode == 0, done.stderr
+    if rank == 1:
+        assert_same_run(out, together)
+    else:
+        assert_bitwise(out, together)
+
+
+def test_a_mistake_is_said_by_each_process(place: Path):
+    done = run(LAUNCH, *options(place, model="no/such/model"), "--out", place / "mistake")
+    assert done.returncode != 0
+    assert "ireasoner: cannot load the model" in done.stderr
+    assert not (place / "mistake" / "config.yaml").exists()
+
+
+def test_alone_nothing_is_exchanged():
+    alone = Processes()
+    assert alone.is_main
+    assert alone.share(3) == [0, 1, 2]
+    assert alone.gather(["a", "b"], 2) == ["a", "b"]
+    assert alone.sum(torch.tensor([1.5])).item() == 1.5
+    assert (alone.any(True), alone.any(False)) == (True, False)
+    assert [Processes(i, 2).share(5) for i in range(2)] == [[0, 2, 4], [1, 3]]
+
+
+def test_what_fails_between_processes_keeps_its_reason(monkeypatch: pytest.MonkeyPatch):
+    def failing(error: RuntimeError) -> Any:
+        def reduce(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(processes, "reduce", reduce)
+        return Processes(0, 2).sum(torch.ones(1))
+
+    with pytest.raises(LostProcessError) as lost:
+        failing(RuntimeError("Connection closed by peer\n#0: a trace"))
+    assert "has ended" in str(lost.value)
+    assert str(lost.value).endswith("(torch says: Connection closed by peer)")
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        failing(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def launcher_at_step(out: Path, *command: str, step: int) -> subprocess.Popen[str]:
+    """A launcher in a process group of its own, whose run has saved this step."""
+    launcher = subprocess.Popen(
+        [*LAUNCH, *command, "--out", str(out)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (out / f"checkpoints/step-{step:06d}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return launcher
+
+
+def test_ctrl_c_stops_both_processes_with_a_checkpoint(place: Path):
+    """A terminal sends it to launcher and processes alike."""
+    out = place / "interrupted"
+    with launcher_at_step(out, *options(place, steps=200), step=1) as launcher:
+        os.killpg(launcher.pid, signal.SIGINT)
+        said = launcher.communicate(timeout=120)[0]
+    assert f"saved. Continue with: ireasoner train --resume {out}" in said
+    played = len(records(out, "metrics.jsonl"))
+    assert (out / "checkpoints" / f"step-{played:06d}").is_dir()
+    assert not (out / "summary.json").exists()
+
+
+def test_a_process_that_fails_ends_the_run_with_its_own_reason(place: Path, tmp_path: Path):
+    """Rank 1 cannot go on at step 2; rank 0 must not wait for it for ever, nor be taken for the culprit."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from ireasoner import train\n"
+        "    update = train.Run.update\n"
+        "    def fail(self, play):\n"
+        "        if self.step == 2:\n"
+        "            raise MemoryError('made to fail')\n"
+        "        return update(self, play)\n"
+        "    train.Run.update = fail\n"
+    )
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [*LAUNCH, *options(place), "--out", str(place / "failing")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0
+    assert "made to fail" in done.stderr
+    assert not (place / "failing" / "summary.json").exists()
+    assert (place / "failing" / "checkpoints" / "step-000001").is_dir()
+
+
+def test_a_device_with_a_number_is_refused_for_several_processes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="--device cuda:0 names one GPU"), processes.joined("cuda:0"):
+        pass
