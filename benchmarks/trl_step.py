@@ -33,6 +33,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ireasoner.method.texts import solver_messages
 from ireasoner.model.backbone import load_model_processor
+from ireasoner.model.inputs import build_prompts, encode_images
 from ireasoner.studies.bench import QUESTION, Bench, Phases
 
 CPU = torch.device("cpu")
@@ -109,7 +110,7 @@ class Turns(TrainerCallback):
         self.theirs.append(self.trainer.phases)
         policy, config, count = self.bench.policy, self.bench.config, self.bench.config.group_size
         chats = [solver_messages(config.solver_prompt, QUESTION)] * len(self.images)
-        read = policy.prompts(policy.encode_images(self.images), chats).text["input_ids"]
+        read = build_prompts(policy, encode_images(policy, self.images), chats).text["input_ids"]
         assert [*self.trainer.asked] == read.repeat_interleave(count, 0).tolist(), "prompts differ"
         lengths = [self.bench.tokens] * count * len(read)
         assert [len(ids) for ids in self.trainer.written[0]] == lengths, "TRL's completions are not all of that length"

@@ -33,11 +33,12 @@ def make_policy() -> Callable[..., Policy]:
     Fresh adapters have B = 0, so that A gets no gradient and the KL is 0: no test of an update should start there.
     At 0.05 the model still writes what it was trained to; at 0.2 it babbles, from a broad distribution.
     """
-    from ireasoner.model.policy import Policy
+
     from ireasoner.studies.doctor import fill_adapters
+    from models import load
 
     def make(filled: float = 0.05, **options: Any) -> Policy:
-        policy = Policy("tiny", **options)
+        policy = load(**options)
         fill_adapters(policy, filled, seed=1)
         return policy
 

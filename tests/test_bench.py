@@ -10,9 +10,9 @@ from PIL import Image
 
 from ireasoner.model import inputs as prompts
 from ireasoner.model.attention import SharedCache
-from ireasoner.model.policy import Policy
 from ireasoner.studies.bench import Bench, Phases
 from ireasoner.training.config import resolve
+from models import load
 
 
 def test_the_plain_side_shares_no_prompt(pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch):
@@ -23,7 +23,7 @@ def test_the_plain_side_shares_no_prompt(pictures: list[Image.Image], monkeypatc
         return shared[-1]
 
     monkeypatch.setattr(prompts, "SharedCache", counted)
-    policy = Policy("tiny")
+    policy = load()
     runner = Bench(policy, resolve({"model": "tiny", "images": "."}), 4)
     for side, caches in ((runner.plain, 0), (runner.ours, 2)):  # the question's and the answers'
         shared.clear()

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ireasoner.method.seeds import uniforms
 from ireasoner.method.texts import parse_trajectory, solver_messages
 from ireasoner.method.types import UsageError
 from ireasoner.model.policy import Policy
 from ireasoner.playground import dataset, world
-from ireasoner.rollouts.live import TransformersEngine, uniforms
+from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.evaluation import (
     MEASURES,
     DataError,
@@ -29,6 +30,7 @@ from ireasoner.training.evaluation import (
 )
 from ireasoner.training.items import ImageError, load_image
 from ireasoner.training.statistics import interval, paired_interval, plus_minus, resampled_means
+from models import load
 
 # --- intervals --------------------------------------------------------------------------------------------------------
 
@@ -295,7 +297,7 @@ LOOKING = ("value", "where", "what", "color", "extreme", "count")  # the kinds t
 
 @pytest.fixture(scope="module")
 def tiny() -> Policy:
-    return Policy("tiny", max_image_tokens=64)
+    return load(max_image_tokens=64)
 
 
 @pytest.fixture(scope="module")
@@ -369,7 +371,7 @@ def test_the_truth_of_steps_is_that_of_the_sampled_steps(tiny: Policy, questions
         tiny.encode_images([load_image(q.image) for q in some]),
         [solver_messages("{question}", q.question) for q in some],
     )
-    groups = TransformersEngine(tiny).sample(prompts, None, uniforms([[3, i] for i in range(8)], 5, 64))
+    groups = LiveEngine(tiny).sample(prompts, None, uniforms([[3, i] for i in range(8)], 5, 64))
     checkable, true = np.zeros(8), np.zeros(8)
     for i, (question, group) in enumerate(zip(some, groups, strict=True)):
         assert question.picture is not None

@@ -21,16 +21,20 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from families import FAMILIES
+from ireasoner.method.seeds import uniforms
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
 from ireasoner.model.backbone import ModelError, load_backbone
+from ireasoner.model.forward import completion_hidden
+from ireasoner.model.inputs import build_prompts, encode_images
 from ireasoner.model.learner import Learner
 from ireasoner.model.policy import Policy
 from ireasoner.model.processors import load_processor
-from ireasoner.rollouts.live import TransformersEngine, uniforms
+from ireasoner.rollouts.live import LiveEngine
 from ireasoner.studies import doctor
 from ireasoner.training.config import resolve
 from ireasoner.training.selfplay import SelfPlay
+from models import load
 from plain import chosen
 from recorded import recorded
 
@@ -58,7 +62,7 @@ def sized(pictures: list[Image.Image]) -> list[Image.Image]:
 
 def filled(folder: Path, **options: Any) -> Policy:
     """A policy whose adapters do something: fresh ones leave the backbone as it is."""
-    policy = Policy(str(folder), **options)
+    policy = load(str(folder), **options)
     doctor.fill_adapters(policy, 0.3, seed=1)
     return policy
 
@@ -77,7 +81,7 @@ def plain_logprobs(model: Any, processor: Any, image: Image.Image, question: str
 
 
 def ask(policy: Policy, images: Sequence[Image.Image], questions: Sequence[str] = QUESTIONS) -> Any:
-    return policy.prompts(policy.encode_images(images), [solver_messages("{question}", q) for q in questions])
+    return build_prompts(policy, encode_images(policy, images), [solver_messages("{question}", q) for q in questions])
 
 
 def scene(policy: Policy, images: Sequence[Image.Image]) -> tuple[Any, Tensor, Tensor]:
@@ -97,7 +101,7 @@ def test_logprobs_are_those_of_the_model_itself(
     policy = filled(folder)
     prompts, ids, mask = scene(policy, sized)
     with torch.no_grad():
-        hidden = policy.completion_hidden(prompts, ids, mask, role)
+        hidden = completion_hidden(policy, prompts, ids, mask, role)
         found = policy.output_layer(hidden).log_softmax(-1).gather(-1, ids[mask][:, None])[:, 0]
     policy.save_adapters(tmp_path)
     model, processor = load_plain(folder, tmp_path / role if role else None), load_processor(folder)
@@ -125,7 +129,7 @@ def test_shared_prompts_have_the_plain_paths_gradients(
     def gradient(path: Any) -> dict[str, Tensor | None]:
         hidden = path(prompts, ids, mask, "solver")
         with torch.no_grad():
-            policy.completion_hidden(prompts, ids, mask, None)  # as in an update: the reference, before `backward`
+            completion_hidden(policy, prompts, ids, mask, None)  # as in an update: the reference, before `backward`
         logprobs = policy.output_layer(hidden).log_softmax(-1).gather(-1, ids[mask][:, None])[:, 0]
         (logprobs * weights).sum().backward()
         found = {name: p.grad for name, p in policy.parameters("solver").items()}
@@ -154,7 +158,7 @@ def test_a_step_of_self_play_and_an_update_of_each_role(folder: Path, sized: lis
     config = resolve({"model": str(folder), "images": ".", "preset": "tiny", "max_solution_tokens": 10})
     labels = {f"{i}": [(q, "1")] for i, q in enumerate(QUESTIONS)}
     named = [(str(i), image) for i, image in enumerate(sized)]
-    engine = TransformersEngine(policy)
+    engine = LiveEngine(policy)
     proposed = SelfPlay(policy, engine, config).play(1, named)
     solved = SelfPlay(policy, engine, config, labels).play(1, named)
     assert proposed.proposer_prompts is not None
@@ -175,7 +179,7 @@ def test_a_step_of_self_play_and_an_update_of_each_role(folder: Path, sized: lis
     policy.save_adapters(tmp_path)
     processor = load_processor(folder)
     for role in ROLES:
-        completion: Completion = TransformersEngine(policy).sample(
+        completion: Completion = LiveEngine(policy).sample(
             ask(policy, sized), role, uniforms([[i] for i in range(3)], 1, 6)
         )[1][0]
         expected = plain_logprobs(
@@ -188,7 +192,7 @@ def test_a_step_of_decoding_can_be_captured(folder: Path, pictures: list[Image.I
     policy = filled(folder)
     if not policy.shares_attention:
         pytest.skip("decodes from a cache that grows")
-    engine, prompts = TransformersEngine(policy), ask(policy, pictures[:2], QUESTIONS[:2])
+    engine, prompts = LiveEngine(policy), ask(policy, pictures[:2], QUESTIONS[:2])
     numbers = uniforms([[1], [2]], 3, 12)
     expected = engine.sample(prompts, "solver", numbers)
     engine.capture = recorded
@@ -202,12 +206,12 @@ def test_another_image_other_logprobs(folder: Path, pictures: list[Image.Image])
     prompts = ask(policy, pictures[:2], [QUESTIONS[0]] * 2)
     ids = torch.tensor([[11, 12, 13, 14]] * 2)
     with torch.no_grad():
-        hidden = policy.completion_hidden(prompts, ids, torch.ones_like(ids).bool(), "solver").view(2, 4, -1)
+        hidden = completion_hidden(policy, prompts, ids, torch.ones_like(ids).bool(), "solver").view(2, 4, -1)
     assert (hidden[0] - hidden[1]).abs().amax(-1).min() > 1e-3
 
 
 def test_lora_on_every_linear_layer_of_the_language_model_and_nowhere_else(folder: Path):
-    policy = Policy(str(folder))
+    policy = load(str(folder))
     tower = {id(m) for m in policy.decoder.modules()}
     adapted = [m for m in policy.model.modules() if "lora_A" in dict(m.named_children())]
     assert adapted
@@ -216,13 +220,13 @@ def test_lora_on_every_linear_layer_of_the_language_model_and_nowhere_else(folde
     assert len(adapted) == len(linear)
     assert f"LoRA on {len(linear)} layers of model." in policy.describe()
     with pytest.raises(ModelError, match="matches no linear layer of the language model"):
-        Policy(str(folder), lora_targets=["patch_embed"])
+        load(str(folder), lora_targets=["patch_embed"])
 
 
 def test_a_limit_of_image_tokens_that_has_no_effect_is_told(folder: Path, pictures: list[Image.Image]):
     large = pictures[0].resize((560, 560))
-    free, limited = Policy(str(folder)), Policy(str(folder), max_image_tokens=4)
-    less, more = (len(policy.encode_images([large])[0].pooled) for policy in (limited, free))
+    free, limited = load(str(folder)), load(str(folder), max_image_tokens=4)
+    less, more = (len(encode_images(policy, [large])[0].pooled) for policy in (limited, free))
     assert ("max_image_tokens has no effect" in limited.describe()) == (less == more)
     assert "max_image_tokens" not in free.describe()
 
@@ -239,4 +243,4 @@ def test_a_local_model_makes_no_network_call(folder: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    Policy(str(folder))
+    load(str(folder))

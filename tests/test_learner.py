@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ireasoner.method.seeds import uniforms
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
-from ireasoner.model.inputs import Prompts
+from ireasoner.model.forward import completion_hidden
+from ireasoner.model.inputs import Prompts, build_prompts, encode_images
 from ireasoner.model.learner import Learner
 from ireasoner.model.loss import adapt_kl_coef
 from ireasoner.model.policy import Policy
-from ireasoner.rollouts.live import TransformersEngine, uniforms
+from ireasoner.rollouts.live import LiveEngine
 from plain import chosen, load_apart, plain_logprobs
 
 MakePolicy = Callable[..., Policy]
@@ -48,9 +50,9 @@ def scene(make_policy: MakePolicy, pictures: list[Image.Image]) -> Scene:
 
 def make_scene(policy: Policy, pictures: list[Image.Image], role: Role = "solver") -> Scene:
     images = [pictures[0], pictures[1].resize((112, 56))]
-    prompts = policy.prompts(policy.encode_images(images), [chat(q) for q in QUESTIONS])
+    prompts = build_prompts(policy, encode_images(policy, images), [chat(q) for q in QUESTIONS])
     groups = []
-    for i, group in enumerate(TransformersEngine(policy).sample(prompts, role, uniforms([[1], [2]], 24, 10))):
+    for i, group in enumerate(LiveEngine(policy).sample(prompts, role, uniforms([[1], [2]], 24, 10))):
         whole, short, other = [c for c in group if len(c.token_ids) == 10][:3]
         ids = (*short.token_ids[: 5 + i], policy.end_tokens[0])
         logprob = logprobs_of(policy, prompts[i : i + 1], ids, role)[-1].item()
@@ -68,7 +70,7 @@ def cut(completion: Completion, length: int) -> Completion:
 @torch.no_grad()
 def logprobs_of(policy: Policy, prompt: Prompts, ids: Sequence[int], role: Role = "solver") -> Tensor:
     row = torch.tensor([list(ids)])
-    hidden = policy.completion_hidden(prompt, row, torch.ones_like(row, dtype=torch.bool), role)
+    hidden = completion_hidden(policy, prompt, row, torch.ones_like(row, dtype=torch.bool), role)
     return chosen(policy.output_layer(hidden).float().log_softmax(-1), ids)
 
 
@@ -171,7 +173,7 @@ def test_no_update_blind_to_the_image(scene: Scene, pictures: list[Image.Image])
     start = weights(scene.policy)
     for picture in (pictures[0], pictures[2]):
         scene.policy.model.load_state_dict(start, strict=False)
-        prompts = scene.policy.prompts(scene.policy.encode_images([picture]), [chat(QUESTIONS[0])])
+        prompts = build_prompts(scene.policy, encode_images(scene.policy, [picture]), [chat(QUESTIONS[0])])
         found.append(descend(scene.learner(), prompts, scene.groups[:1], REWARDS[:1]))
     (one, first), (other, second) = found
     assert abs(first["loss"] - second["loss"]) > 1e-4
@@ -323,7 +325,7 @@ def test_update_sees_the_logprobs_that_were_sampled(make_policy: MakePolicy, pic
     assert learner.update(scene.prompts, scene.groups, REWARDS)["sampler_gap"] < 1e-4
     # The same samples are off-policy now, and so are those whose log-probabilities were taken elsewhere.
     assert learner.update(scene.prompts, scene.groups, REWARDS)["sampler_gap"] > 1e-3
-    fresh = TransformersEngine(scene.policy).sample(scene.prompts, role, uniforms([[5], [6]], 3, 6))
+    fresh = LiveEngine(scene.policy).sample(scene.prompts, role, uniforms([[5], [6]], 3, 6))
     first = fresh[0][0]
     fresh[0][0] = replace(first, logprobs=(first.logprobs[0] - 0.25, *first.logprobs[1:]))
     assert learner.update(scene.prompts, fresh, REWARDS)["sampler_gap"] == pytest.approx(0.25, abs=1e-3)

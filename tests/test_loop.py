@@ -35,6 +35,8 @@ from ireasoner.app.cli import main
 from ireasoner.method.texts import proposer_messages, solver_messages
 from ireasoner.method.types import ROLES
 from ireasoner.model.backbone import TINY_MODEL, load_backbone
+from ireasoner.model.forward import completion_hidden
+from ireasoner.model.inputs import build_prompts, encode_images
 from ireasoner.model.policy import Policy
 from ireasoner.model.processors import load_processor
 from ireasoner.playground import world
@@ -712,8 +714,8 @@ def test_plain_peft_loads_an_adapter_and_gives_the_runs_own_log_probabilities(
 
     @torch.no_grad()
     def of_own(role: Any) -> torch.Tensor:
-        prompts = own_policy.prompts(own_policy.encode_images([image]), [messages])
-        hidden = own_policy.completion_hidden(prompts, ids, mask, role)
+        prompts = build_prompts(own_policy, encode_images(own_policy, [image]), [messages])
+        hidden = completion_hidden(own_policy, prompts, ids, mask, role)
         return own_policy.output_layer(hidden).log_softmax(-1).gather(-1, ids[0, :, None])[:, 0]
 
     with warnings.catch_warnings():  # PEFT asks transformers by a name that it has deprecated

@@ -17,12 +17,16 @@ from PIL import Image
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from ireasoner.method.seeds import uniforms
 from ireasoner.method.texts import proposer_messages, solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
 from ireasoner.model.attention import SharedCache
 from ireasoner.model.backbone import ModelError, language_targets, load_backbone
+from ireasoner.model.forward import completion_hidden
+from ireasoner.model.inputs import build_prompts, encode_images
 from ireasoner.model.policy import Policy
-from ireasoner.rollouts.live import TransformersEngine, uniforms
+from ireasoner.rollouts.live import LiveEngine
+from models import load
 from plain import chosen, load_apart, plain_logprobs
 from recorded import recorded
 
@@ -32,7 +36,7 @@ TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 
 
 def ask(policy: Policy, images: Sequence[Image.Image], questions: Sequence[str] = QUESTIONS):
-    return policy.prompts(policy.encode_images(images), [solver_messages("{question}", q) for q in questions])
+    return build_prompts(policy, encode_images(policy, images), [solver_messages("{question}", q) for q in questions])
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,7 @@ def policy_logprobs(policy: Policy, prompts: Any, groups: Sequence[Sequence[Sequ
     longest = max(map(len, flat))
     ids = torch.tensor([[*row, *[policy.pad_token] * (longest - len(row))] for row in flat])
     mask = torch.tensor([[i < len(row) for i in range(longest)] for row in flat])
-    hidden = policy.completion_hidden(prompts, ids, mask, role)
+    hidden = completion_hidden(policy, prompts, ids, mask, role)
     return policy.output_layer(hidden).log_softmax(-1).split([len(row) for row in flat])
 
 
@@ -106,7 +110,7 @@ def test_no_logprobs_blind_to_the_image(babbler: Policy, pictures: list[Image.Im
 
 
 def test_fresh_adapters_are_the_reference_and_are_drawn_from_the_seed(pictures: list[Image.Image]):
-    policy, same, other = Policy("tiny", seed=3), Policy("tiny", seed=3), Policy("tiny", seed=4)
+    policy, same, other = load(seed=3), load(seed=3), load(seed=4)
     ids = [[[5, 6, 7]]]
     prompts = ask(policy, pictures[:1], QUESTIONS[:1])
     reference = policy_logprobs(policy, prompts, ids, None)[0]
@@ -130,8 +134,8 @@ def test_a_prompt_with_image_tokens_of_its_own_is_refused(babbler: Policy, pictu
 
 def test_images_are_scaled_down_to_the_limit(pictures: list[Image.Image]):
     large = pictures[0].resize((280, 196))  # 10 x 7 tokens of 28 x 28 pixels
-    assert len(Policy("tiny").encode_images([large])[0].pooled) > 12
-    assert len(Policy("tiny", max_image_tokens=12).encode_images([large])[0].pooled) <= 12
+    assert len(load().encode_images([large])[0].pooled) > 12
+    assert len(load(max_image_tokens=12).encode_images([large])[0].pooled) <= 12
 
 
 def test_embed_texts_is_the_normalised_mean_of_input_embeddings(babbler: Policy):
@@ -157,10 +161,10 @@ def test_embed_texts_is_the_normalised_mean_of_input_embeddings(babbler: Policy)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_prompts_are_shared_only_where_that_changes_nothing(monkeypatch: pytest.MonkeyPatch, dtype: str):
     """Scores a tenth too large move the hidden states by 4 %, bfloat16's own rounding by 1 %."""
-    assert Policy("tiny", dtype=dtype).shares_attention
+    assert load(dtype=dtype).shares_attention
     to_grid = SharedCache.to_grid
     monkeypatch.setattr(SharedCache, "to_grid", lambda self, rows: to_grid(self, rows) * 1.1)
-    assert not Policy("tiny", dtype=dtype).shares_attention
+    assert not load(dtype=dtype).shares_attention
 
 
 def test_memory_that_runs_out_is_no_sign_of_another_attention(monkeypatch: pytest.MonkeyPatch):
@@ -169,7 +173,7 @@ def test_memory_that_runs_out_is_no_sign_of_another_attention(monkeypatch: pytes
 
     monkeypatch.setattr(Policy, "_packed_hidden", full)
     with pytest.raises(torch.OutOfMemoryError):
-        Policy("tiny")
+        load()
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -190,7 +194,7 @@ def test_recomputing_keeps_nothing_alive(
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
     with torch.enable_grad():
         prompts = ask(policy, pictures[:1], QUESTIONS[:1])
-        hidden = policy.completion_hidden(prompts, ids, torch.ones_like(ids).bool(), "solver")
+        hidden = completion_hidden(policy, prompts, ids, torch.ones_like(ids).bool(), "solver")
         if backward:
             hidden.sum().backward()
     del hidden
@@ -203,7 +207,7 @@ def test_recomputing_keeps_nothing_alive(
 
 
 def test_no_lora_in_the_vision_tower():
-    policy = Policy("tiny")
+    policy = load()
     names = [name for name, _ in policy.model.named_parameters() if "lora" in name]
     assert len(names) == 2 * 4 * 7 * 2  # roles x layers x targets x (A, B)
     assert not [name for name in names if "visual" in name]
@@ -224,11 +228,11 @@ def test_no_silent_lora_target(target: str):
     assert f"{target!r} matches no linear layer of the language model" in str(error.value)
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(error.value)
     with pytest.raises(ModelError):
-        Policy("tiny", lora_targets=["q_proj", target])
+        load(lora_targets=["q_proj", target])
 
 
 def test_a_target_may_be_a_single_layer():
-    policy = Policy("tiny", lora_targets=["layers.0.self_attn.q_proj"])
+    policy = load(lora_targets=["layers.0.self_attn.q_proj"])
     assert all("layers.0.self_attn.q_proj" in name for name in policy.parameters("solver"))
     assert len(policy.parameters("solver")) == 2
 
@@ -245,7 +249,7 @@ def test_unusable_models_say_why(tmp_path: Path):
 
 
 def test_adapters_come_back_bitwise(make_policy: MakePolicy, tmp_path: Path):
-    saved, loaded = make_policy(seed=1), Policy("tiny", seed=2)
+    saved, loaded = make_policy(seed=1), load(seed=2)
     saved.save_adapters(tmp_path)
     loaded.load_adapters(tmp_path)
     for role in ROLES:
@@ -257,11 +261,11 @@ def test_adapters_come_back_bitwise(make_policy: MakePolicy, tmp_path: Path):
 
 
 def test_adapters_of_another_shape_are_refused(tmp_path: Path):
-    Policy("tiny", lora_rank=4).save_adapters(tmp_path)
+    load(lora_rank=4).save_adapters(tmp_path)
     with pytest.raises(ModelError, match="does not fit"):
-        Policy("tiny", lora_rank=8).load_adapters(tmp_path)
+        load(lora_rank=8).load_adapters(tmp_path)
     with pytest.raises(ModelError, match="has 56 tensors, the model 16"):
-        Policy("tiny", lora_rank=4, lora_targets=["q_proj", "v_proj"]).load_adapters(tmp_path)
+        load(lora_rank=4, lora_targets=["q_proj", "v_proj"]).load_adapters(tmp_path)
 
 
 def test_a_bfloat16_backbone_keeps_its_adapters_in_float32(
@@ -271,14 +275,14 @@ def test_a_bfloat16_backbone_keeps_its_adapters_in_float32(
     assert {p.dtype for n, p in policy.model.named_parameters() if "lora" not in n} == {torch.bfloat16}
     prompts = ask(policy, pictures[:1], QUESTIONS[:1])
     assert prompts.images[0].pooled.dtype == torch.bfloat16
-    group = TransformersEngine(policy).sample(prompts, "solver", uniforms([[0]], 2, 8))[0]
+    group = LiveEngine(policy).sample(prompts, "solver", uniforms([[0]], 2, 8))[0]
     for completion, logprobs in zip(
         group, policy_logprobs(policy, prompts, [[c.token_ids for c in group]], "solver"), strict=True
     ):
         found = chosen(logprobs.float(), completion.token_ids)
         torch.testing.assert_close(found, torch.tensor(completion.logprobs), atol=0.1, rtol=0.0)
     policy.save_adapters(tmp_path)
-    loaded = Policy("tiny", dtype="bfloat16")
+    loaded = load(dtype="bfloat16")
     loaded.load_adapters(tmp_path)
     for role in ROLES:
         for name, tensor in policy.parameters(role).items():
@@ -291,7 +295,7 @@ def test_a_bfloat16_backbone_keeps_its_adapters_in_float32(
 
 
 def sample(policy: Policy, prompts: Any, seeds: Sequence[int], count: int, longest: int, **options: Any):
-    engine, role = TransformersEngine(policy), options.pop("role", "solver")
+    engine, role = LiveEngine(policy), options.pop("role", "solver")
     return engine.sample(prompts, role, uniforms([[seed] for seed in seeds], count, longest), **options)
 
 
@@ -327,7 +331,7 @@ def test_a_captured_step_of_decoding_is_right_at_every_step(
     Completions of the tiny model end at different lengths, so that rows are dropped and the step is captured anew.
     """
     policy = make_policy()
-    engine, captured = TransformersEngine(policy), []
+    engine, captured = LiveEngine(policy), []
     prompts = ask(policy, pictures, [QUESTIONS[i % 3] for i in range(len(pictures))])
 
     def capture(step: Any) -> Any:
@@ -352,7 +356,7 @@ def test_a_captured_step_of_decoding_is_right_at_every_step(
 
 
 def test_a_step_that_cannot_be_captured_is_run_as_it_is(babbler: Policy, pictures: list[Image.Image]):
-    engine, numbers = TransformersEngine(babbler), uniforms([[1], [2]], 2, 8)
+    engine, numbers = LiveEngine(babbler), uniforms([[1], [2]], 2, 8)
     prompts = ask(babbler, pictures[:2], QUESTIONS[:2])
     expected = engine.sample(prompts, "solver", numbers)
     engine.capture = recorded
@@ -371,8 +375,8 @@ def test_a_step_that_cannot_be_captured_is_run_as_it_is(babbler: Policy, picture
 def test_a_cache_that_grows_is_not_captured(make_policy: MakePolicy, pictures: list[Image.Image]):
     policy = make_policy()
     prompts, numbers = ask(policy, pictures[:2], QUESTIONS[:2]), uniforms([[1], [2]], 3, 12)
-    expected = TransformersEngine(policy).sample(prompts, "solver", numbers)
-    engine, policy.shares_attention = TransformersEngine(policy), False
+    expected = LiveEngine(policy).sample(prompts, "solver", numbers)
+    engine, policy.shares_attention = LiveEngine(policy), False
 
     def capture(_: Any) -> Any:
         raise AssertionError("captured")
@@ -394,7 +398,7 @@ def test_first_tokens_are_drawn_as_often_as_the_softmax_says(
     prompts = ask(babbler, pictures[:1], [question])
 
     def counts(numbers: np.ndarray) -> Tensor:
-        group = TransformersEngine(babbler).sample(prompts, "solver", numbers, temperature=temperature)[0]
+        group = LiveEngine(babbler).sample(prompts, "solver", numbers, temperature=temperature)[0]
         ids = [c.token_ids[0] for c in group]
         for completion in group[:20]:
             assert completion.logprobs[0] == pytest.approx(expected[completion.token_ids[0]].log().item(), abs=1e-4)
@@ -495,7 +499,7 @@ def test_each_prompt_and_place_has_its_own_numbers():
 
 def test_the_reference_samples_as_the_backbone(babbler: Policy, pictures: list[Image.Image]):
     prompts = babbler.prompts(babbler.encode_images(pictures[:1]), [proposer_messages("Ask.")])
-    fresh = Policy("tiny")
+    fresh = load()
     expected = sample(fresh, prompts, [5], 2, 8, role="proposer")  # fresh adapters change nothing
     found = sample(babbler, prompts, [5], 2, 8, role=None)
     assert [c.token_ids for c in found[0]] == [c.token_ids for c in expected[0]]

@@ -19,14 +19,16 @@ from PIL import Image
 from ireasoner.method import rewards
 from ireasoner.method.texts import parse_trajectory
 from ireasoner.method.types import Completion, Episode, FinishReason, Question, Trajectory
+from ireasoner.model.inputs import embed_texts
 from ireasoner.model.learner import Learner
 from ireasoner.model.policy import Policy
 from ireasoner.page import run as recorded
 from ireasoner.page.terms import proposer_term, solver_terms
-from ireasoner.rollouts.live import TransformersEngine
+from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import Config, names, resolve
 from ireasoner.training.recorder import episode_record
 from ireasoner.training.selfplay import ClaimMemory, SelfPlay, step_weight
+from models import load
 
 MakePolicy = Callable[..., Policy]
 RECIPES = [name for name in names("recipes") if name != "oracle"]
@@ -41,13 +43,13 @@ def config_of(recipe: str = "paper", **flags: Any) -> Config:
 
 
 def selfplay(policy: Policy, config: Config | None = None, labels: Any = None) -> SelfPlay:
-    return SelfPlay(policy, TransformersEngine(policy), config or config_of(), labels)
+    return SelfPlay(policy, LiveEngine(policy), config or config_of(), labels)
 
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
     """The model as it ships, not to be changed: it writes well-formed questions and trajectories."""
-    return Policy("tiny")
+    return load()
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +253,7 @@ def test_every_constant_of_a_recipe_reaches_its_equation(policy: Policy):
     keys = ["number:7", "number:7", "number:3"]
     words = [len(text.partition("<answer>")[0].split()) for text in texts]
     outcome = rewards.outcome_rewards(keys, words, exponent=1.3, length_penalty=0.5, target_words=4)
-    steps = [policy.embed_texts(t.reasoning_steps, max_tokens=3) for t in episode.trajectories]
+    steps = [embed_texts(policy, t.reasoning_steps, max_tokens=3) for t in episode.trajectories]
     agreement = rewards.step_agreement_rewards(
         keys, steps, density_exponent=0.4, position_decay=0.9, max_reasoning_steps=2
     )
@@ -455,7 +457,7 @@ def test_a_played_step_is_complete_and_repeats(policy: Policy, pictures: list[Im
     # Nothing is carried: not by the player, not by torch's or numpy's generators.
     torch.manual_seed(123)
     np.random.seed(123)
-    again = selfplay(Policy("tiny")).play(1, named(pictures[:3]))
+    again = selfplay(load()).play(1, named(pictures[:3]))
     assert again.episodes == play.episodes
     other = selfplay(policy).play(2, named(pictures[:3]))
     assert [e.question_completion for e in other.episodes] != [e.question_completion for e in play.episodes]

@@ -37,6 +37,7 @@ from ireasoner.studies.validity import (
 )
 from ireasoner.training.config import Config, dump_config, resolve
 from ireasoner.training.recorder import Recorder, episode_record
+from models import load
 
 NAN = float("nan")
 RED_AND_BLUE = world.Picture("bars", values=(("red", 7), ("blue", 3)))
@@ -247,13 +248,12 @@ def test_claims_prefer_those_that_agree() -> None:
 def test_a_run_scored_anew_from_its_texts_has_the_step_agreement_that_was_paid(
     tmp_path: Path, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ireasoner.model.policy import Policy
-    from ireasoner.rollouts.live import TransformersEngine
+    from ireasoner.rollouts.live import LiveEngine
     from ireasoner.training.selfplay import SelfPlay
 
     config = write_run(tmp_path, [], model="tiny", recipe="paper")
-    policy, recorder = Policy("tiny"), Recorder(tmp_path)
-    play = SelfPlay(policy, TransformersEngine(policy), config)
+    policy, recorder = load(), Recorder(tmp_path)
+    play = SelfPlay(policy, LiveEngine(policy), config)
     for each in play.play(1, [(f"{i}.png", image) for i, image in enumerate(pictures)]).episodes:
         recorder.episode(episode_record(each))
     notes: list[str] = []

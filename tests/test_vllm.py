@@ -18,18 +18,21 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from ireasoner.app.cli import main
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
+from ireasoner.model.forward import completion_hidden
+from ireasoner.model.inputs import build_prompts, encode_images
 from ireasoner.model.policy import Policy
 from ireasoner.playground import dataset
 from ireasoner.rollouts.live import uniforms
 from ireasoner.rollouts.vllm import VllmEngine, VllmError
 from ireasoner.studies.doctor import fill_adapters
+from models import load
 
 QUESTIONS = ("Which bar is the tallest?", "Is red more than blue?", "Where?")
 
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    policy = Policy("tiny")
+    policy = load()
     fill_adapters(policy, 0.1, seed=1)
     return policy
 
@@ -41,7 +44,7 @@ def engine(policy: Policy) -> VllmEngine:
 
 def ask(policy: Policy, images: list[Image.Image]) -> Any:
     sized = [images[0], images[1].resize((112, 56)), images[2].resize((56, 28))]
-    return policy.prompts(policy.encode_images(sized), [solver_messages("{question}", q) for q in QUESTIONS])
+    return build_prompts(policy, encode_images(policy, sized), [solver_messages("{question}", q) for q in QUESTIONS])
 
 
 def gap(policy: Policy, prompts: Any, groups: list[list[Completion]], role: Role | None) -> float:
@@ -51,7 +54,7 @@ def gap(policy: Policy, prompts: Any, groups: list[list[Completion]], role: Role
     ids = torch.tensor([[*c.token_ids, *[policy.pad_token] * (longest - len(c.token_ids))] for c in flat])
     mask = torch.tensor([[i < len(c.token_ids) for i in range(longest)] for c in flat])
     with torch.no_grad():
-        logprobs = policy.output_layer(policy.completion_hidden(prompts, ids, mask, role)).log_softmax(-1)
+        logprobs = policy.output_layer(completion_hidden(policy, prompts, ids, mask, role)).log_softmax(-1)
     found = logprobs.gather(-1, ids[mask][:, None])[:, 0]
     return (found - torch.tensor([p for c in flat for p in c.logprobs])).abs().max().item()
 

@@ -258,31 +258,29 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _config_groups() -> dict[str, list[str]]:
-    from ireasoner.training.config import Config, Preset, Recipe
+    from ireasoner.training.config import PATHS, PRESET_OPTIONS, RECIPE_OPTIONS
 
     return {
-        "run": [
-            name for name in Config.model_fields if name not in Recipe.model_fields and name not in Preset.model_fields
-        ],
-        "scale (a preset sets these)": list(Preset.model_fields),
-        "rewards, advantages, KL (a recipe sets these)": list(Recipe.model_fields),
+        "run": [name for name in PATHS if name not in (*RECIPE_OPTIONS, *PRESET_OPTIONS)],
+        "scale (a preset sets these)": PRESET_OPTIONS,
+        "rewards, advantages, KL (a recipe sets these)": RECIPE_OPTIONS,
     }
 
 
 def _scale_options() -> list[str]:
     """Training options that an ablation takes: what its arms share."""
-    from ireasoner.training.config import Preset
+    from ireasoner.training.config import PRESET_OPTIONS
 
-    return ["preset", "device", *(name for name in Preset.model_fields if name != "eval_questions")]
+    return ["preset", "device", *(name for name in PRESET_OPTIONS if name != "eval_questions")]
 
 
 def _add_config_options(parser: argparse.ArgumentParser, groups: dict[str, list[str]]) -> None:
-    from ireasoner.training.config import Config
+    from ireasoner.training.config import option
 
     for title, names in groups.items():
         group = parser.add_argument_group(title)
         for name in names:
-            field = Config.model_fields[name]
+            field = option(name)
             group.add_argument(
                 f"--{name.replace('_', '-')}",
                 dest=name,
@@ -296,14 +294,14 @@ def _add_config_options(parser: argparse.ArgumentParser, groups: dict[str, list[
 def _train(arguments: argparse.Namespace) -> int:
     from ireasoner.training import config as configs
 
-    flags = _absolute({name: value for name, value in vars(arguments).items() if name in configs.Config.model_fields})
+    flags = _absolute({name: value for name, value in vars(arguments).items() if name in configs.PATHS})
     if arguments.resume is not None:
         if arguments.out is not None:
             raise UsageError("--resume RUN continues RUN in place: leave out --out")
         config = configs.load_config(arguments.resume / "config.yaml")
         if differing := configs.conflicts(config, flags):
             raise UsageError(f"cannot resume with other options: {'; '.join(differing)}")
-        return _follow(config, arguments.resume, resuming=True)
+        return _follow(config, arguments.resume, resuming=True, trusts_reward="reward" in flags)
     missing = [
         name for name in ("images", "model", "out") if name not in flags and getattr(arguments, name, None) is None
     ]
@@ -319,19 +317,25 @@ def _absolute(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: str(Path(value).absolute()) if name in paths else value for name, value in flags.items()}
 
 
-def _follow(config: Any, out: Path, *, resuming: bool) -> int:
+def _follow(config: Any, out: Path, *, resuming: bool, trusts_reward: bool = False) -> int:
     """Run or resume with a display; the exit code."""
     from ireasoner.app.display import Display, quiet_libraries, results_table
     from ireasoner.page import write_report
 
     quiet_libraries()
-    from ireasoner.training import loop as train
+    from ireasoner.playground.truth import step_truth
+    from ireasoner.training import loop
+
+    def go(observer: Any = None) -> Any:
+        if resuming:
+            return loop.resume(config, out, observer, step_truth, trusts_reward=trusts_reward)
+        return loop.start(config, out, observer, step_truth)
 
     if os.environ.get("RANK", "0") != "0":  # another of the run's processes shows and writes
-        outcome = (train.resume if resuming else train.start)(config, out)
+        outcome = go()
         return 0 if outcome.complete else 130
     with Display(config, out) as display:
-        outcome = (train.resume if resuming else train.start)(config, out, display.observer())
+        outcome = go(display.observer())
         if outcome.complete:
             try:
                 write_report(out)
@@ -384,10 +388,11 @@ def _eval(arguments: argparse.Namespace) -> int:
     from ireasoner.app.display import evaluation_table, print_text, prior_line, quiet_libraries
 
     quiet_libraries()
+    from ireasoner.playground.truth import step_truth
     from ireasoner.training.evaluation import answer_prior, evaluate_target, load_questions
     from ireasoner.training.recorder import write_json
 
-    questions = load_questions(arguments.data, arguments.limit)
+    questions = load_questions(arguments.data, arguments.limit, step_truth)
     names = [f"{target}, images blanked" if arguments.blank else target for target in arguments.models]
     scores = [
         evaluate_target(
@@ -398,6 +403,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             device=arguments.device,
             blank=arguments.blank,
+            truth=step_truth,
         )
         for target in arguments.models
     ]

@@ -23,7 +23,7 @@ from ireasoner.training.config import Config
 if TYPE_CHECKING:  # these import torch
     from ireasoner.studies.doctor import Finding
     from ireasoner.training.evaluation import Scores
-    from ireasoner.training.loop import Observer
+    from ireasoner.training.state import Observer
 
 SHOWN = {
     "reward/solver/total": "reward",
@@ -86,7 +86,7 @@ class Display:
             TimeRemainingColumn(),
             console=self.console,
         )
-        self.task = self.progress.add_task("training", total=config.steps)
+        self.task = self.progress.add_task("training", total=config.schedule.steps)
         self.first_step, self.training_seconds = 1, 0.0
 
     def __enter__(self) -> Display:
@@ -102,7 +102,7 @@ class Display:
 
     def observer(self) -> Observer:
         """The callbacks that `train` takes."""
-        from ireasoner.training.loop import Observer
+        from ireasoner.training.state import Observer
 
         return Observer(self.on_start, self.on_step, self.on_evaluation, self.say)
 
@@ -114,8 +114,9 @@ class Display:
         self.first_step = first_step
         self.progress.update(self.task, completed=first_step - 1)
         self.say(
-            f"{config.model} on {config.images}: recipe {config.recipe}, preset {config.preset}, seed {config.seed}, "
-            f"{config.steps} steps of {config.images_per_step} images x {config.group_size} trajectories -> {self.out}"
+            f"{config.model} on {config.images}: recipe {config.recipe.name}, preset {config.preset}, "
+            f"seed {config.seed}, {config.schedule.steps} steps of {config.schedule.images_per_step} images x "
+            f"{config.sampling.group_size} trajectories -> {self.out}"
         )
 
     def on_evaluation(self, which: str, done: int, total: int) -> None:
@@ -136,9 +137,10 @@ class Display:
             lines = [Text(vote_line(episode), no_wrap=True, overflow="ellipsis") for episode in episodes[:4]]
             self.live.update(Group(self.progress, Text(numbers), *lines))
             return
+        steps = self.config.schedule.steps
         per_step = self.training_seconds / (step - self.first_step + 1)
-        minutes, seconds = divmod(int(per_step * (self.config.steps - step)), 60)
-        self.say(f"step {step}/{self.config.steps}  {numbers}  {per_step:.1f} s/step, {minutes}:{seconds:02d} left")
+        minutes, seconds = divmod(int(per_step * (steps - step)), 60)
+        self.say(f"step {step}/{steps}  {numbers}  {per_step:.1f} s/step, {minutes}:{seconds:02d} left")
         if step % 5 == 1:
             self.say(f"    {vote_line(episodes[0])}")
 

@@ -1,7 +1,9 @@
-"""The rewards of iReasoner (arXiv 2601.05877), one pure function for each equation. All lie in [0, 1].
+"""Every equation that turns a group's answers and reasoning steps into rewards, one pure function each.
 
-`answers` are canonical answer keys (`ireasoner.method.answers.answer_key`), one for each of the N trajectories of a
-group; None is an unreadable trajectory: it casts no vote, stays in N and earns 0.
+They are those of iReasoner (arXiv 2601.05877), what the recipe `default` puts in their place, and the controls; all lie
+in [0, 1]. `ireasoner.method.scoring` puts them together by a recipe. `answers` are canonical answer keys
+(`ireasoner.method.answers.answer_key`), one for each of the N trajectories of a group; None is an unreadable
+trajectory: it casts no vote, stays in N and earns 0.
 """
 
 from __future__ import annotations
@@ -39,14 +41,27 @@ def outcome_rewards(
     Raises:
         ValueError: the two sequences differ in length.
     """
+    if len(answers) != len(words_before_answer):
+        raise ValueError(f"{len(answers)} answers but {len(words_before_answer)} word counts")
+    return vote_factors(answers, exponent) * length_factors(
+        words_before_answer, length_penalty=length_penalty, target_words=target_words
+    )
+
+
+def vote_factors(answers: Answers, exponent: float = 0.7) -> FloatArray:
+    """p̂(a_i)^γ, the share of the group that gives the same answer; 0 for the unreadable; array [N]."""
     shares = vote_shares(answers)
     p_hat = np.array([0.0 if key is None else shares[key] for key in answers])
-    words = np.asarray(words_before_answer, dtype=np.float64)
-    if words.shape != p_hat.shape:
-        raise ValueError(f"{len(answers)} answers but {len(words)} word counts")
     readable = np.array([key is not None for key in answers], dtype=np.float64)
-    too_long = np.clip((words - target_words) / target_words, 0.0, 1.0)
-    return readable * p_hat**exponent * (1.0 - length_penalty * too_long)
+    return readable * p_hat**exponent
+
+
+def length_factors(
+    words_before_answer: Sequence[int], *, length_penalty: float = 0.05, target_words: int = 64
+) -> FloatArray:
+    """1 − η · clip((w_i − w*)/w*, 0, 1): what length leaves of the outcome reward; array [N]."""
+    words = np.asarray(words_before_answer, dtype=np.float64)
+    return 1.0 - length_penalty * np.clip((words - target_words) / target_words, 0.0, 1.0)
 
 
 def prototype_similarities(
@@ -158,17 +173,37 @@ def claim_agreement_rewards(
 
     Args:
         support: s_ij in [0, 1], one array for each of the N trajectories: how far the others of the group make the same
-            claim (`ireasoner.method.claims.agreement`), over the steps that claim more than the answer
-            (`ireasoner.method.claims.beyond_answer`); empty for an unreadable trajectory.
+            claim (`ireasoner.method.claims.agreement`); NaN for a step that claims no more than the answer
+            (`ireasoner.method.claims.beyond_answer`) and does not count.
         recurrence: f_ij in [0, 1], the share of other images' groups that make it too: what is said of every image says
             nothing about this one.
 
     Returns:
         Array [N].
     """
-    return np.array(
-        [float((s * (1.0 - f)).mean()) if len(s) else 0.0 for s, f in zip(support, recurrence, strict=True)]
-    )
+    scores = [s * (1.0 - f) for s, f in zip(support, recurrence, strict=True)]
+    counted = [score[np.isfinite(score)] for score in scores]
+    return np.array([float(score.mean()) if len(score) else 0.0 for score in counted])
+
+
+def recurrence(claims: Sequence[str], others: Sequence[frozenset[str]]) -> FloatArray:
+    """f_j: the share of other images' groups that make the same claim; array [claims], 0 without other groups.
+
+    Args:
+        claims: what one trajectory's reasoning steps say, as `ireasoner.method.memory.claim_digest` gives it.
+        others: what each of the latest groups of other images said.
+    """
+    found = [sum(claim in said for said in others) for claim in claims]
+    return np.array(found, dtype=np.float64) / max(len(others), 1)
+
+
+def novelty_factors(recurrences: Sequence[FloatArray]) -> FloatArray:
+    """1 − mean_j f_ij: what is left of the outcome reward of an answer whose steps fit every image; array [N].
+
+    Args:
+        recurrences: `recurrence` of each trajectory's compared steps; 1 is left where it has none.
+    """
+    return np.array([1.0 - f.mean() if len(f) else 1.0 for f in recurrences])
 
 
 def _unit_rows(rows: FloatArray) -> FloatArray:
@@ -213,3 +248,18 @@ def discrete_rewards(answers: Answers) -> FloatArray:
     """The discrete baseline: 1 for the majority answer, else 0; array [N]."""
     members = majority(answers).members
     return np.array([float(i in members) for i in range(len(answers))])
+
+
+def readable_rewards(answers: Answers) -> FloatArray:
+    """A control: 1 for being readable, else 0; array [N]."""
+    return np.array([float(key is not None) for key in answers])
+
+
+def random_rewards(answers: Answers, rng: np.random.Generator) -> FloatArray:
+    """A control: a random number in [0, 1), 0 for the unreadable; array [N]."""
+    return readable_rewards(answers) * rng.random(len(answers))
+
+
+def true_answer_rewards(answers: Answers, true_key: str) -> FloatArray:
+    """The ceiling: 1 for the true answer's key, else 0; array [N]."""
+    return np.array([float(key is not None and key == true_key) for key in answers])

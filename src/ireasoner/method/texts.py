@@ -7,32 +7,21 @@ the text: every repetition in the patterns below is possessive, bounded, or anch
 from __future__ import annotations
 
 import re
+from importlib import resources
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from ireasoner.method.types import FinishReason, Question, Trajectory
+from ireasoner.method.types import FinishReason, Form, Question, Solution
 
-PROPOSER_PROMPT = """\
-Look closely at the image and write one question about it. The question must
-- be answerable from the image alone, without outside knowledge or guessing;
-- need some reasoning: combine, compare, count or compute at least two things that the image shows;
-- have exactly one correct answer, and a short one: a number, a word, a name, or yes or no;
-- make sense on its own, and not give its answer away.
+FORMS: tuple[Form, ...] = ("tags", "boxed", "answer-line")
 
-Reply in exactly this form, with nothing before or after it:
-<question>the question</question><rationale>what to read off the image, and how the answer follows</rationale>"""
 
-SOLVER_PROMPT = """\
-Look closely at the image and answer this question about it: {question}
+def _prompt(name: str) -> str:
+    return resources.files("ireasoner.method").joinpath("prompts", f"{name}.txt").read_text("utf-8").removesuffix("\n")
 
-First reason inside <think> and </think>, in short numbered steps, one on each line. Each step states one fact that you
-read off the image, or one conclusion from earlier steps, with the values it uses. Then give the final answer inside
-<answer> and </answer>: only a number, a word or a short phrase. Reply in exactly this form:
-<think>
-Step 1: what you see first
-Step 2: what follows from it
-</think>
-<answer>the final answer</answer>"""
+
+PROPOSER_PROMPT = _prompt("proposer")
+SOLVER_PROMPTS = {form: _prompt(f"solver-{form}") for form in FORMS}
 
 _CUT_OFF = "cut off before the end token"
 
@@ -105,27 +94,88 @@ def parse_question(text: str, finish_reason: FinishReason = "stop") -> Question:
     return Question(question.inside, rationale.inside, problem)
 
 
-def parse_trajectory(text: str, finish_reason: FinishReason = "stop") -> Trajectory:
-    """Read a solver's text, `<think>…</think>` then `<answer>…</answer>` (arXiv 2601.05877); never raises.
+def parse_trajectory(text: str, finish_reason: FinishReason = "stop", form: Form = "tags") -> Solution:
+    """Read a solver's text; never raises. Of an unreadable text the answer is None.
 
-    Well-formed: one closed think block with at least one reasoning step with a letter or digit, then one closed answer
-    block that is not empty, in a generation that was not cut off. The answer is stripped, not normalised.
-    `words_before_answer` counts whitespace-separated words before `<answer>`, tags included. Of an unreadable text the
-    answer is None and the reasoning steps are what could be read, for display only.
+    Well-formed: at least one reasoning step with a letter or digit, then an answer with something visible in it, in a
+    generation that was not cut off. Where they stand depends on the form:
+
+    - `tags` (arXiv 2601.05877): one closed `<think>` block with the steps, then one closed `<answer>` block.
+    - `boxed`: the last `\\boxed{…}`, whose braces must be closed; the steps stand before the line that it is on, or
+      before the box itself where nothing else does. Think tags around the steps are dropped.
+    - `answer-line`: the last line that begins with "Answer:" or "Final answer:"; the steps stand before it, and nothing
+      may follow it. Think tags around the steps are dropped.
+
+    The answer is stripped, not normalised. `words_before_answer` counts whitespace-separated words before `<answer>`,
+    the box or the answer line, tags included. The reasoning steps of an unreadable text are what could be read, for
+    display only.
     """
-    think, answer = _block(text, "think"), _block(text, "answer")
-    steps = reasoning_steps(think.inside)
-    problem = think.problem or answer.problem
+    thought, answer, words, problem = _READERS[form](text)
+    steps = reasoning_steps(thought)
     if finish_reason != "stop":
         problem = _CUT_OFF
-    elif problem is None and answer.start < think.end:
-        problem = "<answer> before the end of <think>"
     elif problem is None and not any(map(_LETTER_OR_DIGIT.search, steps)):
         problem = "no reasoning step"
-    elif problem is None and not any(c.isprintable() and not c.isspace() for c in answer.inside):
+    elif problem is None and not any(c.isprintable() and not c.isspace() for c in answer):
         problem = "empty answer"  # an answer may be a bare sign such as "+", but not only invisible characters
-    words = len(text[: answer.start].split())
-    return Trajectory(steps, answer.inside if problem is None else None, words, problem)
+    return Solution(steps, answer if problem is None else None, words, problem)
+
+
+class _Read(NamedTuple):
+    thought: str
+    answer: str
+    words: int
+    problem: str | None
+
+
+def _read_tags(text: str) -> _Read:
+    think, answer = _block(text, "think"), _block(text, "answer")
+    problem = think.problem or answer.problem
+    if problem is None and answer.start < think.end:
+        problem = "<answer> before the end of <think>"
+    return _Read(think.inside, answer.inside, len(text[: answer.start].split()), problem)
+
+
+def _read_boxed(text: str) -> _Read:
+    boxes = list(re.finditer(r"\\boxed\s*+\{", text))
+    if not boxes:
+        return _Read(_without_think_tags(text), "", len(text.split()), "no \\boxed{…}")
+    start, inside = boxes[-1].start(), boxes[-1].end()
+    depth, end = 1, inside
+    while end < len(text) and depth:  # an answer may hold braces of its own: \boxed{\frac{1}{2}}
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        end += 1
+    line = text.rfind("\n", 0, start) + 1
+    thought = _without_think_tags(text[:line])
+    thought = thought if _LETTER_OR_DIGIT.search(thought) else _without_think_tags(text[:start])
+    problem = "an open \\boxed{" if depth else None
+    return _Read(thought, text[inside : end - 1].strip(), len(text[:start].split()), problem)
+
+
+_ANSWER_LINE = re.compile(
+    r"^[ \t]*+[*_#>]{0,3}+[ \t]*+(?:(?:the|my)[ \t]++)?(?:final[ \t]++)?answer[ \t]*+(?:is[ \t]*+)?[*_]{0,3}+[ \t]*+[:：]",
+    re.MULTILINE | re.IGNORECASE,
+)
+
+
+def _read_answer_line(text: str) -> _Read:
+    lines = list(_ANSWER_LINE.finditer(text))
+    if not lines:
+        return _Read(_without_think_tags(text), "", len(text.split()), "no line 'Answer: …'")
+    start = lines[-1].start()
+    answer, _, rest = text[lines[-1].end() :].strip().partition("\n")
+    problem = "text after the answer line" if _LETTER_OR_DIGIT.search(_TAG.sub("", rest)) else None
+    thought = _without_think_tags(text[:start])
+    return _Read(
+        thought, answer.strip().removeprefix("**").removesuffix("**").strip(), len(text[:start].split()), problem
+    )
+
+
+def _without_think_tags(text: str) -> str:
+    return re.sub(r"</?think>", "\n", text, flags=re.IGNORECASE)
+
+
+_READERS = {"tags": _read_tags, "boxed": _read_boxed, "answer-line": _read_answer_line}
 
 
 # --- reasoning steps ------------------------------------------------------------------------------------------------

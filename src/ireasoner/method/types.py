@@ -1,13 +1,16 @@
 """The records that flow through a run. All are frozen: a stage makes new ones and never edits old ones.
 
-A *step* is the training counter; a unit of thought inside a trajectory is a *reasoning step*.
+A *step* is the training counter; a unit of thought inside a trajectory is a *reasoning step*. `Completion` is what the
+model sampled; `Question` and `Solution` are what was read in it; `Episode` is all that became of one image, and the
+one record that is written, read, shown and analysed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class UsageError(Exception):
@@ -17,6 +20,19 @@ class UsageError(Exception):
 Role = Literal["proposer", "solver"]
 ROLES: tuple[Role, ...] = ("proposer", "solver")
 FinishReason = Literal["stop", "length"]
+Form = Literal["tags", "boxed", "answer-line"]
+
+
+class Truth(Protocol):
+    """What somebody knows of the images by name, for whoever measures; None where it is not known."""
+
+    def answer(self, image: str, question: str) -> str | None:
+        """The true answer to a question about an image."""
+        ...
+
+    def step(self, image: str, reasoning_step: str) -> bool | None:
+        """Whether a reasoning step is true of an image."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +64,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Trajectory:
+class Solution:
     """A solver's text, read. `problem` says why it could not be read (None: it could); then `answer` is None."""
 
     reasoning_steps: tuple[str, ...]
@@ -61,8 +77,20 @@ class Trajectory:
         return self.problem is None
 
 
-@dataclass(frozen=True, slots=True)
-class StepScore:
+# --- what is recorded -------------------------------------------------------------------------------------------------
+
+# No record of ours comes near these bounds, and within them no sum overflows: a run directory may come from anywhere.
+Number = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+
+
+class Record(BaseModel):
+    """Part of what is written to a run directory; keys that are not known are ignored when it is read."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class StepScore(Record):
     """What a reasoning step was compared with, and what it adds to its trajectory's step agreement.
 
     `similarity` is its leave-one-out similarity to the other trajectories of the group, in [0, 1]; `recurrence` the
@@ -70,33 +98,103 @@ class StepScore:
     there was nothing to compare, or the reward leaves the step out.
     """
 
-    similarity: float | None
-    recurrence: float
-    score: float | None
+    similarity: Number | None
+    recurrence: Number
+    score: Number | None
 
 
-@dataclass(frozen=True, slots=True)
-class Episode:
-    """One image's whole self-play: a question, a group of trajectories and what each of them earned.
+class Part(Record):
+    """One part of a reward, which is the sum of its parts' `weight` times `value`.
 
-    `answer_keys`, `rewards`, `step_scores` and the values of `reward_parts` run parallel to `trajectories`; an
-    unreadable trajectory has the key None. An unreadable question leaves the group empty. `question_completion` is None
-    where the question came with the image (labels) and was not proposed; then `true_answer` came with it.
+    `factors`, by name, multiply to the value; empty where the value is not a product.
     """
 
-    step: int
+    value: Number
+    weight: Number = 1.0
+    factors: dict[str, Number] = {}
+
+
+class Sampled(Record):
+    """A completion without its token ids, which are too many to keep."""
+
+    text: str
+    finish_reason: FinishReason
+    num_tokens: Count
+    mean_sampler_logprob: Number | None
+
+    @staticmethod
+    def fields_of(completion: Completion) -> dict[str, Any]:
+        """What is kept of a completion, by the names of these fields."""
+        mean = sum(completion.logprobs) / len(completion.logprobs) if completion.logprobs else None
+        kept = {"text": completion.text, "finish_reason": completion.finish_reason}
+        return {**kept, "num_tokens": len(completion.token_ids), "mean_sampler_logprob": mean}
+
+
+class Proposal(Sampled):
+    """What the proposer wrote under which prompt; the advantage is None where it trained nothing."""
+
+    prompt: str
+    advantage: Number | None = None
+
+
+class Trajectory(Sampled):
+    """What the solver wrote, how it was read, and what it earned; the advantage is None where it trained nothing.
+
+    `answer_key` is None where the text could not be read. `step_scores` has an entry for each reasoning step that was
+    compared, from the first on.
+    """
+
+    reasoning_steps: tuple[str, ...]
+    answer: str | None
+    words_before_answer: Count
+    problem: str | None
+    answer_key: str | None
+    in_majority: bool
+    reward: Number
+    parts: dict[str, Part]
+    step_scores: tuple[StepScore, ...]
+    advantage: Number | None = None
+
+    @property
+    def well_formed(self) -> bool:
+        return self.problem is None
+
+
+class Episode(Record):
+    """One image's whole self-play: a question, a group of trajectories and what each of them earned.
+
+    An unreadable question leaves the group empty. `proposal` is None where the question came with the image (labels);
+    then `true_answer` came with it. `prompt` is the solver's, as the model read it; `step_weight` is λ.
+    """
+
+    schema_version: Literal[2] = 2
+    step: Count
     image: str
+    thumbnail: str = ""
     question: Question
-    question_completion: Completion | None
-    proposer_reward: float
+    proposal: Proposal | None
+    proposer_reward: Number
+    prompt: str
     trajectories: tuple[Trajectory, ...]
-    completions: tuple[Completion, ...]
-    answer_keys: tuple[str | None, ...]
     majority_answer: str | None
-    majority_fraction: float
-    answer_entropy: float
-    rewards: tuple[float, ...]
-    reward_parts: Mapping[str, tuple[float, ...]]
-    step_weight: float
-    step_scores: tuple[tuple[StepScore, ...], ...]
+    majority_fraction: Number
+    answer_entropy: Number
+    step_weight: Number
     true_answer: str | None
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        """What each trajectory earned."""
+        return tuple(t.reward for t in self.trajectories)
+
+
+class ProbeAnswer(Record):
+    """What the solver answered to one of the questions that are asked again and again."""
+
+    step: Count
+    image: str
+    thumbnail: str = ""
+    question: str
+    text: str
+    answer: str | None
+    reasoning_steps: tuple[str, ...]

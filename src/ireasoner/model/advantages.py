@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,14 +18,9 @@ class MovingBaseline:
     momentum: float = 0.9
     value: float | None = None
 
-    def advantages(self, rewards_B: Tensor, mean: float | None = None) -> Tensor:
-        """A = r − b with b as it stood before this batch, then b moves once by the batch mean.
-
-        Args:
-            rewards_B: rewards of trajectories of the batch.
-            mean: of all of the batch's, where these are not all.
-        """
-        mean = rewards_B.mean().item() if mean is None else mean
+    def advantages(self, rewards_B: Tensor) -> Tensor:
+        """A = r − b with b as it stood before this batch, then b moves once by the batch mean; the same shape."""
+        mean = rewards_B.sum().item() / rewards_B.numel()
         if self.value is None:
             self.value = mean
         advantages_B = rewards_B - self.value
@@ -45,3 +41,10 @@ def leave_one_out_advantages(rewards_GN: Tensor) -> Tensor:
     if count < 2:
         raise ValueError("leave-one-out advantages need at least 2 trajectories in a group")
     return (rewards_GN - rewards_GN.mean(-1, keepdim=True)) * count / (count - 1)
+
+
+def spread(advantages: Tensor) -> float:
+    """Standard deviation of a step's advantages: 0 means that the step teaches nothing."""
+    count = advantages.numel()
+    mean, square = advantages.sum().item() / count, advantages.square().sum().item() / count
+    return math.sqrt(max(square - mean**2, 0.0))

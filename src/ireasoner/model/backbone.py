@@ -17,7 +17,6 @@ from transformers import (
 
 from ireasoner.method.types import UsageError
 from ireasoner.model.processors import load_processor
-from ireasoner.playground.random_models import SHAPES, build
 
 TINY_MODEL = Path(__file__).parents[1] / "playground" / "tiny_lmm"
 
@@ -28,7 +27,7 @@ class ModelError(UsageError):
 
 def resolve_model(model: str) -> str:
     """Where the files are: 'tiny' ships with the package, anything else is a folder or a hub id."""
-    return str(TINY_MODEL) if model == "tiny" or model in SHAPES else model
+    return str(TINY_MODEL) if model == "tiny" else model
 
 
 def load_backbone(model: str, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
@@ -37,8 +36,6 @@ def load_backbone(model: str, dtype: str = "float32", device: str = "cpu") -> Pr
     Raises:
         ModelError: no such model, no vision, or an architecture that does not continue its prompt.
     """
-    if model in SHAPES:
-        return build(model, str(TINY_MODEL), getattr(torch, dtype), device).requires_grad_(False).eval()
     path = resolve_model(model)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -65,7 +62,7 @@ def load_model_processor(model: str, max_image_tokens: int | None = None) -> Any
         ModelError: there is none that can be used.
     """
     try:
-        return load_processor(resolve_model(model), max_image_tokens, raise_limit=model in SHAPES)
+        return load_processor(resolve_model(model), max_image_tokens)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"cannot load the processor of {model!r}: {' '.join(str(error).split())[:300]}") from None
 

@@ -5,16 +5,22 @@ Shape suffixes: B prompts, P prompt positions (left-padded), C completion positi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
-from transformers import Cache
+from torch.nn.utils.rnn import pad_sequence
 
-from ireasoner.model.attention import SharedCache
-from ireasoner.model.processors import SeenImage
+from ireasoner.model.policy import Policy
+from ireasoner.model.processors import SeenImage, render
+
+_INNER = ("last_hidden_state", "hidden_states", "attentions")  # of the vision tower: nothing reads them later
 
 
 @dataclass(frozen=True)
@@ -72,31 +78,63 @@ class Prompts:
         return replace(self, text=text)
 
 
-@dataclass
-class Prefix:
-    """Prompts after the forward pass: their cache, and what the first completion token needs."""
+@torch.no_grad()
+def encode_images(policy: Policy, images: Sequence[Image.Image]) -> list[EncodedImage]:
+    """Each image through the processor and the vision tower, once, on its own: no other image changes anything."""
+    wanted = inspect.signature(policy.base.get_image_features).parameters
+    encoded = []
+    for image in images:
+        seen = SeenImage(policy.processor, image)
+        inputs = seen.inputs(policy.processor.image_token)
+        tensors = {name: tensor.to(policy.device) for name, tensor in inputs.items() if name in wanted}
+        tensors["pixel_values"] = tensors["pixel_values"].to(policy.backbone.dtype)
+        output = policy.base.get_image_features(**tensors, return_dict=True)
+        features = {name: value for name, value in output.items() if name not in _INNER and value is not None}
+        encoded.append(EncodedImage(seen, features))
+    return encoded
 
-    cache: Cache
-    mask_BP: Tensor
-    last_hidden_BD: Tensor
-    next_position_B: Tensor
 
-    def select(self, rows: Tensor) -> Prefix:
-        """Some of the rows, or some of them several times; the cache is changed in place."""
-        self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # for every kind of layer: index_select along the batch
-        return Prefix(self.cache, self.mask_BP[rows], self.last_hidden_BD[rows], self.next_position_B[rows])
+def build_prompts(policy: Policy, images: Sequence[EncodedImage], messages: Sequence[list[dict[str, Any]]]) -> Prompts:
+    """Chat messages, one image each, as left-padded prompts.
 
-    def repeat(self, count: int, *, room: int | None = None, fixed: bool = False) -> Prefix:
-        """Every prompt `count` times over, neighbours together.
+    Raises:
+        ValueError: a prompt whose text holds image tokens of its own.
+    """
+    token = policy.processor.image_token
+    taken = inspect.signature(policy.base.forward).parameters
+    rendered = tuple(render(policy.processor, chat) for chat in messages)
+    texts, extras = [], []
+    for image, text in zip(images, rendered, strict=True):
+        if text.count(token) != 1:
+            raise ValueError(f"a prompt must hold exactly one image, not {text.count(token)}")
+        inputs = image.seen.inputs(text)
+        texts.append({name: inputs[name][0] for name in inputs if is_text(name)})
+        # Pixels were seen already; how large the image is may still decide on positions.
+        extra = [n for n in inputs if n in taken and not is_text(n) and not n.startswith("pixel")]
+        extras.append({name: inputs[name].to(policy.device) for name in extra})
+    padding = {"input_ids": policy.pad_token}
+    batch = {
+        name: pad_sequence([text[name] for text in texts], True, padding.get(name, 0), padding_side="left").to(
+            policy.device
+        )
+        for name in texts[0]
+    }
+    return Prompts(rendered, batch, tuple(images), tuple(extras))
 
-        Its cache is repeated too; or kept once for all, with `room` for so many further positions of each (`fixed`: as
-        in `SharedCache`).
-        """
-        rows = torch.arange(len(self.mask_BP), device=self.mask_BP.device).repeat_interleave(count)
-        if room is None:
-            return self.select(rows)
-        cache = SharedCache(self.cache, self.mask_BP, count, room, fixed)
-        return Prefix(cache, self.mask_BP[rows], self.last_hidden_BD[rows], self.next_position_B[rows])
+
+def embed_texts(policy: Policy, texts: Sequence[str], max_tokens: int) -> NDArray[np.float64]:
+    """Normalised mean of the backbone's input embeddings of each text's tokens, no special tokens: [texts, D].
+
+    An empty text is a row of zeros.
+    """
+    table = policy.backbone.get_input_embeddings().weight
+    rows = np.zeros((len(texts), table.shape[1]))
+    for row, text in zip(rows, texts, strict=True):
+        ids = policy.processor.tokenizer(text, add_special_tokens=False)["input_ids"][:max_tokens]
+        if ids:
+            mean = table[torch.tensor(ids, device=policy.device)].detach().double().mean(0)
+            row[:] = (mean / mean.norm()).cpu().numpy()
+    return rows
 
 
 def is_text(name: str) -> bool:

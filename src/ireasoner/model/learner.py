@@ -11,27 +11,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ireasoner.method.recipe import Recipe
 from ireasoner.method.types import Completion, Role
 from ireasoner.model.advantages import MovingBaseline, leave_one_out_advantages
+from ireasoner.model.forward import completion_hidden
 from ireasoner.model.inputs import Prompts
 from ireasoner.model.loss import adapt_kl_coef, reinforce_loss, token_statistics, trajectory_means
+from ireasoner.model.options import OptimizerOptions
 from ireasoner.model.parallel import Processes
 from ireasoner.model.policy import Policy
 
 
 class Learner:
-    """Optimiser, baseline and KL coefficient of one role.
+    """Optimizer, baseline and KL coefficient of one role.
 
     Args:
         policy: whose adapter is trained.
         role: which.
-        advantage: "ema": against a moving average; "rloo": against the group's others.
-        tokens_per_batch: most tokens in one forward pass; the update does not depend on it but for rounding.
+        recipe: its advantages and KL. A question has no group: the proposer is always measured against the average.
+        options: of the optimizer.
         processes: who updates along, each on its own groups; the update is that of all of them.
     """
 
@@ -39,59 +42,52 @@ class Learner:
         self,
         policy: Policy,
         role: Role,
-        *,
-        learning_rate: float,
-        weight_decay: float = 0.01,
-        max_grad_norm: float = 1.0,
-        kl_coef: float = 1e-3,
-        kl_target: float = 0.02,
-        kl_rate: float = 0.1,
-        advantage: Literal["ema", "rloo"] = "ema",
-        baseline_momentum: float = 0.9,
-        tokens_per_batch: int = 16384,
+        recipe: Recipe,
+        options: OptimizerOptions,
         processes: Processes | None = None,
     ) -> None:
-        self.policy, self.advantage, self.processes = policy, advantage, processes or Processes()
+        self.policy, self.recipe, self.options = policy, recipe, options
+        self.processes = processes or Processes()
         self.role: Role = role
         self.parameters = policy.parameters(role)
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=learning_rate, weight_decay=weight_decay, foreach=True
+            self.parameters.values(), lr=options.learning_rate, weight_decay=options.weight_decay, foreach=True
         )
-        self.baseline = MovingBaseline(baseline_momentum)
-        self.kl_coef, self.kl_target, self.kl_rate = kl_coef, kl_target, kl_rate
-        self.max_grad_norm, self.tokens_per_batch = max_grad_norm, tokens_per_batch
+        self.baseline = MovingBaseline(recipe.baseline_momentum)
+        self.kl_coef = recipe.kl_coef
+
+    def advantages(self, rewards: Sequence[Sequence[float]]) -> Tensor:
+        """Advantages [groups, N] of all groups of a step, those of the other processes too; moves the baseline once."""
+        rewards_GN = torch.tensor(rewards, dtype=torch.float32)
+        if self.role == "solver" and self.recipe.advantage == "rloo":
+            return leave_one_out_advantages(rewards_GN)
+        return self.baseline.advantages(rewards_GN)
 
     def update(
-        self, prompts: Prompts | None, groups: Sequence[Sequence[Completion]], rewards: Sequence[Sequence[float]]
+        self, prompts: Prompts | None, groups: Sequence[Sequence[Completion]], advantages_BN: Tensor, total: int
     ) -> dict[str, float]:
-        """One optimiser step on B groups of N completions, and those of the other processes.
+        """One optimizer step on B groups of N completions, and those of the other processes.
 
         Args:
             prompts: B prompts; None without groups.
-            groups: their completions; the same N for all.
-            rewards: one number for each completion.
+            groups: this process's completions; the same N for all.
+            advantages_BN: one for each of them.
+            total: how many completions all processes have together.
 
         Returns:
-            Metrics by name, without the role.
+            Metrics by name, without the role: `loss`, `kl` and `token_entropy` in nats, means over trajectories;
+            `kl_coef`; `grad_norm` before clipping; `sampler_gap`, the largest difference between the sampler's
+            log-probabilities and the learner's.
         """
-        rewards_BN = torch.tensor(rewards, dtype=torch.float32)
-        counted = torch.tensor([rewards_BN.numel(), rewards_BN.sum()], dtype=torch.float64)
-        total, rewards_sum = self.processes.sum(counted).tolist()
-        if self.advantage == "ema":
-            advantages_BN = self.baseline.advantages(rewards_BN, rewards_sum / total)
-        else:
-            advantages_BN = leave_one_out_advantages(rewards_BN) if groups else rewards_BN
-        sums: dict[str, float] = {"loss": 0.0, "kl": 0.0, "token_entropy": 0.0}
-        sampler_gap = torch.zeros(())
+        sums, sampler_gap = torch.zeros(3, dtype=torch.float64), torch.zeros(())
         for rows, columns in self._micro_batches(prompts, groups):
             some = [completion for row in rows for completion in groups[row][columns]]
             ids_BC, sampled_BC, mask_BC = _pad(some, self.policy.pad_token, self.policy.device)
             read = prompts[rows]  # type: ignore[index]
-            hidden = self.policy.completion_hidden(read, ids_BC, mask_BC, self.role)
+            hidden = completion_hidden(self.policy, read, ids_BC, mask_BC, self.role)
             with torch.no_grad():
-                reference = self.policy.completion_hidden(read, ids_BC, mask_BC, None)
-            tokens_T = ids_BC[mask_BC]
-            statistics = token_statistics(hidden, reference, tokens_T, self.policy.output_layer)
+                reference = completion_hidden(self.policy, read, ids_BC, mask_BC, None)
+            statistics = token_statistics(hidden, reference, ids_BC[mask_BC], self.policy.output_layer)
             kl_B = trajectory_means(statistics.kl_T, mask_BC)
             loss = reinforce_loss(
                 trajectory_means(statistics.logprobs_T, mask_BC),
@@ -100,40 +96,43 @@ class Learner:
                 self.kl_coef,
             )
             (loss / total).backward()
-            sums["loss"] += loss.item() / total
-            sums["kl"] += kl_B.sum().item() / total
-            sums["token_entropy"] += trajectory_means(statistics.token_entropy_T, mask_BC).sum().item() / total
+            entropy = trajectory_means(statistics.token_entropy_T, mask_BC).sum()
+            sums += torch.tensor([loss.item(), kl_B.sum().item(), entropy.item()], dtype=torch.float64) / total
             gap = (statistics.logprobs_T.detach() - sampled_BC[mask_BC]).abs().max().cpu()
-            sampler_gap = sampler_gap.maximum(gap)  # which keeps NaN, unlike `max`
-        sums = self._exchange(sums, advantages_BN)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm).item()
+            sampler_gap = sampler_gap.maximum(gap)  # unlike `max`, it keeps NaN
+        self.processes.sum_gradients(self.parameters.values())
+        loss, kl, entropy = self.processes.sum(sums).tolist()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm).item()
         if math.isfinite(grad_norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         metrics = {
-            **sums,
+            "loss": loss,
+            "kl": kl,
+            "token_entropy": entropy,
             "kl_coef": self.kl_coef,
             "grad_norm": grad_norm,
-            "sampler_gap": torch.tensor(self.processes.gather([sampler_gap.item()], self.processes.count)).max().item(),
+            "sampler_gap": self.processes.maximum(sampler_gap.item()),
         }
-        if math.isfinite(sums["kl"]):
-            self.kl_coef = adapt_kl_coef(self.kl_coef, sums["kl"], self.kl_target, self.kl_rate)
+        if math.isfinite(kl):
+            self.kl_coef = adapt_kl_coef(self.kl_coef, kl, self.recipe.kl_target, self.recipe.kl_rate)
         return metrics
 
-    def _exchange(self, sums: Mapping[str, float], advantages_BN: Tensor) -> dict[str, float]:
-        """Make gradients and sums those of all processes together; adds the spread of the advantages."""
-        if self.processes.count > 1:
-            for parameter in self.parameters.values():  # a process without groups has no gradient yet
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-            flat = self.processes.sum(torch.cat([g.flatten() for g in gradients]))
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-        moments = [advantages_BN.numel(), advantages_BN.sum().item(), advantages_BN.square().sum().item()]
-        found = self.processes.sum(torch.tensor([*sums.values(), *moments], dtype=torch.float64)).tolist()
-        count, first, second = found[-3:]
-        spread = math.sqrt(max(second / count - (first / count) ** 2, 0.0))
-        return {**dict(zip(sums, found, strict=False)), "advantage_std": spread}
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a resumed run needs: the optimizer's tensors by name, and numbers for JSON."""
+        state = self.optimizer.state_dict()["state"]  # by the parameters' numbers, empty before the first step
+        tensors = {f"{key}/{name}": t for i, name in enumerate(self.parameters) for key, t in state.get(i, {}).items()}
+        return tensors, {"kl_coef": self.kl_coef, "baseline": self.baseline.value}
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+        state: dict[int, dict[str, Tensor]] = {}
+        numbered = {name: i for i, name in enumerate(self.parameters)}
+        for full_name, tensor in tensors.items():
+            key, _, name = full_name.partition("/")
+            state.setdefault(numbered[name], {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.kl_coef, self.baseline.value = numbers["kl_coef"], numbers["baseline"]
 
     def _micro_batches(
         self, prompts: Prompts | None, groups: Sequence[Sequence[Completion]]
@@ -156,14 +155,14 @@ class Learner:
         rows: list[int] = []
         for row in sorted(range(len(groups)), key=lambda row: (prompt_lengths[row], lengths[row])):
             more = [*rows, row]
-            if padded(more) <= self.tokens_per_batch:
+            if padded(more) <= self.options.tokens_per_batch:
                 rows = more
                 continue
             if rows:
                 yield rows, slice(0, count)
             rows = [row]
-            if padded(rows) > self.tokens_per_batch:
-                fitting = [n for n in range(1, count) if padded(rows, n) <= self.tokens_per_batch]
+            if padded(rows) > self.options.tokens_per_batch:
+                fitting = [n for n in range(1, count) if padded(rows, n) <= self.options.tokens_per_batch]
                 size = max(fitting, default=1)
                 for first in range(0, count, size):
                     yield rows, slice(first, first + size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,6 +73,22 @@ class Processes:
             return values
         with _boundary():
             return reduce(values.to(self.device), "sum").to(values.device)  # type: ignore[union-attr]
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Make the gradients of these parameters the sums over all processes, in one exchange."""
+        if self.count == 1:
+            return
+        trained = list(parameters)
+        for parameter in trained:  # a process without groups has no gradient yet
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients = [p.grad for p in trained if p.grad is not None]
+        flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def maximum(self, value: float) -> float:
+        """The largest of the processes' values, or NaN if one is."""
+        return torch.tensor(self.gather([value], self.count)).max().item()
 
     def any(self, value: bool) -> bool:
         """Whether it is so in any process; a point that none passes before all have come to it."""

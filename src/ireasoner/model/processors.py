@@ -92,15 +92,20 @@ class SeenImage:
 
     def __init__(self, processor: Any, image: Image.Image) -> None:
         self.image = image
+        self._read: dict[str, BatchFeature] = {}
         self.processor = copy.copy(processor)
         self.processor.image_processor = _Once(processor.image_processor)
 
     def inputs(self, text: str) -> BatchFeature:
         """The processor's own tensors for one text with one image in it, batch size 1.
 
-        The text is a rendered chat template: special tokens are in it, none are added.
+        The text is a rendered chat template: special tokens are in it, none are added. A text is read once: what is
+        sampled from is read again for the update.
         """
-        return self.processor(images=[self.image], text=[text], add_special_tokens=False, return_tensors="pt")
+        if text not in self._read:
+            made = self.processor(images=[self.image], text=[text], add_special_tokens=False, return_tensors="pt")
+            self._read[text] = made
+        return self._read[text]
 
 
 class _Once:

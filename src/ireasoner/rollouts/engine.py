@@ -1,14 +1,22 @@
-"""Who samples. An engine holds no state that a resumed run would miss."""
+"""Who samples: one small protocol over plain requests. An engine holds no state that a resumed run would miss."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from ireasoner.method.types import Completion, Role
-from ireasoner.model.inputs import Prompts
+from ireasoner.model.inputs import EncodedImage
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to complete: an image, chat messages with a place for it, and the seed of the completions."""
+
+    image: EncodedImage
+    messages: list[dict[str, Any]]
+    seed: tuple[int, ...] = (0,)
 
 
 class Engine(Protocol):
@@ -16,14 +24,24 @@ class Engine(Protocol):
 
     def sample(
         self,
-        prompts: Prompts,
+        requests: Sequence[Request],
         role: Role | None,
-        uniforms_BNC: NDArray[np.float64],
         *,
+        n: int = 1,
+        max_tokens: int,
         temperature: float = 1.0,
         min_tokens: int = 0,
     ) -> list[list[Completion]]:
-        """N completions of each of B prompts, at most as long as the last axis of the numbers they are drawn with."""
+        """N completions of each request.
+
+        Args:
+            requests: what to complete.
+            role: whose adapter; None: the backbone alone.
+            n: completions of each request.
+            max_tokens: longest completion.
+            temperature: 0 is greedy.
+            min_tokens: the end token is not sampled before so many tokens (for benchmarks at equal lengths).
+        """
         ...
 
     def refresh(self) -> None:

@@ -1,11 +1,11 @@
-"""Sampling on the live policy: every trajectory of a step in one batched decode, each prompt run once.
+"""Sampling on the live policy: every completion of a call in one batched decode, each prompt computed once.
 
-Rows are drawn by inverting the cumulative distribution at uniform numbers that the caller supplies, so that what a
-trajectory says depends on its own seed and, but for rounding, never on what else is in the batch.
+A token is drawn by inverting the cumulative distribution at a uniform number that comes from the request's own seed. So
+what a completion says depends on its own seed and, apart from rounding, never on what else is in the batch.
 
-A token of a large model is thousands of small kernels, and Python launches them more slowly than a GPU runs them. So on
-a GPU the step is captured once as a CUDA graph and replayed: nothing in it asks the host for anything, and all that
-changes from token to token lies in tensors that stay where they are.
+One token of a large model takes thousands of small kernels, which Python launches more slowly than a GPU runs them. On
+a GPU the decoding step is therefore captured once as a CUDA graph and replayed: nothing in it asks the GPU for a value,
+and whatever changes from token to token lies in tensors whose memory stays in place.
 
 Shape suffixes: B prompts, N completions of each, R rows of the shrinking batch, C tokens of a completion, V vocabulary.
 """
@@ -19,160 +19,196 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from ireasoner.method.seeds import uniforms
 from ireasoner.method.types import Completion, Role
 from ireasoner.model.attention import SharedCache, attending
-from ireasoner.model.inputs import Prompts
+from ireasoner.model.forward import Prefix, extend, prefill
+from ireasoner.model.inputs import build_prompts
 from ireasoner.model.policy import Policy
+from ireasoner.rollouts.engine import Request
 
 
-class TransformersEngine:
-    """Samples from the policy's own weights, at temperature 1 from the whole distribution unless told otherwise."""
+class LiveEngine:
+    """Samples from the policy's own weights.
+
+    `capture` turns a decoding step that has run once into a function that repeats it; None where steps are not
+    captured.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        # Of a step of decoding, makes what does the same again; None: the step itself does.
         self.capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
         if policy.device.type == "cuda":
             self.capture = partial(cuda_graph, torch.cuda.Stream(policy.device))
 
     def refresh(self) -> None:
-        """Nothing: it samples from the live policy."""
+        """Nothing to do: it samples from the live policy."""
 
     @torch.no_grad()
     def sample(
         self,
-        prompts: Prompts,
+        requests: Sequence[Request],
         role: Role | None,
-        uniforms_BNC: NDArray[np.float64],
         *,
+        n: int = 1,
+        max_tokens: int,
         temperature: float = 1.0,
         min_tokens: int = 0,
     ) -> list[list[Completion]]:
-        """N completions of each of B prompts.
+        """N completions of each request, as `Engine.sample` says.
 
-        Args:
-            prompts: B prompts.
-            role: whose adapter; None: the backbone alone.
-            uniforms_BNC: numbers in [0, 1): prompts x completions x most tokens of a completion.
-            temperature: 0 is greedy. The log-probabilities returned are those of the distribution sampled from
-                (at 0: of the unscaled one).
-            min_tokens: the end token is not sampled before so many tokens (for benchmarks at equal lengths).
+        The log-probabilities are those of the distribution that was sampled from; at temperature 0, where nothing is
+        sampled, those at temperature 1.
         """
         policy = self.policy
-        _, count, longest = uniforms_BNC.shape
-        room = longest - 1 if policy.shares_attention else None
-        captures = self.capture is not None and policy.shares_attention  # a cache that grows is new memory every time
+        prompts = build_prompts(policy, [r.image for r in requests], [r.messages for r in requests])
+        draws = (
+            uniforms([r.seed for r in requests], n, max_tokens)
+            if temperature
+            else np.zeros((len(requests), n, max_tokens))
+        )
+        captures = self.capture is not None and policy.shares_attention  # other caches move to new memory as they grow
+        room = max_tokens - 1 if policy.shares_attention else None
         with policy.acting_as(role):
-            prefix = policy.prefill(prompts).repeat(count, room=room, fixed=captures)
-        uniforms = torch.from_numpy(uniforms_BNC.reshape(-1, longest)).to(policy.device, torch.float64)
-        total = len(uniforms)
-        tokens = torch.zeros((total, longest), dtype=torch.long, device=policy.device)
-        logprobs = torch.zeros((total, longest), device=policy.device)
-        ends = torch.tensor(policy.end_tokens, device=policy.device)
-        lengths = torch.full((total,), longest, device=policy.device)
-        rows = torch.arange(total, device=policy.device)  # which trajectory each row of the shrinking batch is
-        done = torch.zeros(total, dtype=torch.bool, device=policy.device)
-        t = torch.zeros(1, dtype=torch.long, device=policy.device)  # which token is drawn: a tensor, to be captured
-        mask = None if isinstance(prefix.cache, SharedCache) else prefix.mask_BP
+            prefix = prefill(policy, prompts).repeat(n, room=room, fixed=captures)
+            decoding = _Decoding(policy, prefix, draws, temperature, min_tokens)
+            with attending(policy.decoder, prefix.cache):
+                self._run(decoding, max_tokens, captures)
+        flat = decoding.completions()
+        return [flat[i : i + n] for i in range(0, len(flat), n)]
 
-        def draw(hidden: torch.Tensor) -> None:
-            logits = policy.output_layer(hidden).float()
-            if min_tokens:
-                logits = torch.where(t < min_tokens, logits.index_fill(1, ends, -torch.inf), logits)
-            # Of a finished row too: what stands behind its length is cut off. Indexing by a mask would make a GPU
-            # wait for the host; so only the count of rows that are left does.
-            chosen, chosen_logprobs = _draw(logits, uniforms[rows, t], temperature)
-            tokens[rows, t], logprobs[rows, t] = chosen, chosen_logprobs
-            ended = torch.isin(chosen, ends) & ~done
-            lengths[rows] = torch.where(ended, t + 1, lengths[rows])
-            done.logical_or_(ended)
-
-        def step() -> None:
-            nonlocal mask
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            hidden = policy.extend(prefix, tokens[rows, t][:, None], mask, prefix.next_position_B + t)[:, 0]
-            t.add_(1)
-            if isinstance(prefix.cache, SharedCache):
-                prefix.cache.advance()
-            draw(hidden)
-
-        with policy.acting_as(role), attending(policy.decoder, prefix.cache):
-            draw(prefix.last_hidden_BD)
-            again: Callable[[], None] | None = None
-            for _ in range(longest - 1):
-                left = int((~done).sum())
-                if left == 0:
-                    break
-                # Finished rows cost as much as others: drop them in batches; rarer where that means to capture anew.
-                if left <= (0.5 if captures else 0.75) * len(rows):
-                    keep = (~done).nonzero()[:, 0]
-                    prefix, rows, done, again = prefix.select(keep), rows[keep], done[keep], None
-                    mask = None if mask is None else mask[keep]
-                if again is not None:
-                    again()
-                else:
-                    step()
-                    again = self._captured(step) if captures else step
-        return _completions(policy, tokens, logprobs, lengths, count)
+    def _run(self, decoding: _Decoding, max_tokens: int, captures: bool) -> None:
+        decoding.draw(decoding.prefix.last_hidden_BD)
+        again: Callable[[], None] | None = None  # the captured step; None until a step of this batch size has run
+        for _ in range(max_tokens - 1):
+            left = int((~decoding.done).sum())
+            if left == 0:
+                return
+            # A finished row costs as much as any other, so they are dropped in batches; more rarely where the smaller
+            # batch has to be captured anew.
+            if left <= (0.5 if captures else 0.75) * len(decoding.rows):
+                decoding.drop_finished()
+                again = None
+            if again is not None:
+                again()
+            else:
+                decoding.step()
+                again = self._captured(decoding.step) if captures else decoding.step
 
     def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
-        """What does a step, that ran once already, again."""
-        if self.capture is None:  # tried before
+        """The captured form of a step that has run once, or the step itself where capturing has failed before."""
+        if self.capture is None:
             return step
         try:
             return self.capture(step)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # the model's forward pass asks the GPU for a number
+        except RuntimeError as error:  # the model's forward pass asks the GPU for a value
             warnings.warn(f"decoding cannot be captured as a CUDA graph and will be slower: {error}", stacklevel=2)
             self.capture = None
             return step
 
 
-def cuda_graph(stream: torch.cuda.Stream, step: Callable[[], None]) -> Callable[[], None]:
-    """The same kernels on the same memory, in one launch.
+class _Decoding:
+    """One batched decode in progress: what has been drawn so far, and the rows that still go on.
 
     Args:
-        stream: of the device on which the step works; the same one every time, since cuBLAS keeps memory for each.
-        step: ran before, so that nothing in it is done for the first time.
+        policy: acts under the role that samples.
+        prefix: the prompts, repeated for their completions.
+        uniforms_BNC: numbers in [0, 1) that the tokens are drawn with.
+        temperature, min_tokens: as for `Engine.sample`.
+    """
+
+    def __init__(
+        self, policy: Policy, prefix: Prefix, uniforms_BNC: NDArray[np.float64], temperature: float, min_tokens: int
+    ) -> None:
+        self.policy, self.prefix, self.temperature, self.min_tokens = policy, prefix, temperature, min_tokens
+        device, longest = policy.device, uniforms_BNC.shape[-1]
+        self.uniforms = torch.from_numpy(uniforms_BNC.reshape(-1, longest)).to(device, torch.float64)
+        total = len(self.uniforms)
+        self.tokens = torch.zeros((total, longest), dtype=torch.long, device=device)
+        self.logprobs = torch.zeros((total, longest), device=device)
+        self.lengths = torch.full((total,), longest, device=device)
+        self.ends = torch.tensor(policy.end_tokens, device=device)
+        self.rows = torch.arange(total, device=device)  # which completion each row of the shrinking batch is
+        self.done = torch.zeros(total, dtype=torch.bool, device=device)
+        self.t = torch.zeros(1, dtype=torch.long, device=device)  # the token being drawn: a tensor, to be captured
+        self.mask = None if isinstance(prefix.cache, SharedCache) else prefix.mask_BP
+
+    def draw(self, hidden: Tensor) -> None:
+        """Draw the next token of every row from hidden states [R, D]."""
+        logits, t = self.policy.output_layer(hidden).float(), self.t
+        if self.min_tokens:
+            logits = torch.where(t < self.min_tokens, logits.index_fill(1, self.ends, -torch.inf), logits)
+        # Finished rows draw too, and what stands behind their end is cut off later. Selecting the others by a mask
+        # would make the host wait for the GPU at every token.
+        chosen, chosen_logprobs = _draw(logits, self.uniforms[self.rows, t], self.temperature)
+        self.tokens[self.rows, t], self.logprobs[self.rows, t] = chosen, chosen_logprobs
+        ended = torch.isin(chosen, self.ends) & ~self.done
+        self.lengths[self.rows] = torch.where(ended, t + 1, self.lengths[self.rows])
+        self.done.logical_or_(ended)
+
+    def step(self) -> None:
+        """Run the tokens drawn last and draw the next ones."""
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        last, cache = self.tokens[self.rows, self.t][:, None], self.prefix.cache
+        hidden = extend(self.policy, self.prefix, last, self.mask, self.prefix.next_position_B + self.t)[:, 0]
+        self.t.add_(1)
+        if isinstance(cache, SharedCache):
+            cache.advance()
+        self.draw(hidden)
+
+    def drop_finished(self) -> None:
+        """Go on with the unfinished rows alone."""
+        keep = (~self.done).nonzero()[:, 0]
+        self.prefix, self.rows, self.done = self.prefix.select(keep), self.rows[keep], self.done[keep]
+        self.mask = None if self.mask is None else self.mask[keep]
+
+    def completions(self) -> list[Completion]:
+        """What was written, in the order of the prompts."""
+        found = []
+        columns = zip(self.tokens.tolist(), self.logprobs.tolist(), self.lengths.tolist(), strict=True)
+        for ids, logprobs, length in columns:
+            found.append(completion(self.policy, ids[:length], logprobs[:length]))
+        return found
+
+
+def completion(policy: Policy, ids: Sequence[int], logprobs: Sequence[float]) -> Completion:
+    """Sampled token ids as a `Completion`; its text is without the end token."""
+    stopped = ids[-1] in policy.end_tokens
+    text = policy.processor.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
+    return Completion(text, tuple(ids), tuple(logprobs), "stop" if stopped else "length")
+
+
+def cuda_graph(stream: torch.cuda.Stream, step: Callable[[], None]) -> Callable[[], None]:
+    """Capture a step as a CUDA graph, whose replay launches all of its kernels at once.
+
+    Args:
+        stream: of the device on which the step works; always the same one, since cuBLAS keeps a workspace for each.
+        step: has run before, so that nothing in it happens for the first time while it is captured.
 
     Raises:
         RuntimeError: the step waits for the host somewhere.
     """
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on meanwhile (NCCL's ask the GPU for what is done).
+    # Thread-local, so that other threads may go on meanwhile: NCCL's watchdog asks the GPU what is done.
     with torch.cuda.device(stream.device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
 
-def _draw(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    scaled = logits_BV if temperature == 0 else logits_BV / temperature
-    logprobs_BV = scaled.log_softmax(-1)
+def _draw(logits_RV: Tensor, uniforms_R: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """A token of each row and its log-probability."""
+    scaled = logits_RV if temperature == 0 else logits_RV / temperature
+    logprobs_RV = scaled.log_softmax(-1)
     if temperature == 0:
-        chosen = logits_BV.argmax(-1)
+        chosen = logits_RV.argmax(-1)
     else:
-        cumulative = logprobs_BV.double().exp().cumsum(-1)
+        cumulative = logprobs_RV.double().exp().cumsum(-1)
         # The total is 1 but for rounding; scaling by it keeps the last token reachable and the index in range.
-        chosen = torch.searchsorted(cumulative, (uniforms_B * cumulative[:, -1])[:, None], right=True)[:, 0]
-        chosen = chosen.clamp(max=logits_BV.shape[-1] - 1)
-    return chosen, logprobs_BV.gather(-1, chosen[:, None])[:, 0]
-
-
-def _completions(
-    policy: Policy, tokens: torch.Tensor, logprobs: torch.Tensor, lengths: torch.Tensor, count: int
-) -> list[list[Completion]]:
-    flat = []
-    for ids, values, length in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True):
-        ids = ids[:length]
-        stopped = ids[-1] in policy.end_tokens
-        text = policy.processor.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
-        flat.append(Completion(text, tuple(ids), tuple(values[:length]), "stop" if stopped else "length"))
-    return [flat[i : i + count] for i in range(0, len(flat), count)]
-
-
-def uniforms(seeds: Sequence[Sequence[int]], count: int, longest: int) -> NDArray[np.float64]:
-    """Numbers for `sample`, [len(seeds), count, longest]: each prompt's from its own seed (a sequence of integers)."""
-    return np.stack([np.random.default_rng(list(seed)).random((count, longest)) for seed in seeds])
+        chosen = torch.searchsorted(cumulative, (uniforms_R * cumulative[:, -1])[:, None], right=True)[:, 0]
+        chosen = chosen.clamp(max=logits_RV.shape[-1] - 1)
+    return chosen, logprobs_RV.gather(-1, chosen[:, None])[:, 0]

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ireasoner.method.seeds import uniforms
 from ireasoner.method.types import ROLES, Completion, Role, UsageError
 from ireasoner.model.backbone import resolve_model
-from ireasoner.model.inputs import Prompts
+from ireasoner.model.inputs import Prompts, build_prompts
 from ireasoner.model.policy import Policy
+from ireasoner.rollouts.engine import Request
+from ireasoner.rollouts.live import completion
 
 # Of a GPU that the learner shares: its own copy of the weights, activations and logits need the rest.
 GPU_SHARE = 0.45
@@ -85,36 +85,37 @@ class VllmEngine:
 
     def sample(
         self,
-        prompts: Prompts,
+        requests: Sequence[Request],
         role: Role | None,
-        uniforms_BNC: NDArray[np.float64],
         *,
+        n: int = 1,
+        max_tokens: int,
         temperature: float = 1.0,
         min_tokens: int = 0,
     ) -> list[list[Completion]]:
-        """N completions of each of B prompts; of the uniform numbers the first of each completion is its seed.
+        """N completions of each request, as `Engine.sample` says.
 
-        The log-probabilities returned are those of the unscaled distribution, whatever the temperature.
+        The log-probabilities are those at temperature 1, whatever the temperature.
 
         Raises:
-            VllmError: vLLM refuses a prompt, or read it otherwise than the learner does.
+            VllmError: vLLM refuses a prompt, or reads it in another way than the learner does.
         """
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
-        _, count, longest = uniforms_BNC.shape
+        prompts = build_prompts(self.policy, [r.image for r in requests], [r.messages for r in requests])
         asked: list[Any] = []
         params: list[Any] = []
-        for row in range(len(prompts)):
+        for row, request in enumerate(requests):
             ids = self.policy.processor.tokenizer(prompts.texts[row], add_special_tokens=False)["input_ids"]
-            for seed in (uniforms_BNC[row, :, 0] * 2**31).astype(int).tolist():
-                # One request for each completion, so that each has its own seed; vLLM keeps the prompt they share.
+            for number in uniforms([request.seed], n, max_tokens)[0, :, 0]:
+                # One vLLM request for each completion, so that each has its own seed; vLLM keeps the prompt they share.
                 asked.append({"prompt_token_ids": ids, "multi_modal_data": {"image": _image(prompts, row)}})
                 params.append(
                     SamplingParams(
                         temperature=temperature,
-                        seed=seed,
-                        max_tokens=longest,
+                        seed=int(number * 2**31),
+                        max_tokens=max_tokens,
                         min_tokens=min_tokens,
                         logprobs=0,  # of the sampled token alone
                         stop_token_ids=list(self.policy.end_tokens),
@@ -129,9 +130,9 @@ class VllmEngine:
             answers = self.llm.generate(asked, params, lora_request=adapter, use_tqdm=False)
         except ValueError as error:  # above all, a prompt longer than `longest` leaves room for
             raise VllmError(f"vLLM refuses a prompt: {' '.join(str(error).split())[:300]}") from error
-        self._check_prompts(prompts, [answer.prompt_token_ids for answer in answers[::count]])
+        self._check_prompts(prompts, [answer.prompt_token_ids for answer in answers[::n]])
         flat = [self._completion(answer.outputs[0]) for answer in answers]
-        return [flat[i : i + count] for i in range(0, len(flat), count)]
+        return [flat[i : i + n] for i in range(0, len(flat), n)]
 
     def _check_prompts(self, prompts: Prompts, read: Sequence[Sequence[int]]) -> None:
         for row, theirs in enumerate(read):
@@ -143,11 +144,8 @@ class VllmEngine:
                 )
 
     def _completion(self, output: Any) -> Completion:
-        ids = tuple(output.token_ids)
-        logprobs = tuple(entry[token].logprob for entry, token in zip(output.logprobs, ids, strict=True))
-        stopped = ids[-1] in self.policy.end_tokens
-        text = self.policy.processor.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
-        return Completion(text, ids, logprobs, "stop" if stopped else "length")
+        logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
+        return completion(self.policy, list(output.token_ids), logprobs)
 
 
 def _image(prompts: Prompts, row: int) -> Any:

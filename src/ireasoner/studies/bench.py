@@ -34,16 +34,17 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from ireasoner.method import rewards
+from ireasoner.method.seeds import uniforms
 from ireasoner.method.texts import parse_trajectory, proposer_messages, solver_messages
 from ireasoner.method.types import Completion
 from ireasoner.model.backbone import resolve_device
-from ireasoner.model.inputs import Prefix, Prompts
+from ireasoner.model.inputs import Prefix, Prompts, build_prompts, embed_texts, encode_images
 from ireasoner.model.learner import Learner
 from ireasoner.model.policy import Policy
 from ireasoner.model.processors import render
 from ireasoner.playground import world
 from ireasoner.playground.random_models import SHAPES
-from ireasoner.rollouts.live import TransformersEngine, uniforms
+from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import Config, resolve
 
 QUESTION_TOKENS = 20
@@ -87,7 +88,7 @@ class Bench:
 
     def __init__(self, policy: Policy, config: Config, tokens: int) -> None:
         self.policy, self.config, self.tokens = policy, config, tokens
-        self.engine = TransformersEngine(policy)
+        self.engine = LiveEngine(policy)
         self.cache_bytes = 0.0  # of one position of one row
 
     def learner(self) -> Learner:
@@ -115,13 +116,13 @@ class Bench:
             return prefix
 
         with phases.timed("encode images"):
-            encoded = policy.encode_images(images)
+            encoded = encode_images(policy, images)
         with phases.timed("propose"):
-            prompts = policy.prompts(encoded, [proposer_messages(config.proposer_prompt)] * len(images))
+            prompts = build_prompts(policy, encoded, [proposer_messages(config.proposer_prompt)] * len(images))
             draws = uniforms([[0, i] for i in range(len(images))], 1, QUESTION_TOKENS)
             self.engine.sample(prompts, "proposer", draws, min_tokens=QUESTION_TOKENS)
         with phases.timed("decode"):
-            prompts = policy.prompts(encoded, [solver_messages(config.solver_prompt, QUESTION)] * len(images))
+            prompts = build_prompts(policy, encoded, [solver_messages(config.solver_prompt, QUESTION)] * len(images))
             draws = uniforms([[1, i] for i in range(len(images))], count, self.tokens)
             asked = prompts
             if not shared:
@@ -142,7 +143,7 @@ class Bench:
         trajectories = [parse_trajectory(text) for text in texts]
         keys = [text[:2] for text in texts]  # forced text has no answers; any key costs the same
         outcome = rewards.outcome_rewards(keys, [t.words_before_answer for t in trajectories])
-        agreement = rewards.step_agreement_rewards(keys, [self.policy.embed_texts([text] * 3, 64) for text in texts])
+        agreement = rewards.step_agreement_rewards(keys, [embed_texts(self.policy, [text] * 3, 64) for text in texts])
         return rewards.solver_rewards(outcome, agreement, 0.5).tolist()
 
     def published(self, phases: Phases, images: Sequence[Image.Image]) -> None:
@@ -339,8 +340,8 @@ def _measure(
             if repetition:  # the first is a warm-up
                 runs[name].append(phases)
                 peaks[name] = peak_bytes(device)
-    encoded = runner.policy.encode_images(images[:1])
-    prompt = runner.policy.prompts(encoded, [solver_messages(runner.config.solver_prompt, QUESTION)])
+    encoded = encode_images(runner.policy, images[:1])
+    prompt = build_prompts(runner.policy, encoded, [solver_messages(runner.config.solver_prompt, QUESTION)])
     row: dict[str, Any] = {"images_per_step": size, "image_tokens": len(encoded[0].pooled)}
     row["prompt_tokens"] = prompt.mask_BP.shape[1]
     for name, repeated in runs.items():

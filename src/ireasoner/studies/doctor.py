@@ -17,16 +17,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ireasoner.method.seeds import uniforms
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
 from ireasoner.model.backbone import load_backbone, load_model_processor
-from ireasoner.model.inputs import Prompts
+from ireasoner.model.forward import completion_hidden
+from ireasoner.model.inputs import Prompts, build_prompts, encode_images
 from ireasoner.model.learner import Learner
 from ireasoner.model.loss import token_statistics
 from ireasoner.model.policy import Policy
 from ireasoner.model.processors import render
 from ireasoner.playground import world
-from ireasoner.rollouts.live import TransformersEngine, uniforms
+from ireasoner.rollouts.live import LiveEngine
 
 QUESTIONS = ("Which bar is the tallest?", "Is the red bar taller than the blue one, or can that not be told?")
 COMPLETION = "<think>\nStep 1: The red bar reaches 7.\n</think>\n<answer>red</answer>"
@@ -119,9 +121,9 @@ def what_is_trainable(policy: Policy) -> Finding:
 
 def _hidden(policy: Policy, image: Image.Image, ids: Sequence[int], role: Role | None) -> Tensor:
     """Hidden states [T, D] that predict a completion, by the path that an update takes."""
-    prompts = policy.prompts(policy.encode_images([image]), [solver_messages("{question}", QUESTIONS[0])])
+    prompts = build_prompts(policy, encode_images(policy, [image]), [solver_messages("{question}", QUESTIONS[0])])
     ids_BC = torch.tensor([list(ids)], device=policy.device)
-    return policy.completion_hidden(prompts, ids_BC, torch.ones_like(ids_BC, dtype=torch.bool), role)
+    return completion_hidden(policy, prompts, ids_BC, torch.ones_like(ids_BC, dtype=torch.bool), role)
 
 
 def _logprobs(policy: Policy, hidden: Tensor) -> Tensor:
@@ -189,9 +191,11 @@ def sight(policy: Policy, images: Sequence[Image.Image], ids: Sequence[int]) -> 
 
 
 def _groups(policy: Policy, role: Role, images: Sequence[Image.Image]) -> tuple[Prompts, list[list[Completion]]]:
-    prompts = policy.prompts(policy.encode_images(images), [solver_messages("{question}", q) for q in QUESTIONS])
+    prompts = build_prompts(
+        policy, encode_images(policy, images), [solver_messages("{question}", q) for q in QUESTIONS]
+    )
     draws = uniforms([[i] for i in range(len(images))], len(REWARDS[0]), TOKENS)
-    return prompts, TransformersEngine(policy).sample(prompts, role, draws)
+    return prompts, LiveEngine(policy).sample(prompts, role, draws)
 
 
 def sampler_and_learner(policy: Policy, images: Sequence[Image.Image], limits: Tolerance) -> Finding:
@@ -208,7 +212,7 @@ def sampler_and_learner(policy: Policy, images: Sequence[Image.Image], limits: T
         mask = torch.tensor([[i < len(c.token_ids) for i in range(longest)] for c in group])
         ids, mask = ids.to(policy.device), mask.to(policy.device)
         with torch.no_grad():
-            hidden = policy.completion_hidden(prompts[row : row + 1], ids, mask, "solver")
+            hidden = completion_hidden(policy, prompts[row : row + 1], ids, mask, "solver")
             logprobs = _logprobs(policy, hidden).gather(-1, ids[mask][:, None])[:, 0]
         gaps.append((logprobs.cpu() - torch.tensor([p for c in group for p in c.logprobs])).abs())
     gap, most = torch.cat(gaps).mean().item(), torch.cat(gaps).max().item()
@@ -234,7 +238,7 @@ def _bent(policy: Policy, prompt: Prompts) -> float:
         return logits
 
     policy.output_layer = watched  # type: ignore[method-assign]
-    ((completion,),) = TransformersEngine(policy).sample(prompt, "solver", uniforms([[0]], 1, TOKENS))
+    ((completion,),) = LiveEngine(policy).sample(prompt, "solver", uniforms([[0]], 1, TOKENS))
     del policy.output_layer  # the class's own again
     expected = torch.cat(seen).float().log_softmax(-1).cpu()
     expected = expected[torch.arange(len(expected)), list(completion.token_ids)]

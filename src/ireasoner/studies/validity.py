@@ -23,6 +23,7 @@ from ireasoner.method.answers import majority, vote_shares
 from ireasoner.method.claims import agreement, beyond_answer
 from ireasoner.method.rewards import FloatArray, step_agreement_rewards
 from ireasoner.method.types import UsageError
+from ireasoner.model.inputs import embed_texts
 from ireasoner.playground import dataset, wording, world
 from ireasoner.studies.perturbations import PERTURBATIONS
 from ireasoner.training.config import Config, load_config
@@ -79,7 +80,7 @@ def embedding(config: Config) -> Measure:
     from ireasoner.model.policy import Policy
 
     policy = Policy.from_config(config.model_copy(update={"device": "cpu"}))  # of which one table is read
-    embed = lru_cache(2048)(lambda step: policy.embed_texts([step], config.max_step_tokens)[0])
+    embed = lru_cache(2048)(lambda step: embed_texts(policy, [step], config.max_step_tokens)[0])
     return lambda group: step_agreement_rewards(
         group.keys,
         [np.stack([embed(step) for step in steps]) if steps else np.zeros((0, 1)) for steps in group.steps],

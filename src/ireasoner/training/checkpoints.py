@@ -11,12 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
-from torch.optim import Optimizer
 
 from ireasoner.method.types import UsageError
 
@@ -24,7 +20,7 @@ MANIFEST = "manifest.json"
 
 
 class CheckpointError(UsageError):
-    """A checkpoint could not be saved, or does not fit the optimizer; the message says why in one sentence."""
+    """A checkpoint could not be saved; the message says why in one sentence."""
 
 
 def save_checkpoint(
@@ -87,45 +83,6 @@ def newest_checkpoint(root: Path, at_most: int | None = None) -> tuple[Path | No
             return path, skipped
         skipped.append((path, problem))
     return None, skipped
-
-
-def optimizer_tensors(optimizer: Optimizer, named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Copy an AdamW's state out: tensors `exp_avg/<parameter name>` and so on, and a JSON value that goes with them.
-
-    Raises `CheckpointError` if `named`, the parameters by name, lacks one of the optimizer's.
-    """
-    names = {parameter: name for name, parameter in named.items()}
-    own = [names.get(parameter, "") for group in optimizer.param_groups for parameter in group["params"]]
-    if "" in own:
-        raise CheckpointError(f"{own.count('')} of the optimizer's {len(own)} parameters have no name")
-    state = optimizer.state_dict()
-    tensors = {f"{key}/{own[i]}": t.clone().contiguous() for i, s in state["state"].items() for key, t in s.items()}
-    return tensors, {"groups": [{**g, "params": [own[i] for i in g["params"]]} for g in state["param_groups"]]}
-
-
-def load_optimizer(
-    optimizer: Optimizer, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], named: Mapping[str, Tensor]
-) -> None:
-    """Put back what `optimizer_tensors` took out, by parameter name: the state and the options (learning rate, …).
-
-    Raises `CheckpointError`, with nothing changed, if names, groups, shapes or dtypes differ from the optimizer's.
-    """
-    groups, saved = optimizer_tensors(optimizer, named)[1]["groups"], meta["groups"]
-    own = [name for group in groups for name in group["params"]]
-    here, there = ({(name, i) for i, group in enumerate(some) for name in group["params"]} for some in (groups, saved))
-    strangers = {name for name, _ in here ^ there}
-    state: dict[str, dict[str, Tensor]] = {}
-    for full_name, tensor in tensors.items():
-        key, _, name = full_name.partition("/")
-        state.setdefault(name, {})[key] = tensor.clone()
-        like = named[name] if name in own else None
-        if like is None or (key != "step" and (tensor.shape, tensor.dtype) != (like.shape, like.dtype)):
-            strangers.add(full_name)
-    if strangers:
-        raise CheckpointError(f"optimizer and checkpoint differ in {', '.join(sorted(strangers))}")
-    for group, options in zip(groups, saved, strict=True):  # torch matches by position; JSON made the betas a list
-        group.update({**options, "betas": tuple(options["betas"]), "params": [own.index(n) for n in group["params"]]})
-    optimizer.load_state_dict({"state": {own.index(n): s for n, s in state.items()}, "param_groups": groups})
 
 
 def _newest_first(root: Path) -> list[tuple[int, Path]]:

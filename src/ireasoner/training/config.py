@@ -1,162 +1,178 @@
-"""Every option once: its default, its bounds and a sentence on what it does.
+"""Every option of a run, in groups; recipes and presets as YAML; `config.yaml`.
 
 Two files feed a run. A *recipe* holds what a comparison varies: rewards, advantages, KL. A *preset* holds the scale,
-which is the same for every arm: learning rate, steps, lengths, prompts, batch. Command-line flags win over both.
+which is the same for every arm: learning rate, steps, lengths, prompts, batch. Command-line flags win over both. In
+all three an option goes by its own name, which is unique; only `config.yaml` and Python show the groups.
 """
 
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
-from ireasoner.method.texts import PROPOSER_PROMPT, SOLVER_PROMPT
+from ireasoner.method.recipe import Count, Options, Recipe
+from ireasoner.method.texts import PROPOSER_PROMPT, SOLVER_PROMPTS
 from ireasoner.method.types import UsageError
+from ireasoner.model.options import BackboneOptions, OptimizerOptions
 
-Share = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Cadence = Annotated[int, Field(ge=0)]
 
 
 class ConfigError(UsageError):
     """A bad recipe, preset or option; the message names the key and says what would be right."""
 
 
-class Recipe(BaseModel):
-    """Rewards, advantages and the pull to the reference: what tells one arm of a comparison from another."""
+class SamplingOptions(Options):
+    """What both roles are told and how much they may write."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    reward: Literal["agreement", "discrete", "random", "format", "oracle"] = Field(
-        "agreement",
-        description="what a readable trajectory earns: agreement on answers and reasoning steps (the paper), 1 for the "
-        "majority answer (discrete), a random number (control), 1 for being readable (control), or 1 for the true "
-        "answer (ceiling; needs --labels)",
+    group_size: Annotated[int, Field(ge=2)] = Field(default=5, description="N: trajectories for each question")
+    max_question_tokens: Count = Field(default=128, description="longest proposer completion")
+    max_solution_tokens: Count = Field(default=256, description="longest solver completion")
+    solution_form: Literal["tags", "boxed", "answer-line"] = Field(
+        default="tags",
+        description="where a solver's text gives its answer: <think>…</think><answer>…</answer> (tags), a last "
+        "\\boxed{…} (boxed), or a last line 'Answer: …' (answer-line)",
     )
-    outcome_exponent: NonNegative = Field(0.7, description="γ: the outcome reward is the answer's share to this power")
-    length_penalty: Share = Field(0.05, description="η: most that is taken off the outcome reward for length")
-    target_words: Count = Field(64, description="w*: words before the answer from which length costs")
-    step_measure: Literal["embedding", "claims"] = Field(
-        "embedding",
-        description="how reasoning steps are compared: mean token embeddings within the majority (the paper), or what "
-        "they claim, aligned in order, with every other trajectory of the group (claims)",
+    proposer_prompt: str = Field(default=PROPOSER_PROMPT, description="what the proposer is told")
+    solver_prompt: str = Field(
+        default_factory=lambda options: SOLVER_PROMPTS[options["solution_form"]],
+        description="what the solver is told; {question} stands for the question (instructions for the solution form)",
     )
-    recurrence_window: Annotated[int, Field(ge=0)] = Field(
-        0,
-        description="a reasoning step that recurs among so many latest groups of other images earns less, and nothing "
-        "if it is in all of them (0: off)",
-    )
-    density_exponent: NonNegative = Field(0.7, description="γd: step agreement is scaled by |G|/N to this power")
-    position_decay: NonNegative = Field(0.15, description="δ: reasoning step j counts exp(−δ j)")
-    max_reasoning_steps: Count = Field(8, description="reasoning steps after this one are not compared")
-    max_step_tokens: Count = Field(64, description="tokens of a reasoning step that its embedding reads")
-    step_weight_initial: Share = Field(0.0, description="λ during the warm-up")
-    step_weight_final: Share = Field(0.7, description="λ at the last step")
-    step_weight_warmup: Share = Field(0.3, description="share of training before λ begins to move")
-    target_entropy: NonNegative = Field(0.90, description="μ: answer entropy, in nats, of the question that earns most")
-    entropy_width: Positive = Field(0.35, description="σ: how fast the proposer's reward falls off around μ")
-    advantage: Literal["ema", "rloo"] = Field(
-        "ema", description="solver's baseline: a moving average (the paper) or the mean of the group's others (RLOO)"
-    )
-    baseline_momentum: Share = Field(0.9, description="momentum of the moving-average baseline")
-    kl_coef: Annotated[float, Field(ge=1e-8, le=1e2)] = Field(
-        1e-3, description="β: weight of the KL to the reference, at the first step, for each role"
-    )
-    kl_target: Positive = Field(0.02, description="τ: the KL to the reference that β steers for, in nats a token")
-    kl_rate: NonNegative = Field(
-        0.1, description="how fast β moves, by exp(rate · (KL − τ)/τ) after each update (0: β stays as it is)"
-    )
-    gate_low: Share = Field(
-        0.0, description="groups whose majority fraction is below this (hopeless) do not update the solver"
-    )
-    gate_high: Share = Field(
-        1.0, description="groups whose majority fraction is above this (unanimous) do not update the solver"
-    )
-    train_proposer: bool = Field(True, description="whether the proposer is updated at all")
 
 
-class Preset(BaseModel):
-    """Scale: the same for every arm of a comparison."""
+class ScheduleOptions(Options):
+    """How long a run is, and what happens how often."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    steps: Count = Field(default=2500, description="training steps")
+    images_per_step: Count = Field(default=1, description="images played in each step")
+    proposer_every: Count = Field(default=5, description="the proposer is updated every so many steps")
+    save_every: Cadence = Field(default=50, description="steps between checkpoints (0: first and last only)")
+    keep_checkpoints: Cadence = Field(default=3, description="newest checkpoints to keep (0: all)")
+    probe_every: Cadence = Field(default=50, description="steps between answers to the probes (0: off)")
+    probe_images: Cadence = Field(default=8, description="images whose first questions are asked again")
+    eval_questions: Count = Field(default=256, description="labelled questions used for before and after, at most")
 
-    steps: Count = Field(2500, description="training steps")
-    images_per_step: Count = Field(1, description="images played in each step")
-    group_size: Annotated[int, Field(ge=2)] = Field(5, description="N: trajectories for each question")
-    max_question_tokens: Count = Field(128, description="longest proposer completion")
-    max_solution_tokens: Count = Field(256, description="longest solver completion")
-    max_image_tokens: Count = Field(
-        1280, description="images are scaled down to at most so many tokens, where the model's processor scales by area"
-    )
-    proposer_prompt: str = Field(PROPOSER_PROMPT, description="what the proposer is told")
-    solver_prompt: str = Field(SOLVER_PROMPT, description="what the solver is told; {question} stands for the question")
-    lora_rank: Count = Field(16, description="rank of both adapters")
-    lora_alpha: Count = Field(32, description="LoRA's scale is alpha / rank")
-    lora_targets: tuple[str, ...] = Field((), description="linear layers of the language model that get LoRA (all)")
-    learning_rate: Positive = Field(1e-6, description="AdamW learning rate, constant")
-    weight_decay: NonNegative = Field(0.01, description="AdamW weight decay")
-    max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm, for each role")
-    proposer_every: Count = Field(5, description="the proposer is updated every so many steps")
-    tokens_per_batch: Count = Field(
-        3072, description="most tokens in one forward pass of the update; larger batches are split"
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="compute activations again in the backward pass instead of keeping them: less memory"
-    )
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="backbone weights; adapters stay in float32")
-    save_every: Annotated[int, Field(ge=0)] = Field(
-        50, description="steps between checkpoints (0: first and last only)"
-    )
-    keep_checkpoints: Annotated[int, Field(ge=0)] = Field(3, description="newest checkpoints to keep (0: all)")
-    probe_every: Annotated[int, Field(ge=0)] = Field(50, description="steps between answers to the probes (0: off)")
-    probe_images: Annotated[int, Field(ge=0)] = Field(8, description="images whose first questions are asked again")
+
+class WatchOptions(Options):
+    """When a run that eats itself is ended."""
+
     watch: bool = Field(
-        True, description="end a run whose signals collapse and go back to its best checkpoint (never with --labels)"
+        default=True,
+        description="end a run whose signals collapse and go back to its best checkpoint (never with --labels)",
     )
     watch_window: Annotated[int, Field(ge=2)] = Field(
-        50, description="steps that the watch averages over and compares with as many early ones"
+        default=50, description="steps that the watch averages over and compares with as many early ones"
     )
-    blank_every: Annotated[int, Field(ge=0)] = Field(
-        5,
+    blank_every: Cadence = Field(
+        default=5,
         description="steps between checks whether majority answers survive with the image blanked (0: off); the watch "
         "needs two of them in watch_window",
     )
-    eval_questions: Count = Field(256, description="labelled questions used for before and after, at most")
 
 
-class Config(Recipe, Preset):
+class Config(Options):
     """A whole run, as written to `config.yaml`."""
 
+    format: Literal[2] = Field(default=2, description="the version of run directories that this one follows")
     images: Path = Field(description="folder of unlabeled images, searched through and through")
     model: str = Field(description="folder or hub id of an image-text-to-text model; 'tiny' is the one that ships here")
-    recipe: str = Field("default", description="name of a recipe, or a YAML file of recipe options")
-    preset: str = Field("7b", description="name of a preset, or a YAML file of preset options")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="every random draw derives from it")
+    preset: str = Field(default="7b", description="name of a preset, or a YAML file of preset options")
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="every random draw derives from it")
     labels: Path | None = Field(
-        None, description="JSONL of image, question, answer to play instead of proposing (oracle)"
+        default=None, description="JSONL of image, question, answer to play instead of proposing (oracle)"
     )
-    eval_data: Path | None = Field(None, description="held-out JSONL of image, question, answer for before and after")
+    eval_data: Path | None = Field(
+        default=None, description="held-out JSONL of image, question, answer for before and after"
+    )
     engine: Literal["transformers", "vllm"] = Field(
-        "transformers", description="who samples: transformers on the live policy, or vLLM beside it, where installed"
+        default="transformers",
+        description="who samples: transformers on the live policy, or vLLM beside it, where installed",
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    reward_sha256: str | None = Field(
+        default=None, description="digest of the file that holds the reward, where the recipe names one of your own"
+    )
+    recipe: Recipe = Recipe()
+    sampling: SamplingOptions = SamplingOptions()
+    backbone: BackboneOptions = BackboneOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    schedule: ScheduleOptions = ScheduleOptions()
+    watch: WatchOptions = WatchOptions()
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> Config:
+        low, high = self.recipe.gate_low, self.recipe.gate_high
+        if "{question}" not in self.sampling.solver_prompt:
+            raise ValueError("solver_prompt must contain {question}, which stands for the question")
+        if low > high:
+            raise ValueError(f"gate_low {low} is above gate_high {high}: no group would be kept")
+        if self.recipe.reward == "oracle" and self.labels is None:
+            raise ValueError("the oracle recipe needs --labels FILE.jsonl with the true answers")
+        return self
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by its own name, without the groups."""
+        own = {name: getattr(self, name) for name in Config.model_fields}
+        return {name: getattr(own[group], field) if group else own[field] for name, (group, field) in PATHS.items()}
+
+    def changed(self, **options: Any) -> Config:
+        """The same with other values for some options, by their own names.
+
+        Raises:
+            ConfigError: an unknown option or a bad value, by name.
+        """
+        return config_of({**self.flat(), **options}).model_copy(update={"reward_sha256": self.reward_sha256})
+
+
+# Where each option stands: its group ("" for the run's own) and its name there. `recipe` names the group of that name.
+GROUPS: dict[str, type[Options]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Options)
+}
+PATHS = {name: ("", name) for name in Config.model_fields if name not in (*GROUPS, "format", "reward_sha256")}
+PATHS |= {name: (group, name) for group, options in GROUPS.items() for name in options.model_fields if name != "name"}
+PATHS["recipe"] = ("recipe", "name")
+RECIPE_OPTIONS = [name for name, (group, field) in PATHS.items() if group == "recipe" and field != "name"]
+PRESET_OPTIONS = [name for name, (group, _) in PATHS.items() if group not in ("", "recipe")]
+
+
+def option(name: str) -> FieldInfo:
+    """The declaration of an option: its default, bounds and description."""
+    group, field = PATHS[name]
+    return (GROUPS[group] if group else Config).model_fields[field]
+
+
+def config_of(options: Mapping[str, Any]) -> Config:
+    """A config from options by their own names.
+
+    Raises:
+        ConfigError: an unknown option or a bad value, by name.
+    """
+    values: dict[str, Any] = {group: {} for group in GROUPS}
+    for name, value in options.items():
+        group, field = PATHS.get(name, ("", name))
+        (values[group] if group else values)[field] = value
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
 
 
 def names(kind: Literal["recipes", "presets"]) -> list[str]:
     """The recipes or presets that ship with the package."""
-    return sorted(
-        p.name.removesuffix(".yaml")
-        for p in resources.files("ireasoner.training").joinpath(kind).iterdir()
-        if p.name.endswith(".yaml")
-    )
+    folder = resources.files("ireasoner.training").joinpath(kind)
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
-def _load_part(kind: Literal["recipes", "presets"], name: str, part: type[BaseModel]) -> dict[str, Any]:
+def _read_part(kind: Literal["recipes", "presets"], name: str, known: Sequence[str]) -> dict[str, Any]:
     if name in names(kind):
         path = resources.files("ireasoner.training").joinpath(kind, f"{name}.yaml")
     elif Path(name).is_file():
@@ -169,41 +185,31 @@ def _load_part(kind: Literal["recipes", "presets"], name: str, part: type[BaseMo
         raise ConfigError(f"{kind[:-1]} {name!r} is not YAML text: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{kind[:-1]} {name!r} must be a mapping of options to values")
-    if strangers := sorted(map(str, set(values) - set(part.model_fields))):
+    if strangers := sorted(map(str, set(values) - set(known))):
         raise ConfigError(f"{kind[:-1]} {name!r} has unknown options: {', '.join(strangers)}")
     return values
 
 
-def resolve(flags: dict[str, Any]) -> Config:
+def resolve(flags: Mapping[str, Any]) -> Config:
     """The config of a run: preset, then recipe, then flags.
 
     Args:
-        flags: only the options that were given; their names are the fields of `Config`.
+        flags: only the options that were given, by their own names.
 
     Raises:
         ConfigError: an unknown option or a bad value, by name.
     """
-    recipe = str(flags.get("recipe", Config.model_fields["recipe"].default))
-    default_preset = "tiny" if flags.get("model") == "tiny" else Config.model_fields["preset"].default
-    preset = str(flags.get("preset", default_preset))
-    values = {
-        **_load_part("presets", preset, Preset),
-        **_load_part("recipes", recipe, Recipe),
-        **flags,
-        "recipe": recipe,
-        "preset": preset,
-    }
-    try:
-        config = Config(**values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
-    if "{question}" not in config.solver_prompt:
-        raise ConfigError("solver_prompt must contain {question}, which stands for the question")
-    if config.gate_low > config.gate_high:
-        raise ConfigError(f"gate_low {config.gate_low} is above gate_high {config.gate_high}: no group would be kept")
-    if config.reward == "oracle" and config.labels is None:
-        raise ConfigError("the oracle recipe needs --labels FILE.jsonl with the true answers")
-    return config
+    recipe = str(flags.get("recipe", "default"))
+    preset = str(flags.get("preset", "tiny" if flags.get("model") == "tiny" else option("preset").default))
+    return config_of(
+        {
+            **_read_part("presets", preset, PRESET_OPTIONS),
+            **_read_part("recipes", recipe, RECIPE_OPTIONS),
+            **flags,
+            "recipe": recipe,
+            "preset": preset,
+        }
+    )
 
 
 def load_config(path: Path) -> Config:
@@ -214,6 +220,8 @@ def load_config(path: Path) -> Config:
     """
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
+        if isinstance(values, dict) and "images" in values and "format" not in values:
+            raise ConfigError(f"{path.parent} was written by ireasoner 0.1, which this version cannot read: start anew")
         return Config(**values)
     except FileNotFoundError:
         raise ConfigError(f"{path.parent} is not a run directory: it has no {path.name}") from None
@@ -228,17 +236,10 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def conflicts(stored: Config, flags: dict[str, Any]) -> list[str]:
+def conflicts(stored: Config, flags: Mapping[str, Any]) -> list[str]:
     """Which of the given flags differ from a stored config, as sentences; what a resumed run refuses."""
-    found = []
-    for name, value in flags.items():
-        try:
-            given = Config.model_validate({**stored.model_dump(), name: value}).model_dump()[name]
-        except ValidationError as error:
-            raise ConfigError(_explain(error)) from None
-        if given != (kept := stored.model_dump()[name]):
-            found.append(f"{name} is {kept} in the run, not {given}")
-    return found
+    kept, given = stored.flat(), stored.changed(**flags).flat()
+    return [f"{name} is {kept[name]} in the run, not {given[name]}" for name in flags if given[name] != kept[name]]
 
 
 _SHORT = reprlib.Repr()
@@ -248,11 +249,14 @@ _SHORT.maxlevel, _SHORT.maxstring = 2, 200  # a few lines of YAML can stand for 
 def _explain(error: ValidationError) -> str:
     parts = []
     for item in error.errors():
-        name = ".".join(map(str, item["loc"])) or "config"
-        if item["type"] == "missing":
+        where = [str(part) for part in item["loc"] if part not in GROUPS or len(item["loc"]) == 1]
+        name, problem = ".".join(where), item["msg"].removeprefix("Value error, ")
+        if not name:  # the options do not fit together
+            parts.append(problem)
+        elif item["type"] == "missing":
             parts.append(f"{name} is missing")
         elif item["type"] == "extra_forbidden":
             parts.append(f"{name} is not an option")
         else:
-            parts.append(f"{name}: {item['msg'].lower()}, not {_SHORT.repr(item['input'])}")
+            parts.append(f"{name}: {problem[0].lower()}{problem[1:]}, not {_SHORT.repr(item['input'])}")
     return "; ".join(parts)

@@ -19,14 +19,15 @@ from PIL import Image
 
 from ireasoner.method.answers import answer_key, majority
 from ireasoner.method.texts import parse_trajectory, solver_messages
-from ireasoner.method.types import Completion, Role, UsageError
+from ireasoner.method.types import Completion, Form, Role, UsageError
+from ireasoner.model.inputs import encode_images
+from ireasoner.model.loading import load_policy
 from ireasoner.model.parallel import Processes
 from ireasoner.model.policy import Policy
-from ireasoner.playground import world
-from ireasoner.rollouts.engine import Engine
-from ireasoner.rollouts.live import TransformersEngine, uniforms
+from ireasoner.rollouts.engine import Engine, Request
+from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.checkpoints import verify_checkpoint
-from ireasoner.training.config import load_config, resolve
+from ireasoner.training.config import SamplingOptions, load_config, resolve
 from ireasoner.training.items import load_image
 from ireasoner.training.statistics import RESAMPLES, interval
 
@@ -36,13 +37,16 @@ TRUTH = ("checkable_steps", "true_steps")
 GRAY = (128, 128, 128)
 
 
+StepTruth = Callable[[Mapping[str, Any], str], bool | None]  # of a question's `picture` and a reasoning step
+
+
 class DataError(UsageError):
     """A labelled data set cannot be used; the message names the file and the line."""
 
 
 @dataclass(frozen=True)
 class LabelledQuestion:
-    """One held-out question; `image` is an absolute path, `picture` the record of an image of the embedded world."""
+    """One held-out question; `image` is an absolute path, `picture` what whoever drew the image says of it."""
 
     image: Path
     question: str
@@ -90,10 +94,11 @@ class Scores:
         }
 
 
-def load_questions(path: Path, limit: int | None = None) -> list[LabelledQuestion]:
+def load_questions(path: Path, limit: int | None = None, truth: StepTruth | None = None) -> list[LabelledQuestion]:
     """Read JSONL lines of `image`, `question`, `answer`; image paths are relative to the file's own folder.
 
-    An object in `picture` is what the embedded world knows of the image; other keys are passed over.
+    An object in `picture` is what whoever drew the image says of it; `truth`, if given, must be able to read it. Other
+    keys are passed over.
 
     Raises:
         DataError: a missing file, a line that is not such an object, or an image that is not there.
@@ -125,9 +130,9 @@ def load_questions(path: Path, limit: int | None = None) -> list[LabelledQuestio
         except (OSError, ValueError):
             raise DataError(f"{where}: no image {texts[0][:100]!r}") from None
         picture = row.get("picture")
-        if isinstance(picture, dict):
+        if truth is not None and isinstance(picture, dict):
             try:
-                world.picture_from_record(picture)
+                truth(picture, "")
             except (KeyError, TypeError, ValueError):
                 raise DataError(f"{where}: an object in picture must be a record of the embedded world") from None
         found.append(LabelledQuestion(image, texts[1], str(texts[2]), picture if isinstance(picture, dict) else None))
@@ -142,13 +147,13 @@ def evaluate(
     policy: Policy,
     questions: Sequence[LabelledQuestion],
     role: Role | None,
+    sampling: SamplingOptions,
     *,
-    prompt: str,
-    max_tokens: int,
     seed: int = 0,
     temperature: float = 1.0,
     batch_size: int = 64,
     blank: bool = False,
+    truth: StepTruth | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     processes: Processes | None = None,
     engine: Engine | None = None,
@@ -159,18 +164,18 @@ def evaluate(
     same random numbers.
 
     Args:
-        prompt: the solver's prompt, with {question}.
-        max_tokens: longest completion.
+        sampling: the solver's prompt, the form of its text and its longest completion.
         temperature: of the sampled answers.
         blank: show a uniformly gray image of the same size instead of each image.
+        truth: says whether a reasoning step about a question is true; None: steps are not checked.
         on_progress: called with questions done and their total.
         processes: who scores along, each its share of the questions; all have the scores.
-        engine: who samples; None: transformers.
+        engine: who samples; None: the live policy.
 
     Raises:
         ImageError: a labelled image that cannot be decoded.
     """
-    engine = engine or TransformersEngine(policy)
+    engine = engine or LiveEngine(policy)
     processes = processes or Processes()
     own = processes.share(len(questions))
     found: list[tuple[dict[str, float], str]] = []
@@ -178,14 +183,16 @@ def evaluate(
         numbers = own[first : first + batch_size]
         batch = [questions[i] for i in numbers]
         images = [load_image(q.image) for q in batch]
-        encoded = policy.encode_images([Image.new("RGB", image.size, GRAY) for image in images] if blank else images)
-        prompts = policy.prompts(encoded, [solver_messages(prompt, q.question) for q in batch])
-        zeros = np.zeros((len(batch), 1, max_tokens))
-        draws = uniforms([[seed, i] for i in numbers], SAMPLES, max_tokens)
-        best = engine.sample(prompts, role, zeros, temperature=0)
-        drawn = engine.sample(prompts, role, draws, temperature=temperature)
+        encoded = encode_images(policy, [Image.new("RGB", image.size, GRAY) for image in images] if blank else images)
+        requests = [
+            Request(image, solver_messages(sampling.solver_prompt, q.question), (seed, i))
+            for image, q, i in zip(encoded, batch, numbers, strict=True)
+        ]
+        longest = sampling.max_solution_tokens
+        best = engine.sample(requests, role, max_tokens=longest, temperature=0)
+        drawn = engine.sample(requests, role, n=SAMPLES, max_tokens=longest, temperature=temperature)
         for question, (single,), group in zip(batch, best, drawn, strict=True):
-            found.append((_score(question, single, group), single.text))
+            found.append((_score(question, single, group, sampling.solution_form, truth), single.text))
         on_progress(min((first + batch_size) * processes.count, len(questions)), len(questions))
     rows, texts = zip(*processes.gather(found, len(questions)), strict=True)
     names = rows[0].keys() if all(row.keys() == rows[0].keys() for row in rows) else rows[0].keys() - TRUTH
@@ -193,19 +200,20 @@ def evaluate(
     return Scores({name: columns.pop(name) for name in MEASURES}, greedy_texts=texts, **columns)
 
 
-def _score(question: LabelledQuestion, single: Completion, group: Sequence[Completion]) -> dict[str, float]:
+def _score(
+    question: LabelledQuestion, single: Completion, group: Sequence[Completion], form: Form, truth: StepTruth | None
+) -> dict[str, float]:
     """One question's row: what the greedy completion and the samples are worth."""
-    truth = answer_key(question.answer, question.question)
-    best, *read = (parse_trajectory(c.text, c.finish_reason) for c in (single, *group))
-    greedy, *keys = (None if t.answer is None else answer_key(t.answer, question.question) for t in (best, *read))
-    vote, right = majority(keys), [key == truth for key in keys]
-    values = (greedy == truth, np.mean(right), vote.answer == truth, any(right))
+    true_key = answer_key(question.answer, question.question)
+    best, *read = (parse_trajectory(c.text, c.finish_reason, form) for c in (single, *group))
+    greedy, *keys = (None if s.answer is None else answer_key(s.answer, question.question) for s in (best, *read))
+    vote, right = majority(keys), [key == true_key for key in keys]
+    values = (greedy == true_key, np.mean(right), vote.answer == true_key, any(right))
     row = {name: float(value) for name, value in zip(MEASURES, values, strict=True)}
-    row |= {"answer_entropy": vote.entropy, "well_formed": float(np.mean([t.well_formed for t in read]))}
+    row |= {"answer_entropy": vote.entropy, "well_formed": float(np.mean([s.well_formed for s in read]))}
     row |= {"tokens": float(np.mean([len(c.token_ids) for c in group]))}
-    if question.picture is not None:
-        picture = world.picture_from_record(question.picture)
-        verdicts = [world.step_truth(picture, step) for t in read if t.well_formed for step in t.reasoning_steps]
+    if question.picture is not None and truth is not None:
+        verdicts = [truth(question.picture, step) for s in read if s.well_formed for step in s.reasoning_steps]
         counts = (sum(v is not None for v in verdicts), sum(v is True for v in verdicts))
         row |= {name: count / len(group) for name, count in zip(TRUTH, counts, strict=True)}
     return row
@@ -250,6 +258,7 @@ def evaluate_target(
     seed: int = 0,
     device: str = "auto",
     blank: bool = False,
+    truth: StepTruth | None = None,
 ) -> Scores:
     """Scores of a finished run, of a checkpoint of any run (`RUN/checkpoints/step-000040`), or of a plain model.
 
@@ -279,16 +288,10 @@ def evaluate_target(
     else:
         flags = {"model": target, "images": ".", **({"preset": preset} if preset else {})}
         config = resolve(flags)
-    policy = Policy.from_config(config.model_copy(update={"device": device}))
+    policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
     if is_run:
         policy.load_adapters(adapters)
+    role: Role | None = "solver" if is_run else None
     return evaluate(
-        policy,
-        questions,
-        "solver" if is_run else None,
-        prompt=config.solver_prompt,
-        max_tokens=config.max_solution_tokens,
-        seed=seed,
-        temperature=temperature,
-        blank=blank,
+        policy, questions, role, config.sampling, seed=seed, temperature=temperature, blank=blank, truth=truth
     )

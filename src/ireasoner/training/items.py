@@ -11,10 +11,10 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -73,6 +73,13 @@ def content_hash(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+class Item(NamedTuple):
+    """What the model looks at: today, one image, RGB, under its name in the pool."""
+
+    name: str
+    image: Image.Image
+
+
 class ImagePool:
     """Every image below `folder`, drawn epoch after epoch, each epoch in its own order given by (seed, epoch).
 
@@ -81,16 +88,13 @@ class ImagePool:
     extension or begin like an image. Names that begin with a dot and `__MACOSX` are left out. Links to folders are
     not followed, but reported.
 
-    `skipped` maps what was passed over to the reason, in order of discovery; `on_skip(name, reason)` is called once
-    for each. Raises ImageError if `folder` is missing, unreadable, not a folder or holds no image; ValueError if
-    `seed` is negative.
+    `skipped` maps what was passed over to the reason, in order of discovery. Raises ImageError if `folder` is missing,
+    unreadable, not a folder or holds no image; ValueError if `seed` is negative.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], seed: int, on_skip: Callable[[str, str], None] | None = None
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str], seed: int) -> None:
         self.skipped: dict[str, str] = {}
-        self._folder, self._seed, self._on_skip = os.fspath(folder), seed, on_skip
+        self._folder, self._seed = os.fspath(folder), seed
         self._paths = self._scan()
         self._names = sorted(self._paths)
         if not self._names:
@@ -113,12 +117,12 @@ class ImagePool:
         """Where the image called `name` lies on disk. Raises KeyError if it is none of the pool's."""
         return self._paths[name]
 
-    def take(self, n: int) -> list[tuple[str, Image.Image]]:
-        """The next `n` decodable images, as (name, RGB image). Starts the next epoch, and so repeats, as needed.
+    def take(self, n: int) -> list[Item]:
+        """The next `n` decodable images. Starts the next epoch, and so repeats, as needed.
 
         An undecodable file is skipped and never tried again. Raises ImageError if none can be decoded.
         """
-        taken: list[tuple[str, Image.Image]] = []
+        taken: list[Item] = []
         while len(taken) < n:
             if self._position == len(self._order):
                 self._require_decodable()
@@ -126,16 +130,16 @@ class ImagePool:
             name = self._order[self._position]
             self._position += 1
             if (image := self._load(name)) is not None:
-                taken.append((name, image))
+                taken.append(Item(name, image))
         return taken
 
-    def peek(self, n: int) -> list[tuple[str, Image.Image]]:
+    def peek(self, n: int) -> list[Item]:
         """The first `n` decodable images of epoch 0, or all if they are fewer; the cursor stays where it is.
 
         Raises ImageError if none can be decoded.
         """
         loaded = ((name, self._load(name)) for name in self._epoch_order(0))
-        images = list(islice(((name, image) for name, image in loaded if image is not None), n))
+        images = list(islice((Item(name, image) for name, image in loaded if image is not None), n))
         self._require_decodable()
         return images
 
@@ -178,13 +182,8 @@ class ImagePool:
         try:
             return load_image(self._paths[name])
         except UnreadableImageError as error:
-            self._skip(name, error.reason)
+            self.skipped[name] = error.reason
             return None
-
-    def _skip(self, name: str, reason: str) -> None:
-        self.skipped[name] = reason
-        if self._on_skip is not None:
-            self._on_skip(name, reason)
 
     def _require_decodable(self) -> None:
         if len(self) == 0:
@@ -210,7 +209,7 @@ class ImagePool:
                 if not prefix:
                     problem = f"Cannot read the image folder {_quoted(self._folder)} ({_reason(error)})"
                     raise ImageError(f"{problem}: check the path and its permissions.") from error
-                self._skip(_printable(prefix), f"the folder cannot be read: {_reason(error)}")
+                self.skipped[_printable(prefix)] = f"the folder cannot be read: {_reason(error)}"
                 continue
             for entry in entries:
                 if entry.name.startswith(".") or entry.name == "__MACOSX":
@@ -219,16 +218,16 @@ class ImagePool:
                 try:
                     mode = entry.stat().st_mode  # of what a link points to
                 except OSError as error:
-                    self._skip(_printable(relative), _reason(error))
+                    self.skipped[_printable(relative)] = _reason(error)
                     continue
                 if stat.S_ISDIR(mode) and not entry.is_symlink():
                     folders.append(relative + "/")
                 elif stat.S_ISDIR(mode):  # following it could lead round in a circle, or out into the whole disk
-                    self._skip(_printable(relative + "/"), "a link to a folder, which is not followed")
+                    self.skipped[_printable(relative + "/")] = "a link to a folder, which is not followed"
                 elif stat.S_ISREG(mode) and (named_image or _begins_like_an_image(entry.path)):
                     paths[_printable(relative)] = entry.path
                 elif named_image:  # a pipe, socket or device, which could block for ever if opened
-                    self._skip(_printable(relative), "not a regular file")
+                    self.skipped[_printable(relative)] = "not a regular file"
         return paths
 
 

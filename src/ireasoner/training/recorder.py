@@ -12,16 +12,17 @@ import json
 import math
 import os
 import re
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import ValidationError
 
-from ireasoner.method.types import Completion, Episode, UsageError
+from ireasoner.method.types import Episode, ProbeAnswer, UsageError
 
 FILES = ("metrics.jsonl", "episodes.jsonl", "probes.jsonl", "skipped.jsonl", "events.jsonl")
 
@@ -48,13 +49,13 @@ class Recorder:
         """Add one line of numbers, by names such as `reward/solver/outcome`."""
         self._append("metrics.jsonl", {"step": step, **{name: float(value) for name, value in values.items()}})
 
-    def episode(self, record: Mapping[str, Any]) -> None:
-        """Add an episode, as `episode_record` makes it; it may have more keys."""
-        self._append("episodes.jsonl", record)
+    def episode(self, episode: Episode) -> None:
+        """Add an episode."""
+        self._append("episodes.jsonl", episode.model_dump(mode="json"))
 
-    def probe(self, record: Mapping[str, Any]) -> None:
-        """Add an answer to a probe question; like every record, it has a `step`."""
-        self._append("probes.jsonl", record)
+    def probe(self, answer: ProbeAnswer) -> None:
+        """Add an answer to a probe question."""
+        self._append("probes.jsonl", answer.model_dump(mode="json"))
 
     def skip(self, step: int, image: str, reason: str) -> None:
         """Add an image that could not be used, unless it is there already."""
@@ -138,26 +139,43 @@ class NoRecorder(Recorder):
         """Nothing."""
 
 
-def episode_record(episode: Episode) -> dict[str, Any]:
-    """All that explains an episode's rewards, for `Recorder.episode`; token ids are left out, for they are many."""
-    names = ("step", "image", "proposer_reward", "majority_answer", "majority_fraction", "answer_entropy")
-    names = (*names, "step_weight", "true_answer")
-    question, proposal, e = episode.question, episode.question_completion, episode
-    group = zip(e.trajectories, e.completions, e.answer_keys, e.rewards, e.step_scores, strict=True)
-    return _plain(
-        {name: getattr(episode, name) for name in names}
-        | {"question": asdict(question) | {"well_formed": question.well_formed}}
-        | {"question_completion": _completion_record(proposal) if proposal else None}
-        | {
-            "trajectories": [
-                {**_completion_record(completion), **asdict(trajectory), "well_formed": trajectory.well_formed}
-                | {"answer_key": key, "in_majority": key is not None and key == episode.majority_answer}
-                | {"reward": reward, "reward_parts": {name: part[i] for name, part in episode.reward_parts.items()}}
-                | {"step_scores": [asdict(score) for score in scores]}
-                for i, (trajectory, completion, key, reward, scores) in enumerate(group)
-            ]
-        }
-    )
+@contextmanager
+def writer_lock(run_dir: Path) -> Iterator[None]:
+    """Hold a run directory, which is created, against other writers; the lock goes with the process, however it ends.
+
+    Raises:
+        RunDirectoryError: another process holds it, or the folder cannot be made.
+    """
+    import fcntl
+
+    with _boundary(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("a")  # never to be emptied: it may be a link to something else
+    with file:
+        for _ in range(10):  # whoever looks at the run holds the lock for a moment
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.05)
+        else:
+            raise RunDirectoryError(f"another process is training in {run_dir}: wait for it or stop it")
+        yield
+
+
+def read_episodes(run_dir: Path) -> Iterator[Episode]:
+    """The episodes of a run, in order.
+
+    Raises:
+        RunDirectoryError: a record that is no episode.
+    """
+    for record in read_records(run_dir / "episodes.jsonl"):
+        try:
+            yield Episode.model_validate(record)
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"]))
+            reason = f"a record of step {record['step']} is no episode ({where}: {error.errors()[0]['msg'].lower()})"
+            raise RunDirectoryError(f"{run_dir / 'episodes.jsonl'}: {reason}") from None
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -189,12 +207,6 @@ def _lines(path: Path, damage: list[str]) -> Iterator[tuple[bytes, dict[str, Any
                 yield line, record
             else:
                 damage.append(f"{path.name}, line {number}, is not a record and was left out")
-
-
-def _completion_record(completion: Completion) -> dict[str, Any]:
-    mean = sum(completion.logprobs) / len(completion.logprobs) if completion.logprobs else None
-    record = {"text": completion.text, "finish_reason": completion.finish_reason}
-    return {**record, "num_tokens": len(completion.token_ids), "mean_sampler_logprob": mean}
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -181,9 +181,11 @@ class Signals:
     def __init__(self, groups: int) -> None:
         self._memory: deque[tuple[str, str, frozenset[str]]] = deque(maxlen=groups)
 
-    def remember(self, image: str, question: str, reasoning_steps: Iterable[str]) -> None:
-        """Add a group: its image, its question and the reasoning steps of all its trajectories."""
-        self._memory.append((image, question, frozenset(map(_normal, reasoning_steps))))
+    def remember(self, episode: Episode) -> None:
+        """Add an episode's group: its image, its question and the reasoning steps of all its trajectories."""
+        if episode.trajectories:
+            said = frozenset(_normal(step) for t in episode.trajectories for step in t.reasoning_steps)
+            self._memory.append((episode.image, episode.question.text, said))
 
     def measure(self, episodes: Sequence[Episode]) -> dict[str, float]:
         """A step's signals; its groups are remembered. What nothing can be said about is left out."""
@@ -192,17 +194,18 @@ class Signals:
         if not groups:
             return {"readable": fmean(formed)}
         for e in groups:
-            self.remember(e.image, e.question.text, [step for t in e.trajectories for step in t.reasoning_steps])
-        completions = [c for e in groups for c in e.completions]
-        tokens = sum(len(c.token_ids) for c in completions)
+            self.remember(e)
+        written = [t for e in groups for t in e.trajectories]
+        tokens = sum(t.num_tokens for t in written)
+        surprise = math.fsum(-(t.mean_sampler_logprob or 0.0) * t.num_tokens for t in written)
         found = {
             "readable": fmean(formed),
             "majority_fraction": fmean(e.majority_fraction for e in groups),
             "answer_entropy": fmean(e.answer_entropy for e in groups),
             # The mean surprise of what was sampled is an unbiased estimate of the entropy that it was sampled with.
-            "token_entropy": -math.fsum(logprob for c in completions for logprob in c.logprobs) / max(1, tokens),
-            "length": tokens / len(completions),
-            "repetition": fmean(repeated_share(c.text) for c in completions),
+            "token_entropy": surprise / max(1, tokens),
+            "length": tokens / len(written),
+            "repetition": fmean(repeated_share(t.text) for t in written),
         }
         if len(self._memory) == self._memory.maxlen:
             found["distinct_questions"] = len({question for _, question, _ in self._memory}) / len(self._memory)

@@ -1,0 +1,80 @@
+"""The end of a run: go back if it ended itself, evaluate, publish the adapters, and sum up."""
+
+from __future__ import annotations
+
+import shutil
+from importlib import metadata
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ireasoner import __version__
+from ireasoner.method.types import ROLES, Role
+from ireasoner.training.evaluation import Scores, compare, evaluate
+from ireasoner.training.recorder import RunDirectoryError, write_json
+from ireasoner.training.state import Run, go_back
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pillow")
+
+
+def finish(run: Run, before: Scores | None) -> dict[str, Any]:
+    """Write `solver/`, `proposer/` and `summary.json`, and return what the summary says.
+
+    Args:
+        before: how the backbone did on the held-out questions, if there are any.
+    """
+    best_step = go_back(run) if run.alarm else run.step
+    after = evaluate_role(run, "after", "solver") if before is not None else None
+    if run.processes.is_main:
+        _publish_adapters(run)
+    summary: dict[str, Any] = {
+        "steps": run.step,
+        "stopped_early": run.alarm is not None,
+        "reason": run.alarm.reason if run.alarm else None,
+        "best_step": best_step,
+        "images": len(run.pool),
+        "skipped_images": len(run.pool.skipped),
+        "before": before.summary() if before else None,
+        "after": after.summary() if after else None,
+        "difference": compare(before, after) if before and after else None,
+        "training_seconds": run.elapsed,
+        "versions": versions(),
+    }
+    run.recorder.sync()
+    run.recorder.write_text("summary.json", write_json(summary))
+    return summary
+
+
+def evaluate_role(run: Run, which: str, role: Role | None) -> Scores:
+    """Held-out accuracy of a role (None: the backbone); `which` names the evaluation to the observer."""
+    return evaluate(
+        run.policy,
+        run.questions,
+        role,
+        run.config.sampling,
+        seed=run.config.seed,
+        truth=run.truth,
+        on_progress=lambda done, total: run.observer.on_evaluation(which, done, total),
+        processes=run.processes,
+        engine=run.engine,
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions of this package and of those that a run's numbers depend on."""
+    return {"ireasoner": __version__, **{name: metadata.version(name) for name in PACKAGES}}
+
+
+def _publish_adapters(run: Run) -> None:
+    """Write both adapters beside the records; a kill leaves either of them whole or absent."""
+    staging = run.out / ".adapters"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        run.policy.save_adapters(staging)
+        for role in ROLES:
+            shutil.rmtree(run.out / role, ignore_errors=True)
+            (staging / role).rename(run.out / role)
+    except (OSError, SafetensorError) as error:
+        raise RunDirectoryError(f"the adapters could not be written to {run.out}: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

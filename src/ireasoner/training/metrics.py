@@ -1,0 +1,39 @@
+"""What a step's episodes say about a run, as numbers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from ireasoner.method.types import Episode
+from ireasoner.training.config import Config
+
+
+def play_metrics(config: Config, episodes: Sequence[Episode]) -> dict[str, float]:
+    """Means over a step's episodes; 0 where there is nothing to average.
+
+    Each part of the reward has a metric `reward/solver/<part>`, paid or not.
+    """
+    groups = [e for e in episodes if e.trajectories]
+    trajectories = [t for e in groups for t in e.trajectories]
+    proposals = [e.proposal for e in episodes if e.proposal is not None]
+    asked = [e.question.text for e in groups]
+    parts = dict.fromkeys(name for t in trajectories for name in t.parts)
+
+    def mean(values: Sequence[float]) -> float:
+        return fmean(values) if values else 0.0
+
+    return {
+        "reward/solver/total": mean([t.reward for t in trajectories]),
+        **{f"reward/solver/{name}": mean([t.parts[name].value for t in trajectories]) for name in parts},
+        "reward/proposer/total": mean([e.proposer_reward for e in episodes]),
+        "answers/majority_fraction": mean([e.majority_fraction for e in groups]),
+        "answers/entropy": mean([e.answer_entropy for e in groups]),
+        "well_formed/solver": mean([t.well_formed for t in trajectories]),
+        "well_formed/proposer": mean([e.question.well_formed for e in episodes]),
+        "length/solver": mean([t.num_tokens for t in trajectories]),
+        "length/proposer": mean([p.num_tokens for p in proposals]),
+        "truncated/solver": mean([t.finish_reason == "length" for t in trajectories]),
+        "questions/distinct": len(set(asked)) / len(asked) if asked else 0.0,
+        "step_weight": episodes[0].step_weight,
+    }

@@ -1,0 +1,87 @@
+"""Questions that the solver answers greedily on the side: the probes, and majority answers with the image blanked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from PIL import Image
+
+from ireasoner.method.answers import answer_key
+from ireasoner.method.texts import parse_question, parse_trajectory, proposer_messages, solver_messages
+from ireasoner.method.types import Completion, Episode, ProbeAnswer, Solution
+from ireasoner.model.inputs import EncodedImage, encode_images
+from ireasoner.rollouts.engine import Request
+from ireasoner.training.evaluation import GRAY
+from ireasoner.training.items import Item, content_hash
+from ireasoner.training.recorder import read_records
+from ireasoner.training.state import Run
+
+BLANK_QUESTIONS = 8  # of a step, at most, are asked again with the image blanked
+
+
+def probe(run: Run) -> None:
+    """Answer the probe questions greedily and record the answers. The untrained proposer asks them, once, at step 0."""
+    schedule, sampling = run.config.schedule, run.config.sampling
+    if schedule.probe_every == 0 or schedule.probe_images == 0:
+        return
+    items = run.pool.peek(schedule.probe_images)
+    encoded = encode_images(run.policy, [item.image for item in items])
+    if run.step == 0:
+        messages = proposer_messages(sampling.proposer_prompt)
+        requests = [Request(image, messages, (run.config.seed, 0, i)) for i, image in enumerate(encoded)]
+        proposals = run.engine.sample(requests, None, max_tokens=sampling.max_question_tokens)
+        questions = [parse_question(c.text, c.finish_reason) for (c,) in proposals]
+        asked = {item.name: q.text for item, q in zip(items, questions, strict=True) if q.well_formed}
+    else:
+        records = read_records(run.out / "probes.jsonl")
+        asked = {record["image"]: record["question"] for record in records if record["step"] == 0}
+    rows = [i for i, item in enumerate(items) if item.name in asked]
+    texts = [asked[items[i].name] for i in rows]
+    answers = solve_greedily(run, [encoded[i] for i in rows], texts)
+    for i, text, (completion, solution) in zip(rows, texts, answers, strict=True):
+        item = items[i]
+        run.recorder.probe(
+            ProbeAnswer(
+                step=run.step,
+                image=item.name,
+                thumbnail=run.recorder.thumbnail(item.image, content_hash(run.pool.path(item.name))),
+                question=text,
+                text=completion.text,
+                answer=solution.answer,
+                reasoning_steps=solution.reasoning_steps,
+            )
+        )
+
+
+def blank_survival(run: Run, episodes: Sequence[Episode], items: Sequence[Item]) -> dict[str, float]:
+    """Share of majority answers that the solver also gives, greedily, to a gray image of the same size.
+
+    Nothing is measured where no group has a majority answer, or the check is not due.
+    """
+    rows = [i for i, e in enumerate(episodes) if e.majority_answer is not None][:BLANK_QUESTIONS]
+    if not rows or not run.due(run.config.watch.blank_every):
+        return {}
+    own = [rows[n] for n in run.processes.share(len(rows))]
+    encoded = encode_images(run.policy, [Image.new("RGB", items[i].image.size, GRAY) for i in own])
+    questions = [episodes[i].question.text for i in own]
+    survived = [
+        solution.answer is not None and answer_key(solution.answer, question) == episodes[i].majority_answer
+        for i, question, (_, solution) in zip(own, questions, solve_greedily(run, encoded, questions), strict=True)
+    ]
+    return {"blank_survival": fmean(run.processes.gather(survived, len(rows)))}
+
+
+def solve_greedily(
+    run: Run, images: Sequence[EncodedImage], questions: Sequence[str]
+) -> list[tuple[Completion, Solution]]:
+    """What the solver says to a question about each image, and how it reads."""
+    if not questions:
+        return []
+    sampling = run.config.sampling
+    requests = [
+        Request(image, solver_messages(sampling.solver_prompt, question))
+        for image, question in zip(images, questions, strict=True)
+    ]
+    groups = run.engine.sample(requests, "solver", max_tokens=sampling.max_solution_tokens, temperature=0)
+    return [(c, parse_trajectory(c.text, c.finish_reason, sampling.solution_form)) for (c,) in groups]

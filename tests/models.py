@@ -1,0 +1,51 @@
+"""Policies, learners and samples from the shipped tiny model, with the options that a test names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from ireasoner.method.recipe import Recipe
+from ireasoner.method.types import Completion, Role
+from ireasoner.model.inputs import Prompts, encode_images
+from ireasoner.model.learner import Learner
+from ireasoner.model.loading import load_policy
+from ireasoner.model.options import BackboneOptions, OptimizerOptions
+from ireasoner.model.parallel import Processes
+from ireasoner.model.policy import Policy
+from ireasoner.rollouts.engine import Engine, Request
+
+
+def load(model: str = "tiny", *, seed: int = 0, **options: Any) -> Policy:
+    """A policy in float32 on the CPU; `options` are those of `BackboneOptions`."""
+    return load_policy(model, BackboneOptions(**{"dtype": "float32", **options}), device="cpu", seed=seed)
+
+
+def learner(policy: Policy, role: Role, processes: Processes | None = None, **options: Any) -> Learner:
+    """A learner; `options` are those of `Recipe` and of `OptimizerOptions`, by name."""
+    of_optimizer = {name: options.pop(name) for name in OptimizerOptions.model_fields if name in options}
+    return Learner(policy, role, Recipe(**options), OptimizerOptions(**of_optimizer), processes)
+
+
+def teach(
+    learner: Learner, prompts: Prompts, groups: Sequence[Sequence[Completion]], rewards: Sequence[Sequence[float]]
+) -> dict[str, float]:
+    """One update on groups and their rewards, as training does it in one process."""
+    advantages = learner.advantages(rewards)
+    return learner.update(prompts, groups, advantages, advantages.numel())
+
+
+def requests(
+    policy: Policy, images: Sequence[Image.Image], messages: Sequence[list[dict[str, Any]]], seeds: Sequence[Any] = ()
+) -> list[Request]:
+    """One request for each image and chat; seeds 0, 1, … unless given."""
+    seeded = seeds or [(i,) for i in range(len(images))]
+    encoded = encode_images(policy, images)
+    return [Request(image, chat, tuple(seed)) for image, chat, seed in zip(encoded, messages, seeded, strict=True)]
+
+
+def sample(engine: Engine, asked: Sequence[Request], role: Role | None, n: int, longest: int) -> list[list[Completion]]:
+    """N completions of each request at temperature 1."""
+    return engine.sample(asked, role, n=n, max_tokens=longest)
