@@ -93,8 +93,7 @@ def score_group(question: str, texts: Sequence[str], recipe: Recipe, context: Co
         RewardError: the context lacks what the recipe needs, or the recipe's own function fails.
     """
     context = context or Context()
-    stopped: FinishReason = "stop"
-    ends = context.finish_reasons or [stopped] * len(texts)
+    ends: Sequence[FinishReason] = context.finish_reasons or tuple("stop" for _ in texts)
     solutions = [parse_trajectory(text, end, context.form) for text, end in zip(texts, ends, strict=True)]
     return score_solutions(question, solutions, recipe, context)
 

@@ -221,7 +221,7 @@ def load_config(path: Path) -> Config:
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
         if isinstance(values, dict) and "images" in values and "format" not in values:
-            raise ConfigError(f"{path.parent} was written by ireasoner 0.1, which this version cannot read: start anew")
+            raise ConfigError(f"{path} was written by ireasoner 0.1, which this version cannot read: start a new run")
         return Config(**values)
     except FileNotFoundError:
         raise ConfigError(f"{path.parent} is not a run directory: it has no {path.name}") from None
