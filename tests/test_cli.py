@@ -75,6 +75,28 @@ def test_every_option_of_every_command_is_explained():
         assert all(action.help for action in parser._actions)
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (["--model_name_or_path", "tiny"], ("model", "tiny")),
+        (["--output_dir", "runs/x"], ("out", Path("runs/x"))),
+        (["--max_steps=7"], ("steps", "7")),
+        (["--num_generations", "4"], ("group_size", "4")),
+        (["--beta", "0.1"], ("kl_coef", "0.1")),
+        (["--save_steps", "5"], ("save_every", "5")),
+        (["--max_solution_tokens", "9"], ("max_solution_tokens", "9")),
+        (["--solver-prompt=a_b {question}"], ("solver_prompt", "a_b {question}")),
+    ],
+)
+def test_options_go_by_the_fields_own_names_too(
+    monkeypatch: pytest.MonkeyPatch, written: list[str], meant: tuple[str, object]
+):
+    heard: list[object] = []
+    monkeypatch.setattr("ireasoner.app.cli._train", lambda arguments: heard.append(getattr(arguments, meant[0])) or 0)
+    assert main(["train", *written]) == 0
+    assert heard == [meant[1]]
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -359,7 +381,7 @@ def episode(question: str = NASTY, answers: tuple[str | None, ...] = (NASTY, NAS
     group = tuple(
         Trajectory(
             text=answer or "", finish_reason="stop", num_tokens=2, mean_sampler_logprob=-0.15, reasoning_steps=("one",),
-            answer=answer, words_before_answer=3, problem=None if answer is not None else "cut off before the end token",
+            answer=answer, words_before_answer=3, problem=None if answer is not None else "cut off",
             answer_key=answer, in_majority=answer == NASTY, reward=1.0, parts={"outcome": Part(value=1.0)},
             step_scores=(),
         )

@@ -16,13 +16,12 @@ import yaml
 from ireasoner.method import rewards
 from ireasoner.method.memory import ClaimMemory, claim_digest
 from ireasoner.method.recipe import REWARDS, Recipe
-from ireasoner.method.scoring import Context, Group, RewardError, RewardFunction, score_group
+from ireasoner.method.scoring import Context, Group, RewardError, RewardFunction, score_group, step_weight
 from ireasoner.method.texts import parse_trajectory
 from ireasoner.method.types import Completion, FinishReason, Part, Solution, StepScore
 from ireasoner.model.inputs import embed_texts
 from ireasoner.model.policy import Policy
 from ireasoner.training.config import Config, names, resolve
-from ireasoner.training.selfplay import step_weight
 from models import load
 
 RECIPES = [name for name in names("recipes") if name != "oracle"]
@@ -81,7 +80,7 @@ def pay(
     completions = [written(text) if isinstance(text, str) else text for text in texts]
     given: dict[str, Any] = {
         "finish_reasons": [c.finish_reason for c in completions],
-        "step_weight": step_weight(config, step),
+        "step_weight": step_weight(config.recipe, step, LAST),
         "embed": lambda texts: embed_texts(policy, texts, config.recipe.max_step_tokens),
         "recent_claims": [],
         "seed": (config.seed, step),
@@ -210,7 +209,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("recipe", names("recipes"))
 def test_weight_of_step_agreement_over_training(recipe: str):
     config = config_of(recipe)
-    assert [step_weight(config, t) for t in range(1, LAST + 1)] == pytest.approx(
+    assert [step_weight(config.recipe, t, LAST) for t in range(1, LAST + 1)] == pytest.approx(
         SCHEDULES.get(recipe, SCHEDULES["paper"])
     )
 

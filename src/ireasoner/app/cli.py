@@ -19,6 +19,17 @@ SIDES = ("ours", "plain", "published")
 STYLES = ("chalk", "varied", "plain")
 
 
+# Options by the names that they have elsewhere in the field.
+ALIASES = {
+    "--model-name-or-path": "--model",
+    "--output-dir": "--out",
+    "--max-steps": "--steps",
+    "--num-generations": "--group-size",
+    "--beta": "--kl-coef",
+    "--save-steps": "--save-every",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage of `train` alone would fill a screen."""
 
@@ -314,6 +325,7 @@ def _absolute(flags: dict[str, Any]) -> dict[str, Any]:
     """Paths from the root, for a run may be resumed from another folder."""
     paths = {name for name in ("images", "labels", "eval_data", "data") if name in flags}
     paths |= {name for name in ("model",) if name in flags and Path(flags[name]).is_dir()}
+    paths |= {name for name in ("reward",) if ".py:" in flags.get(name, "")}
     return {name: str(Path(value).absolute()) if name in paths else value for name, value in flags.items()}
 
 
@@ -561,10 +573,19 @@ def _playground(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _canonical(argument: str) -> str:
+    """An option as the parser knows it: `_` may stand for `-`, and the names of ALIASES do as well."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    name = name.replace("_", "-")
+    return ALIASES.get(name, name) + equals + value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (2: a mistake that the user can put right, in one sentence)."""
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = build_parser().parse_args([_canonical(a) for a in (sys.argv[1:] if argv is None else argv)])
         return arguments.function(arguments)
     except UsageError as error:
         rank = os.environ.get("RANK", "0")  # of several processes of one run

@@ -121,6 +121,17 @@ def score_solutions(question: str, solutions: Sequence[Solution], recipe: Recipe
     return ScoredGroup(group, earned, by_trajectory, step_scores, worth if group.vote.readable >= 2 else 0.0)
 
 
+def step_weight(recipe: Recipe, step: int, total_steps: int) -> float:
+    """λ(t) of a recipe's schedule, as `rewards.mixing_weight`."""
+    return rewards.mixing_weight(
+        step,
+        total_steps,
+        warmup=recipe.step_weight_warmup,
+        initial=recipe.step_weight_initial,
+        final=recipe.step_weight_final,
+    )
+
+
 def _lacking(recipe: Recipe, context: Context) -> str | None:
     """Which field of the context agreement would need and does not have."""
     if context.step_weight is None:

@@ -187,6 +187,8 @@ def _read_part(kind: Literal["recipes", "presets"], name: str, known: Sequence[s
         raise ConfigError(f"{kind[:-1]} {name!r} must be a mapping of options to values")
     if strangers := sorted(map(str, set(values) - set(known))):
         raise ConfigError(f"{kind[:-1]} {name!r} has unknown options: {', '.join(strangers)}")
+    if isinstance(path, Path) and ".py:" in str(values.get("reward")):
+        values["reward"] = str(path.parent.absolute() / values["reward"])  # as it is written, from the recipe's folder
     return values
 
 
