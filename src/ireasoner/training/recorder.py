@@ -12,17 +12,23 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image
 from pydantic import ValidationError
 
 from ireasoner.method.types import Episode, ProbeAnswer, UsageError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 FILES = ("metrics.jsonl", "episodes.jsonl", "probes.jsonl", "skipped.jsonl", "events.jsonl")
 
@@ -141,26 +147,50 @@ class NoRecorder(Recorder):
 
 @contextmanager
 def writer_lock(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory, which is created, against other writers; the lock goes with the process, however it ends.
+    """Hold the lock of a run directory, which is created if it is missing: one process at a time trains there.
+
+    The operating system releases the lock when the process ends, however it ends.
 
     Raises:
-        RunDirectoryError: another process holds it, or the folder cannot be made.
+        RunDirectoryError: another process holds the lock, or the directory cannot be used.
     """
-    import fcntl
-
     with _boundary(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("a")  # never to be emptied: it may be a link to something else
+        file = (run_dir / ".lock").open("ab")  # never truncated: it may be a link to some other file
     with file:
-        for _ in range(10):  # whoever looks at the run holds the lock for a moment
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                time.sleep(0.05)
+        for _ in range(10):  # a process that asks `is_locked` holds the lock for a moment
+            with _boundary(run_dir):
+                if _try_lock(file, exclusive=True):
+                    break
+            time.sleep(0.05)
         else:
             raise RunDirectoryError(f"another process is training in {run_dir}: wait for it or stop it")
         yield
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process is training in a run directory; False where that cannot be found out."""
+    lock = run_dir / ".lock"
+    try:
+        if not lock.is_file():
+            return False
+        with lock.open("rb") as file:
+            return not _try_lock(file, exclusive=False)
+    except OSError:  # unreadable, or on a file system without locks
+        return False
+
+
+def _try_lock(file: IO[bytes], exclusive: bool) -> bool:
+    """Lock a file until it is closed; False if another process holds the lock."""
+    try:
+        if sys.platform == "win32":  # which knows exclusive locks only
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # the first byte, which need not exist
+        else:
+            fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # what POSIX and Windows raise for a lock that is held
+        return False
+    return True
 
 
 def read_episodes(run_dir: Path) -> Iterator[Episode]:
