@@ -406,6 +406,18 @@ def test_truth_is_sought_again_for_another_run_in_the_same_place(tmp_path: Path)
     assert sought == [Path("/pictures"), Path("/others")]
 
 
+def test_a_config_that_cannot_be_read_yet_is_tried_again(tmp_path: Path):
+    recorder = with_metrics(new_run(tmp_path / "run"))
+    run = RecordedRun(recorder.run_dir)
+    recorder.write_text("config.yaml", "steps: [")
+    for _ in range(2):
+        run.refresh()
+        assert (run.gone, run.step, run.config.schedule.steps) == (True, 3, 3)
+    new_run(tmp_path / "run", steps=7)
+    run.refresh()
+    assert (run.gone, run.config.schedule.steps) == (False, 7)
+
+
 def test_curves_are_drawn_anew_whenever_the_run_has_changed(tmp_path: Path):
     recorder = with_metrics(new_run(tmp_path / "run"), 30)
     with viewing(recorder.run_dir) as (_, port):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,44 +24,31 @@ MOST_STEPS = 64  # reasoning steps of a trajectory that are shown
 # --- choosing episodes ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Filter:
-    """Which episodes to show, and in which order: by rank, highest first, then the newest first."""
-
-    label: str
-    keep: Callable[[Entry], bool]
-    rank: Callable[[Entry], float]
-
-
-FILTERS = {
-    "newest": Filter("newest", lambda e: True, lambda e: 0.0),
-    "disagreement": Filter("most disagreement", lambda e: e.trajectories > 0, lambda e: e.answer_entropy),
-    "highest": Filter("highest reward", lambda e: e.reward is not None, lambda e: e.reward or 0.0),
-    "lowest": Filter("lowest reward", lambda e: e.reward is not None, lambda e: -(e.reward or 0.0)),
-    "malformed": Filter("malformed", lambda e: e.malformed > 0, lambda e: e.malformed),
-    "wrong": Filter("majority wrong", lambda e: e.wrong is True, lambda e: 0.0),
+# The label of each filter, and how it ranks an episode: the highest rank comes first, then the newest episode; an
+# episode whose rank is None is left out.
+FILTERS: dict[str, tuple[str, Callable[[Entry], float | None]]] = {
+    "newest": ("newest", lambda e: 0.0),
+    "disagreement": ("most disagreement", lambda e: e.answer_entropy if e.trajectories else None),
+    "highest": ("highest reward", lambda e: e.reward),
+    "lowest": ("lowest reward", lambda e: None if e.reward is None else -e.reward),
+    "malformed": ("malformed", lambda e: e.malformed or None),
+    "wrong": ("majority wrong", lambda e: 0.0 if e.wrong else None),
 }
 
 
 def select(run: RecordedRun, name: str = "newest", text: str = "", steps: Stretch | None = None) -> list[Entry]:
-    """The episodes of a filter that contain a text and lie within a stretch of training, in the filter's order.
-
-    Raises:
-        KeyError: no such filter.
-    """
-    chosen, sought = FILTERS[name], text.casefold().strip()
-    found = [
-        entry
-        for entry in reversed(run.entries)
-        if chosen.keep(entry) and sought in entry.text and (steps is None or steps[0] <= entry.step <= steps[1])
-    ]
-    return sorted(found, key=chosen.rank, reverse=True)  # a stable sort: the newest stay first among equals
+    """The episodes of a filter that contain a text and lie within a stretch of training, in the filter's order."""
+    (_, rank), sought = FILTERS[name], text.casefold().strip()
+    first, last = steps or (0, math.inf)
+    found = [e for e in reversed(run.entries) if sought in e.text and first <= e.step <= last]
+    ranked = [(value, e) for e in found if (value := rank(e)) is not None]
+    return [e for _, e in sorted(ranked, key=lambda pair: pair[0], reverse=True)]  # stable: the newest stay first
 
 
-def filters(run: RecordedRun) -> dict[str, Filter]:
-    """The filters that apply to a run: a wrong majority can be known only where the truth is."""
+def filters(run: RecordedRun) -> dict[str, str]:
+    """The labels of the filters that apply to a run: a wrong majority can be known only where the truth is."""
     known = any(entry.wrong is not None for entry in run.entries)
-    return {name: each for name, each in FILTERS.items() if name != "wrong" or known}
+    return {name: label for name, (label, _) in FILTERS.items() if name != "wrong" or known}
 
 
 # --- inside an episode ------------------------------------------------------------------------------------------------

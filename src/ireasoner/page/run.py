@@ -120,12 +120,13 @@ class RecordedRun:
 
     def _begin(self) -> None:
         """Read the config, on which everything else depends, and forget what was read under another one."""
+        identity = self._config_identity()
         try:
-            self._identity = self._config_identity()
-            self.config = load_config(self.path / "config.yaml")
+            config = load_config(self.path / "config.yaml")
         except ConfigError as error:
             raise UsageError(f"this run cannot be shown: {error}") from None
-        self.truth = self.find_truth(self.config) if self.find_truth else None
+        self.truth = self.find_truth(config) if self.find_truth else None
+        self.config, self._identity = config, identity  # only now: after an error, the next refresh tries again
         self.watch = Watch(self.config.watch.watch_window)
         self.summary: dict[str, Any] = {}
         self._tails = {name: _Tail(self.path / f"{name}.jsonl") for name in TAILS}
