@@ -350,7 +350,7 @@ def _follow(config: Any, out: Path, *, resuming: bool, trusts_reward: bool = Fal
         outcome = go(display.observer())
         if outcome.complete:
             try:
-                write_report(out)
+                write_report(out, find_truth=_find_truth(out))
             except OSError as error:  # the run itself is safe by now
                 raise UsageError(f"the run is complete, but its report could not be written: {error}") from None
     if not outcome.complete:
@@ -464,6 +464,15 @@ def _ablate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _find_truth(run: Path, file: Path | None = None) -> Any:
+    """How the page learns what is true of a run's images: from a file, or from what the playground left in the run."""
+    from ireasoner.playground.truth import read_truth, truth_beside
+
+    if file is None:
+        return lambda config: truth_beside(config.images, within=run)
+    return lambda config: read_truth(file)
+
+
 def _view(arguments: argparse.Namespace) -> int:
     from ireasoner.page.server import serve
 
@@ -474,7 +483,7 @@ def _view(arguments: argparse.Namespace) -> int:
             webbrowser.open(address)
 
     with suppress(KeyboardInterrupt):  # how a viewer ends
-        serve(arguments.run, arguments.truth, arguments.port, ready)
+        serve(arguments.run, arguments.port, ready, _find_truth(arguments.run, arguments.truth))
     return 0
 
 
@@ -482,7 +491,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from ireasoner.page import write_report
 
     try:
-        path = write_report(arguments.run, arguments.out, arguments.truth)
+        path = write_report(arguments.run, arguments.out, _find_truth(arguments.run, arguments.truth))
     except OSError as error:
         raise UsageError(f"the report could not be written: {error}") from None
     print(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
