@@ -272,10 +272,14 @@ def test_no_proper_beginning_of_a_trajectory_is_well_formed() -> None:
     ("text", "steps", "answer", "words"),
     [
         ("Step 1: a\nStep 2: b\n\\boxed{7}", ("a", "b"), "7", 6),
-        ("Step 1: a\nThe answer is $\\boxed{7}$.", ("a",), "7", 7),  # an announcement is no step
-        ("Step 1: a\n**Answer:** **\\boxed{7}**\n", ("a",), "7", 5),
-        ("Step 1: a\n\\[\n\\boxed{7}\n\\]", ("a",), "7", 4),
-        ("Step 1: a\n$$\n  \\boxed{7}\n$$", ("a",), "7", 4),
+        ("Step 1: a\nThe answer is $\\boxed{7}$.", ("a",), "7", 6),  # an announcement is no step
+        ("Step 1: a\n**Answer:** **\\boxed{7}**\n", ("a",), "7", 4),
+        ("Step 1: a\n\\[\n\\boxed{7}\n\\]", ("a",), "7", 3),
+        ("Step 1: a\n$$\n  \\boxed{7}\n$$", ("a",), "7", 3),
+        ("a\nb\n**$\\boxed{7}$**", ("a", "b"), "7", 2),
+        ("Step 1: $x = 7$\n\\boxed{7}", ("$x = 7$",), "7", 5),
+        ("Step 1: it is 7$\n$\\boxed{7}", ("it is 7$",), "7", 6),
+        ("Step 1: so\n$$\nx = 7\n$$\n\\boxed{7}", ("so\n$$\nx = 7\n$$",), "7", 8),
         ("Step 1: a\n\\boxed{\\frac{1}{2}}", ("a",), "\\frac{1}{2}", 3),
         ("Step 1: a\n\\boxed{\\text{x} \\text{y}}}", ("a",), "\\text{x} \\text{y}", 3),
         ("Step 1: a\n\\boxed {\n 7 cm \n}", ("a",), "7 cm", 3),
@@ -287,7 +291,7 @@ def test_no_proper_beginning_of_a_trajectory_is_well_formed() -> None:
         ("Step 1: a\n\\boxed{5} or \\boxed{7}", ("a",), "7", 5),
         ("Step 1: a\n\\boxed{1 + \\boxed{7}}", ("a",), "7", 5),
         ("Step 1: a\n\\boxed{5\n\\boxed{7}", ("a\n\\boxed{5",), "7", 4),
-        ("Red is 7, blue is 3, so it is $\\boxed{4}$", ("Red is 7, blue is 3, so it is",), "4", 10),
+        ("Red is 7, blue is 3, so it is $\\boxed{4}$", ("Red is 7, blue is 3, so it is",), "4", 9),
         ("Step 1: 7 - 3 = \\boxed{4}", ("7 - 3 =",), "4", 6),
         ("Step 1:\n7 - 3 = \\boxed{4}", ("7 - 3 =",), "4", 6),
         ("<think>\nStep 1: a\n</think>\n\\boxed{7}", ("a",), "7", 3),

@@ -1,15 +1,14 @@
 """The prompts of the proposer and the solver, and the parsers of their replies (iReasoner, arXiv 2601.05877).
 
 The parsers never raise an exception: if a reply cannot be read, the `problem` of the result says why. They take time
-linear in the length of the reply, whatever it holds, because a model in training may write anything. For this, every
-repetition in the patterns below is possessive (`*+` never gives characters back), bounded, or starts with a line.
+linear in the length of the reply, whatever it holds, as a model in training may write anything. For this, every
+repetition in the patterns below is possessive (`*+` never gives characters back), bounded, or anchored to a line.
 """
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable
 from importlib import resources
 from itertools import pairwise
 from typing import Any, NamedTuple, get_args
@@ -23,7 +22,6 @@ def _prompt(name: str) -> str:
 
 PROPOSER_PROMPT = _prompt("proposer")
 SOLVER_PROMPTS: dict[Form, str] = {form: _prompt(f"solver-{form}") for form in get_args(Form)}
-
 _CUT_OFF = "cut off before the end token"
 
 
@@ -105,7 +103,8 @@ def parse_trajectory(text: str, finish_reason: FinishReason = "stop", form: Form
       Other text around them is ignored.
     - `boxed`: the answer is inside the last `\boxed{…}`, which must be closed. Braces inside it must balance, except
       escaped ones (`\{`). The steps are on the lines before the one with the box, because that line usually only
-      announces the answer; if there are none, the step is what precedes the box. Text after the box is ignored.
+      announces the answer; if there are none, the step is what precedes the box. The signs of a formula or of emphasis
+      around the box belong to it. Other text after it is ignored.
     - `answer-line`: the answer is on the last line that begins with "Answer:", "Final answer:" or "The answer is:", or
       on the next line with text if nothing follows the colon. The line may be a list item, a heading or emphasised. The
       steps are on the lines before it. No letter or digit may follow the answer, as it may be the rest of the answer.
@@ -126,7 +125,7 @@ def parse_trajectory(text: str, finish_reason: FinishReason = "stop", form: Form
     steps, answer, before, problem = _READERS[form](text)
     if finish_reason != "stop":
         problem = _CUT_OFF
-    elif problem is None and not _any_content(steps):
+    elif problem is None and not any(map(_LETTER_OR_DIGIT.search, steps)):
         problem = "no reasoning step"
     elif problem is None and not any(c.isprintable() and not c.isspace() for c in answer):
         problem = "empty answer"  # a bare sign such as "+" is an answer, invisible characters are none
@@ -138,10 +137,6 @@ class _Reading(NamedTuple):
     answer: str
     before: str  # the text before the answer
     problem: str | None
-
-
-def _any_content(steps: Iterable[str]) -> bool:
-    return any(_LETTER_OR_DIGIT.search(step) for step in steps)
 
 
 def _read_tags(text: str) -> _Reading:
@@ -159,6 +154,7 @@ def _lines_without_tags(text: str) -> str:
 
 _BOX = re.compile(r"\\boxed\s*+\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # the first alternative skips escaped braces, and the second \ of \\
+_AROUND_BOX = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"), ("**", "**"))
 
 
 def _read_boxed(text: str) -> _Reading:
@@ -167,17 +163,20 @@ def _read_boxed(text: str) -> _Reading:
     if not boxes:
         return _Reading(reasoning_steps(text), "", text, "no closed \\boxed{…}")
     before, inside = text[: boxes[-1].start()], text[boxes[-1].end() :]
-    depth, end = 1, None
+    depth, end = 1, len(inside)
     for brace in _BRACE.finditer(inside):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
             end = brace.start()
             break
-    opening = " \n$\\[(*"  # of the formula or emphasis that the box is in
-    steps = reasoning_steps(before[: before.rfind("\n") + 1].rstrip(opening))
-    if not _any_content(steps):
-        steps = reasoning_steps(before.rstrip(opening))
-    return _Reading(steps, inside[:end].strip(), before, "no closed \\boxed{…}" if end is None else None)
+    after = inside[end + 1 :]
+    for opening, closing in _AROUND_BOX:
+        if before.rstrip().endswith(opening) and after.lstrip().startswith(closing):
+            before, after = before.rstrip().removesuffix(opening), after.lstrip().removeprefix(closing)
+    steps = reasoning_steps(before.rpartition("\n")[0])
+    if not any(map(_LETTER_OR_DIGIT.search, steps)):
+        steps = reasoning_steps(before)
+    return _Reading(steps, inside[:end].strip(), before, "no closed \\boxed{…}" if depth else None)
 
 
 # Pieces of the patterns for the start of an answer line and of a reasoning step.
@@ -230,9 +229,9 @@ _NUMBER_MARK = re.compile(
 def _step_marks(thought: str) -> list[re.Match[str]]:
     """The "Step N" that begin a step, without those that only mention one, as in "found in Step 1, the bar".
 
-    A mark begins a step if a delimiter follows it; within a line, it must also have a higher number than the last step
-    and must not belong to its sentence. A mark without a delimiter must start a line, have the next number, and stand
-    alone on its line, in a list item, after other marks, or at the very start.
+    A mark with a delimiter begins a step at the start of a line; within a line, only if its number is higher than the
+    last one and it is no mention. A mark without a delimiter must start a line and have the next number, and the line
+    must hold nothing else, be a list item, be the first one or follow other marks.
     """
     marks: list[re.Match[str]] = []
     last = 0
