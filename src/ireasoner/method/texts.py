@@ -11,7 +11,7 @@ import re
 import string
 from importlib import resources
 from itertools import pairwise
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from ireasoner.method.types import FinishReason, Form, Question, Solution
 
@@ -21,7 +21,12 @@ def _prompt(name: str) -> str:
 
 
 PROPOSER_PROMPT = _prompt("proposer")
-SOLVER_PROMPTS: dict[Form, str] = {form: _prompt(f"solver-{form}") for form in get_args(Form)}
+SOLVER_PROMPT = _prompt("solver-tags")
+SOLVER_PROMPTS: dict[Form, str] = {
+    "tags": SOLVER_PROMPT,
+    "boxed": _prompt("solver-boxed"),
+    "answer-line": _prompt("solver-answer-line"),
+}
 _CUT_OFF = "cut off before the end token"
 
 
