@@ -83,3 +83,6 @@ class Recipe(Options):
         if reward not in REWARDS and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", reward, re.DOTALL):
             raise ValueError(f"choose {', '.join(REWARDS)}, or a function in a file, as my_rewards.py:function")
         return reward
+
+
+PAPER = Recipe()

@@ -1,7 +1,7 @@
 """The pool of unlabeled images: scan a folder, draw in a seeded order, decode safely, report every skip.
 
 Image files come from anywhere and may be damaged or hostile. `_reading` is the one boundary around their bytes:
-whatever goes wrong inside becomes an `UnreadableImageError`, which the pool reports and passes over.
+whatever goes wrong inside it becomes an `UnreadableImageError`, which the pool reports and passes over.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ireasoner.method.types import UsageError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no other parser ever runs: EPS, for one, starts ghostscript
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no other parser ever runs: EPS would start ghostscript
 MAX_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 200  # Qwen's image processor refuses anything longer
 
 _DECODABLE = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
 _NOT_DECODABLE = (".avif", ".heic", ".heif", ".jp2", ".jxl")  # candidates all the same, so that their skip is reported
 EXTENSIONS = _DECODABLE + _NOT_DECODABLE
-
-# What white is in a gray image of more than 8 bits: the first that covers its values; if none does, they are stretched.
+# White in a gray image of more than 8 bits: the first of these that covers its values. If none does, the values are
+# stretched.
 _WHITE = {"I": (255, 65535), "F": (1, 255)}
 
 
@@ -46,12 +46,18 @@ class UnreadableImageError(ImageError):
 
 
 def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image in the file `path`: RGB, upright, on white where it was transparent, without metadata.
+    """The image in a file: RGB, upright, on white where it was transparent, without metadata.
 
-    The content decides the format, not the name: PNG, JPEG, WebP, GIF and TIFF (first frame or page), BMP.
-    Raises UnreadableImageError, and nothing else, if the file is not a whole image of these formats, if its header
-    claims more than `max_pixels` pixels (width x height; Pillow has a limit of its own near 179 million) or if it is
-    over 200 times longer than wide. Not for concurrent threads: it holds Python's warning filters while decoding.
+    The content decides the format, not the name: PNG, JPEG, WebP, GIF and TIFF (first frame or page), BMP. Not for
+    concurrent threads: Python's warning filters are changed while it decodes.
+
+    Args:
+        path: the file.
+        max_pixels: largest width x height that is decoded (Pillow has a limit of its own near 179 million).
+
+    Raises:
+        UnreadableImageError: the file is not a whole image of these formats, has too many pixels, or is over 200 times
+            longer than wide. Nothing else is raised.
     """
     with _reading(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of damage it repairs, and of bombs that we refuse below
@@ -81,15 +87,15 @@ class Item(NamedTuple):
 
 
 class ImagePool:
-    """Every image below `folder`, drawn epoch after epoch, each epoch in its own order given by (seed, epoch).
+    """Every image below a folder, drawn epoch after epoch, each epoch in its own order given by (seed, epoch).
 
-    Images go by their POSIX path relative to `folder`; one that is not plainly printable (not UTF-8, a newline, a
+    An image's name is its POSIX path relative to the folder; one that is not plainly printable (not UTF-8, a newline, a
     backslash) is shown with Python escapes. Candidates are the regular files, or links to one, that have an image
     extension or begin like an image. Names that begin with a dot and `__MACOSX` are left out. Links to folders are
-    not followed, but reported.
+    reported and not followed. `skipped` maps what was passed over to the reason, in order of discovery.
 
-    `skipped` maps what was passed over to the reason, in order of discovery. Raises ImageError if `folder` is missing,
-    unreadable, not a folder or holds no image; ValueError if `seed` is negative.
+    Raises:
+        ImageError: the folder is missing, unreadable, not a folder or holds no image.
     """
 
     def __init__(self, folder: str | os.PathLike[str], seed: int) -> None:
@@ -100,12 +106,12 @@ class ImagePool:
         if not self._names:
             seen = f" (skipped: {self._first_skips()})" if self.skipped else ""
             raise ImageError(f"No image in the folder {_quoted(folder)}{seen}: point to a folder of images.")
-        # No name holds a newline once printable, so that two different listings never join to the same text.
+        # A printable name holds no newline, so two different listings never join to the same text.
         self._fingerprint = hashlib.sha256("\n".join(self._names).encode()).hexdigest()
         self._move_to(epoch=0, position=0)
 
     def __len__(self) -> int:
-        """The number of candidates not known to be undecodable."""
+        """The number of candidates that are not known to be undecodable."""
         return len(self._names) - sum(name in self._paths for name in self.skipped)
 
     @property
@@ -118,7 +124,7 @@ class ImagePool:
         return self._paths[name]
 
     def take(self, n: int) -> list[Item]:
-        """The next `n` decodable images. Starts the next epoch, and so repeats, as needed.
+        """The next `n` decodable images; a new epoch, and so a repetition, begins when all have been drawn.
 
         An undecodable file is skipped and never tried again. Raises ImageError if none can be decoded.
         """
@@ -149,10 +155,10 @@ class ImagePool:
         return cursor | {"fingerprint": self._fingerprint, "images": len(self._names), "skipped": dict(self.skipped)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where `state()` was called; `skipped` becomes what it was then, and is not reported anew.
+        """Continue exactly where `state()` was called; `skipped` becomes what it was then.
 
-        Raises ImageError, and changes nothing, if the seed or the set of image names is another. A file that was
-        replaced under the same name goes unnoticed.
+        A file that was replaced under the same name goes unnoticed. Raises ImageError, and changes nothing, if the seed
+        or the set of image names is another.
         """
         if state["seed"] != self._seed:
             raise ImageError(
@@ -172,7 +178,7 @@ class ImagePool:
         self._epoch, self._position, self._order = epoch, position, self._epoch_order(epoch)
 
     def _epoch_order(self, epoch: int) -> list[str]:
-        # Sorting by raw bits, because numpy promises those forever; `Generator.permutation` may change with a release.
+        # Sorting by raw bits, which numpy promises never to change; `Generator.permutation` may change with a release.
         bits = np.random.Philox(np.random.SeedSequence(self._seed, spawn_key=(epoch,))).random_raw(len(self._names))
         return [self._names[index] for index in np.argsort(bits, kind="stable")]
 
@@ -197,9 +203,9 @@ class ImagePool:
         return f"{first}; and {len(self.skipped) - 3} more" if len(self.skipped) > 3 else first
 
     def _scan(self) -> dict[str, str]:
-        """Name → real path of every candidate. What cannot be looked into is skipped and reported."""
+        """Name to real path of every candidate. What cannot be looked into is skipped and reported."""
         paths: dict[str, str] = {}
-        folders = [""]  # relative, with a closing slash. A list: trees can be deeper than Python's stack
+        folders = [""]  # relative, with a closing slash; a list, because trees can be deeper than Python's stack
         while folders:
             prefix = folders.pop()
             try:
