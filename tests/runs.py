@@ -46,7 +46,7 @@ class HandMade(Recorder):
 
 def new_run(path: Path, **options: Any) -> HandMade:
     """A run directory that holds nothing but its config."""
-    recorder = HandMade(path)
+    recorder = HandMade.open(path)
     flags = {"images": "/pictures", "model": "tiny", "steps": 3, **options}
     recorder.write_text("config.yaml", dump_config(resolve(flags)))
     return recorder

@@ -433,7 +433,7 @@ def test_groups_that_teach_nothing_do_not_update_the_solver(data: Path, tmp_path
     found: list[tuple[dict[str, float], dict[str, torch.Tensor]]] = []
     for index, gates in enumerate(({"gate_low": "0.5", "gate_high": "0.9"}, {})):
         out = tmp_path / str(index)
-        run, _ = open_run(resolve(options | gates), out, Recorder(out), Observer())
+        run, _ = open_run(resolve(options | gates), out, Recorder.open(out), Observer())
         run.step = 1
         play = run.selfplay.play(1, run.pool.take(5))
         solved = [i for i, e in enumerate(play.episodes) if e.trajectories]

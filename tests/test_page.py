@@ -153,7 +153,7 @@ def test_before_and_after_are_shown_with_their_intervals(recorder: HandMade):
     ],
 )
 def test_the_verdict_follows_the_intervals(recorder: HandMade, differences: dict[str, float], tone: str, said: str):
-    found = verdict(RecordedRun(scored(recorder, **differences).run_dir))
+    found = verdict(RecordedRun.open(scored(recorder, **differences).run_dir))
     assert found.tone == tone
     assert said in found.sentence
 
@@ -175,7 +175,7 @@ def signal_run(path: Path, late: dict[str, float], steps: int = 60, **options: A
     for step in range(1, steps + 1):
         values = healthy | (late if step > steps // 2 else {})
         recorder.metrics(step, METRICS | {f"watch/{name}": value for name, value in values.items()})
-    return RecordedRun(path)
+    return RecordedRun.open(path)
 
 
 def test_healthy_signs_are_no_proof(tmp_path: Path):
@@ -212,7 +212,7 @@ def test_the_page_and_the_watch_say_the_same(tmp_path: Path):
     """Of noise around a level that holds, and of agreement that is won and lost, at every tenth step."""
     rng = np.random.default_rng(0)
     recorder = new_run(tmp_path / "run", steps=200)
-    run, watch, told = RecordedRun(recorder.run_dir), Watch(10), set()
+    run, watch, told = RecordedRun.open(recorder.run_dir), Watch(10), set()
     for step in range(1, 201):
         level = 0.6 if step < 80 else 0.9 if step < 140 else 0.55
         values = {"majority_fraction": float(np.clip(rng.normal(level, 0.1), 0, 1)), "readable": 1.0}
@@ -230,14 +230,14 @@ def test_the_page_and_the_watch_say_the_same(tmp_path: Path):
 
 
 def test_too_few_steps_for_a_verdict(tmp_path: Path):
-    assert verdict(RecordedRun(new_run(tmp_path / "a").run_dir)).sentence.startswith("Nothing can be said yet")
+    assert verdict(RecordedRun.open(new_run(tmp_path / "a").run_dir)).sentence.startswith("Nothing can be said yet")
     assert verdict(signal_run(tmp_path / "b", {}, steps=12)).sentence.startswith("Too early to say")
 
 
 def test_a_run_that_ended_itself_says_so_first(recorder: HandMade):
     ended = {"stopped_early": True, "steps": 3, "best_step": 2, "reason": "texts can no longer be read", "before": None}
     recorder.write_text("summary.json", write_json(ended))
-    found = verdict(RecordedRun(with_metrics(recorder).run_dir))
+    found = verdict(RecordedRun.open(with_metrics(recorder).run_dir))
     assert found.tone == "bad"
     assert found.sentence == (
         "It went wrong: texts can no longer be read. The run ended itself after step 3 and went back to step 2."
@@ -251,7 +251,7 @@ def test_every_metric_has_its_panel_with_first_and_last_value(recorder: HandMade
     recorder.metrics(1, METRICS)
     recorder.metrics(2, METRICS | {"answers/entropy": 0.2})
     recorder.episode(episode())
-    run = RecordedRun(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     found = readings(run)
     assert found["steps"] == [1, 2]
     assert all(found["panels"])  # each of them has a curve
@@ -277,7 +277,7 @@ def test_axes_say_how_small_their_numbers_are(recorder: HandMade):
     for step in range(1, 20):
         recorder.metrics(step, METRICS | {"kl/solver": step * 1e-7, "kl/proposer": 0.0})
     number = next(i for i, panel in enumerate(PANELS) if panel.title == "KL to the reference")
-    labels = re.findall(r">([\d.]+e-\d+)</text>", draw_panel(RecordedRun(recorder.run_dir), number))
+    labels = re.findall(r">([\d.]+e-\d+)</text>", draw_panel(RecordedRun.open(recorder.run_dir), number))
     assert labels
     assert all(0 < float(label) < 1e-5 for label in labels)
 
@@ -294,15 +294,15 @@ def test_thinning_keeps_every_spike():
 
 def test_a_run_that_went_back_shows_where_in_its_curves(recorder: HandMade):
     with_metrics(recorder, 30)
-    plain = draw_panel(RecordedRun(recorder.run_dir), 2)
+    plain = draw_panel(RecordedRun.open(recorder.run_dir), 2)
     for best, marks in ((20, 1), (10**30, 0), ("x", 0)):
         recorder.write_text("summary.json", write_json({"stopped_early": True, "best_step": best, "steps": 30}))
-        assert (draw_panel(RecordedRun(recorder.run_dir), 2) != plain) == bool(marks)
+        assert (draw_panel(RecordedRun.open(recorder.run_dir), 2) != plain) == bool(marks)
     write_report(recorder.run_dir)  # its PNG has legends only where there are labels: warnings are errors
 
 
 def test_panels_are_pictures_that_suit_light_and_dark(recorder: HandMade):
-    run = RecordedRun(with_metrics(recorder, 30).run_dir)
+    run = RecordedRun.open(with_metrics(recorder, 30).run_dir)
     for number in range(len(PANELS)):
         svg = draw_panel(run, number)
         assert "currentColor" in svg
@@ -360,7 +360,7 @@ def test_terms_that_do_not_add_up_are_shown_as_such(recorder: HandMade):
     record["trajectories"][1]["parts"]["outcome"]["factors"]["length"] = 0.9
     record["trajectories"][2]["parts"]["outcome"] |= {"value": 0.0, "factors": {"a": 1e9, "b": 1e9, "c": 0.0}}
     with_metrics(recorder).episode(record)
-    run = RecordedRun(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     read = run.episode(run.entries[0])
     assert read is not None
     wrong = [[line.name for line in reward_terms(t) if not line.adds_up] for t in read.trajectories]
@@ -371,7 +371,7 @@ def test_terms_that_do_not_add_up_are_shown_as_such(recorder: HandMade):
 @pytest.mark.parametrize("recipe", [name for name in names("recipes") if name != "oracle"])
 def test_the_rewards_of_every_recipe_add_up(tmp_path: Path, recipe: str):
     played_run(tmp_path / "run", recipe)
-    text = Page(RecordedRun(tmp_path / "run")).render("episodes.html").decode()
+    text = Page(RecordedRun.open(tmp_path / "run")).render("episodes.html").decode()
     assert text.count('data-name="reward"') == 60  # five trajectories in each of twelve episodes
     assert "does not add up" not in text
     paid = resolve({"images": "/", "model": "tiny", "recipe": recipe}).recipe.reward == "agreement"
@@ -415,7 +415,7 @@ def test_an_episode_shows_advantages_rationale_and_prompts(recorder: HandMade):
     assert "Proposer:Ask something." in text
     assert "Solver:Answer: Which one?" in text
     assert [a for tag, a in page.elements if tag == "details" and a.get("class") == "prompts"] == [{"class": "prompts"}]
-    assert [entry.step for entry in select(RecordedRun(recorder.run_dir), text="it is hard")] == [1]
+    assert [entry.step for entry in select(RecordedRun.open(recorder.run_dir), text="it is hard")] == [1]
 
 
 def test_an_unreadable_question_shows_why_and_what_was_written(recorder: HandMade):
@@ -438,7 +438,7 @@ def test_episodes_whose_steps_were_not_compared_show_their_parts(recorder: HandM
 def test_a_run_of_an_older_version_is_refused_in_a_sentence(recorder: HandMade):
     recorder.write_text("config.yaml", "images: /pictures\nmodel: tiny\nsteps: 3\n")
     with pytest.raises(UsageError, match=r"this run cannot be shown: .* was written by ireasoner 0\.1"):
-        RecordedRun(recorder.run_dir)
+        RecordedRun.open(recorder.run_dir)
 
 
 def filled(recorder: HandMade) -> RecordedRun:
@@ -451,7 +451,7 @@ def filled(recorder: HandMade) -> RecordedRun:
         t.update(reward=0.9, problem=None)
     recorder.episode(record)
     recorder.episode(unreadable(step=6))
-    return RecordedRun(recorder.run_dir)
+    return RecordedRun.open(recorder.run_dir)
 
 
 @pytest.mark.parametrize(
@@ -487,8 +487,8 @@ def test_wrong_majorities_are_found_where_the_truth_is_known(tmp_path: Path):
         key = {1: "text:nonsense"}.get(step)
         record = episode("x", step=step, question=question.text, image=name)
         recorder.episode(record | {"majority_answer": key or answer_key(question.answer, question.text)})
-    assert [entry.wrong for entry in RecordedRun(recorder.run_dir).entries] == [None, None, None]
-    run = RecordedRun(recorder.run_dir, lambda config: truth_beside(config.images, recorder.run_dir))
+    assert [entry.wrong for entry in RecordedRun.open(recorder.run_dir).entries] == [None, None, None]
+    run = RecordedRun.open(recorder.run_dir, lambda config: truth_beside(config.images, recorder.run_dir))
     assert [entry.wrong for entry in run.entries] == [True, False, False]
     assert [entry.step for entry in select(run, "wrong")] == [1]
     page = write_report(recorder.run_dir, tmp_path / "page.html", lambda config: truth_beside(config.images))
@@ -499,8 +499,8 @@ def test_truth_outside_the_run_is_read_only_where_it_was_named(tmp_path: Path):
     images = tmp_path / "elsewhere" / "unlabeled"
     dataset.write_unlabeled(images, 2)
     recorder = new_run(tmp_path / "run", images=str(images))
-    beside = RecordedRun(recorder.run_dir, lambda config: truth_beside(config.images, recorder.run_dir))
-    named = RecordedRun(recorder.run_dir, lambda config: read_truth(dataset.truth_path(images)))
+    beside = RecordedRun.open(recorder.run_dir, lambda config: truth_beside(config.images, recorder.run_dir))
+    named = RecordedRun.open(recorder.run_dir, lambda config: read_truth(dataset.truth_path(images)))
     (image, picture), *_ = dataset.load_truth(images).items()
     question = world.questions(picture)[0]
     assert beside.true_answer(image, question.text) is None
@@ -536,7 +536,7 @@ def test_an_address_may_say_anything(values: dict[str, str], expected: Query):
 def test_pages_of_episodes(recorder: HandMade):
     for step in range(1, 31):
         recorder.episode(episode(step=step))
-    page = Page(RecordedRun(recorder.run_dir))
+    page = Page(RecordedRun.open(recorder.run_dir))
     texts = [page.render("episodes.html", Query(page=number)).decode() for number in range(4)]
     assert [flat(re.sub("<[^>]*>", " ", text)).split(" episodes")[0] for text in texts] == [
         "1–12 of 30", "13–24 of 30", "25–30 of 30", "25–30 of 30",
@@ -553,16 +553,16 @@ def test_averaged_agreement_ranks_within_each_group(recorder: HandMade):
     second["trajectories"].reverse()  # the order of sampling means nothing
     for record in (first, second):
         recorder.episode(record)
-    run = RecordedRun(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     assert average_agreement(run.entries) == [[0.5], [0.25]]
     assert average_agreement([]) == []
 
 
 def test_stretches_of_training(recorder: HandMade):
-    assert stretches(RecordedRun(recorder.run_dir)) == []
+    assert stretches(RecordedRun.open(recorder.run_dir)) == []
     for step in range(1, 11):
         recorder.episode(episode(step=step))
-    assert stretches(RecordedRun(recorder.run_dir)) == [(1, 3), (4, 7), (8, 10)]
+    assert stretches(RecordedRun.open(recorder.run_dir)) == [(1, 3), (4, 7), (8, 10)]
 
 
 # --- How did it change? What ran? -------------------------------------------------------------------------------------
@@ -668,4 +668,4 @@ def test_summary_of_somebody_else(recorder: HandMade):
     with_metrics(recorder)
     for summary in ("[]", "{}", '{"difference": {"greedy": 3}}', '{"versions": 7, "difference": []}', "{", "null"):
         recorder.write_text("summary.json", summary)
-        assert b"Is it working?" in Page(RecordedRun(recorder.run_dir)).render("page.html")
+        assert b"Is it working?" in Page(RecordedRun.open(recorder.run_dir)).render("page.html")

@@ -100,14 +100,14 @@ def contents(run: Path) -> dict[str, bytes]:
 
 def test_floats_round_trip_and_keys_keep_their_order(tmp_path: Path) -> None:
     values = {"z": 0.1 + 0.2, "a": 5e-324, "m": -0.0, "k": 1.7976931348623157e308, "f": float(np.float32(0.1))}
-    Recorder(tmp_path).metrics(3, values)
+    Recorder.open(tmp_path).metrics(3, values)
     (record,) = read_records(tmp_path / "metrics.jsonl")
     assert list(record) == ["step", *values]
     assert [record[name].hex() for name in values] == [value.hex() for value in values.values()]
 
 
 def test_what_json_cannot_say_becomes_null_at_any_depth(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     recorder.metrics(1, {"a": math.nan, "b": math.inf, "c": np.float32(-np.inf), "d": 1})
     assert strict_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "a": None, "b": None, "c": None, "d": 1.0}]
     deep = {"mean": math.nan, "deep": ({"x": [math.nan, 2.5]},), "proxy": MappingProxyType({"y": math.inf})}
@@ -119,7 +119,7 @@ def test_what_json_cannot_say_becomes_null_at_any_depth(tmp_path: Path) -> None:
 
 
 def test_hostile_text_stays_one_ascii_line_and_comes_back(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     recorder.episode(episode(1, HOSTILE))
     recorder.skip(1, HOSTILE, HOSTILE)
     recorder.metrics(1, {HOSTILE: 1.0})
@@ -133,7 +133,7 @@ def test_hostile_text_stays_one_ascii_line_and_comes_back(tmp_path: Path) -> Non
 @given(st.lists(st.text(st.characters(codec=None, exclude_categories=[])), max_size=4))
 def test_any_text_comes_back(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     run = tmp_path_factory.mktemp("run")
-    recorder = Recorder(run)
+    recorder = Recorder.open(run)
     for text in texts:
         recorder.event(0, text)
     assert [record["text"] for record in read_records(run / "events.jsonl")] == texts
@@ -141,7 +141,7 @@ def test_any_text_comes_back(tmp_path_factory: pytest.TempPathFactory, texts: li
 
 @pytest.mark.parametrize("step", ["1", 1.0, True, None])
 def test_a_record_without_a_step_is_refused(tmp_path: Path, step: object) -> None:
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     with pytest.raises(ValueError, match="step"):
         recorder.event(step, "text")  # type: ignore[arg-type]
     assert not (tmp_path / "events.jsonl").exists()
@@ -149,12 +149,12 @@ def test_a_record_without_a_step_is_refused(tmp_path: Path, step: object) -> Non
 
 def test_a_metric_cannot_replace_the_step(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="step"):
-        Recorder(tmp_path).metrics(1, {"step": 7})
+        Recorder.open(tmp_path).metrics(1, {"step": 7})
 
 
 def test_an_image_is_reported_once_also_by_a_later_process(tmp_path: Path) -> None:
-    Recorder(tmp_path).skip(1, "a.png", "cut off")
-    recorder = Recorder(tmp_path)
+    Recorder.open(tmp_path).skip(1, "a.png", "cut off")
+    recorder = Recorder.open(tmp_path)
     recorder.skip(2, "a.png", "cut off")
     recorder.skip(2, "b.png", "not an image")
     recorder.skip(3, "b.png", "not an image")
@@ -178,22 +178,22 @@ def test_a_damaged_line_in_the_middle_is_named_and_left_out(tmp_path: Path, dama
     path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n')
     with pytest.warns(UserWarning, match=r"metrics\.jsonl, line 2,"):
         assert [record["step"] for record in read_records(path)] == [1, 2]
-    (sentence,) = Recorder(tmp_path).rewind(9)
+    (sentence,) = Recorder.open(tmp_path).rewind(9)
     assert "metrics.jsonl, line 2," in sentence
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"step": 8, "rew', b'{"step": 8}', b"\x00\x00\x00", b"\xff"])
 def test_a_resumed_run_ends_with_the_files_of_an_uninterrupted_one(tmp_path: Path, torn: bytes) -> None:
-    write_steps(Recorder(tmp_path / "whole"), 1, 10)
-    killed = Recorder(tmp_path / "killed")
+    write_steps(Recorder.open(tmp_path / "whole"), 1, 10)
+    killed = Recorder.open(tmp_path / "killed")
     write_steps(killed, 1, 7)
     killed.sync()
     for name in FILES:
         with (tmp_path / "killed" / name).open("ab") as file:
             file.write(torn)
 
-    resumed = Recorder(tmp_path / "killed")
+    resumed = Recorder.open(tmp_path / "killed")
     resumed.skip(0, "broken-0.png", "cut off")  # a pool scans its folder before the run is rewound
     assert resumed.rewind(4) == []
     assert max(record["step"] for record in read_records(tmp_path / "killed" / "metrics.jsonl")) == 4
@@ -204,13 +204,13 @@ def test_a_resumed_run_ends_with_the_files_of_an_uninterrupted_one(tmp_path: Pat
 
 def test_writing_goes_on_after_a_torn_line_before_any_rewind(tmp_path: Path) -> None:
     (tmp_path / "skipped.jsonl").write_bytes(b'{"step": 0, "image": "a.png", "reason": "empty"}\n{"step": 0, "im')
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     recorder.skip(0, "b.png", "cut off")
     assert [record["image"] for record in read_records(tmp_path / "skipped.jsonl")] == ["a.png", "b.png"]
 
 
 def test_every_way_to_tear_the_last_line(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     for step in (1, 2, 3):
         recorder.metrics(step, {"reward/solver/total": 0.5})
     whole = (tmp_path / "metrics.jsonl").read_bytes()
@@ -218,12 +218,12 @@ def test_every_way_to_tear_the_last_line(tmp_path: Path) -> None:
     for length in range(len(first_two), len(whole)):
         (tmp_path / "metrics.jsonl").write_bytes(whole[:length])
         assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2]
-        assert Recorder(tmp_path).rewind(3) == []
+        assert Recorder.open(tmp_path).rewind(3) == []
         assert (tmp_path / "metrics.jsonl").read_bytes() == first_two
 
 
 def test_rewinding_before_the_first_step_empties_the_files(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     assert recorder.rewind(-1) == []
     write_steps(recorder, 0, 6)
     recorder.rewind(-1)
@@ -233,7 +233,7 @@ def test_rewinding_before_the_first_step_empties_the_files(tmp_path: Path) -> No
 
 
 def test_a_failed_rewind_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     write_steps(recorder, 1, 6)
     before = contents(tmp_path)
 
@@ -254,18 +254,18 @@ def test_a_failed_rewind_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match=r"file.*: Not a directory"):
-        Recorder(tmp_path / "file" / "run")
+        Recorder.open(tmp_path / "file" / "run")
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl: Is a directory"):
         recorder.metrics(1, {})
 
 
 def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     recorder.event(1, "x" * 100)
     before = (tmp_path / "events.jsonl").read_bytes()
     with file_size_limit(200), pytest.raises(RunDirectoryError, match=r"events\.jsonl"):
@@ -282,7 +282,7 @@ def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path) -> None:
 
 
 def test_a_small_image_is_kept_without_loss_and_written_once(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 256, 3), dtype=np.uint8))
     name = recorder.thumbnail(image, "0123456789abcdef")
     assert name == "images/0123456789abcdef.png"
@@ -299,7 +299,7 @@ def test_a_large_image_is_reduced_and_the_original_untouched(
     tmp_path: Path, size: tuple[int, int], small: tuple[int, int]
 ) -> None:
     image = Image.new("RGB", size, "red")
-    with Image.open(tmp_path / Recorder(tmp_path).thumbnail(image, "a" * 64)) as saved:
+    with Image.open(tmp_path / Recorder.open(tmp_path).thumbnail(image, "a" * 64)) as saved:
         assert saved.size == small
     assert image.size == size
 
@@ -310,7 +310,7 @@ def test_a_large_image_is_reduced_and_the_original_untouched(
 def test_every_image_mode_can_be_saved(tmp_path: Path, mode: str) -> None:
     image = Image.new(mode, (300, 20))
     image.info |= {"icc_profile": b"x" * 999, "exif": b"y" * 999} | ({"transparency": b"\0\1"} if mode == "P" else {})
-    with Image.open(tmp_path / Recorder(tmp_path).thumbnail(image, "b" * 8)) as saved:
+    with Image.open(tmp_path / Recorder.open(tmp_path).thumbnail(image, "b" * 8)) as saved:
         assert saved.size == (256, 17)
         assert saved.mode in ("RGB", "RGBA")
         assert not {"icc_profile", "exif"} & saved.info.keys()
@@ -322,7 +322,7 @@ def test_every_image_mode_can_be_saved(tmp_path: Path, mode: str) -> None:
 )
 def test_a_key_that_is_no_content_hash_is_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(ValueError, match="content key"):
-        Recorder(tmp_path).thumbnail(Image.new("RGB", (2, 2)), key)
+        Recorder.open(tmp_path).thumbnail(Image.new("RGB", (2, 2)), key)
     assert not any((tmp_path / "images").iterdir())
 
 
@@ -330,7 +330,10 @@ def test_a_key_that_is_no_content_hash_is_refused(tmp_path: Path, key: str) -> N
 
 
 def test_an_episode_explains_every_reward_and_reads_back_as_it_was(tmp_path: Path) -> None:
-    recorder, found = Recorder(tmp_path), [episode(1, HOSTILE), episode(2), episode(3, trajectories=(), proposal=None)]
+    recorder, found = (
+        Recorder.open(tmp_path),
+        [episode(1, HOSTILE), episode(2), episode(3, trajectories=(), proposal=None)],
+    )
     for each in found:
         recorder.episode(each)
     assert list(read_episodes(tmp_path)) == found

@@ -185,7 +185,7 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_run_is_read_as_it_grows(tmp_path: Path):
     recorder = with_metrics(new_run(tmp_path / "run"), 1)
-    run = RecordedRun(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     versions = {run.version}
     recorder.episode(episode(question="The first."))
     with (recorder.run_dir / "episodes.jsonl").open("ab") as file:
@@ -207,7 +207,7 @@ def test_a_run_that_went_back_is_read_anew(tmp_path: Path):
     recorder = with_metrics(new_run(tmp_path / "run"), 4)
     for step in (1, 2, 3, 4):
         recorder.episode(episode(question=f"Of step {step}.", step=step))
-    run = RecordedRun(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     recorder.rewind(2)
     recorder.episode(episode(question="Another.", step=3))
     run.refresh()
@@ -228,7 +228,7 @@ def test_lines_that_are_no_records_are_left_out_and_counted(tmp_path: Path):
         with (recorder.run_dir / f"{name}.jsonl").open("ab") as file:
             file.writelines(line + b"\n" for line in wrong)
     recorder.episode(episode(question="A whole one."))
-    run = RecordedRun(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     assert [entry.question for entry in run.entries] == ["A whole one."]
     assert run.damaged > 3 * len(wrong)
     assert "A whole one." in write_report(recorder.run_dir, tmp_path / "page.html").read_text("utf-8")
@@ -273,7 +273,7 @@ def test_a_record_of_any_kind_breaks_nothing(played: Path, tmp_path: Path, seed:
                 target[last] = rng.choice(STRANGE)
             lines[number] = json.dumps(record)
             file.write_text("\n".join(lines) + "\n")
-        read = RecordedRun(run)
+        read = RecordedRun.open(run)
         for query in (Query(), Query("disagreement", "x", (0, 2)), Query("wrong", page=3)):
             assert b"What ran?" in Rendered(read).render("page.html", query)
         draw_panel(read, rng.randrange(len(PANELS)))
@@ -287,14 +287,14 @@ def test_a_config_of_any_kind_is_refused_in_one_sentence(tmp_path: Path, kind: s
     text = {"bomb": f"{bomb}steps: *l\n", "deep": "[" * 50_000, "number": f"steps: {'9' * 5000}", "list": "- 1\n"}
     (tmp_path / "config.yaml").write_bytes(text.get(kind, "\x00\xff").encode("latin-1"))
     with pytest.raises(UsageError) as refused:
-        RecordedRun(tmp_path)
+        RecordedRun.open(tmp_path)
     assert len(str(refused.value)) < 6000
     assert "\n" not in str(refused.value)
 
 
 def test_the_lock_tells_a_running_run_from_a_stopped_one(tmp_path: Path):
     recorder = with_metrics(new_run(tmp_path / "run"))
-    run = RecordedRun(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     assert run.state == "stopped"
     with (recorder.run_dir / ".lock").open("w") as lock:
         assert run.state == "stopped"  # a lock that nobody holds
@@ -340,7 +340,7 @@ from ireasoner.page.overview import overview
 from ireasoner.page.page import Page
 from ireasoner.page.run import RecordedRun
 path = Path({str(run)!r})
-run = RecordedRun(path)
+run = RecordedRun.open(path)
 states = [run.state]
 with recorder.writer_lock(path):
     states += [run.state, overview(path.parent)[1][1]]
@@ -370,7 +370,7 @@ def test_the_lock_goes_with_its_process_and_leaves_other_files_alone(tmp_path: P
 def test_what_was_read_stays_while_a_run_is_deleted_file_by_file(tmp_path: Path):
     recorder = with_metrics(new_run(tmp_path / "run"))
     recorder.episode(episode())
-    run = RecordedRun(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     for name in ("episodes.jsonl", "metrics.jsonl", "config.yaml"):
         (recorder.run_dir / name).unlink()
         run.refresh()
@@ -380,7 +380,7 @@ def test_what_was_read_stays_while_a_run_is_deleted_file_by_file(tmp_path: Path)
 def test_another_run_in_the_same_place_is_shown_with_its_own_config(tmp_path: Path):
     recorder = with_metrics(new_run(tmp_path / "run"), 3)
     recorder.episode(episode())
-    run = RecordedRun(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     version = run.version
     shutil.rmtree(recorder.run_dir)
     run.refresh()
@@ -398,7 +398,7 @@ def test_truth_is_sought_again_for_another_run_in_the_same_place(tmp_path: Path)
     def find_truth(config: Config) -> None:
         sought.append(config.images)
 
-    run = RecordedRun(new_run(tmp_path / "run").run_dir, find_truth)
+    run = RecordedRun.open(new_run(tmp_path / "run").run_dir, find_truth)
     run.refresh()
     shutil.rmtree(run.path)
     new_run(tmp_path / "run", images="/others")
@@ -408,7 +408,7 @@ def test_truth_is_sought_again_for_another_run_in_the_same_place(tmp_path: Path)
 
 def test_a_config_that_cannot_be_read_yet_is_tried_again(tmp_path: Path):
     recorder = with_metrics(new_run(tmp_path / "run"))
-    run = RecordedRun(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     recorder.write_text("config.yaml", "steps: [")
     for _ in range(2):
         run.refresh()
@@ -445,7 +445,7 @@ def test_links_out_of_a_run_lead_nowhere(tmp_path: Path):
     recorder = with_metrics(new_run(tmp_path / "run"))
     (recorder.run_dir / "checkpoints").symlink_to(outside)
     (recorder.run_dir / "images" / "00000000.png").write_bytes(b"\x89PNG" + bytes(LARGEST_PICTURE))
-    run = RecordedRun(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     assert b"step-000001" not in Rendered(run).render("ran.html")
     assert run.thumbnail("images/00000000.png") is None
 
@@ -457,7 +457,7 @@ def test_whatever_a_config_calls_its_images_it_opens(tmp_path: Path, images: str
     recorder = with_metrics(new_run(tmp_path / "run"))
     config = (recorder.run_dir / "config.yaml").read_text()
     recorder.write_text("config.yaml", config.replace("images: /pictures", f"images: {images}"))
-    run = RecordedRun(recorder.run_dir, lambda config: truth_beside(config.images, recorder.run_dir))
+    run = RecordedRun.open(recorder.run_dir, lambda config: truth_beside(config.images, recorder.run_dir))
     assert run.true_answer("a.png", "How many?") is None
 
 
@@ -467,7 +467,7 @@ def test_malformed_text_is_found_too(tmp_path: Path):
     record["trajectories"][2]["text"] = "A Zebra that never closes"
     recorder.episode(record)
     recorder.episode(unreadable(text="a giraffe, unasked"))
-    run = RecordedRun(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     assert [len(select(run, text=text)) for text in ("zebra", "giraffe", "unicorn")] == [1, 1, 0]
 
 
@@ -518,7 +518,7 @@ from ireasoner.page.page import Page, write_report
 from ireasoner.page.server import Viewer
 from ireasoner.page.overview import overview
 from ireasoner.page.run import RecordedRun
-run = RecordedRun(Path({str(played)!r}))
+run = RecordedRun.open(Path({str(played)!r}))
 Page(run).render("page.html")
 Viewer(run).app()
 overview(Path({str(played)!r}))
@@ -682,7 +682,7 @@ def test_curves_are_read_out_at_a_step(played: Path, viewed: tuple[str, int], br
         assert " → " in panel.locator("output").inner_text()
         page.get_by_label("Read the curves at step").focus()
         page.keyboard.press("Home")  # a range is moved by keys
-        metrics = RecordedRun(played).metrics[0]
+        metrics = RecordedRun.open(played).metrics[0]
         assert float(panel.locator("output").inner_text()) == pytest.approx(metrics["answers/entropy"], rel=0.01)
         assert page.locator("#at-value").inner_text() == "1"
         page.get_by_role("link", name="Episodes of this step").click()

@@ -160,7 +160,7 @@ def write_report(path: Path, target: Path | None = None, find_truth: FindTruth |
         UsageError: this is no run directory, or its config or its truth cannot be read.
         OSError: the file cannot be written.
     """
-    run = RecordedRun(path, find_truth)
+    run = RecordedRun.open(path, find_truth)
     if target is None:
         curves.draw_curves(run, path / "curves.png")
     target = target or path / "report.html"

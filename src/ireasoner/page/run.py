@@ -106,17 +106,24 @@ class RecordedRun:
     Args:
         path: the run directory, which is only read.
         find_truth: finds what is true of the images of a run; called again when another run takes the same place.
-
-    Raises:
-        UsageError: this is no run directory, or its config or its truth cannot be read.
     """
 
-    def __init__(self, path: Path, find_truth: FindTruth | None = None) -> None:
+    def __init__(self, path: Path, find_truth: FindTruth | None) -> None:
+        self.path, self.find_truth, self.gone = path, find_truth, False
+
+    @classmethod
+    def open(cls, path: Path, find_truth: FindTruth | None = None) -> RecordedRun:
+        """Read a run directory.
+
+        Raises:
+            UsageError: this is no run directory, or its config or its truth cannot be read.
+        """
         if not (path / "config.yaml").is_file():
             raise UsageError(f"{path} is not a run directory: it has no config.yaml")
-        self.path, self.find_truth, self.gone = path, find_truth, False
-        self._begin()
-        self.refresh()
+        run = cls(path, find_truth)
+        run._begin()
+        run.refresh()
+        return run
 
     def _begin(self) -> None:
         """Read the config, on which everything else depends, and forget what was read under another one."""

@@ -129,7 +129,7 @@ def serve(path: Path, port: int, on_ready: Callable[[str], None], find_truth: Fi
     Raises:
         UsageError: this is no run directory, its config or its truth cannot be read, or the port cannot be used.
     """
-    viewer = Viewer(RecordedRun(path, find_truth))
+    viewer = Viewer(RecordedRun.open(path, find_truth))
     try:
         listener = socket.create_server(("127.0.0.1", port), backlog=64)  # from now on a browser waits for the server
     except OSError as error:

@@ -94,21 +94,32 @@ class ImagePool:
     extension or begin like an image. Names that begin with a dot and `__MACOSX` are left out. Links to folders are
     reported and not followed. `skipped` maps what was passed over to the reason, in order of discovery.
 
-    Raises:
-        ImageError: the folder is missing, unreadable, not a folder or holds no image.
+    Args:
+        folder: where the images lie.
+        seed: of the order.
+        paths: where each candidate lies, by its name.
+        skipped: what was passed over so far.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], seed: int) -> None:
-        self.skipped: dict[str, str] = {}
-        self._folder, self._seed = os.fspath(folder), seed
-        self._paths = self._scan()
-        self._names = sorted(self._paths)
-        if not self._names:
-            seen = f" (skipped: {self._first_skips()})" if self.skipped else ""
-            raise ImageError(f"No image in the folder {_quoted(folder)}{seen}: point to a folder of images.")
+    def __init__(self, folder: str, seed: int, paths: Mapping[str, str], skipped: dict[str, str]) -> None:
+        self._folder, self._seed, self._paths, self.skipped = folder, seed, paths, skipped
+        self._names = sorted(paths)
         # A printable name holds no newline, so two different listings never join to the same text.
         self._fingerprint = hashlib.sha256("\n".join(self._names).encode()).hexdigest()
         self._move_to(epoch=0, position=0)
+
+    @classmethod
+    def scan(cls, folder: str | os.PathLike[str], seed: int) -> ImagePool:
+        """Look through a folder.
+
+        Raises:
+            ImageError: the folder is missing, unreadable, not a folder or holds no image.
+        """
+        paths, skipped = _scan(os.fspath(folder))
+        if not paths:
+            seen = f" (skipped: {_first_skips(skipped)})" if skipped else ""
+            raise ImageError(f"No image in the folder {_quoted(folder)}{seen}: point to a folder of images.")
+        return cls(os.fspath(folder), seed, paths, skipped)
 
     def __len__(self) -> int:
         """The number of candidates that are not known to be undecodable."""
@@ -195,46 +206,49 @@ class ImagePool:
         if len(self) == 0:
             raise ImageError(
                 f"None of the {len(self._names)} images in {_quoted(self._folder)} can be decoded "
-                f"({self._first_skips()}): point to a folder of readable images."
+                f"({_first_skips(self.skipped)}): point to a folder of readable images."
             )
 
-    def _first_skips(self) -> str:
-        first = "; ".join(f"{name}: {reason}" for name, reason in islice(self.skipped.items(), 3))
-        return f"{first}; and {len(self.skipped) - 3} more" if len(self.skipped) > 3 else first
 
-    def _scan(self) -> dict[str, str]:
-        """Name to real path of every candidate. What cannot be looked into is skipped and reported."""
-        paths: dict[str, str] = {}
-        folders = [""]  # relative, with a closing slash; a list, because trees can be deeper than Python's stack
-        while folders:
-            prefix = folders.pop()
-            try:
-                with os.scandir(os.path.join(self._folder, prefix)) as found:
-                    entries = sorted(found, key=lambda entry: entry.name)
-            except (OSError, ValueError) as error:
-                if not prefix:
-                    problem = f"Cannot read the image folder {_quoted(self._folder)} ({_reason(error)})"
-                    raise ImageError(f"{problem}: check the path and its permissions.") from error
-                self.skipped[_printable(prefix)] = f"the folder cannot be read: {_reason(error)}"
+def _first_skips(skipped: Mapping[str, str]) -> str:
+    first = "; ".join(f"{name}: {reason}" for name, reason in islice(skipped.items(), 3))
+    return f"{first}; and {len(skipped) - 3} more" if len(skipped) > 3 else first
+
+
+def _scan(folder: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Name to real path of every candidate; and what cannot be looked into, with the reason."""
+    paths: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    folders = [""]  # relative, with a closing slash; a list, because trees can be deeper than Python's stack
+    while folders:
+        prefix = folders.pop()
+        try:
+            with os.scandir(os.path.join(folder, prefix)) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except (OSError, ValueError) as error:
+            if not prefix:
+                problem = f"Cannot read the image folder {_quoted(folder)} ({_reason(error)})"
+                raise ImageError(f"{problem}: check the path and its permissions.") from error
+            skipped[_printable(prefix)] = f"the folder cannot be read: {_reason(error)}"
+            continue
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
-                    continue
-                relative, named_image = prefix + entry.name, entry.name.lower().endswith(EXTENSIONS)
-                try:
-                    mode = entry.stat().st_mode  # of what a link points to
-                except OSError as error:
-                    self.skipped[_printable(relative)] = _reason(error)
-                    continue
-                if stat.S_ISDIR(mode) and not entry.is_symlink():
-                    folders.append(relative + "/")
-                elif stat.S_ISDIR(mode):  # following it could lead round in a circle, or out into the whole disk
-                    self.skipped[_printable(relative + "/")] = "a link to a folder, which is not followed"
-                elif stat.S_ISREG(mode) and (named_image or _begins_like_an_image(entry.path)):
-                    paths[_printable(relative)] = entry.path
-                elif named_image:  # a pipe, socket or device, which could block for ever if opened
-                    self.skipped[_printable(relative)] = "not a regular file"
-        return paths
+            relative, named_image = prefix + entry.name, entry.name.lower().endswith(EXTENSIONS)
+            try:
+                mode = entry.stat().st_mode  # of what a link points to
+            except OSError as error:
+                skipped[_printable(relative)] = _reason(error)
+                continue
+            if stat.S_ISDIR(mode) and not entry.is_symlink():
+                folders.append(relative + "/")
+            elif stat.S_ISDIR(mode):  # following it could lead round in a circle, or out into the whole disk
+                skipped[_printable(relative + "/")] = "a link to a folder, which is not followed"
+            elif stat.S_ISREG(mode) and (named_image or _begins_like_an_image(entry.path)):
+                paths[_printable(relative)] = entry.path
+            elif named_image:  # a pipe, socket or device, which could block for ever if opened
+                skipped[_printable(relative)] = "not a regular file"
+    return paths, skipped
 
 
 @contextmanager

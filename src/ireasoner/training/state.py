@@ -109,7 +109,7 @@ def open_run(
         recorder.event(step, text)
         observer.on_message(text)
     processes.wait()  # what the others read below must be as the writing process has left it
-    pool = ImagePool(config.images, config.seed)
+    pool = ImagePool.scan(config.images, config.seed)
     device = str(processes.device) if processes.count > 1 else config.device
     policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
     observer.on_message(policy.describe() + ".")
