@@ -26,7 +26,7 @@ HOSTILE = (
 )
 METRICS = {
     "reward/solver/total": 0.5, "reward/solver/outcome": 0.6, "reward/solver/step_agreement": 0.4,
-    "reward/proposer/total": 0.3, "answers/majority_fraction": 0.7, "answers/entropy": 0.8, "kl/solver": 0.01,
+    "reward/proposer/total": 0.3, "answers/majority_fraction": 0.7, "answers/answer_entropy": 0.8, "kl/solver": 0.01,
     "kl/proposer": 0.0, "kl_coef/solver": 0.001, "kl_coef/proposer": 0.001, "length/solver": 30.0,
     "length/proposer": 12.0, "well_formed/solver": 1.0, "well_formed/proposer": 1.0, "questions/distinct": 0.9,
     "token_entropy/solver": 0.2, "watch/blank_survival": 0.3, "watch/distinct_questions": 0.9,

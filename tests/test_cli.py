@@ -420,7 +420,7 @@ def test_a_vote_is_told_in_one_printable_line():
     assert "empty question" in unreadable
 
 
-METRICS = {"reward/solver/total": 0.5, "answers/entropy": 0.25, "kl/solver": 0.001, "length/solver": 12.0}
+METRICS = {"reward/solver/total": 0.5, "answers/answer_entropy": 0.25, "kl/solver": 0.001, "length/solver": 12.0}
 
 
 def show(config: Config, episodes: list[Episode]) -> None:

@@ -249,7 +249,7 @@ def test_a_run_that_ended_itself_says_so_first(recorder: HandMade):
 
 def test_every_metric_has_its_panel_with_first_and_last_value(recorder: HandMade):
     recorder.metrics(1, METRICS)
-    recorder.metrics(2, METRICS | {"answers/entropy": 0.2})
+    recorder.metrics(2, METRICS | {"answers/answer_entropy": 0.2})
     recorder.episode(episode())
     run = RecordedRun.open(recorder.run_dir)
     found = readings(run)

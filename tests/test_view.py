@@ -683,7 +683,7 @@ def test_curves_are_read_out_at_a_step(played: Path, viewed: tuple[str, int], br
         page.get_by_label("Read the curves at step").focus()
         page.keyboard.press("Home")  # a range is moved by keys
         metrics = RecordedRun.open(played).metrics[0]
-        assert float(panel.locator("output").inner_text()) == pytest.approx(metrics["answers/entropy"], rel=0.01)
+        assert float(panel.locator("output").inner_text()) == pytest.approx(metrics["answers/answer_entropy"], rel=0.01)
         assert page.locator("#at-value").inner_text() == "1"
         page.get_by_role("link", name="Episodes of this step").click()
         until(page, "document.querySelectorAll('article').length === 4")
@@ -754,7 +754,7 @@ def test_the_page_follows_a_run(tmp_path: Path, browser: Browser):
         page.locator(".panel").nth(3).hover(position={"x": 20, "y": 5})  # where one looks
         page.clock.run_for(3100)
         page.wait_for_timeout(500)  # it has looked once
-        recorder.metrics(3, METRICS | {"answers/entropy": 0.123})
+        recorder.metrics(3, METRICS | {"answers/answer_entropy": 0.123})
         recorder.episode(episode(question="The second.", step=3))
         until(page, "!document.querySelector('#fresh').hidden", tick=1000)
         page.get_by_role("link", name="New episodes: show").click()
@@ -777,7 +777,7 @@ def test_a_long_run_opens_at_once_and_in_pages(tmp_path: Path, browser: Browser)
     Image.new("RGB", (64, 64), "red").save(recorder.run_dir / "images" / "00000000.png")
     lines = [json.dumps(episode(f"text {step}", step=step, thumbnail="images/00000000.png")) for step in range(1, 2501)]
     (recorder.run_dir / "episodes.jsonl").write_text("\n".join(lines) + "\n")
-    rows = [json.dumps(METRICS | {"step": step, "answers/entropy": 1 / step}) for step in range(1, 2501)]
+    rows = [json.dumps(METRICS | {"step": step, "answers/answer_entropy": 1 / step}) for step in range(1, 2501)]
     (recorder.run_dir / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     with viewing(recorder.run_dir) as (address, port), tab(browser) as page:
         page.goto(address)

@@ -31,7 +31,7 @@ SHOWN = {
     "reward/solver/step_agreement": "step agreement",
     "reward/proposer/total": "proposer",
     "answers/majority_fraction": "majority",
-    "answers/entropy": "answer entropy",
+    "answers/answer_entropy": "answer entropy",
     "kl/solver": "KL",
     "well_formed/solver": "well-formed",
 }

@@ -44,7 +44,7 @@ PANELS = (
     Panel("Solver's reward", "mean, and unweighted parts", {"total": f"{REWARD}total"}),
     Panel("Proposer's reward", "best at middle difficulty", {"proposer": "reward/proposer/total"}),
     Panel("Majority fraction", "of a group's answers", {"": "answers/majority_fraction"}),
-    Panel("Answer entropy", "nats; 0: unanimous", {"": "answers/entropy"}),
+    Panel("Answer entropy", "nats; 0: unanimous", {"": "answers/answer_entropy"}),
     Panel("KL to the reference", "nats a token", _roles("kl")),
     Panel("KL coefficient β", "weight of that KL", _roles("kl_coef")),
     Panel("Completion length", "tokens", _roles("length")),
