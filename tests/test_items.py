@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from ireasoner.training import items
 from ireasoner.training.items import ImageError, ImagePool, UnreadableImageError, content_hash, load_image
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -325,11 +326,14 @@ def test_bombs_are_refused_by_their_header(tmp_path, kind):  # they hold no pixe
     assert limits == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
 
 
-def test_limits_of_size_and_shape(tmp_path):
+def test_limits_of_size_and_shape(tmp_path, monkeypatch):
     path = save(tmp_path / "a", encoded(corners(20, 10), "PNG"))
-    assert load_image(path, max_pixels=200).size == (20, 10)
-    with pytest.raises(UnreadableImageError, match="20 x 10 is over the limit of 199 pixels"):
-        load_image(path, max_pixels=199)
+    with monkeypatch.context() as patch:
+        patch.setattr(items, "MAX_PIXELS", 200)
+        assert load_image(path).size == (20, 10)
+        patch.setattr(items, "MAX_PIXELS", 199)
+        with pytest.raises(UnreadableImageError, match="20 x 10 is over the limit of 199 pixels"):
+            load_image(path)
     assert load_image(save(tmp_path / "a", encoded(Image.new("RGB", (200, 1)), "PNG"))).size == (200, 1)
     assert "longer than 200 to 1" in reason_of(save(tmp_path / "a", encoded(Image.new("RGB", (201, 1)), "PNG")))
     assert "longer than 200 to 1" in reason_of(save(tmp_path / "a", encoded(Image.new("RGB", (2, 401)), "PNG")))
@@ -382,7 +386,7 @@ def test_finds_images_beside_and_below_subfolders(tmp_path):  # fault 14
     assert len(pool) == len(wanted)
     assert set(names(pool.take(len(wanted)))) == wanted
     assert pool.skipped == {}
-    assert pool.path("sub/noext") == str(tmp_path / "sub" / "noext")
+    assert pool.paths["sub/noext"] == str(tmp_path / "sub" / "noext")
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -503,10 +507,10 @@ def test_weird_names(tmp_path):
     assert list(pool.skipped) == ["dir\\udcfe\\n/bad\\n.png"]
     for name in found:
         assert name.isprintable()
-        assert content_hash(pool.path(name)) == content_hash(pool.path(found[0]))
+        assert content_hash(pool.paths[name]) == content_hash(pool.paths[found[0]])
     json.dumps(pool.state(), ensure_ascii=False).encode()
     with pytest.raises(UnreadableImageError) as caught:
-        load_image(pool.path("dir\\udcfe\\n/bad\\n.png"))
+        load_image(pool.paths["dir\\udcfe\\n/bad\\n.png"])
     str(caught.value).encode()
 
 

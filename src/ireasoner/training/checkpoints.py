@@ -1,7 +1,8 @@
-"""Checkpoints that are atomic, verified and exact; what they hold is the caller's, in safetensors and JSON.
+"""Checkpoints that are written atomically and verified before they are used.
 
-A checkpoint is a folder `step-000010/` whose `manifest.json` has the size and SHA-256 of all other files. Written under
-another name and renamed when complete, it leaves the earlier ones as they were if a kill or a full disk interrupts it.
+A checkpoint is a folder `step-000010/` whose `manifest.json` holds the size and SHA-256 of every other file. It is
+written under a temporary name and renamed when it is complete, so a kill or a full disk leaves the older ones intact.
+What the files are is the caller's choice.
 """
 
 from __future__ import annotations
@@ -20,22 +21,31 @@ MANIFEST = "manifest.json"
 
 
 class CheckpointError(UsageError):
-    """A checkpoint could not be saved; the message says why in one sentence."""
+    """A checkpoint could not be saved; the message says why."""
 
 
 def save_checkpoint(
     root: Path, step: int, write: Callable[[Path], None], keep: int, spare: Collection[int] = ()
 ) -> Path:
-    """Save one checkpoint under `root` and return its folder; `write(folder)` fills the folder it is given.
+    """Save a checkpoint, read it back, and then remove older ones.
 
-    When it has been read back, complete older ones beyond the `keep` newest are removed (`keep` <= 0: none), but those
-    of the steps in `spare`. A folder that already has this name stays if complete and the same, and is otherwise
-    renamed `….damaged-1`; a damaged one is never deleted. Raises `CheckpointError` if anything fails, `write` included.
+    Damaged checkpoints are never removed. If the step has a checkpoint already, it stays where it holds the same files,
+    and is otherwise renamed to `step-….damaged-1`.
+
+    Args:
+        root: folder of all checkpoints of a run.
+        step: the step after which this one is saved.
+        write: fills the folder that it is given.
+        keep: how many of the newest checkpoints stay; 0 keeps all.
+        spare: steps whose checkpoints stay in any case.
+
+    Raises:
+        CheckpointError: anything fails, `write` included.
     """
     final = root / f"step-{step:06d}"
     temporary = root / f".tmp-{final.name}-{os.getpid()}"
     try:
-        for stale in root.glob(".tmp-step-*"):  # a killed run's: never complete
+        for stale in root.glob(".tmp-step-*"):  # left by a process that was killed
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(temporary)
@@ -44,16 +54,16 @@ def save_checkpoint(
             raise CheckpointError(f"it did not read back as written ({problem})")
         if keep > 0:
             _prune(root, step, keep, spare)
-    except Exception as error:  # a named boundary: `write` is the caller's and may raise anything
+    except Exception as error:  # `write` belongs to the caller and may raise anything
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"saving {final} failed: {type(error).__name__}: {error}") from error
     return final
 
 
 def verify_checkpoint(path: Path) -> str | None:
-    """None if the folder holds exactly the files of its manifest, unchanged; otherwise what is wrong, in words."""
+    """None if a folder holds exactly the files of its manifest, unchanged; otherwise what is wrong with it."""
     try:
-        found = _files(path)  # only these are opened, so a manifest that names a path elsewhere reads nothing there
+        found = _files(path)
         manifest = json.loads((path / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError, CheckpointError) as error:
         return f"it cannot be read: {error}"
@@ -63,6 +73,7 @@ def verify_checkpoint(path: Path) -> str | None:
                 return f"{MANIFEST} is of step {step}"
         case _:
             return f"{MANIFEST} is not of format version 1"
+    # The manifest's names are only compared and never opened: a forged one cannot point outside of the folder.
     for name in sorted(files.keys() | found.keys()):
         if files.get(name) != found.get(name):
             return f"{name} is {found.get(name, 'missing')}, in {MANIFEST} it is {files.get(name, 'missing')}"
@@ -70,10 +81,10 @@ def verify_checkpoint(path: Path) -> str | None:
 
 
 def newest_checkpoint(root: Path, at_most: int | None = None) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest checkpoint under `root` that verifies (None: there is none), and each newer one with its problem.
+    """The newest checkpoint that verifies, or None; and every newer one, which is damaged, with its problem.
 
-    Those after the step `at_most` are passed over. A `root` that does not exist holds none; one that cannot be listed
-    raises `OSError`, lest the run start anew.
+    Checkpoints of steps after `at_most` are ignored. A missing `root` holds no checkpoint, but one that cannot be
+    listed raises `OSError`: taking it for empty would restart the run from nothing.
     """
     skipped: list[tuple[Path, str]] = []
     for step, path in _newest_first(root) if root.exists() else ():
@@ -91,7 +102,7 @@ def _newest_first(root: Path) -> list[tuple[int, Path]]:
 
 
 def _files(folder: Path) -> dict[str, dict[str, str | int]]:
-    """Size and SHA-256 of every file below `folder` but the manifest; a link or a device is an error."""
+    """Size and SHA-256 of every file in a folder except the manifest. A link or a special file is an error."""
     files = {}
     for path in (folder, *sorted(folder.rglob("*"))):
         name = path.relative_to(folder).as_posix()
@@ -104,10 +115,12 @@ def _files(folder: Path) -> dict[str, dict[str, str | int]]:
 
 
 def _publish(temporary: Path, final: Path, step: int) -> None:
-    """Write the manifest, bring all to the disk and rename; but not if the same checkpoint is there already."""
+    """Add the manifest to a finished folder and give the folder its final name."""
     manifest = json.dumps({"format_version": 1, "step": step, "files": _files(temporary)}, indent=1)
-    with (temporary / MANIFEST).open("x", encoding="ascii") as file:  # "x": the name is ours, not the caller's
+    with (temporary / MANIFEST).open("x", encoding="ascii") as file:  # fails if `write` made a file of this name
         file.write(manifest)
+    # The contents must be on the disk before the name is: after a power cut, a file system may keep a later rename and
+    # lose earlier writes. The folder itself is synced last, because its entries name the files.
     _fsync(*temporary.rglob("*"), temporary)
     if os.path.lexists(final):
         if verify_checkpoint(final) is None and (final / MANIFEST).read_text(encoding="ascii") == manifest:
@@ -115,13 +128,14 @@ def _publish(temporary: Path, final: Path, step: int) -> None:
         asides = (final.with_name(f"{final.name}.damaged-{i}") for i in range(1, 10**6))
         os.rename(final, next(aside for aside in asides if not os.path.lexists(aside)))
     os.rename(temporary, final)
-    _fsync(final.parent, final.parent.parent)  # the first save makes final.parent
+    _fsync(final.parent, final.parent.parent)  # the new name, and the folder of checkpoints if this is the first one
 
 
 def _prune(root: Path, step: int, keep: int, spare: Collection[int]) -> None:
-    older = [(other, p) for other, p in _newest_first(root) if other < step and verify_checkpoint(p) is None]
+    """Remove all sound checkpoints older than `step` but the newest `keep - 1` and those of the steps in `spare`."""
+    older = [(other, path) for other, path in _newest_first(root) if other < step and verify_checkpoint(path) is None]
     for path in [path for other, path in older[keep - 1 :] if other not in spare]:
-        # renamed first: a kill must leave nothing that looks like a damaged checkpoint
+        # Renamed first: a half-deleted folder under its own name would look like a damaged checkpoint.
         shutil.rmtree(path.rename(root / f".tmp-{path.name}-pruned"), ignore_errors=True)
 
 

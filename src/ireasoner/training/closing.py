@@ -1,4 +1,4 @@
-"""The end of a run: go back if it ended itself, evaluate, publish the adapters, and sum up."""
+"""The end of a run: return to a healthy checkpoint if it ended itself, evaluate, publish the adapters, sum up."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy
 
 
 def finish(run: Run, before: Scores | None) -> dict[str, Any]:
-    """Write `solver/`, `proposer/` and `summary.json`, and return what the summary says.
+    """Write `solver/`, `proposer/` and `summary.json`, and return the summary.
 
     Args:
-        before: how the backbone did on the held-out questions, if there are any.
+        run: the run, after its last step.
+        before: scores of the backbone on the held-out questions; None if there are none.
     """
     best_step = go_back(run) if run.alarm else run.step
     after = evaluate_role(run, "after", "solver") if before is not None else None
@@ -46,7 +47,7 @@ def finish(run: Run, before: Scores | None) -> dict[str, Any]:
 
 
 def evaluate_role(run: Run, which: str, role: Role | None) -> Scores:
-    """Held-out accuracy of a role (None: the backbone); `which` names the evaluation to the observer."""
+    """Scores of a role (None: the backbone) on the held-out questions. The observer sees `which` as its name."""
     return evaluate(
         run.policy,
         run.questions,
@@ -61,12 +62,12 @@ def evaluate_role(run: Run, which: str, role: Role | None) -> Scores:
 
 
 def versions() -> dict[str, str]:
-    """The versions of this package and of those that a run's numbers depend on."""
+    """Versions of this package and of the packages that the numbers of a run depend on."""
     return {"ireasoner": __version__, **{name: metadata.version(name) for name in PACKAGES}}
 
 
 def _publish_adapters(run: Run) -> None:
-    """Write both adapters beside the records; a kill leaves either of them whole or absent."""
+    """Write `solver/` and `proposer/`. They are renamed when complete, so a kill leaves no half-written adapter."""
     staging = run.out / ".adapters"
     shutil.rmtree(staging, ignore_errors=True)
     try:

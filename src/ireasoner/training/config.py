@@ -1,8 +1,8 @@
-"""Every option of a run, in groups; recipes and presets as YAML; `config.yaml`.
+"""The options of a run in groups, the recipes and presets that set them, and the `config.yaml` that stores them.
 
-Two files feed a run. A *recipe* holds what a comparison varies: rewards, advantages, KL. A *preset* holds the scale,
-which is the same for every arm: learning rate, steps, lengths, prompts, batch. Command-line flags win over both. In
-all three an option goes by its own name, which is unique; only `config.yaml` and Python show the groups.
+A *recipe* is a YAML file with the options that a comparison varies: rewards, advantages, KL. A *preset* is one with the
+scale, which stays the same in a comparison: learning rate, steps, lengths, prompts, batch. Flags of the command line
+override both. In all three an option has its own, unique name; only `config.yaml` and Python use the groups.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from ireasoner.method.recipe import Count, Options, Recipe
@@ -22,15 +22,13 @@ from ireasoner.method.texts import PROPOSER_PROMPT, SOLVER_PROMPTS
 from ireasoner.method.types import UsageError
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
 
-Cadence = Annotated[int, Field(ge=0)]
-
 
 class ConfigError(UsageError):
-    """A bad recipe, preset or option; the message names the key and says what would be right."""
+    """A bad recipe, preset or option; the message names it and says what is wrong."""
 
 
 class SamplingOptions(Options):
-    """What both roles are told and how much they may write."""
+    """What both roles are told, and how much they may write."""
 
     group_size: Annotated[int, Field(ge=2)] = 5
     """N: trajectories for each question."""
@@ -56,42 +54,42 @@ class ScheduleOptions(Options):
     """Images played in each step."""
     proposer_every: Count = 5
     """The proposer is updated every so many steps."""
-    save_every: Cadence = 50
+    save_every: NonNegativeInt = 50
     """Steps between checkpoints (0: first and last only)."""
-    keep_checkpoints: Cadence = 3
+    keep_checkpoints: NonNegativeInt = 3
     """Newest checkpoints to keep (0: all)."""
-    probe_every: Cadence = 50
+    probe_every: NonNegativeInt = 50
     """Steps between answers to the probes (0: off)."""
-    probe_images: Cadence = 8
+    probe_images: NonNegativeInt = 8
     """Images whose first questions are asked again."""
     eval_questions: Count = 256
     """Labelled questions used for before and after, at most."""
 
 
 class WatchOptions(Options):
-    """When a run that eats itself is ended."""
+    """When a run that is collapsing is ended."""
 
     watch: bool = True
     """End a run whose signals collapse and go back to its best checkpoint (never with --labels)."""
     watch_window: Annotated[int, Field(ge=2)] = 50
     """Steps that the watch averages over and compares with as many early ones."""
-    blank_every: Cadence = 5
+    blank_every: NonNegativeInt = 5
     """Steps between checks whether majority answers survive with the image blanked (0: off); the watch needs two of
     them in watch_window."""
 
 
 class Config(Options):
-    """A whole run, as written to `config.yaml`."""
+    """All options of a run, as written to `config.yaml`."""
 
     format: Literal[2] = 2
-    """The version of run directories that this one follows."""
+    """Version of the run directory's format."""
     images: Path
     """Folder of unlabeled images, searched through and through."""
     model: str
     """Folder or hub id of an image-text-to-text model; 'tiny' is the one that ships here."""
     preset: str = "7b"
     """Name of a preset, or a YAML file of preset options."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: NonNegativeInt = 0
     """Every random draw derives from it."""
     labels: Path | None = None
     """JSONL of image, question, answer to play instead of proposing (oracle)."""
@@ -102,7 +100,7 @@ class Config(Options):
     device: str = "auto"
     """Where to train: auto, cpu, cuda or cuda:N."""
     reward_sha256: str | None = None
-    """Digest of the file that holds the reward, where the recipe names one of your own."""
+    """SHA-256 of the file with the reward function, if the recipe names one of your own."""
     recipe: Recipe = Recipe()
     sampling: SamplingOptions = SamplingOptions()
     backbone: BackboneOptions = BackboneOptions()
@@ -123,23 +121,17 @@ class Config(Options):
 
     def flat(self) -> dict[str, Any]:
         """Every option by its own name, without the groups."""
-        own = {name: getattr(self, name) for name in Config.model_fields}
-        return {name: getattr(own[group], field) if group else own[field] for name, (group, field) in PATHS.items()}
+        values = self.model_dump()
+        return {name: values[group][field] if group else values[field] for name, (group, field) in PATHS.items()}
 
     def changed(self, **options: Any) -> Config:
-        """The same with other values for some options, by their own names.
-
-        Raises:
-            ConfigError: an unknown option or a bad value, by name.
-        """
+        """A copy with other values of some options, by their own names. Raises `ConfigError` as `config_of` does."""
         return config_of({**self.flat(), **options}).model_copy(update={"reward_sha256": self.reward_sha256})
 
 
-# Where each option stands: its group ("" for the run's own) and its name there. `recipe` names the group of that name.
-GROUPS: dict[str, type[Options]] = {
-    name: field.annotation
-    for name, field in Config.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Options)
+# The group of each option ("" for those of no group) and its name there. The option `recipe` is the name of a recipe.
+GROUPS = {
+    name: type(field.default) for name, field in Config.model_fields.items() if isinstance(field.default, Options)
 }
 PATHS = {name: ("", name) for name in Config.model_fields if name not in (*GROUPS, "format", "reward_sha256")}
 PATHS |= {name: (group, name) for group, options in GROUPS.items() for name in options.model_fields if name != "name"}
@@ -158,7 +150,7 @@ def config_of(options: Mapping[str, Any]) -> Config:
     """A config from options by their own names.
 
     Raises:
-        ConfigError: an unknown option or a bad value, by name.
+        ConfigError: an option is unknown or its value is bad; the message names all of them.
     """
     values: dict[str, Any] = {group: {} for group in GROUPS}
     for name, value in options.items():
@@ -171,12 +163,13 @@ def config_of(options: Mapping[str, Any]) -> Config:
 
 
 def names(kind: Literal["recipes", "presets"]) -> list[str]:
-    """The recipes or presets that ship with the package."""
+    """The names of the recipes or presets in the package."""
     folder = resources.files("ireasoner.training").joinpath(kind)
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
 def _read_part(kind: Literal["recipes", "presets"], name: str, known: Sequence[str]) -> dict[str, Any]:
+    """The options in a recipe or preset, given by its name or by the path of a YAML file; `known` are those allowed."""
     if name in names(kind):
         path = resources.files("ireasoner.training").joinpath(kind, f"{name}.yaml")
     elif Path(name).is_file():
@@ -192,18 +185,18 @@ def _read_part(kind: Literal["recipes", "presets"], name: str, known: Sequence[s
     if strangers := sorted(map(str, set(values) - set(known))):
         raise ConfigError(f"{kind[:-1]} {name!r} has unknown options: {', '.join(strangers)}")
     if isinstance(path, Path) and ".py:" in str(values.get("reward")):
-        values["reward"] = str(path.parent.absolute() / values["reward"])  # as it is written, from the recipe's folder
+        values["reward"] = str(path.parent.absolute() / values["reward"])  # relative to the recipe's folder
     return values
 
 
 def resolve(flags: Mapping[str, Any]) -> Config:
-    """The config of a run: preset, then recipe, then flags.
+    """The config of a new run, in which flags override the recipe, and the recipe overrides the preset.
 
     Args:
-        flags: only the options that were given, by their own names.
+        flags: the options that were given, by their own names.
 
     Raises:
-        ConfigError: an unknown option or a bad value, by name.
+        ConfigError: a recipe, a preset or an option is unknown, or a value is bad.
     """
     recipe = str(flags.get("recipe", "default"))
     preset = str(flags.get("preset", "tiny" if flags.get("model") == "tiny" else option("preset").default))
@@ -219,10 +212,10 @@ def resolve(flags: Mapping[str, Any]) -> Config:
 
 
 def load_config(path: Path) -> Config:
-    """The config of an existing run, from its `config.yaml`.
+    """Read the `config.yaml` of a run.
 
     Raises:
-        ConfigError: missing, or not a config that this version understands.
+        ConfigError: the file is missing, or this version cannot read it.
     """
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
@@ -238,26 +231,27 @@ def load_config(path: Path) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The config as YAML, every option spelled out; in ASCII, for YAML reads some line ends in text as blanks."""
+    """The config as YAML with every option. It is ASCII, because YAML would read some line breaks in text as blanks."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def conflicts(stored: Config, flags: Mapping[str, Any]) -> list[str]:
-    """Which of the given flags differ from a stored config, as sentences; what a resumed run refuses."""
+    """A sentence about each flag that differs from a stored config. Such flags cannot be given to a resumed run."""
     kept, given = stored.flat(), stored.changed(**flags).flat()
     return [f"{name} is {kept[name]} in the run, not {given[name]}" for name in flags if given[name] != kept[name]]
 
 
 _SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring = 2, 200  # a few lines of YAML can stand for a value of any size
+_SHORT.maxlevel, _SHORT.maxstring = 2, 200  # with YAML aliases, a few lines can expand to a value of any size
 
 
 def _explain(error: ValidationError) -> str:
+    """Pydantic's errors in one line, with the options by their own names."""
     parts = []
     for item in error.errors():
         where = [str(part) for part in item["loc"] if part not in GROUPS or len(item["loc"]) == 1]
         name, problem = ".".join(where), item["msg"].removeprefix("Value error, ")
-        if not name:  # the options do not fit together
+        if not name:  # the error of `_options_fit_together`
             parts.append(problem)
         elif item["type"] == "missing":
             parts.append(f"{name} is missing")

@@ -1,6 +1,7 @@
-"""A reward of the user's own, from a Python file.
+"""A reward function of the user's own, imported from a Python file.
 
-Importing the file runs it. Only `train` does so; a resumed run does so only when its command line names the file again.
+Importing a file runs the code in it, and a run directory may come from somebody else. So only `train` imports the file,
+and for a resumed run only if the command line names it again.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from ireasoner.training.config import Config
 
 
 def names_a_file(config: Config) -> bool:
-    """Whether a run's reward is one of the user's own."""
+    """Whether the recipe names a reward function of the user's own."""
     return config.recipe.reward not in REWARDS
 
 
 def load_reward(config: Config) -> tuple[RewardFunction, str]:
-    """Import the file that a recipe's reward names, as `file.py:function`; the function, and the file's SHA-256.
+    """Import the reward that the recipe names as `file.py:function`.
+
+    Returns:
+        The function, whose exceptions become `RewardError`s, and the SHA-256 of the file.
 
     Raises:
-        RewardError: no such file or function, or the file fails to import.
+        RewardError: there is no such file or function, or the file cannot be imported.
     """
     file, _, name = config.recipe.reward.rpartition(":")
     try:

@@ -1,6 +1,6 @@
-"""The loop: play, update, record. No maths here.
+"""The training loop: play, update, record.
 
-`start` and `resume` open a run, take it step by step to its end, and close it; `advance` is one step.
+`start` and `resume` take a run from its beginning or its newest checkpoint to its end. `advance` is one step.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ireasoner.method.scoring import RewardFunction
 from ireasoner.method.types import Episode
 from ireasoner.model.parallel import joined
 from ireasoner.training.closing import evaluate_role, finish, versions
 from ireasoner.training.config import Config, dump_config
 from ireasoner.training.custom_reward import load_reward, names_a_file
 from ireasoner.training.evaluation import StepTruth
-from ireasoner.training.items import Item, content_hash
+from ireasoner.training.items import Item
 from ireasoner.training.metrics import play_metrics
 from ireasoner.training.probes import blank_survival, probe
 from ireasoner.training.recorder import Recorder, write_json, writer_lock
@@ -31,7 +32,7 @@ from ireasoner.training.teaching import update
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: after which step, whether it is complete, and its `summary.json` if it is."""
+    """How a run ended: its last step, whether it is complete, and the contents of its `summary.json` if it is."""
 
     step: int
     complete: bool
@@ -39,17 +40,18 @@ class Outcome:
 
 
 def start(config: Config, out: Path, observer: Observer | None = None, truth: StepTruth | None = None) -> Outcome:
-    """Begin a run in a new or empty folder. A reward that the recipe names in a file is imported.
+    """Begin a run in a new or empty directory.
+
+    If the recipe names a reward of the user's own, its file is imported, which runs the code in it.
 
     Args:
-        config: the run's options.
+        config: options of the run.
         out: the run directory.
-        observer: is told what happens.
-        truth: says whether a reasoning step about a held-out question is true, for the evaluation.
+        observer: is told about every step, evaluation and message.
+        truth: tells for the evaluation whether a reasoning step about a held-out question is true.
 
     Raises:
-        RunError: the folder holds a run already.
-        RunDirectoryError, ImageError, ModelError, DataError, ConfigError, RewardError: what they say.
+        UsageError: something that the user named cannot be used, or the directory holds a run already.
     """
     if (out / "config.yaml").exists() or (out / "checkpoints").exists():
         raise RunError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
@@ -57,9 +59,11 @@ def start(config: Config, out: Path, observer: Observer | None = None, truth: St
         raise RunError(
             f"{out} lies inside the image folder {config.images}, whose images it would join: choose another --out"
         )
+    reward = None
     if names_a_file(config):
-        config = config.model_copy(update={"reward_sha256": load_reward(config)[1]})
-    return _run(config, out, observer or Observer(), truth)
+        reward, digest = load_reward(config)
+        config = config.model_copy(update={"reward_sha256": digest})
+    return _run(config, out, observer or Observer(), truth, reward)
 
 
 def resume(
@@ -70,38 +74,43 @@ def resume(
     *,
     trusts_reward: bool = False,
 ) -> Outcome:
-    """Continue a run from its newest sound checkpoint, as if it had never stopped.
+    """Continue a run from its newest sound checkpoint, so that it ends as if it had never stopped.
 
     Args:
         config, out, observer, truth: as for `start`.
-        trusts_reward: whether a reward file that the run's config names may be imported, which runs it.
+        trusts_reward: whether a reward file that the run's config names may be imported, which runs its code.
 
     Raises:
-        RunError: nothing to resume from, or a reward file that may not be imported or has changed.
+        UsageError: no checkpoint can be used, or the reward file may not be imported or has changed.
     """
     summary = out / "summary.json"
     if summary.exists():
         found = json.loads(summary.read_text("utf-8"))
         return Outcome(found["steps"], True, found)
-    if names_a_file(config) and not trusts_reward:
-        reward = config.recipe.reward
-        raise RunError(f"{out} is paid by {reward}, whose code is run only if you say so: add --reward {reward}")
-    if names_a_file(config) and load_reward(config)[1] != config.reward_sha256:
-        raise RunError(f"{config.recipe.reward} has changed since {out} was begun: put it back, or start a new run")
-    return _run(config, out, observer or Observer(), truth)
+    reward = None
+    if names_a_file(config):
+        name = config.recipe.reward
+        if not trusts_reward:
+            raise RunError(f"{out} is paid by {name}, whose code is run only if you say so: add --reward {name}")
+        reward, digest = load_reward(config)
+        if digest != config.reward_sha256:
+            raise RunError(f"{name} has changed since {out} was begun: put it back, or start a new run")
+    return _run(config, out, observer or Observer(), truth, reward)
 
 
-def _run(config: Config, out: Path, observer: Observer, truth: StepTruth | None) -> Outcome:
+def _run(
+    config: Config, out: Path, observer: Observer, truth: StepTruth | None, reward: RewardFunction | None
+) -> Outcome:
     with ExitStack() as stack:
-        stop = stack.enter_context(_stop_on_interrupt())
+        interrupted = stack.enter_context(_interrupt_flag())
         processes = stack.enter_context(joined(config.device))
         if processes.is_main:
             stack.enter_context(writer_lock(out))
         recorder = Recorder.open(out, writes=processes.is_main)
-        reward = load_reward(config)[0] if names_a_file(config) else None
         run, resumed = open_run(config, out, recorder, observer, processes, reward, truth)
         if not resumed:
-            # Only now, when everything that the user named has proved usable, does the folder become a run.
+            # `config.yaml` makes the directory a run, which is why it is written only after everything has been loaded:
+            # a mistake in an option must not leave a run that cannot start.
             recorder.write_text("versions.json", write_json(versions()))
             recorder.write_text("config.yaml", dump_config(config))
             probe(run)
@@ -109,7 +118,7 @@ def _run(config: Config, out: Path, observer: Observer, truth: StepTruth | None)
         observer.on_start(config, run.step + 1)
         before = evaluate_role(run, "before", None) if run.questions else None
         while run.step < config.schedule.steps and run.alarm is None:
-            if processes.any(stop.is_set()):
+            if processes.any(interrupted.is_set()):  # all processes must stop after the same step
                 save(run)
                 return Outcome(run.step, False, None)
             advance(run)
@@ -117,34 +126,26 @@ def _run(config: Config, out: Path, observer: Observer, truth: StepTruth | None)
 
 
 def advance(run: Run) -> None:
-    """One step: play, update, record; then save and probe when they are due."""
-    started = time.perf_counter()
+    """Take one step: play, update and record; then answer the probes and save if that is due."""
     run.step += 1
-    schedule = run.config.schedule
-
-    # Play: questions, solutions and rewards.
-    items = run.pool.take(schedule.images_per_step)
-    play = run.selfplay.play(run.step, items)
-    played = time.perf_counter()
-
-    signals = {**run.signals.measure(play.episodes), **blank_survival(run, play.episodes, items)}
-    watched = time.perf_counter()
-
-    # Update each role on its own share of them.
-    episodes, learned = update(run, play)
-    updated = time.perf_counter()
-
-    # Record what happened, and look whether the run is still healthy.
-    metrics = {**play_metrics(run.config, episodes), **learned}
+    schedule, seconds = run.config.schedule, dict[str, float]()
+    with _timed(seconds, "step"):
+        with _timed(seconds, "play"):
+            items = run.pool.take(schedule.images_per_step)
+            play = run.selfplay.play(run.step, items)
+        with _timed(seconds, "watch"):  # before the update: the signals are of the policy that played
+            signals = {**run.signals.measure(play.episodes), **blank_survival(run, play.episodes, items)}
+        with _timed(seconds, "update"):
+            episodes, learned = update(run, play)
+        record(run, items, episodes)
+    metrics = {**play_metrics(episodes), **learned}
     metrics |= {f"watch/{name}": value for name, value in signals.items()}
-    record(run, items, episodes)
-    metrics |= {"time/play_seconds": played - started, "time/watch_seconds": watched - played}
-    metrics |= {"time/update_seconds": updated - watched, "time/step_seconds": time.perf_counter() - started}
+    metrics |= {f"time/{name}_seconds": value for name, value in seconds.items()}
     run.recorder.metrics(run.step, metrics)
-    run.elapsed += metrics["time/step_seconds"]
-    run.watch.observe(run.step, signals)
+    run.elapsed += seconds["step"]
     run.observer.on_step(run.step, metrics, episodes)
 
+    run.watch.observe(run.step, signals)
     if run.alarm:
         best = regular_step(run.config, run.alarm.healthy_step)
         run.tell(f"The run ends itself and goes back to step {best}: {run.alarm.reason}.")
@@ -155,31 +156,40 @@ def advance(run: Run) -> None:
 
 
 def record(run: Run, items: Sequence[Item], episodes: Sequence[Episode]) -> None:
-    """Write down a step's episodes, each with a thumbnail, and the images that were skipped on the way."""
+    """Record the episodes of a step, each with a thumbnail of its item, and the images that were skipped."""
     record_skips(run)
     for episode, item in zip(episodes, items, strict=True):
-        picture = run.recorder.thumbnail(item.image, content_hash(run.pool.path(item.name)))
-        run.recorder.episode(episode.model_copy(update={"thumbnail": picture}))
+        run.recorder.episode(episode.model_copy(update={"thumbnail": run.thumbnail(item)}))
 
 
 @contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C (or SIGTERM) asks the loop to stop after its step; a second one ends it at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Store how long the `with` block took."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+@contextmanager
+def _interrupt_flag() -> Iterator[threading.Event]:
+    """A flag that the first Ctrl-C (or SIGTERM) sets; a second one ends the process as usual."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield flag
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def ask(number: int, frame: object) -> None:
-        stop.set()
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-    for number in previous:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
+    def restore() -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+    def set_flag(number: int, frame: object) -> None:
+        flag.set()
+        restore()
+
+    for number in previous:
+        signal.signal(number, set_flag)
+    try:
+        yield flag
+    finally:
+        restore()

@@ -1,4 +1,4 @@
-"""What a step's episodes say about a run, as numbers by name."""
+"""The metrics of a step that follow from its episodes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from ireasoner.method.types import Episode
-from ireasoner.training.config import Config
 
 
-def play_metrics(config: Config, episodes: Sequence[Episode]) -> dict[str, float]:
-    """Means over a step's episodes; 0 where there is nothing to average.
+def play_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Means over the episodes of a step by name; 0 where there is nothing to average.
 
-    Each part of the reward has a metric `reward/solver/<part>`, paid or not.
+    Each part of the solver's reward has a metric `reward/solver/<part>`, even if its weight is 0.
     """
     groups = [e for e in episodes if e.trajectories]
     trajectories = [t for e in groups for t in e.trajectories]

@@ -1,4 +1,8 @@
-"""Questions that the solver answers greedily on the side: the probes, and majority answers with the image blanked."""
+"""Questions that the solver answers greedily and that teach it nothing.
+
+The probes are the same questions again and again, to show how answers change in training. Questions about blanked
+images show whether majority answers need the image at all.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,15 @@ from ireasoner.method.types import Completion, Episode, ProbeAnswer, Solution
 from ireasoner.model.inputs import EncodedImage, encode_images
 from ireasoner.rollouts.engine import Request
 from ireasoner.training.evaluation import GRAY
-from ireasoner.training.items import Item, content_hash
+from ireasoner.training.items import Item
 from ireasoner.training.recorder import read_records
 from ireasoner.training.state import Run
 
-BLANK_QUESTIONS = 8  # of a step, at most, are asked again with the image blanked
+BLANK_QUESTIONS = 8  # most questions of a step that are asked again about a blank image
 
 
 def probe(run: Run) -> None:
-    """Answer the probe questions greedily and record the answers. The untrained proposer asks them, once, at step 0."""
+    """Answer the probe questions and record the answers. The questions are made at step 0 by the untrained backbone."""
     schedule, sampling = run.config.schedule, run.config.sampling
     if schedule.probe_every == 0 or schedule.probe_images == 0:
         return
@@ -40,12 +44,11 @@ def probe(run: Run) -> None:
     texts = [asked[items[i].name] for i in rows]
     answers = solve_greedily(run, [encoded[i] for i in rows], texts)
     for i, text, (completion, solution) in zip(rows, texts, answers, strict=True):
-        item = items[i]
         run.recorder.probe(
             ProbeAnswer(
                 step=run.step,
-                image=item.name,
-                thumbnail=run.recorder.thumbnail(item.image, content_hash(run.pool.path(item.name))),
+                image=items[i].name,
+                thumbnail=run.thumbnail(items[i]),
                 question=text,
                 text=completion.text,
                 answer=solution.answer,
@@ -55,9 +58,9 @@ def probe(run: Run) -> None:
 
 
 def blank_survival(run: Run, episodes: Sequence[Episode], items: Sequence[Item]) -> dict[str, float]:
-    """Share of majority answers that the solver also gives, greedily, to a gray image of the same size.
+    """Share of majority answers that the solver also gives to a gray image of the same size, as `blank_survival`.
 
-    Nothing is measured where no group has a majority answer, or the check is not due.
+    Empty if the check is not due, or if no group has a majority answer.
     """
     rows = [i for i, e in enumerate(episodes) if e.majority_answer is not None][:BLANK_QUESTIONS]
     if not rows or not run.due(run.config.watch.blank_every):
@@ -75,7 +78,7 @@ def blank_survival(run: Run, episodes: Sequence[Episode], items: Sequence[Item])
 def solve_greedily(
     run: Run, images: Sequence[EncodedImage], questions: Sequence[str]
 ) -> list[tuple[Completion, Solution]]:
-    """What the solver says to a question about each image, and how it reads."""
+    """The solver's most likely completion for a question about each image, and what was read in it."""
     if not questions:
         return []
     sampling = run.config.sampling

@@ -1,7 +1,8 @@
-"""The run directory: what happened, step by step, for people and reports to read.
+"""The run directory: records of what happened at each step, for people and reports to read.
 
-Each `.jsonl` file holds one strict JSON object a line, in ASCII, with its `step`. NaN and infinities, which JSON lacks,
-become null. Nothing here depends on time or process: a resumed run writes what an uninterrupted one would have.
+Each `.jsonl` file holds one JSON object a line, in ASCII, with its `step`. JSON has no NaN and no infinities: they are
+written as null. No record depends on the time or the process, except for the measured seconds in `metrics.jsonl`: a
+resumed run writes what an uninterrupted one would have written.
 """
 
 from __future__ import annotations
@@ -34,29 +35,28 @@ FILES = ("metrics.jsonl", "episodes.jsonl", "probes.jsonl", "skipped.jsonl", "ev
 
 
 class RunDirectoryError(UsageError):
-    """The run directory cannot be written or read; the message says where and why in one sentence."""
+    """The run directory cannot be written or read; the message says where and why."""
 
 
 class Recorder:
-    """Writes into one run directory. Made by `Recorder.open`.
+    """Writes into a run directory. Use `Recorder.open` to make one.
 
-    Every method raises `RunDirectoryError` if the disk refuses; no part of a line is left behind then. In a run of
-    several processes one records; the others have recorders that write nothing (`writes=False`).
+    Every method raises `RunDirectoryError` if the disk refuses, and then leaves no part of a line behind. In a run of
+    several processes only the main one records; the recorders of the others have `writes=False` and write nothing.
     """
 
     def __init__(self, run_dir: Path, *, writes: bool) -> None:
         self.run_dir, self.writes = run_dir, writes
-        self._paths = [run_dir / name for name in FILES] if writes else []
         self._skipped: set[str] = set()
 
     @classmethod
     def open(cls, run_dir: Path, *, writes: bool = True) -> Self:
-        """Create the directory, cut off the lines that a killed process left unfinished, and know what was skipped."""
+        """Create the directory, or prepare one whose process was killed: a line that it did not finish is cut off."""
         recorder = cls(run_dir, writes=writes)
         if writes:
             with _boundary(run_dir):
                 (run_dir / "images").mkdir(parents=True, exist_ok=True)
-                for path in filter(Path.exists, recorder._paths):
+                for path in recorder._files():
                     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
             recorder._read_skipped()
         return recorder
@@ -74,19 +74,19 @@ class Recorder:
         self._append("probes.jsonl", answer.model_dump(mode="json"))
 
     def skip(self, step: int, image: str, reason: str) -> None:
-        """Add an image that could not be used, unless it is there already."""
+        """Add an image that could not be used, unless it is recorded already."""
         if image not in self._skipped:
             self._append("skipped.jsonl", {"step": step, "image": image, "reason": reason})
             self._skipped.add(image)
 
     def event(self, step: int, text: str) -> None:
-        """Add something that a person should know, such as a warning."""
+        """Add something that the user should know, such as a warning."""
         self._append("events.jsonl", {"step": step, "text": text})
 
     def thumbnail(self, image: Image.Image, key: str) -> str:
-        """Save a PNG of at most 256 px a side (smaller images unchanged), once for each key; return its relative path.
+        """Save an image as a PNG of at most 256 pixels a side, unless it is there, and return its relative path.
 
-        `key` stands for the image's content: 8 to 64 lower-case hexadecimal digits; anything else is a `ValueError`.
+        `key` identifies the image's content by 8 to 64 lower-case hexadecimal digits.
         """
         if not re.fullmatch(r"[0-9a-f]{8,64}", key):
             raise ValueError(f"not a content key: {key!r}")
@@ -96,28 +96,40 @@ class Recorder:
             small.thumbnail((256, 256))
             png = io.BytesIO()
             small.save(png, "PNG", icc_profile=None)
-            _replace(path, png.getvalue())
+            with _boundary(path):
+                replace_file(path, png.getvalue())
         return f"images/{path.name}"
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a whole file, or replace it, in one go."""
+        """Write or replace a whole file atomically."""
         if self.writes:
-            _replace(self.run_dir / name, text.encode())
+            with _boundary(self.run_dir / name):
+                replace_file(self.run_dir / name, text.encode())
 
     def sync(self) -> None:
-        """Return when everything is on the disk; call it before a checkpoint, which counts on earlier records."""
-        for path in filter(Path.exists, self._paths):
+        """Bring all records to the disk. A checkpoint relies on the records before it, so call this before saving."""
+        for path in self._files():
             with _boundary(path), path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def rewind(self, step: int) -> list[str]:
-        """Drop all records after `step`, and damaged lines, each of which is named in one returned sentence."""
+        """Drop the records after `step`, which a resumed run will write again, and damaged lines.
+
+        Returns:
+            A sentence about each damaged line.
+        """
         damage: list[str] = []
-        for path in filter(Path.exists, self._paths):
-            _replace(path, b"".join(line for line, record in _lines(path, damage) if record["step"] <= step))
+        for path in self._files():
+            kept = b"".join(line for line, record in _lines(path, damage) if record["step"] <= step)
+            with _boundary(path):
+                replace_file(path, kept)
         if self.writes:
             self._read_skipped()
         return damage
+
+    def _files(self) -> list[Path]:
+        """The files of records that exist; none if this recorder does not write."""
+        return [self.run_dir / name for name in FILES if self.writes and (self.run_dir / name).exists()]
 
     def _read_skipped(self) -> None:
         self._skipped = {record["image"] for record in read_records(self.run_dir / "skipped.jsonl")}
@@ -128,27 +140,28 @@ class Recorder:
         if not self.writes:
             return
         line = json.dumps(_plain(record), allow_nan=False).encode("ascii") + b"\n"
+        # Unbuffered: one write call, so that what was written is known when the disk is full.
         with _boundary(self.run_dir / name), (self.run_dir / name).open("ab", buffering=0) as file:
             written = file.write(line)
-            if written < len(line):  # a full disk took what fits: leave no part of a line
+            if written < len(line):
                 file.truncate(file.tell() - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextmanager
 def writer_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the lock of a run directory, which is created if it is missing: one process at a time trains there.
+    """Hold the lock of a run directory, so that only one process trains in it. A missing directory is created.
 
-    The operating system releases the lock when the process ends, however it ends.
+    The operating system releases the lock when the process ends, even if it is killed.
 
     Raises:
         RunDirectoryError: another process holds the lock, or the directory cannot be used.
     """
     with _boundary(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("ab")  # never truncated: it may be a link to some other file
+        file = (run_dir / ".lock").open("ab")  # opened without truncating it: it may be a link to another file
     with file:
-        for _ in range(10):  # a process that asks `is_locked` holds the lock for a moment
+        for _ in range(10):  # `is_locked` of another process holds the lock for a moment
             with _boundary(run_dir):
                 if _try_lock(file, exclusive=True):
                     break
@@ -159,7 +172,7 @@ def writer_lock(run_dir: Path) -> Iterator[None]:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether a process is training in a run directory; False where that cannot be found out."""
+    """Whether a process is training in a run directory; False if that cannot be found out."""
     lock = run_dir / ".lock"
     try:
         if not lock.is_file():
@@ -173,12 +186,12 @@ def is_locked(run_dir: Path) -> bool:
 def _try_lock(file: IO[bytes], exclusive: bool) -> bool:
     """Lock a file until it is closed; False if another process holds the lock."""
     try:
-        if sys.platform == "win32":  # which knows exclusive locks only
+        if sys.platform == "win32":  # has exclusive locks only
             file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # the first byte, which need not exist
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # locks the first byte, which need not exist
         else:
             fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # what POSIX and Windows raise for a lock that is held
+    except (BlockingIOError, PermissionError):  # raised on POSIX and on Windows when the lock is held
         return False
     return True
 
@@ -187,7 +200,7 @@ def read_episodes(run_dir: Path) -> Iterator[Episode]:
     """The episodes of a run, in order.
 
     Raises:
-        RunDirectoryError: a record that is no episode.
+        RunDirectoryError: a record is not an episode of this version.
     """
     for record in read_records(run_dir / "episodes.jsonl"):
         try:
@@ -199,9 +212,9 @@ def read_episodes(run_dir: Path) -> Iterator[Episode]:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a `.jsonl` file (none if it is missing), without a last line that is still being written.
+    """The records of a `.jsonl` file, or none if the file is missing.
 
-    Any other line that is no record is left out too, and named in a `UserWarning` after the last record.
+    An unfinished last line is ignored. Other damaged lines are left out, with a `UserWarning` after the last record.
     """
     damage: list[str] = []
     yield from (record for _, record in _lines(path, damage))
@@ -210,15 +223,33 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_json(value: Any) -> str:
-    """Strict JSON text for people to read; NaN and infinities become null."""
+    """Indented JSON text. NaN and infinities become null."""
     return json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write or replace a file atomically: readers see all of the old contents or all of the new ones.
+
+    A link of that name is replaced and never written through.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # before the rename: a power cut could otherwise leave an empty file under the name
+    temporary.replace(path)
+
+
 def _lines(path: Path, damage: list[str]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of a file with their records. A sentence about each damaged line is added to `damage`."""
     with _boundary(path), path.open("rb") if path.exists() else nullcontext(()) as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
-                return  # a kill tore it, or its writer is not done
+                return  # still being written, or torn when its writer was killed
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
@@ -230,28 +261,12 @@ def _lines(path: Path, damage: list[str]) -> Iterator[tuple[bytes, dict[str, Any
 
 
 def _plain(value: Any) -> Any:
-    """`value` in dicts and lists, with None for the numbers that JSON cannot say."""
+    """A copy of `value` made of dicts and lists, with None for NaN and infinities."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a whole file, or replace it, in one go; whatever lies there is not followed anywhere. Raises `OSError`."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    with temporary.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    with _boundary(path):
-        replace_file(path, data)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Items in, episodes out: the proposer asks about each image, the solver answers N times, the texts are rewarded."""
+"""Self-play: the proposer asks about each item, the solver answers N times, and the texts are rewarded."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from ireasoner.training.items import Item
 
 
 @dataclass(frozen=True)
-class Taught:
-    """What one role's learner may be taught by a step: its completions, with the prompts that they answer.
+class RoleSamples:
+    """What one role wrote in a step, as far as this process sampled it: requests and their groups of completions.
 
-    `episodes` are the numbers of the episodes that these belong to; only this process's own are among them.
+    `episodes` holds the number of the episode that each request belongs to.
     """
 
     episodes: tuple[int, ...]
@@ -36,16 +36,16 @@ class Taught:
 
 @dataclass(frozen=True)
 class Play:
-    """One step's episodes, all processes', and what this process's share of them teaches each role."""
+    """The episodes of one step, those of all processes, and what this process sampled for each role."""
 
     episodes: tuple[Episode, ...]
-    solver: Taught
-    proposer: Taught
+    solver: RoleSamples
+    proposer: RoleSamples
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A question about one item, and where it comes from: a proposal, or a label with its true answer."""
+    """A question about an item. It comes from a proposal, or with its true answer from a label."""
 
     question: Question
     proposal: Completion | None
@@ -57,11 +57,11 @@ class SelfPlay:
 
     Args:
         policy: encodes images and embeds reasoning steps.
-        engine: samples.
-        config: recipe and scale.
-        labels: questions and true answers by image name, for the oracle recipe; they replace the proposer.
-        reward: the function that the recipe names, if it names one of the user's.
-        processes: who plays along; each plays its share of the items, and all know every episode.
+        engine: samples completions.
+        config: options of the run.
+        labels: questions and true answers by image name, which replace the proposer in the oracle recipe.
+        reward: the reward function, if the recipe names one of the user's own.
+        processes: the processes that take part. Each plays its share of the items and learns of every episode.
     """
 
     def __init__(
@@ -79,61 +79,53 @@ class SelfPlay:
         self.memory = ClaimMemory(config.recipe.recurrence_window)
 
     def play(self, step: int, items: Sequence[Item]) -> Play:
-        """Play the items of one step (counted from 1)."""
+        """Play the items of one step, counted from 1."""
         draws = _Draws(self.config.seed, step, [item.name for item in items])
         own = self.processes.share(len(items))
         images = dict(zip(own, encode_images(self.policy, [items[i].image for i in own]), strict=True))
         asked, proposer = self._ask(draws, images, len(items))
-        solver = self._solve(draws, images, [a.question for a in asked])
-        # Every process rewards every group, so that all have the same episodes and the same memory.
+        solver = self._solve(draws, images, [each.question for each in asked])
+        # Completions are exchanged before they are scored: every process scores every group, and so all have the same
+        # episodes and the same memory of recent claims.
         by_episode = dict(zip(solver.episodes, solver.groups, strict=True))
         groups = self._exchange([by_episode.get(i, []) for i in own], len(items))
-        read = [[self._read(completion) for completion in group] for group in groups]
-        for item, solutions in zip(items, read, strict=True):
-            self.memory.add(item.name, solutions)
-        episodes = [
-            self._episode(step, items[i].name, asked[i], groups[i], self._score(draws, i, items[i], asked[i], read[i]))
-            for i in range(len(items))
-        ]
+        form = self.config.sampling.solution_form
+        solutions = [[parse_trajectory(c.text, c.finish_reason, form) for c in group] for group in groups]
+        for item, group in zip(items, solutions, strict=True):
+            self.memory.add(item.name, group)
+        episodes = [self._episode(draws, i, asked[i], groups[i], solutions[i]) for i in range(len(items))]
         return Play(tuple(episodes), solver, proposer)
 
-    def _ask(self, draws: _Draws, images: Mapping[int, EncodedImage], total: int) -> tuple[list[_Asked], Taught]:
-        """One question about each item: the proposer's, or one of its labelled ones."""
+    def _ask(self, draws: _Draws, images: Mapping[int, EncodedImage], total: int) -> tuple[list[_Asked], RoleSamples]:
+        """One question about each of the `total` items: the proposer's, or a labelled one."""
         if self.labels is not None:
-            return [self._pick_label(draws, i) for i in range(total)], Taught((), (), ())
+            return [self._pick_label(draws, i) for i in range(total)], RoleSamples((), (), ())
         messages = proposer_messages(self.config.sampling.proposer_prompt)
         requests = [Request(image, messages, draws.seed(i, seeds.PROPOSE)) for i, image in images.items()]
-        written = self._sample(requests, "proposer")
-        taught = Taught(tuple(images), tuple(requests), tuple(written))
-        proposals = [group[0] for group in self._exchange(written, total)]
-        return [_Asked(self._read_question(c), c, None) for c in proposals], taught
+        longest = self.config.sampling.max_question_tokens
+        groups = self.engine.sample(requests, "proposer", max_tokens=longest) if requests else []
+        proposals = [group[0] for group in self._exchange(groups, total)]
+        asked = [_Asked(self._read_question(completion), completion, None) for completion in proposals]
+        return asked, RoleSamples(tuple(images), tuple(requests), tuple(groups))
 
-    def _solve(self, draws: _Draws, images: Mapping[int, EncodedImage], questions: Sequence[Question]) -> Taught:
-        """A group of completions for each of this process's readable questions."""
-        own = [i for i in images if questions[i].well_formed]
-        prompt = self.config.sampling.solver_prompt
-        requests = [
-            Request(images[i], solver_messages(prompt, questions[i].text), draws.seed(i, seeds.SOLVE)) for i in own
-        ]
-        return Taught(tuple(own), tuple(requests), tuple(self._sample(requests, "solver")))
-
-    def _sample(self, requests: Sequence[Request], role: str) -> list[list[Completion]]:
-        sampling = self.config.sampling
-        if not requests:
-            return []
-        if role == "proposer":
-            return self.engine.sample(requests, "proposer", max_tokens=sampling.max_question_tokens)
-        return self.engine.sample(requests, "solver", n=sampling.group_size, max_tokens=sampling.max_solution_tokens)
+    def _solve(self, draws: _Draws, images: Mapping[int, EncodedImage], questions: Sequence[Question]) -> RoleSamples:
+        """A group of completions for each readable question of this process's share."""
+        own, sampling = [i for i in images if questions[i].well_formed], self.config.sampling
+        messages = [solver_messages(sampling.solver_prompt, questions[i].text) for i in own]
+        requests = [Request(images[i], m, draws.seed(i, seeds.SOLVE)) for i, m in zip(own, messages, strict=True)]
+        n, longest = sampling.group_size, sampling.max_solution_tokens
+        groups = self.engine.sample(requests, "solver", n=n, max_tokens=longest) if requests else []
+        return RoleSamples(tuple(own), tuple(requests), tuple(groups))
 
     def _exchange(self, groups: Sequence[Sequence[Completion]], total: int) -> list[list[Completion]]:
-        """The completions of this process's share of the items, and everybody else's."""
+        """The groups of all `total` items, given those of this process's share."""
         if self.processes.count == 1:
             return [list(group) for group in groups]
         rows = self.processes.gather([[astuple(c) for c in group] for group in groups], total)
         return [[Completion(text, tuple(ids), tuple(ps), end) for text, ids, ps, end in row] for row in rows]
 
     def _pick_label(self, draws: _Draws, i: int) -> _Asked:
-        """One of an image's labelled questions, and its true answer."""
+        """One of the labelled questions about an image, with its true answer."""
         known = (self.labels or {}).get(draws.names[i], ())
         if not known:
             return _Asked(Question("", "", "no label for this image"), None, None)
@@ -142,54 +134,49 @@ class SelfPlay:
         return _Asked(Question(text, "", None), None, truth)
 
     def _read_question(self, completion: Completion) -> Question:
-        """As `parse_question`; unreadable too where it holds the model's own image token, which would take an image."""
+        """As `parse_question`. In the solver's prompt, the model's image token would stand for a second image."""
         question = parse_question(completion.text, completion.finish_reason)
         if question.well_formed and self.policy.processor.image_token in question.text:
             return replace(question, problem="an image token inside the question")
         return question
 
-    def _read(self, completion: Completion) -> Solution:
-        return parse_trajectory(completion.text, completion.finish_reason, self.config.sampling.solution_form)
-
-    def _score(self, draws: _Draws, i: int, item: Item, asked: _Asked, solutions: Sequence[Solution]) -> ScoredGroup:
-        recipe = self.config.recipe
+    def _episode(
+        self, draws: _Draws, i: int, asked: _Asked, completions: Sequence[Completion], solutions: Sequence[Solution]
+    ) -> Episode:
+        """Score the group of item i and make its record."""
+        recipe, sampling, processor = self.config.recipe, self.config.sampling, self.policy.processor
+        weight = step_weight(recipe, draws.step, self.config.schedule.steps)
         context = Context(
-            step_weight=step_weight(recipe, draws.step, self.config.schedule.steps),
+            step_weight=weight,
             embed=lambda texts: embed_texts(self.policy, texts, recipe.max_step_tokens),
-            recent_claims=self.memory.of_others(item.name),
+            recent_claims=self.memory.of_others(draws.names[i]),
             true_answer=asked.true_answer,
             seed=draws.seed(i, seeds.RANDOM_REWARD),
             reward=self.reward,
         )
-        return score_solutions(asked.question.text, solutions, recipe, context)
-
-    def _episode(
-        self, step: int, image: str, asked: _Asked, completions: Sequence[Completion], scored: ScoredGroup
-    ) -> Episode:
-        sampling, vote = self.config.sampling, scored.group.vote
-        proposal, question = asked.proposal, asked.question
+        scored = score_solutions(asked.question.text, solutions, recipe, context)
+        proposal = None
+        if asked.proposal:
+            prompt = render(processor, proposer_messages(sampling.proposer_prompt))
+            proposal = Proposal(**Sampled.fields_of(asked.proposal), prompt=prompt)
         return Episode(
-            step=step,
-            image=image,
-            question=question,
-            proposal=proposal
-            and Proposal(
-                **Sampled.fields_of(proposal),
-                prompt=render(self.policy.processor, proposer_messages(sampling.proposer_prompt)),
-            ),
+            step=draws.step,
+            image=draws.names[i],
+            question=asked.question,
+            proposal=proposal,
             proposer_reward=scored.proposer_reward,
-            prompt=render(self.policy.processor, solver_messages(sampling.solver_prompt, question.text)),
-            trajectories=trajectories(completions, scored),
-            majority_answer=vote.answer,
-            majority_fraction=vote.fraction,
-            answer_entropy=vote.entropy,
-            step_weight=step_weight(self.config.recipe, step, self.config.schedule.steps),
+            prompt=render(processor, solver_messages(sampling.solver_prompt, asked.question.text)),
+            trajectories=_trajectories(completions, scored),
+            majority_answer=scored.group.vote.answer,
+            majority_fraction=scored.group.vote.fraction,
+            answer_entropy=scored.group.vote.entropy,
+            step_weight=weight,
             true_answer=asked.true_answer,
         )
 
 
 class _Draws:
-    """The seeds of one step's draws (`ireasoner.method.seeds`)."""
+    """The seeds of all random draws of a step; `ireasoner.method.seeds` says why they are made anew for each."""
 
     def __init__(self, run_seed: int, step: int, names: Sequence[str]) -> None:
         self.run_seed, self.step, self.names = run_seed, step, names
@@ -200,12 +187,12 @@ class _Draws:
             seen[name] += 1
 
     def seed(self, i: int, purpose: int) -> tuple[int, ...]:
-        """The seed of a draw for item i."""
+        """The seed of a draw for item i, such as `seeds.SOLVE`."""
         return seeds.draw_seed(self.run_seed, self.step, self.names[i], self.occurrences[i], purpose)
 
 
-def trajectories(completions: Sequence[Completion], scored: ScoredGroup) -> tuple[Trajectory, ...]:
-    """The records of a group's completions."""
+def _trajectories(completions: Sequence[Completion], scored: ScoredGroup) -> tuple[Trajectory, ...]:
+    """The records of the completions of a group."""
     return tuple(
         Trajectory(
             **Sampled.fields_of(completion),

@@ -1,7 +1,9 @@
-"""The state of a run: how it is opened, saved, and taken back to an earlier checkpoint.
+"""The state of a run: opening it, saving it, and returning to an earlier checkpoint.
 
-Everything that a step needs is a function of the config, the adapters, the learners' state, the image cursor and the
-records written so far. All of these survive a kill, so a resumed run ends like one that was left alone.
+What a step does depends only on the config, the adapters, the optimizers, baselines and KL coefficients of the
+learners, the position in the image pool, the memory of recent claims, and the records written so far. All of this
+survives a kill. Random draws are seeded anew for every step, so there is no generator to save. This is why a resumed
+run ends bitwise like an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -26,19 +28,19 @@ from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.checkpoints import newest_checkpoint, save_checkpoint
 from ireasoner.training.config import Config
 from ireasoner.training.evaluation import LabelledQuestion, StepTruth, load_questions
-from ireasoner.training.items import ImagePool
+from ireasoner.training.items import ImagePool, Item, content_hash
 from ireasoner.training.recorder import Recorder, read_episodes, read_records
 from ireasoner.training.selfplay import SelfPlay
 from ireasoner.training.watch import Alarm, Signals, Watch
 
 
 class RunError(UsageError):
-    """A run cannot start or go on; the message says why and what to do."""
+    """A run cannot start or continue; the message says why and what to do."""
 
 
 @dataclass
 class Observer:
-    """Where a run tells what it does; the command line shows it. Every call is optional to listen to."""
+    """Functions that a run calls to report what it does, for example to the terminal display. By default, nothing."""
 
     on_start: Callable[[Config, int], None] = lambda config, first_step: None
     on_step: Callable[[int, Mapping[str, float], Sequence[Episode]], None] = lambda step, metrics, episodes: None
@@ -48,7 +50,7 @@ class Observer:
 
 @dataclass
 class Run:
-    """A run in memory. `step` is the last one that was played; `elapsed` the seconds that all of them took."""
+    """A run in memory. `step` is the last step that was taken; `elapsed` is the duration of all steps in seconds."""
 
     config: Config
     out: Path
@@ -69,17 +71,21 @@ class Run:
 
     @property
     def alarm(self) -> Alarm | None:
-        """Why the run ends before its time, if it does. Under labels, agreement is no sign of collapse."""
+        """Why the run ends early, or None. A run on labels never does: there, agreement is no sign of collapse."""
         return self.watch.alarm if self.config.watch.watch and self.config.labels is None else None
 
     def due(self, every: int) -> bool:
-        """Whether something that happens every so many steps (0: never) happens now."""
+        """Whether something that happens every `every` steps (0: never) is due after this step."""
         return every > 0 and self.step % every == 0
 
     def tell(self, text: str) -> None:
-        """Record an event, and show it."""
+        """Record an event and report it to the observer."""
         self.recorder.event(self.step, text)
         self.observer.on_message(text)
+
+    def thumbnail(self, item: Item) -> str:
+        """Save a small copy of an item's image in the run directory and return its relative path."""
+        return self.recorder.thumbnail(item.image, content_hash(self.pool.paths[item.name]))
 
 
 def open_run(
@@ -91,30 +97,35 @@ def open_run(
     reward: RewardFunction | None = None,
     truth: StepTruth | None = None,
 ) -> tuple[Run, bool]:
-    """Load everything that a run needs and, if it has a checkpoint, take it up from there; whether it had one.
+    """Load everything that a run needs, and restore its newest sound checkpoint if there is one.
+
+    The records that `recorder` has written after that checkpoint are dropped. `reward` is the reward function if it is
+    the user's own; the other arguments are kept in the run.
+
+    Returns:
+        The run, and whether it was restored from a checkpoint.
 
     Raises:
-        RunError: every checkpoint is damaged, or the engine cannot be used.
-        UsageError: whatever else the user named and cannot be used.
+        UsageError: every checkpoint is damaged, or something that the user named cannot be used.
     """
     processes = processes or Processes()
     checkpoint, skipped = newest_checkpoint(out / "checkpoints")
     if skipped and checkpoint is None:
         raise RunError(f"every checkpoint of {out} is damaged: {skipped[0][0].name}: {skipped[0][1]}")
     state = _read_state(checkpoint) if checkpoint else {"step": 0, "elapsed": 0.0}
-    step = state["step"]
-    # Without a checkpoint nothing was earned yet: this is a new run, or one that was killed before its first.
-    dropped = recorder.rewind(step if checkpoint else -1)
+    # Steps after the checkpoint are taken again and give the same records, so theirs are dropped. Without a checkpoint
+    # (a new run, or one that was killed before its first) that holds for all records, those of step 0 included.
+    dropped = recorder.rewind(state["step"] if checkpoint else -1)
     for text in [*_notes(skipped), *(f"Dropped a damaged record: {warning}." for warning in dropped)]:
-        recorder.event(step, text)
+        recorder.event(state["step"], text)
         observer.on_message(text)
-    processes.wait()  # what the others read below must be as the writing process has left it
+    processes.wait()  # the other processes read the records below, so the main one must have finished rewinding them
     pool = ImagePool.scan(config.images, config.seed)
     device = str(processes.device) if processes.count > 1 else config.device
     policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
     observer.on_message(policy.describe() + ".")
     engine = open_engine(config, policy, processes)
-    labels = _labels(config, pool) if config.labels else None
+    labels = load_labels(config, pool) if config.labels else None
     run = Run(
         config=config,
         out=out,
@@ -130,7 +141,7 @@ def open_run(
         signals=Signals(config.watch.watch_window * config.schedule.images_per_step),
         questions=load_questions(config.eval_data, config.schedule.eval_questions, truth) if config.eval_data else [],
         truth=truth,
-        step=step,
+        step=state["step"],
         elapsed=state["elapsed"],
     )
     record_skips(run)
@@ -140,27 +151,22 @@ def open_run(
 
 
 def open_engine(config: Config, policy: Policy, processes: Processes) -> Engine:
-    """The engine that a config names.
-
-    Raises:
-        UsageError: it is not installed, or cannot be used here.
-    """
+    """The engine that the config names. Raises `UsageError` if it is not installed or cannot be used here."""
     if config.engine == "transformers":
         return LiveEngine(policy)
     if processes.count > 1:
         raise RunError("--engine vllm works in one process: leave it out, or start without the launcher")
-    from ireasoner.rollouts.vllm import VllmEngine  # imports vLLM, which is an extra
+    from ireasoner.rollouts.vllm import VllmEngine  # imports vLLM, which is an optional dependency
 
     sampling, tokenizer = config.sampling, policy.processor.tokenizer
-    prompts = (sampling.proposer_prompt, sampling.solver_prompt)
-    written = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts) + sampling.max_question_tokens
-    room = 128  # for what the chat template puts around them
-    longest = config.backbone.max_image_tokens + written + sampling.max_solution_tokens + room
-    return VllmEngine(policy, config.model, longest)
+    # vLLM reserves memory for the longest sequence: image, prompt, question, solution, and 128 for the chat template.
+    prompt = max(len(tokenizer(text)["input_ids"]) for text in (sampling.proposer_prompt, sampling.solver_prompt))
+    written = sampling.max_question_tokens + sampling.max_solution_tokens
+    return VllmEngine(policy, config.model, config.backbone.max_image_tokens + prompt + written + 128)
 
 
 def record_skips(run: Run) -> None:
-    """Record the images that could not be used so far; those that are recorded already are left alone."""
+    """Record the images that could not be used so far, except those that are recorded already."""
     for name, reason in run.pool.skipped.items():
         run.recorder.skip(run.step, name, reason)
 
@@ -169,16 +175,16 @@ def record_skips(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Save everything that the next step depends on."""
-    run.recorder.sync()
+    """Save a checkpoint: everything that the next step depends on."""
+    run.recorder.sync()  # first, because a resumed run reads the records up to its checkpoint
     if run.processes.is_main:
         keep, spare = run.config.schedule.keep_checkpoints, _steps_to_return_to(run)
         save_checkpoint(run.out / "checkpoints", run.step, lambda folder: _write_state(run, folder), keep, spare)
-    run.processes.wait()  # from here on all know that it is there
+    run.processes.wait()  # no process may rely on the checkpoint before it is complete
 
 
 def go_back(run: Run) -> int:
-    """Load the adapters of the newest sound checkpoint from before the alarm; the step it was saved at.
+    """Load the adapters of the newest sound checkpoint from before the alarm, and return its step.
 
     Raises:
         RunError: there is no such checkpoint.
@@ -196,16 +202,20 @@ def go_back(run: Run) -> int:
 
 
 def regular_step(config: Config, step: int) -> int:
-    """The last step up to this one to which a run may go back, however often it was interrupted.
+    """The last step, no later than `step`, that a run may go back to.
 
-    Such steps are at least a window of the watch apart, so that few checkpoints have to be kept for it.
+    These are every n-th of the regularly saved steps, at least a window of the watch apart, so that few checkpoints
+    have to be kept. Where a run was interrupted does not matter, or it would end differently from an uninterrupted one.
     """
     save_every, window = config.schedule.save_every, config.watch.watch_window
     return step - step % (save_every * math.ceil(window / save_every)) if save_every else 0
 
 
 def _steps_to_return_to(run: Run) -> set[int]:
-    """The steps whose checkpoints must stay, because an alarm may still ask for them."""
+    """The steps whose checkpoints must stay, because an alarm may still ask for them.
+
+    The recent steps are among them because the healthy step of a later alarm may be any of them.
+    """
     config = run.config
     if not config.watch.watch or config.labels is not None:
         return set()
@@ -224,13 +234,11 @@ def _write_state(run: Run, folder: Path) -> None:
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    try:
-        return json.loads((checkpoint / "state.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{checkpoint} was not written by this program: {error}") from None
+    return json.loads((checkpoint / "state.json").read_text("utf-8"))
 
 
 def _restore(run: Run, checkpoint: Path, state: Mapping[str, Any]) -> None:
+    """Restore a checkpoint; the signals and the watch, which are not part of it, are rebuilt from the records."""
     run.policy.load_adapters(checkpoint)
     run.engine.refresh()
     for role, learner in run.learners.items():
@@ -248,14 +256,14 @@ def _notes(skipped: Sequence[tuple[Path, str]]) -> list[str]:
     return [f"Skipped the damaged checkpoint {path.name}: {reason}." for path, reason in skipped]
 
 
-def _labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, str]]]:
-    """Labelled questions by the pool's image names, for the oracle recipe.
+def load_labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, str]]]:
+    """Labelled questions and their answers by the names of the pool's images, for the oracle recipe.
 
     Raises:
         RunError: none of them is about an image of the pool.
     """
     assert config.labels is not None
-    names = {Path(pool.path(name)).resolve(): name for name in pool.names}
+    names = {Path(pool.paths[name]).resolve(): name for name in pool.names}
     labels: dict[str, list[tuple[str, str]]] = {}
     for row in load_questions(config.labels):
         if row.image in names:

@@ -1,26 +1,30 @@
-"""The watch: label-free signs of a run that eats itself, and when to end it and go back.
+"""The watch: recognises, without labels, that a run is collapsing, and says when to end it and where to go back to.
 
-Whoever learns from their own agreement becomes surer with every step, and a surer vote is also what learning looks
-like. So each signal is compared, as a mean over a window of steps, with the run's own early steps, and has two bounds:
-beyond the first it has left its healthy range, beyond the second it alarms. An alarm that lasts ends the run, which
-goes back to before any signal left its range. The bounds lie outside what healthy runs reached (docs/experiments.md).
-They cannot tell a right consensus from a wrong one. All of it follows from the recorded metrics and episodes.
+A model that learns from its own agreement becomes surer with every step, and so does a model that learns well: a single
+value says little. The watch therefore compares each signal, averaged over a window of steps, with the early steps of
+the same run. Each signal has two bounds: beyond the first it has left its healthy range, beyond the second it alarms.
+An alarm that lasts ends the run, which returns to a checkpoint from before any signal left its healthy range.
+
+The bounds were set outside of what healthy runs reached (docs/experiments.md). They cannot tell a right consensus from
+a wrong one. The watch depends only on recorded metrics and episodes, so a resumed run rebuilds it from its records.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
 from ireasoner.method.types import Episode, Trajectory
 
 
-def _from_one(share: float) -> float:
+def _below_one(share: float) -> float:
     return 1 - share
 
 
@@ -30,10 +34,11 @@ def _inverse(value: float) -> float:
 
 @dataclass(frozen=True)
 class Rule:
-    """One way to fail. `room` says how far a signal's mean is from ruin, where it is 0.
+    """One way in which a run can fail.
 
-    The signal has left its healthy range when less than `healthy` of the reference's room is left, and alarms at less
-    than `alarm`. The reference is the run's first window that counts, or its best one so far.
+    `room` says how far the mean of a signal is from total failure, where the room is 0. When less than the share
+    `healthy` of the reference's room is left, the signal has left its healthy range; at less than `alarm`, it alarms.
+    The reference is the run's first window, or with `against_best` the window with the highest mean so far.
     """
 
     signal: str
@@ -45,25 +50,30 @@ class Rule:
 
 
 RULES = (
-    Rule("majority_fraction", "the group agrees whatever is asked", _from_one, 0.5, 0.4),
+    Rule("majority_fraction", "the group agrees whatever is asked", _below_one, 0.5, 0.4),
     Rule("majority_fraction", "agreement that had been won is lost again", float, 0.9, 0.8, against_best=True),
     Rule("answer_entropy", "answers lose their diversity", float, 0.5, 0.4),
     Rule("token_entropy", "sampling has become deterministic", float, 0.5, 0.3),
     Rule("token_entropy", "sampling has become random", _inverse, 0.6, 0.4),
     Rule("length", "solutions shrink", float, 0.6, 0.4),
     Rule("length", "solutions swell", _inverse, 0.6, 0.4),
-    Rule("repetition", "solutions repeat themselves", _from_one, 0.9, 0.8),
+    Rule("repetition", "solutions repeat themselves", _below_one, 0.9, 0.8),
     Rule("readable", "texts can no longer be read", float, 0.95, 0.9),
     Rule("distinct_questions", "the same questions come again and again", float, 0.6, 0.4),
-    Rule("recurrence", "the same reasoning is given to every image", _from_one, 0.65, 0.6),
-    Rule("blank_survival", "majority answers no longer need the image", _from_one, 0.5, 0.3),
+    Rule("recurrence", "the same reasoning is given to every image", _below_one, 0.65, 0.6),
+    Rule("blank_survival", "majority answers no longer need the image", _below_one, 0.5, 0.3),
 )
-STANDARD_ERRORS = 4.0  # that two windows must be apart as well: with few images a step, means are noisy
+# Two windows must also differ by this many standard errors: with few images in a step, their means are noisy.
+STANDARD_ERRORS = 4.0
 
 
 @dataclass(frozen=True)
 class Sign:
-    """What the watch makes of a signal: the means that it compares, the trouble that it sees in them, if any."""
+    """How a rule judges the latest window of a signal, by its mean there and in the window that it is compared with.
+
+    `trouble` is the rule's meaning if the signal has left its healthy range, otherwise None. `alarms` tells whether it
+    has alarmed for so long that the run should end.
+    """
 
     signal: str
     reference: float
@@ -74,81 +84,83 @@ class Sign:
 
 @dataclass(frozen=True)
 class Alarm:
-    """Why a run should end, in words, and the last step known to be healthy."""
+    """Why a run should end, in words, and the last step at which every signal was healthy."""
 
     reason: str
     healthy_step: int
 
 
 class Watch:
-    """Takes the signals of one step after the other and says when to stop.
+    """Takes the signals of one step after another and sets `alarm` when the run should end.
 
     Args:
-        window: steps that are averaged; a fifth of it passes before the reference, an alarm lasts for half of it.
+        window: number of steps in an average. The first fifth of a window is ignored while the run settles, and an
+            alarm has to last for half a window.
     """
 
     def __init__(self, window: int) -> None:
         self.window, self.settling, self.patience = window, window // 5, max(1, window // 2)
         self.alarm: Alarm | None = None
         self._step = 0
-        self._series: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        self._series: dict[str, list[tuple[int, float]]] = defaultdict(list)  # (step, value) pairs by signal
         self._references: dict[Rule, tuple[float, float]] = {}
-        self._left: dict[Rule, int] = {}  # since which step a signal has been outside its healthy range
-        self._alarmed: dict[Rule, int] = {}  # for how many steps on end
+        self._left: dict[Rule, int] = {}  # the step at which a signal left its healthy range
+        self._alarmed: dict[Rule, int] = {}  # for how many steps in a row a signal has alarmed
+        self._signs: list[Sign] = []
 
     def observe(self, step: int, signals: Mapping[str, float | None]) -> None:
-        """Take a step's signals, after which `alarm` may be set; what was not measured is left out, None or NaN."""
+        """Take the signals of a step. A signal that was not measured is missing, None or not finite."""
         self._step = step
         for name, value in signals.items():
             if step > self.settling and value is not None and math.isfinite(value):
                 self._series[name].append((step, value))
-        reasons = [reason for rule in RULES if (reason := self._judge(rule))]
+        self._signs = [sign for rule in RULES if (sign := self._judge(rule))]
+        reasons = [
+            f"{sign.trouble} ({sign.signal.replace('_', ' ')} from {sign.reference:.3g} to {sign.recent:.3g})"
+            for sign in self._signs
+            if sign.alarms
+        ]
         if reasons and self.alarm is None:
             self.alarm = Alarm("; ".join(reasons), min(self.may_return_to()))
 
     def recall(self, record: Mapping[str, Any]) -> None:
-        """Take a step's signals from its line of `metrics.jsonl`."""
+        """Take the signals of a step from its line of `metrics.jsonl`."""
         signals = {name.removeprefix("watch/"): value for name, value in record.items() if name.startswith("watch/")}
         self.observe(record["step"], signals)
 
     def may_return_to(self) -> set[int]:
-        """After which steps a checkpoint may be needed: from before every excursion that goes on, and before now."""
+        """The steps whose checkpoints an alarm, now or later, may ask for.
+
+        These are one window before now, and one window before each signal left the healthy range that it is still
+        outside of: the window in which an excursion is noticed may hold steps that were unhealthy already.
+        """
         return {max(0, step - self.window) for step in (self._step, *self._left.values())}
 
     def signs(self) -> list[Sign]:
-        """Every signal that can be judged by now, by its worst rule; what an alarm needs is that it lasts."""
-        found: dict[str, Sign] = {}
-        for rule in RULES:
-            recent, reference = self._mean(rule.signal, self._step), self._references.get(rule)
-            if recent is None or reference is None:
-                continue
-            trouble = rule.meaning if rule in self._left else None
-            alarms = self._alarmed.get(rule, 0) >= self.patience
-            sign = Sign(rule.signal, reference[0], recent[0], trouble, alarms)
-            known = found.get(rule.signal)
-            if known is None or (sign.alarms, bool(sign.trouble)) > (known.alarms, bool(known.trouble)):
-                found[rule.signal] = sign
-        return list(found.values())
+        """Every signal that can be judged by now, each as the rule that sees most trouble in it judges it."""
+        by_signal: dict[str, list[Sign]] = defaultdict(list)
+        for sign in self._signs:
+            by_signal[sign.signal].append(sign)
+        return [max(signs, key=lambda sign: (sign.alarms, sign.trouble is not None)) for signs in by_signal.values()]
 
-    def _judge(self, rule: Rule) -> str | None:
-        """Keep account of one rule; what it says if it has alarmed for long enough."""
+    def _judge(self, rule: Rule) -> Sign | None:
+        """Judge the latest window by a rule and keep count of its alarms; None if too little was measured."""
         recent, reference = self._mean(rule.signal, self._step), self._reference(rule)
         if recent is None or reference is None:
             return None
-        room, had = rule.room(recent[0]), rule.room(reference[0])
-        clear = abs(recent[0] - reference[0]) > STANDARD_ERRORS * math.sqrt(recent[1] + reference[1])
-        if not clear or room >= rule.healthy * had:
+        room, initial_room = rule.room(recent[0]), rule.room(reference[0])
+        differs = abs(recent[0] - reference[0]) > STANDARD_ERRORS * math.sqrt(recent[1] + reference[1])
+        if differs and room < rule.healthy * initial_room:
+            self._left.setdefault(rule, self._step)
+            self._alarmed[rule] = self._alarmed.get(rule, 0) + 1 if room < rule.alarm * initial_room else 0
+        else:
             self._left.pop(rule, None)
             self._alarmed.pop(rule, None)
-            return None
-        self._left.setdefault(rule, self._step)
-        self._alarmed[rule] = self._alarmed.get(rule, 0) + 1 if room < rule.alarm * had else 0
-        name = rule.signal.replace("_", " ")
-        lasts = self._alarmed[rule] >= self.patience
-        return f"{rule.meaning} ({name} from {reference[0]:.3g} to {recent[0]:.3g})" if lasts else None
+        trouble = rule.meaning if rule in self._left else None
+        return Sign(rule.signal, reference[0], recent[0], trouble, self._alarmed.get(rule, 0) >= self.patience)
 
     def _reference(self, rule: Rule) -> tuple[float, float] | None:
-        """What a signal is compared with: steps that do not overlap the recent ones."""
+        """Mean and squared standard error of the window to compare with, which does not overlap the latest window."""
         series, before = self._series[rule.signal], self._step - self.window
         known = self._references.get(rule)
         if series and before >= (first := series[0][0] + self.window - 1) and (known is None or rule.against_best):
@@ -158,13 +170,13 @@ class Watch:
         return self._references.get(rule)
 
     def _mean(self, signal: str, last: int) -> tuple[float, float] | None:
-        """Mean of a signal over the window up to a step, and its squared error; None if measured less than twice."""
-        values = []
-        for step, value in reversed(self._series[signal]):
-            if step <= last - self.window:
-                break
-            if step <= last:
-                values.append(value)
+        """Mean of a signal in the window that ends at step `last`, and its squared standard error.
+
+        None if the signal was measured less than twice in that window.
+        """
+        series = self._series[signal]
+        begin, end = (bisect_right(series, step, key=itemgetter(0)) for step in (last - self.window, last))
+        values = [value for _, value in series[begin:end]]
         if len(values) < 2:
             return None
         mean = fmean(values)
@@ -172,59 +184,60 @@ class Watch:
 
 
 class Signals:
-    """Measures a step's episodes against what the last groups said.
+    """Measures the signals of a step from its episodes and from the latest groups before them.
 
     Args:
-        groups: how many groups are remembered.
+        groups: number of groups that are remembered.
     """
 
     def __init__(self, groups: int) -> None:
-        self._memory: deque[tuple[str, str, frozenset[str]]] = deque(maxlen=groups)
+        self._memory: deque[tuple[str, str, frozenset[str]]] = deque(maxlen=groups)  # image, question, reasoning steps
 
     def remember(self, episode: Episode) -> None:
-        """Add an episode's group: its image, its question and the reasoning steps of all its trajectories."""
+        """Add an episode's group to the memory. An episode without trajectories is passed over."""
         if episode.trajectories:
-            said = frozenset(_normal(step) for t in episode.trajectories for step in t.reasoning_steps)
+            said = frozenset(_normalized(step) for t in episode.trajectories for step in t.reasoning_steps)
             self._memory.append((episode.image, episode.question.text, said))
 
     def measure(self, episodes: Sequence[Episode]) -> dict[str, float]:
-        """A step's signals; its groups are remembered. What nothing can be said about is left out."""
-        groups = [e for e in episodes if e.trajectories]
+        """The signals of a step by name, without those that cannot be measured. Its groups are remembered."""
         formed = [sum(t.well_formed for t in e.trajectories) / max(1, len(e.trajectories)) for e in episodes]
+        found = {"readable": fmean(formed)}
+        groups = [e for e in episodes if e.trajectories]
         if not groups:
-            return {"readable": fmean(formed)}
+            return found
         for e in groups:
             self.remember(e)
-        written = [t for e in groups for t in e.trajectories]
-        tokens = sum(t.num_tokens for t in written)
-        surprise = math.fsum(-(t.mean_sampler_logprob or 0.0) * t.num_tokens for t in written)
-        found = {
-            "readable": fmean(formed),
+        trajectories = [t for e in groups for t in e.trajectories]
+        tokens = sum(t.num_tokens for t in trajectories)
+        surprise = math.fsum(-(t.mean_sampler_logprob or 0.0) * t.num_tokens for t in trajectories)
+        found |= {
             "majority_fraction": fmean(e.majority_fraction for e in groups),
             "answer_entropy": fmean(e.answer_entropy for e in groups),
-            # The mean surprise of what was sampled is an unbiased estimate of the entropy that it was sampled with.
+            # The mean of −log p over sampled tokens is an unbiased estimate of the entropy of the distribution.
             "token_entropy": surprise / max(1, tokens),
-            "length": tokens / len(written),
-            "repetition": fmean(repeated_share(t.text) for t in written),
+            "length": tokens / len(trajectories),
+            "repetition": fmean(repeated_share(t.text) for t in trajectories),
         }
-        if len(self._memory) == self._memory.maxlen:
+        if len(self._memory) == self._memory.maxlen:  # with fewer groups, these two would grow with the memory
             found["distinct_questions"] = len({question for _, question, _ in self._memory}) / len(self._memory)
             recurring = [self._recurrence(t, e) for e in groups for t in e.trajectories if t.reasoning_steps]
             found |= {"recurrence": fmean(recurring)} if recurring else {}
         return found
 
     def _recurrence(self, trajectory: Trajectory, own: Episode) -> float:
-        """Share of a trajectory's steps that other images' groups with other questions hold too."""
+        """Share of a trajectory's reasoning steps that also occur with another question about another image."""
         others = [said for image, text, said in self._memory if image != own.image and text != own.question.text]
-        return fmean(any(step in said for said in others) for step in map(_normal, trajectory.reasoning_steps))
+        return fmean(any(step in said for said in others) for step in map(_normalized, trajectory.reasoning_steps))
 
 
 def repeated_share(text: str) -> float:
-    """Share of a text's word 4-grams that have occurred in it before."""
+    """Share of a text's word 4-grams that have already occurred in it."""
     words = text.casefold().split()
     grams = list(zip(words, words[1:], words[2:], words[3:], strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _normal(step: str) -> str:
+def _normalized(step: str) -> str:
+    """A reasoning step without case and punctuation."""
     return " ".join(re.findall(r"\w+", step.casefold()))
