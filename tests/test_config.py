@@ -18,6 +18,7 @@ from ireasoner.training.config import (
     RECIPE_OPTIONS,
     Config,
     ConfigError,
+    config_of,
     conflicts,
     dump_config,
     load_config,
@@ -99,10 +100,10 @@ def test_recipe_and_preset_options_are_apart_and_together_with_the_runs_own_are_
 
 def test_an_option_changes_and_nothing_else_does():
     config = resolve(NEEDED)
-    changed = config.changed(kl_coef=0.5, steps=7)
+    changed = config_of({**config.flat(), "kl_coef": 0.5, "steps": 7})
     assert changed.flat() == config.flat() | {"kl_coef": 0.5, "steps": 7}
     with pytest.raises(ConfigError, match="flavour"):
-        config.changed(flavour="sweet")
+        config_of({**config.flat(), "flavour": "sweet"})
 
 
 @pytest.mark.parametrize("form", ["tags", "boxed", "answer-line"])

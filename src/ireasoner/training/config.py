@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from ireasoner.method.recipe import Count, Options, Recipe
 from ireasoner.method.texts import PROPOSER_PROMPT, SOLVER_PROMPTS
-from ireasoner.method.types import UsageError
+from ireasoner.method.types import Form, UsageError
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
 
 
@@ -36,7 +36,7 @@ class SamplingOptions(Options):
     """Longest proposer completion."""
     max_solution_tokens: Count = 256
     """Longest solver completion."""
-    solution_form: Literal["tags", "boxed", "answer-line"] = "tags"
+    solution_form: Form = "tags"
     """Where a solver's text gives its answer: <think>…</think><answer>…</answer> (tags), a last \\boxed{…} (boxed),
     or a last line 'Answer: …' (answer-line)."""
     proposer_prompt: str = PROPOSER_PROMPT
@@ -74,8 +74,8 @@ class WatchOptions(Options):
     watch_window: Annotated[int, Field(ge=2)] = 50
     """Steps that the watch averages over and compares with as many early ones."""
     blank_every: NonNegativeInt = 5
-    """Steps between checks whether majority answers survive with the image blanked (0: off); the watch needs two of
-    them in watch_window."""
+    """Steps between checks whether majority answers stay the same when the image is blank (0: off); the watch needs
+    two checks in a watch_window."""
 
 
 class Config(Options):
@@ -84,17 +84,17 @@ class Config(Options):
     format: Literal[2] = 2
     """Version of the run directory's format."""
     images: Path
-    """Folder of unlabeled images, searched through and through."""
+    """Folder of unlabeled images, searched with all of its subfolders."""
     model: str
     """Folder or hub id of an image-text-to-text model; 'tiny' is the one that ships here."""
     preset: str = "7b"
     """Name of a preset, or a YAML file of preset options."""
     seed: NonNegativeInt = 0
-    """Every random draw derives from it."""
+    """Seed of all random draws."""
     labels: Path | None = None
-    """JSONL of image, question, answer to play instead of proposing (oracle)."""
+    """JSONL file of image, question, answer, whose questions replace the proposer's (oracle)."""
     eval_data: Path | None = None
-    """Held-out JSONL of image, question, answer for before and after."""
+    """JSONL file of held-out image, question, answer, to evaluate on before and after training."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """Who samples: transformers on the live policy, or vLLM beside it, where installed."""
     device: str = "auto"
@@ -123,10 +123,6 @@ class Config(Options):
         """Every option by its own name, without the groups."""
         values = self.model_dump()
         return {name: values[group][field] if group else values[field] for name, (group, field) in PATHS.items()}
-
-    def changed(self, **options: Any) -> Config:
-        """A copy with other values of some options, by their own names. Raises `ConfigError` as `config_of` does."""
-        return config_of({**self.flat(), **options}).model_copy(update={"reward_sha256": self.reward_sha256})
 
 
 # The group of each option ("" for those of no group) and its name there. The option `recipe` is the name of a recipe.
@@ -170,20 +166,21 @@ def names(kind: Literal["recipes", "presets"]) -> list[str]:
 
 def _read_part(kind: Literal["recipes", "presets"], name: str, known: Sequence[str]) -> dict[str, Any]:
     """The options in a recipe or preset, given by its name or by the path of a YAML file; `known` are those allowed."""
+    what = f"{kind[:-1]} {name!r}"
     if name in names(kind):
         path = resources.files("ireasoner.training").joinpath(kind, f"{name}.yaml")
     elif Path(name).is_file():
         path = Path(name)
     else:
-        raise ConfigError(f"no {kind[:-1]} {name!r}: neither a file nor one of {', '.join(names(kind))}")
+        raise ConfigError(f"there is no {what}: name a YAML file, or one of {', '.join(names(kind))}")
     try:
         values = yaml.safe_load(path.read_text("utf-8")) or {}
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{kind[:-1]} {name!r} is not YAML text: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{what} is not YAML text: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{kind[:-1]} {name!r} must be a mapping of options to values")
+        raise ConfigError(f"{what} must be a mapping of options to values")
     if strangers := sorted(map(str, set(values) - set(known))):
-        raise ConfigError(f"{kind[:-1]} {name!r} has unknown options: {', '.join(strangers)}")
+        raise ConfigError(f"{what} has unknown options: {', '.join(strangers)}")
     if isinstance(path, Path) and ".py:" in str(values.get("reward")):
         values["reward"] = str(path.parent.absolute() / values["reward"])  # relative to the recipe's folder
     return values
@@ -200,15 +197,8 @@ def resolve(flags: Mapping[str, Any]) -> Config:
     """
     recipe = str(flags.get("recipe", "default"))
     preset = str(flags.get("preset", "tiny" if flags.get("model") == "tiny" else option("preset").default))
-    return config_of(
-        {
-            **_read_part("presets", preset, PRESET_OPTIONS),
-            **_read_part("recipes", recipe, RECIPE_OPTIONS),
-            **flags,
-            "recipe": recipe,
-            "preset": preset,
-        }
-    )
+    parts = _read_part("presets", preset, PRESET_OPTIONS) | _read_part("recipes", recipe, RECIPE_OPTIONS)
+    return config_of({**parts, **flags, "recipe": recipe, "preset": preset})
 
 
 def load_config(path: Path) -> Config:
@@ -237,7 +227,8 @@ def dump_config(config: Config) -> str:
 
 def conflicts(stored: Config, flags: Mapping[str, Any]) -> list[str]:
     """A sentence about each flag that differs from a stored config. Such flags cannot be given to a resumed run."""
-    kept, given = stored.flat(), stored.changed(**flags).flat()
+    kept = stored.flat()
+    given = config_of({**kept, **flags}).flat()
     return [f"{name} is {kept[name]} in the run, not {given[name]}" for name in flags if given[name] != kept[name]]
 
 

@@ -7,9 +7,9 @@ and for a resumed run only if the command line names it again.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ireasoner.method.recipe import REWARDS
 from ireasoner.method.scoring import Context, Group, Numbers, RewardError, RewardFunction
@@ -32,20 +32,18 @@ def load_reward(config: Config) -> tuple[RewardFunction, str]:
     """
     file, _, name = config.recipe.reward.rpartition(":")
     try:
-        digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        code = Path(file).read_bytes()
     except OSError as error:
         raise RewardError(f"cannot read the reward file {file}: {error.strerror}") from None
-    spec = importlib.util.spec_from_file_location("ireasoner_custom_reward", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    # Not by Python's import, which would read the file again: the code that runs must be the code that is hashed.
+    namespace: dict[str, Any] = {"__name__": "ireasoner_custom_reward", "__file__": file}
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the file is the user's and may raise anything
+        exec(compile(code, file, "exec", dont_inherit=True), namespace)
+    except Exception as error:  # the code is the user's and may raise anything
         raise RewardError(f"the reward file {file} cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, name, None)):
+    function: RewardFunction | None = namespace.get(name)
+    if not callable(function):
         raise RewardError(f"the reward file {file} has no function {name}")
-    function: RewardFunction = getattr(module, name)
 
     def reward(group: Group, context: Context) -> Numbers | Mapping[str, Numbers]:
         try:
@@ -53,4 +51,4 @@ def load_reward(config: Config) -> tuple[RewardFunction, str]:
         except Exception as error:
             raise RewardError(f"{config.recipe.reward} failed: {type(error).__name__}: {error}") from error
 
-    return reward, digest
+    return reward, hashlib.sha256(code).hexdigest()

@@ -57,7 +57,8 @@ def start(config: Config, out: Path, observer: Observer | None = None, truth: St
         raise RunError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
     if out.resolve().is_relative_to(config.images.resolve()):
         raise RunError(
-            f"{out} lies inside the image folder {config.images}, whose images it would join: choose another --out"
+            f"{out} lies inside the image folder {config.images}, so its thumbnails would be trained on: "
+            "choose another --out"
         )
     reward = None
     if names_a_file(config):
@@ -91,10 +92,10 @@ def resume(
     if names_a_file(config):
         name = config.recipe.reward
         if not trusts_reward:
-            raise RunError(f"{out} is paid by {name}, whose code is run only if you say so: add --reward {name}")
+            raise RunError(f"{out} uses the reward {name}, whose code runs only if you name it: add --reward {name}")
         reward, digest = load_reward(config)
         if digest != config.reward_sha256:
-            raise RunError(f"{name} has changed since {out} was begun: put it back, or start a new run")
+            raise RunError(f"{name} has changed since {out} was started: restore the file, or start a new run")
     return _run(config, out, observer or Observer(), truth, reward)
 
 

@@ -40,16 +40,15 @@ def probe(run: Run) -> None:
     else:
         records = read_records(run.out / "probes.jsonl")
         asked = {record["image"]: record["question"] for record in records if record["step"] == 0}
-    rows = [i for i, item in enumerate(items) if item.name in asked]
-    texts = [asked[items[i].name] for i in rows]
-    answers = solve_greedily(run, [encoded[i] for i in rows], texts)
-    for i, text, (completion, solution) in zip(rows, texts, answers, strict=True):
+    probes = [(item, image) for item, image in zip(items, encoded, strict=True) if item.name in asked]
+    answers = solve_greedily(run, [image for _, image in probes], [asked[item.name] for item, _ in probes])
+    for (item, _), (completion, solution) in zip(probes, answers, strict=True):
         run.recorder.probe(
             ProbeAnswer(
                 step=run.step,
-                image=items[i].name,
-                thumbnail=run.thumbnail(items[i]),
-                question=text,
+                image=item.name,
+                thumbnail=run.thumbnail(item),
+                question=asked[item.name],
                 text=completion.text,
                 answer=solution.answer,
                 reasoning_steps=solution.reasoning_steps,

@@ -159,10 +159,27 @@ def open_engine(config: Config, policy: Policy, processes: Processes) -> Engine:
     from ireasoner.rollouts.vllm import VllmEngine  # imports vLLM, which is an optional dependency
 
     sampling, tokenizer = config.sampling, policy.processor.tokenizer
-    # vLLM reserves memory for the longest sequence: image, prompt, question, solution, and 128 for the chat template.
+    # The longest sequence that vLLM has to hold: image, prompt, question, solution, and 128 for the chat template.
     prompt = max(len(tokenizer(text)["input_ids"]) for text in (sampling.proposer_prompt, sampling.solver_prompt))
     written = sampling.max_question_tokens + sampling.max_solution_tokens
     return VllmEngine(policy, config.model, config.backbone.max_image_tokens + prompt + written + 128)
+
+
+def load_labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, str]]]:
+    """Labelled questions and their answers by the names of the pool's images, for the oracle recipe.
+
+    Raises:
+        RunError: none of them is about an image of the pool.
+    """
+    assert config.labels is not None
+    names = {Path(pool.paths[name]).resolve(): name for name in pool.names}
+    labels: dict[str, list[tuple[str, str]]] = {}
+    for row in load_questions(config.labels):
+        if row.image in names:
+            labels.setdefault(names[row.image], []).append((row.question, row.answer))
+    if not labels:
+        raise RunError(f"no question in {config.labels} is about an image in {config.images}")
+    return labels
 
 
 def record_skips(run: Run) -> None:
@@ -254,20 +271,3 @@ def _restore(run: Run, checkpoint: Path, state: Mapping[str, Any]) -> None:
 
 def _notes(skipped: Sequence[tuple[Path, str]]) -> list[str]:
     return [f"Skipped the damaged checkpoint {path.name}: {reason}." for path, reason in skipped]
-
-
-def load_labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, str]]]:
-    """Labelled questions and their answers by the names of the pool's images, for the oracle recipe.
-
-    Raises:
-        RunError: none of them is about an image of the pool.
-    """
-    assert config.labels is not None
-    names = {Path(pool.paths[name]).resolve(): name for name in pool.names}
-    labels: dict[str, list[tuple[str, str]]] = {}
-    for row in load_questions(config.labels):
-        if row.image in names:
-            labels.setdefault(names[row.image], []).append((row.question, row.answer))
-    if not labels:
-        raise RunError(f"no question in {config.labels} is about an image in {config.images}")
-    return labels

@@ -1,4 +1,4 @@
-"""How sure a mean is: 95 % intervals over seeds, over questions, and over both."""
+"""95 % confidence intervals of means over seeds, over questions, and over both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  
 
 
 def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
-    """Mean and 95 % percentile bootstrap interval over questions."""
+    """The mean of `values` [questions] with its 95 % percentile bootstrap interval: mean, low, high."""
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES)
     low, high = np.quantile(weights @ values / len(values), [0.025, 0.975])
@@ -20,14 +20,14 @@ def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float, 
 
 
 def resampled_means(values_KSQ: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
-    """Means of K columns over seeds S and questions Q, both resampled with replacement: [RESAMPLES, K].
+    """Bootstrap means of K models over S seeds and Q questions, both resampled with replacement: [RESAMPLES, K].
 
-    The draws depend on S, Q and `seed` alone, so that the results of two models are paired.
+    The draws depend only on S, Q and `seed`, so that the means of different models are paired.
     """
     rng = np.random.default_rng(seed)
-    columns, seeds, questions = values_KSQ.shape
-    found = np.empty((RESAMPLES, columns))
-    for rows in np.array_split(np.arange(RESAMPLES), 20):  # in parts: a row of weights is as long as the questions
+    models, seeds, questions = values_KSQ.shape
+    found = np.empty((RESAMPLES, models))
+    for rows in np.array_split(np.arange(RESAMPLES), 20):  # in parts, because all weights at once take much memory
         weights_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(rows)) / seeds
         weights_RQ = rng.multinomial(questions, np.full(questions, 1 / questions), size=len(rows)) / questions
         for k, values_SQ in enumerate(values_KSQ):
@@ -36,16 +36,16 @@ def resampled_means(values_KSQ: NDArray[np.float64], seed: int = 0) -> NDArray[n
 
 
 def paired_interval(differences_SQ: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
-    """Mean and 95 % interval of a difference [seeds, questions], resampling seeds and questions alike."""
+    """Mean, low and high of a difference [seeds, questions], with seeds and questions resampled."""
     low, high = np.quantile(resampled_means(differences_SQ[None], seed), [0.025, 0.975])
     return float(differences_SQ.mean()), float(low), float(high)
 
 
 def plus_minus(by_seed: Sequence[float]) -> float | None:
-    """Half of the 95 % interval of a mean over seeds (Student's t); None for a single seed."""
+    """Half the width of the 95 % interval of a mean over seeds (Student's t); None for a single seed."""
     freedom = len(by_seed) - 1
     if freedom < 1:
         return None
-    exact = freedom <= len(T_QUANTILES)
+    exact = freedom <= len(T_QUANTILES)  # otherwise an approximation with an error of at most 0.003
     quantile = T_QUANTILES[freedom - 1] if exact else 1.96 + 2.372 / freedom + 2.822 / freedom**2
     return float(quantile * np.std(by_seed, ddof=1) / np.sqrt(len(by_seed)))
