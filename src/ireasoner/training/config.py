@@ -39,8 +39,8 @@ class SamplingOptions(Options):
     max_solution_tokens: Count = 256
     """Longest solver completion."""
     solution_form: Literal["tags", "boxed", "answer-line"] = "tags"
-    """Where a solver's text gives its answer: <think>…</think><answer>…</answer> (tags), a last \\boxed{…} (boxed),
-    or a last line 'Answer: …' (answer-line)."""
+    """Where a solver's text gives its answer: in tags, as <think>…</think><answer>…</answer>; in a last \\boxed{…}; or
+    on a last line, as 'Answer: …'."""
     proposer_prompt: str = PROPOSER_PROMPT
     """What the proposer is told."""
     solver_prompt: str = Field(default_factory=lambda options: SOLVER_PROMPTS[options["solution_form"]])
@@ -90,7 +90,7 @@ class Config(Options):
     model: str
     """Folder or hub id of an image-text-to-text model; 'tiny' is the one that ships here."""
     preset: str = "7b"
-    """Name of a preset, or a YAML file of preset options."""
+    """Name of a preset, or a YAML file of preset options (7b; tiny for the model tiny)."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Every random draw derives from it."""
     labels: Path | None = None
@@ -167,7 +167,7 @@ def config_of(options: Mapping[str, Any]) -> Config:
     try:
         return Config(**values)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(explain(error)) from None
 
 
 def names(kind: Literal["recipes", "presets"]) -> list[str]:
@@ -232,7 +232,7 @@ def load_config(path: Path) -> Config:
     except FileNotFoundError:
         raise ConfigError(f"{path.parent} is not a run directory: it has no {path.name}") from None
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from None
+        raise ConfigError(f"{path}: {explain(error)}") from None
     except (yaml.YAMLError, TypeError, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
@@ -252,7 +252,8 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring = 2, 200  # a few lines of YAML can stand for a value of any size
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
+    """What is wrong with options, by their names, in one line."""
     parts = []
     for item in error.errors():
         where = [str(part) for part in item["loc"] if part not in GROUPS or len(item["loc"]) == 1]
