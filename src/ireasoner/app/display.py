@@ -87,7 +87,6 @@ class Display:
             console=self.console,
         )
         self.task = self.progress.add_task("training", total=config.schedule.steps)
-        self.first_step, self.training_seconds = 1, 0.0
 
     def __enter__(self) -> Display:
         if self.live:
@@ -111,7 +110,6 @@ class Display:
         self.console.print(Text(message), soft_wrap=self.live is None)
 
     def on_start(self, config: Config, first_step: int) -> None:
-        self.first_step = first_step
         self.progress.update(self.task, completed=first_step - 1)
         self.say(
             f"{config.model} on {config.images}: recipe {config.recipe.name}, preset {config.preset}, "
@@ -128,19 +126,15 @@ class Display:
 
     def on_step(self, step: int, metrics: Mapping[str, float], episodes: Sequence[Episode]) -> None:
         numbers = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in SHOWN.items() if name in metrics)
-        seconds = metrics.get("time/step_seconds", 0.0)
-        self.training_seconds += seconds
-        if seconds:
+        self.progress.update(self.task, completed=step, description="training")
+        if seconds := metrics.get("time/step_seconds", 0.0):
             numbers += f"  {sum(len(e.trajectories) for e in episodes) / seconds:.3g} trajectories/s"
         if self.live:
-            self.progress.update(self.task, completed=step, description="training")
             lines = [Text(vote_line(episode), no_wrap=True, overflow="ellipsis") for episode in episodes[:4]]
             self.live.update(Group(self.progress, Text(numbers), *lines))
             return
-        steps = self.config.schedule.steps
-        per_step = self.training_seconds / (step - self.first_step + 1)
-        minutes, seconds = divmod(int(per_step * (steps - step)), 60)
-        self.say(f"step {step}/{steps}  {numbers}  {per_step:.1f} s/step, {minutes}:{seconds:02d} left")
+        left = TimeRemainingColumn().render(self.progress.tasks[0])
+        self.say(f"step {step}/{self.config.schedule.steps}  {numbers}  {seconds:.1f} s, {left} left")
         if step % 5 == 1:
             self.say(f"    {vote_line(episodes[0])}")
 
