@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ireasoner.training.recorder import read_records
+from ireasoner.training.recorder import read_episodes
 from ireasoner.training.statistics import plus_minus, resampled_means
 
 # By measure: how it is headed, what it is multiplied by, its decimals.
@@ -78,9 +78,9 @@ def summarize(arms: Mapping[str, Columns], distinct: Mapping[str, Sequence[float
 
 def distinct_questions(run: Path) -> float | None:
     """Different readable question texts for each question that was proposed in the last quarter of a run."""
-    asked = [(r["step"], r["question"]) for r in read_records(run / "episodes.jsonl") if r["question_completion"]]
+    asked = [(episode.step, episode.question) for episode in read_episodes(run) if episode.proposal]
     late = [question for step, question in asked if step > 0.75 * asked[-1][0]]
-    texts = {" ".join(question["text"].lower().split()) for question in late if question["well_formed"]}
+    texts = {" ".join(question.text.lower().split()) for question in late if question.well_formed}
     return len(texts) / len(late) if late else None
 
 

@@ -114,7 +114,7 @@ def open_run(
     policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
     observer.on_message(policy.describe() + ".")
     engine = open_engine(config, policy, processes)
-    labels = _labels(config, pool) if config.labels else None
+    labels = load_labels(config, pool) if config.labels else None
     run = Run(
         config=config,
         out=out,
@@ -248,7 +248,7 @@ def _notes(skipped: Sequence[tuple[Path, str]]) -> list[str]:
     return [f"Skipped the damaged checkpoint {path.name}: {reason}." for path, reason in skipped]
 
 
-def _labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, str]]]:
+def load_labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, str]]]:
     """Labelled questions by the pool's image names, for the oracle recipe.
 
     Raises:
