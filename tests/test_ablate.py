@@ -42,6 +42,7 @@ from ireasoner.studies.ablation_tables import (
 )
 from ireasoner.training.config import names, resolve
 from ireasoner.training.evaluation import evaluate_target, load_questions
+from ireasoner.training.recorder import writer_lock
 from ireasoner.training.statistics import paired_interval
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
@@ -380,7 +381,7 @@ def test_mistakes_are_named_and_leave_nothing(capsys: pytest.CaptureFixture[str]
 # --- from end to end --------------------------------------------------------------------------------------------------
 
 SMALL = [
-    "--questions", "6", "--steps", "3", "--images-per-step", "2", "--group-size", "3",
+    "--questions", "4", "--steps", "3", "--images-per-step", "2", "--group-size", "3", "--max-solution-tokens", "64",
     "--learning-rate", "3e-3", "--probe-every", "0", "--save-every", "1", "--device", "cpu",
 ]  # fmt: skip
 
@@ -395,8 +396,8 @@ class Ended:
         return self.returncode
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def in_this_process() -> Iterator[None]:
     """Commands are carried out in this process, which saves them the time to start. Ctrl-C is for both of them."""
 
     def carry_out(command: Sequence[str], log: Path, threads: int) -> Ended:
@@ -406,8 +407,16 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return Ended(code)
 
-    monkeypatch.setattr(ablate, "_start", carry_out)
-    monkeypatch.setattr(ablate, "POLL_SECONDS", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablate, "_start", carry_out)
+        patch.setattr(ablate, "POLL_SECONDS", 0)
+        yield
+
+
+@pytest.fixture
+def at_once() -> Iterator[None]:
+    with in_this_process():
+        yield
 
 
 def files(out: Path) -> dict[str, tuple[int, bytes]]:
@@ -416,12 +425,13 @@ def files(out: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path.relative_to(out)): (path.stat().st_mtime_ns, path.read_bytes()) for path in kept}
 
 
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("at_once")
 def test_an_ablation_stopped_moved_resumed_and_extended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(ablate, "UNLABELED", 12)
-    monkeypatch.setattr(ablate, "VALIDATION", 4)
+    monkeypatch.setattr(ablate, "VALIDATION", 3)
+    monkeypatch.setattr(ablate, "BISECTIONS", 3)
     out, on_step = tmp_path / "first" / "out", Display.on_step
 
     def interrupt(display: Display, step: int, *rest: Any) -> None:
@@ -473,13 +483,13 @@ def test_an_ablation_stopped_moved_resumed_and_extended(
     # The base is the backbone alone, and an arm its trained solver, each under the arm's seed.
     questions = load_questions(out / "data" / "test" / "test.jsonl")
     for target, name in (("tiny", "base-1"), (str(out / "paper-1"), "paper-1")):
-        kept, again = scores_of(out, name), evaluate_target(target, questions, seed=1)
+        kept, again = scores_of(out, name), evaluate_target(target, questions, seed=1, preset=str(out / "preset.yaml"))
         assert kept["greedy_texts"] == list(again.greedy_texts)
         assert kept["mean@1"] == again.measures["mean@1"].tolist()
         assert kept["answer_entropy"] == again.answer_entropy.tolist()
     assert scores_of(out, "base-1")["greedy_texts"] != scores_of(out, "paper-1")["greedy_texts"]
     heat = json.loads((out / "cooled.json").read_text())["temperature"]
-    again = evaluate_target("tiny", questions, seed=1, temperature=heat)
+    again = evaluate_target("tiny", questions, seed=1, preset=str(out / "preset.yaml"), temperature=heat)
     assert scores_of(out, f"base-1-at-{heat:.3f}")["mean@1"] == again.measures["mean@1"].tolist()
     # A run's last checkpoint is what it ended with; a damaged one is refused.
     checkpoints = out / "paper-1" / "checkpoints"
@@ -502,7 +512,7 @@ def scores_of(out: Path, name: str) -> dict[str, list[Any]]:
     return json.loads((out / f"{name}.json").read_text())["per_question"]
 
 
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("at_once")
 def test_an_ablation_of_ones_own(own: Path, capsys: pytest.CaptureFixture[str]):
     mine = ["--images", str(own / "pool"), "--data", str(own / "own.jsonl"), "--recipes", str(own / "mine.yaml")]
     out, scale = own / "out", [*SMALL[4:], "--steps", "1", "--max-solution-tokens", "9"]
@@ -520,7 +530,7 @@ def test_an_ablation_of_ones_own(own: Path, capsys: pytest.CaptureFixture[str]):
     assert "own.jsonl has changed" in mistake(capsys, out)
 
 
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("at_once")
 def test_a_command_that_fails_is_quoted(own: Path, capsys: pytest.CaptureFixture[str]):
     out = own / "out"
     text = mistake(capsys, out, *own_arms(own, 1), "--lora-targets", "attention")
@@ -549,44 +559,51 @@ def own_arms(own: Path, steps: int) -> list[str]:
     return [*mine, "--seeds", "1", "--model", "tiny", *SMALL[4:], "--steps", str(steps)]
 
 
-def test_two_jobs_make_what_one_makes(own: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest):
+def test_two_jobs_make_what_one_makes(own: Path, capsys: pytest.CaptureFixture[str]):
     torch.set_num_threads(1)  # each of two processes gets half of the threads, and rounding may depend on how many
+    outs, printed = (own / "one", own / "two"), []
+    with in_this_process():
+        assert main(["ablate", str(outs[0]), *own_arms(own, 2)]) == 0
+    printed.append(capsys.readouterr().out)
+    outs[1].mkdir()
+    for name in ("settings.json", "base-0.json", "base-0-blank.json"):  # the base is the same to both
+        shutil.copy(outs[0] / name, outs[1])
+    assert main(["ablate", str(outs[1]), *own_arms(own, 2), "--jobs", "2"]) == 0
+    printed.append(capsys.readouterr().out)
     found = []
-    for jobs in "2", "1":
-        if jobs == "1":
-            request.getfixturevalue("in_this_process")
-        out = own / jobs
-        assert main(["ablate", str(out), *own_arms(own, 2), "--jobs", jobs]) == 0
-        printed = capsys.readouterr().out
-        assert "paper-0: greedy" in printed  # what a process found reaches the terminal
-        scores = [(out / f"{name}.json").read_text() for name in ("base-0", "discrete-0", "paper-0")]
-        found.append([text.replace(str(out), "OUT") for text in (printed[printed.index("Scores") :], *scores)])
+    for out, text in zip(outs, printed, strict=True):
+        assert "paper-0: greedy" in text  # what a process found reaches the terminal
+        scores = [(out / f"{name}.json").read_text() for name in ("discrete-0", "paper-0")]
+        found.append([part.replace(str(out), "OUT") for part in (text[text.index("Scores") :], *scores)])
     assert found[0] == found[1]
-    assert main(["ablate", str(own / "2"), "--recipes", str(own / "mine.yaml"), "--jobs", "2"]) == 0
+    with in_this_process():
+        assert main(["ablate", str(outs[1]), "--recipes", str(own / "mine.yaml"), "--jobs", "2"]) == 0
     (own / "mine.yaml").write_text("reward: format\n")
-    assert "reward is discrete, not format" in mistake(capsys, own / "2", "--jobs", "2")
+    assert "reward is discrete, not format" in mistake(capsys, outs[1], "--jobs", "2")
+
+
+def given_by(out: Path, *options: str) -> dict[str, Any]:
+    """The settings that a command line gives."""
+    given = vars(build_parser().parse_args(["ablate", str(out), *options]))
+    chosen = {name: value for name, value in given.items() if name in Settings.model_fields}
+    return {**chosen, "training": {n: given[n] for n in given.keys() - chosen.keys() - {"command", "function", "out"}}}
 
 
 @contextmanager
 def at_work(out: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     """An ablation with two arms, once both are training; the base is scored already, to save time."""
-    out.mkdir()
-    given = vars(build_parser().parse_args(["ablate", str(out), *options]))
-    chosen = {name: value for name, value in given.items() if name in Settings.model_fields}
-    training = {name: given[name] for name in given.keys() - chosen.keys() - {"command", "function", "out"}}
-    (out / "settings.json").write_text(settle(out, {**chosen, "training": training}).model_dump_json())
+    stored(out, **given_by(out, *options))
     (out / "base-0.json").touch()
     command = [sys.executable, "-m", "ireasoner", "ablate", str(out), "--jobs", "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        children: list[psutil.Process] = []
         try:
             wait_until(lambda: all((out / arm / "metrics.jsonl").exists() for arm in ("paper-0", "discrete-0")))
-            children = trainers(process)
+            children = psutil.Process(process.pid).children()
+            assert len(children) == 2
             yield process
+            assert not any(map(psutil.Process.is_running, children))
         finally:
             process.kill()
-            for child in filter(psutil.Process.is_running, children):
-                child.kill()
 
 
 def wait_until(done: Callable[[], bool], seconds: float = 90) -> None:
@@ -594,11 +611,6 @@ def wait_until(done: Callable[[], bool], seconds: float = 90) -> None:
     while not done():
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-def trainers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The processes that train."""
-    return [child for child in psutil.Process(process.pid).children() if "train" in child.cmdline()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -619,23 +631,26 @@ def test_jobs_that_are_interrupted_save_and_go_on(own: Path, capsys: pytest.Capt
     assert "config.yaml" in mistake(capsys, out, "--jobs", "2")
 
 
-def test_jobs_whose_parent_was_killed_keep_their_runs_to_themselves(
-    own: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
-):
+@pytest.mark.usefixtures("at_once")
+def test_an_arm_that_another_process_trains_is_left_to_it(own: Path, capsys: pytest.CaptureFixture[str]):
     out = own / "out"
-    with at_work(out, *own_arms(own, 600)) as process:
-        process.kill()
-        process.wait()
-        request.getfixturevalue("in_this_process")
+    stored(out, **given_by(out, *own_arms(own, 1)))
+    with writer_lock(out / "discrete-0"):  # as where an ablation was killed and its processes go on
         assert f"another process is training in {out / 'discrete-0'}" in mistake(capsys, out)
 
 
-def test_a_job_that_is_killed_ends_the_ablation_with_a_message(own: Path):
-    with at_work(own / "out", *own_arms(own, 600)) as process:
-        first, second = trainers(process)
-        first.kill()
-        _, errors = process.communicate(timeout=90)
-        assert process.returncode == 2
-        assert "was killed (signal 9; out of memory? try fewer --jobs)" in errors
-        assert errors.count("\n") == 1
-        assert not second.is_running()
+def test_a_job_that_is_killed_ends_the_ablation_with_a_message(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    started = []
+
+    def start_and_kill_the_first(*_: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(90)"]))
+        if len(started) == 2:
+            started[0].kill()
+        return started[-1]
+
+    monkeypatch.setattr(ablate, "_start", start_and_kill_the_first)
+    text = mistake(capsys, own / "out", *own_arms(own, 1), "--jobs", "2")
+    assert "base-0 was killed (signal 9; out of memory? try fewer --jobs)" in text
+    assert [process.poll() for process in started] == [-signal.SIGKILL, -signal.SIGTERM]
