@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -332,7 +333,7 @@ def test_a_reward_of_ones_own_is_run_only_if_its_recipe_is_named_again(own: Path
     out, recipe, reward = own / "out", own / "mine.yaml", f"{own / 'my.py'}:pay"
     recipe.write_text(f"reward: {reward}\n")
     settings = stored(out, recipes=[str(recipe)])
-    with pytest.raises(UsageError, match="run only if you say so: add --recipes"):
+    with pytest.raises(UsageError, match="run only if you say so: name the recipes again with --recipes"):
         settle(out, {})
     assert settle(out, {"recipes": [str(recipe)]}) == settings
     run = out / "mine-0"
@@ -613,11 +614,10 @@ def wait_until(done: Callable[[], bool], seconds: float = 90) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_jobs_that_are_interrupted_save_and_go_on(own: Path, capsys: pytest.CaptureFixture[str], number: int):
+def test_jobs_that_are_interrupted_save_and_go_on(own: Path, capsys: pytest.CaptureFixture[str]):
     out = own / "out"
     with at_work(out, *own_arms(own, 60), "--save-every", "50") as process:
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         printed, errors = process.communicate(timeout=90)
     assert (process.returncode, errors) == (130, "")
     assert f"Continue with: ireasoner ablate {out} --jobs 2" in printed
@@ -639,18 +639,34 @@ def test_an_arm_that_another_process_trains_is_left_to_it(own: Path, capsys: pyt
         assert f"another process is training in {out / 'discrete-0'}" in mistake(capsys, out)
 
 
+def sleepers(monkeypatch: pytest.MonkeyPatch, then: Callable[[int], None]) -> list[subprocess.Popen[bytes]]:
+    """Processes that sleep, instead of commands; when there are two, `then` is called with the id of the first."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*_: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(90)"]))
+        if len(started) == 2:
+            threading.Timer(0.3, then, [started[0].pid]).start()
+        return started[-1]
+
+    monkeypatch.setattr(ablate, "_start", start)
+    return started
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_ablation_stops_every_job(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
+):
+    started = sleepers(monkeypatch, lambda _: os.kill(os.getpid(), number))
+    assert main(["ablate", str(own / "out"), *own_arms(own, 1), "--jobs", "2"]) == 130
+    assert f"Continue with: ireasoner ablate {own / 'out'} --jobs 2" in capsys.readouterr().out
+    assert [process.poll() for process in started] == [-signal.SIGTERM, -signal.SIGTERM]
+
+
 def test_a_job_that_is_killed_ends_the_ablation_with_a_message(
     own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    started = []
-
-    def start_and_kill_the_first(*_: Any) -> subprocess.Popen[bytes]:
-        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(90)"]))
-        if len(started) == 2:
-            started[0].kill()
-        return started[-1]
-
-    monkeypatch.setattr(ablate, "_start", start_and_kill_the_first)
+    started = sleepers(monkeypatch, lambda first: os.kill(first, signal.SIGKILL))
     text = mistake(capsys, own / "out", *own_arms(own, 1), "--jobs", "2")
     assert "base-0 was killed (signal 9; out of memory? try fewer --jobs)" in text
     assert [process.poll() for process in started] == [-signal.SIGKILL, -signal.SIGTERM]

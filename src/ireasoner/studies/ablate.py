@@ -75,7 +75,8 @@ def settle(out: Path, given: Mapping[str, Any]) -> Settings:
 
     Raises:
         UsageError: options that contradict each other or what OUT holds; a folder of something else; a reward of the
-            user's own that was not named again.
+            user's own, where `given` does not name the recipes again.
+        OSError: a file that cannot be read.
     """
     path = out / "settings.json"
     try:
@@ -99,13 +100,13 @@ def settle(out: Path, given: Mapping[str, Any]) -> Settings:
         raise UsageError(f"{out} holds an ablation with other options ({differing}): choose another folder")
     for recipe in () if "recipes" in given else settings.recipes:  # OUT may come from somebody else
         if names_a_file(config := arm_config(out, settings, recipe, 0)):
-            reward = config.recipe.reward
-            raise UsageError(f"{recipe} is paid by {reward}, whose code is run only if you say so: add --recipes")
+            own = f"the recipe {recipe} is paid by {config.recipe.reward}"
+            raise UsageError(f"{own}, whose code is run only if you say so: name the recipes again with --recipes")
     return settings
 
 
 def _fixed(out: Path, settings: Settings) -> dict[str, Any]:
-    """What must not change between two calls; training options as they resolve, whatever way they were written."""
+    """What must not change between two calls; training options as resolved, for 24 and 24.0 are the same."""
     config = arm_config(out, settings, "paper", 0).flat()
     return settings.model_dump(exclude={*MAY_CHANGE, "training"}) | {n: config[n] for n in (*PRESET_OPTIONS, "preset")}
 
@@ -148,7 +149,7 @@ def draw_world(out: Path, settings: Settings) -> None:
 
 
 def prepare(out: Path, settings: Settings) -> None:
-    """Check all that was named before OUT is touched; then write what the commands of the ablation read.
+    """Check everything that was named before OUT is touched; then write the files that `train` and `eval` read.
 
     Raises:
         UsageError: whatever cannot be used, by name; an arm that was trained with other options.
@@ -168,8 +169,9 @@ def prepare(out: Path, settings: Settings) -> None:
             _check_run(out / f"{arm}-{seed}", config.changed(seed=seed))
     out.mkdir(parents=True, exist_ok=True)
     replace_file(out / "settings.json", settings.model_dump_json(indent=2).encode())
-    scale = next(iter(configs.values())).flat()  # that of all arms; the base is scored under it
-    replace_file(out / "preset.yaml", yaml.safe_dump({name: scale[name] for name in PRESET_OPTIONS}).encode())
+    options = next(iter(configs.values())).flat()
+    # The base is evaluated with the prompts and lengths that all arms share.
+    replace_file(out / "preset.yaml", yaml.safe_dump({name: options[name] for name in PRESET_OPTIONS}).encode())
     if not settings.images and not (out / "data").exists():
         print(f"Drawing {UNLABELED} unlabeled pictures and the questions into {out / 'data'}.")
         draw_world(out, settings)
@@ -178,7 +180,7 @@ def prepare(out: Path, settings: Settings) -> None:
 def _check_run(run: Path, config: Config) -> None:
     """Refuse a run that was trained with other options, as when a recipe's file has changed since.
 
-    Where things lie may have changed, for OUT may have been moved; then the run is told.
+    Paths and the device may differ, for OUT may have been moved; an unfinished run then goes on with the new ones.
     """
     if not (run / "config.yaml").exists():
         return
@@ -186,7 +188,7 @@ def _check_run(run: Path, config: Config) -> None:
     moved = stored.changed(**{name: wanted[name] for name in ("images", "labels", "model", "device", "recipe")})
     if differing := _differing(moved.flat(), wanted):
         raise UsageError(f"{run} was trained with other options ({differing}): choose another folder")
-    if moved != stored:
+    if moved != stored and not (run / "summary.json").exists():
         replace_file(run / "config.yaml", dump_config(moved).encode())
 
 
@@ -196,7 +198,7 @@ def questions_file(out: Path, settings: Settings) -> Path:
 
 
 def train_command(out: Path, settings: Settings, recipe: str, run: Path, seed: int) -> list[str]:
-    """Arguments of the program that begin a run or go on with it; of a finished one, they only write its report."""
+    """The arguments of `ireasoner` that begin a run or resume it; resuming a finished run only writes its report."""
     config = arm_config(out, settings, recipe, seed)
     if (run / "config.yaml").exists():
         return ["train", f"--resume={run}", *([f"--reward={config.recipe.reward}"] if names_a_file(config) else [])]
@@ -210,9 +212,10 @@ def train_command(out: Path, settings: Settings, recipe: str, run: Path, seed: i
 
 
 def eval_command(out: Path, settings: Settings, arm: str, seed: int, *options: str) -> list[str]:
-    """Arguments of the program that score an arm or the base, by default on the held-out questions.
+    """The arguments of `ireasoner` that evaluate an arm or the base; its sampled answers have the arm's seed.
 
-    The seed of the sampled answers is the arm's. `options` are further ones, and win over those given here.
+    Args:
+        options: further options, which override those given here.
     """
     target = [settings.model, f"--preset={out / 'preset.yaml'}"] if arm == "base" else [str(out / f"{arm}-{seed}")]
     data = f"--data={questions_file(out, settings)}", f"--limit={settings.questions}"
@@ -220,41 +223,39 @@ def eval_command(out: Path, settings: Settings, arm: str, seed: int, *options: s
 
 
 class ArmsProgress(Progress):
-    """Progress of all arms together, with the time left: a bar on a terminal, else a line now and then.
+    """Progress of all arms together, with the time left: a bar on a terminal, otherwise a line now and then.
 
-    It counts training steps, which it finds in the run directories. Scoring goes along: it takes its share of the time
-    of each arm.
+    It counts training steps, which it reads from the run directories. Evaluation is not counted: it takes about the
+    same share of each arm's time.
 
     Args:
         out: the folder of the ablation.
-        arms: names of the run directories in it.
+        arms: the names of the run directories in it.
         steps: how many training steps each of them takes.
     """
 
     def __init__(self, out: Path, arms: Sequence[str], steps: int) -> None:
-        self.left, description = TimeRemainingColumn(), TextColumn("{task.description}", markup=False)
-        # The speed is averaged over an hour, for the steps of a large model are minutes apart.
-        super().__init__(
-            description, BarColumn(), TimeElapsedColumn(), self.left, transient=True, speed_estimate_period=3600
-        )
+        self.left = TimeRemainingColumn()
+        columns = BarColumn(), TimeElapsedColumn(), TextColumn("left"), self.left
+        description = TextColumn("{task.description}", markup=False)
+        # The speed is averaged over an hour, because steps of a large model take minutes.
+        super().__init__(description, *columns, transient=True, speed_estimate_period=3600)
         self.disable = not self.console.is_terminal
         self.out, self.arms, self.steps, self.told = out, arms, steps, self.get_time()
         self.add_task("", total=steps * len(arms))
 
     def steps_of(self, arm: str) -> int:
-        """How many training steps an arm has made: each is a line of its metrics. One that is scored needs no more."""
-        metrics = self.out / arm / "metrics.jsonl"
+        """How many steps an arm has trained: each is a line of its metrics. A run may end early, but then is scored."""
         if (self.out / f"{arm}.json").exists():
             return self.steps
+        metrics = self.out / arm / "metrics.jsonl"
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
     def tell(self, running: Sequence[str]) -> None:
-        """Show where the arms are that are being made now."""
+        """Show what the running arms and evaluations are doing."""
         done = {arm: self.steps_of(arm) for arm in self.arms}
-        doing = "; ".join(
-            f"{name}: step {done[name]}/{self.steps}" if done.get(name, self.steps) < self.steps else f"{name}: scoring"
-            for name in running
-        )
+        states = {arm: f"step {step}/{self.steps}" for arm, step in done.items() if step < self.steps}
+        doing = "; ".join(f"{name}: {states.get(name, 'scoring')}" for name in running)
         (task,) = self.tasks
         self.update(task.id, description=doing, completed=sum(done.values()))
         if self.disable and self.get_time() - self.told >= QUIET_SECONDS:
@@ -265,17 +266,18 @@ class ArmsProgress(Progress):
 def make_scores(
     out: Path, jobs: Mapping[str, Sequence[list[str]]], at_a_time: int, progress: ArmsProgress
 ) -> list[Columns]:
-    """Scores by the names that they have in OUT; those that OUT does not hold are made, so many at a time.
+    """Make the scores that OUT does not hold yet, at most so many at a time; return all of them, in order.
 
-    Every command is a process in a session of its own: Ctrl-C in a terminal reaches this process alone, which then asks
-    the others to stop, once. If this process is killed with SIGKILL, they go on to the end of their commands; as long
-    as one trains, a later ablation finds its run directory locked and says so.
+    Each command is a process in a session of its own, so that Ctrl-C in a terminal does not reach it: this process asks
+    it to stop, once. If this process is killed with SIGKILL, the commands at work run to their end; while one of them
+    trains, another ablation in OUT finds its run directory locked and says so.
 
     Args:
-        jobs: by name, the commands that make the scores, one after the other; the last is an `eval`.
+        jobs: by the name that the scores have in OUT, the commands that make them; the last one is an `eval`.
 
     Raises:
-        UsageError: a command failed. KeyboardInterrupt: Ctrl-C. In either case the others have saved and stopped.
+        UsageError: a command failed.
+        KeyboardInterrupt: Ctrl-C. In both cases the other commands have been stopped, and training was saved.
     """
     waiting = [(name, list(commands)) for name, commands in jobs.items() if not (out / f"{name}.json").exists()]
     running: dict[subprocess.Popen[bytes], tuple[str, list[list[str]]]] = {}
@@ -286,9 +288,9 @@ def make_scores(
                 name, commands = waiting.pop(0)
                 command = commands.pop(0)
                 print(f"{name}: {'training' if commands else 'scoring'}", flush=True)
-                # A kill may leave half a file: the scores get their name when they are complete.
-                last = () if commands else (f"--json={out / f'.{name}.json'}",)
-                running[_start([*command, *last], out / f"{name}.log", threads)] = name, commands
+                if not commands:  # the file gets its name when it is complete, for a kill may leave half of it
+                    command = [*command, f"--json={out / f'.{name}.json'}"]
+                running[_start(command, out / f"{name}.log", threads)] = name, commands
             progress.tell([name for name, _ in running.values()])
             time.sleep(POLL_SECONDS)
             for process in [process for process in running if process.poll() is not None]:
@@ -303,14 +305,14 @@ def make_scores(
                 print(f"{name}: " + "  ".join(f"{m} {100 * scores[m].mean():.1f}" for m in MEASURES), flush=True)
     finally:
         for process in running:
-            process.terminate()  # `train` takes it for a request to save after its step
+            process.terminate()  # `train` saves after its step, and ends
         for process in running:
             process.wait()
     return [read_scores(out / f"{name}.json") for name in jobs]
 
 
 def _start(command: Sequence[str], log: Path, threads: int) -> subprocess.Popen[bytes]:
-    """Start the program on so many threads, with all that it says added to a log."""
+    """Start `ireasoner` with these arguments; its output is appended to the log."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     program = [sys.executable, "-m", "ireasoner", *command]
     with log.open("ab") as file:
@@ -320,11 +322,11 @@ def _start(command: Sequence[str], log: Path, threads: int) -> subprocess.Popen[
 
 
 def _failure(code: int, log: Path) -> str:
-    """Why a command failed, in its own last words."""
+    """Why a command failed: the last line of its output."""
     if code < 0:
         return f"was killed (signal {-code}; out of memory? try fewer --jobs); what was saved stays; see {log}"
-    said = [line for line in log.read_text("utf-8", "replace").split("\n") if line.strip()]
-    return f"failed: {''.join(said[-1:]).removeprefix('ireasoner: ')} (its output is in {log})"
+    last = log.read_text("utf-8", "replace").strip().rpartition("\n")[2]
+    return f"failed: {last.removeprefix('ireasoner: ')} (its output is in {log})"
 
 
 def read_scores(path: Path) -> Columns:
@@ -341,7 +343,7 @@ def read_scores(path: Path) -> Columns:
 
 
 def ablate(out: Path, settings: Settings, jobs: int = 1) -> dict[str, Any]:
-    """Make whatever OUT does not hold yet; return the results, and write them as tables, CSV, figure and JSON.
+    """Make what OUT does not hold yet; return the results, and write them as tables, CSV, figure and JSON.
 
     Args:
         out: the folder of the ablation.
@@ -350,7 +352,7 @@ def ablate(out: Path, settings: Settings, jobs: int = 1) -> dict[str, Any]:
 
     Raises:
         UsageError: something that cannot be used, or a command that failed; what was made stays.
-        KeyboardInterrupt: Ctrl-C; all that was at work has saved and stopped.
+        KeyboardInterrupt: Ctrl-C; the runs at work have been saved.
         OSError: OUT cannot be written.
     """
     prepare(out, settings)
@@ -373,8 +375,8 @@ def ablate(out: Path, settings: Settings, jobs: int = 1) -> dict[str, Any]:
             cooled = make({f"base-{s}-at-{heat:.3f}": [score("base", s, f"--temperature={heat}")] for s in seeds})
             found = {"base": found.pop("base"), report.COOLED: cooled, **found}
         blank = make({f"{arm}-0-blank": [score(arm, 0, "--blank")] for arm in blank_arms})
-    summaries = {run: json.loads((out / run / "summary.json").read_text("utf-8")) for run in runs}
-    if early := [run for run, summary in summaries.items() if summary.get("stopped_early", False)]:
+    summaries = {run: path for run in runs if (path := out / run / "summary.json").exists()}
+    if early := [run for run, path in summaries.items() if json.loads(path.read_text("utf-8")).get("stopped_early")]:
         note += f" Runs that ended themselves early: {', '.join(early)}."
     columns = {arm: {name: np.stack([s[name] for s in of_arm]) for name in of_arm[0]} for arm, of_arm in found.items()}
     distinct = {arm: [report.distinct_questions(out / f"{arm}-{seed}") for seed in seeds] for arm in arms}
@@ -398,9 +400,9 @@ def ablate(out: Path, settings: Settings, jobs: int = 1) -> dict[str, Any]:
 def matching_temperature(
     out: Path, settings: Settings, arm: str, make: Callable[[dict[str, list[list[str]]]], list[Columns]]
 ) -> float:
-    """The temperature at which the base is as sure of its answers as an arm: of equal entropy on validation questions.
+    """The temperature at which the base's answer entropy on validation questions is that of an arm, by bisection.
 
-    It is found by bisection, and kept in `cooled.json`.
+    The result is kept in `cooled.json`.
     """
     path, key = out / "cooled.json", {"recipe": arm, "seeds": settings.seeds}
     kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
