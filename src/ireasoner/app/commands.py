@@ -234,7 +234,8 @@ class Ablate(Command):
         if self.quick:
             given = {**QUICK, **given, "training": {**QUICK["training"], **given["training"]}}
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.default_int_handler)  # they interrupt as Ctrl-C does
+            if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup, SIGHUP stays ignored
+                signal.signal(number, signal.default_int_handler)  # interrupt as Ctrl-C does
         out = self.out.absolute()
         try:
             result = ablate(out, settle(out, given), jobs)

@@ -160,7 +160,7 @@ def prepare(out: Path, settings: Settings) -> None:
         if out.resolve().is_relative_to(Path(settings.images).resolve()):
             raise UsageError(f"{out} lies inside the image folder {settings.images}: choose another folder")
         load_questions(questions_file(out, settings), settings.questions, step_truth)
-        pool = ImagePool(settings.images, 0)
+        pool = ImagePool.scan(settings.images, 0)
         for config in configs.values():
             if config.labels:
                 load_labels(config, pool)
