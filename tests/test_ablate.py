@@ -348,7 +348,7 @@ def test_training_is_told_every_option(tmp_path: Path):
     settings = Settings(training=training, recipes=("oracle",))
     command = train_command(tmp_path, settings, "oracle", tmp_path / "oracle-2", 2)
     given = vars(build_parser().parse_args(command))
-    assert given.pop("out") == tmp_path / "oracle-2"
+    assert given.pop("out") == str(tmp_path / "oracle-2")
     config = resolve({name: value for name, value in given.items() if name not in ("command", "function", "resume")})
     assert config == arm_config(tmp_path, settings, "oracle", 2)
 
@@ -357,7 +357,7 @@ def test_mistakes_are_named_and_leave_nothing(capsys: pytest.CaptureFixture[str]
     out, mine = own / "out", ("--images", own / "pool", "--data", own / "own.jsonl")
     assert "papre" in mistake(capsys, out, "--recipes", "papre")
     assert "steps" in mistake(capsys, out, "--steps", "many")
-    assert "0 is less than 1" in mistake(capsys, out, "--seeds", "0")
+    assert "seeds: input should be greater than or equal to 1, not '0'" in mistake(capsys, out, "--seeds", "0")
     assert "'oil'" in mistake(capsys, out, "--style", "oil")
     assert "both --images and --data" in mistake(capsys, out, "--images", own / "pool")
     assert "both --images and --data" in mistake(capsys, out, "--data", own / "own.jsonl")
