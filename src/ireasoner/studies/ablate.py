@@ -45,6 +45,7 @@ MAY_CHANGE = ("recipes", "seeds", "cooled")
 QUICK_JOBS = 2
 QUICK: dict[str, Any] = {"seeds": 2, "questions": 256, "training": {"steps": "24"}}
 Columns = dict[str, NDArray[np.float64]]  # by measure, a value for each question
+Jobs = Mapping[str, Sequence[list[str]]]  # by the name of scores in OUT, the commands that make them, an eval last
 
 
 class Settings(BaseModel):
@@ -263,17 +264,12 @@ class ArmsProgress(Progress):
             print(f"{doing}, {self.left.render(task)} left", flush=True)
 
 
-def make_scores(
-    out: Path, jobs: Mapping[str, Sequence[list[str]]], at_a_time: int, progress: ArmsProgress
-) -> list[Columns]:
+def make_scores(out: Path, jobs: Jobs, at_a_time: int, progress: ArmsProgress) -> list[Columns]:
     """Make the scores that OUT does not hold yet, at most so many at a time; return all of them, in order.
 
     Each command is a process in a session of its own, so that Ctrl-C in a terminal does not reach it: this process asks
     it to stop, once. If this process is killed with SIGKILL, the commands at work run to their end; while one of them
     trains, another ablation in OUT finds its run directory locked and says so.
-
-    Args:
-        jobs: by the name that the scores have in OUT, the commands that make them; the last one is an `eval`.
 
     Raises:
         UsageError: a command failed.
@@ -304,6 +300,8 @@ def make_scores(
                 scores = read_scores(out / f"{name}.json")
                 print(f"{name}: " + "  ".join(f"{m} {100 * scores[m].mean():.1f}" for m in MEASURES), flush=True)
     finally:
+        if running:
+            print(f"Stopping {', '.join(name for name, _ in running.values())}.", flush=True)
         for process in running:
             process.terminate()  # `train` saves after its step, and ends
         for process in running:
@@ -397,9 +395,7 @@ def ablate(out: Path, settings: Settings, jobs: int = 1) -> dict[str, Any]:
     return result
 
 
-def matching_temperature(
-    out: Path, settings: Settings, arm: str, make: Callable[[dict[str, list[list[str]]]], list[Columns]]
-) -> float:
+def matching_temperature(out: Path, settings: Settings, arm: str, make: Callable[[Jobs], list[Columns]]) -> float:
     """The temperature at which the base's answer entropy on validation questions is that of an arm, by bisection.
 
     The result is kept in `cooled.json`.
@@ -415,8 +411,8 @@ def matching_temperature(
     low, high = 0.05, 1.5
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        name, heat = f"base-0-validation-at-{middle}", f"--temperature={middle}"
-        (scores,) = make({name: [score("base", 0, *data, heat)]})
+        command = score("base", 0, *data, f"--temperature={middle}")
+        (scores,) = make({f"base-0-validation-at-{middle}": [command]})
         low, high = (middle, high) if scores["answer_entropy"].mean() < target else (low, middle)
     temperature = round((low + high) / 2, 3)
     replace_file(path, write_json({**key, "answer_entropy": float(target), "temperature": temperature}).encode())
