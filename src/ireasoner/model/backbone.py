@@ -1,4 +1,4 @@
-"""Where models come from: the backbone, its processor and device, and which of its layers can be adapted."""
+"""Where models come from: the backbone, its processor, its device, and the layers of it that can be adapted."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class ModelError(UsageError):
 
 
 def resolve_model(model: str) -> str:
-    """Where the files are: 'tiny' ships with the package, anything else is a folder or a hub id."""
+    """The folder or hub id of a model. 'tiny' ships with the package; anything else is a folder or a hub id already."""
     return str(TINY_MODEL) if model == "tiny" else model
 
 
 def load_backbone(model: str, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
-    """The plain model, frozen, in eval mode; safetensors only, and none of its own code.
+    """Load a model without adapters, frozen, in eval mode; from safetensors only, and without running code it brings.
 
     Raises:
         ModelError: no such model, no vision, or an architecture that does not continue its prompt.
@@ -56,7 +56,7 @@ def load_backbone(model: str, dtype: str = "float32", device: str = "cpu") -> Pr
 
 
 def load_model_processor(model: str, max_image_tokens: int | None = None) -> Any:
-    """The processor of 'tiny', a folder or a hub id.
+    """Load the processor of 'tiny', a folder or a hub id.
 
     Raises:
         ModelError: there is none that can be used.
@@ -68,7 +68,7 @@ def load_model_processor(model: str, max_image_tokens: int | None = None) -> Any
 
 
 def resolve_device(device: str) -> str:
-    """'auto' is the first GPU if there is one.
+    """The device that is meant; 'auto' is the first GPU if there is one, else the CPU.
 
     Raises:
         ModelError: no such device here.
@@ -89,7 +89,7 @@ def resolve_device(device: str) -> str:
 
 
 def module_name(root: torch.nn.Module, module: torch.nn.Module) -> str:
-    """What `module` is called below `root`."""
+    """The name of `module` below `root`."""
     return next(name for name, found in root.named_modules() if found is module)
 
 
@@ -97,7 +97,7 @@ def language_targets(backbone: PreTrainedModel, targets: Sequence[str] = ()) -> 
     """A pattern for PEFT that matches linear layers of the language model, and nothing else.
 
     Args:
-        targets: their names, or the ends of them; empty: all.
+        targets: names of layers, or the ends of names; empty: all layers.
 
     Raises:
         ModelError: a target that matches nothing.
