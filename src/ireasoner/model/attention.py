@@ -141,15 +141,8 @@ def shared_attention(
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in each layer while `attending` to a shared cache.
 
-    Args:
-        module: the layer's attention module.
-        query: [R, K·G, 1, W].
-        key, value: the rows' own, all places: [R, K, T, W].
-        attention_mask: is not used; the cache knows what is padding.
-        scaling: of the scores; 1/√W unless given.
-
-    Returns:
-        [R, 1, K·G, W], and None for the weights.
+    It gets queries [R, K·G, 1, W] and the rows' own keys and values [R, K, T, W], and returns [R, 1, K·G, W]. The mask
+    is not used: the cache knows what is padding.
 
     Raises:
         NotImplementedError: the model's attention is more than softmax and product.

@@ -42,16 +42,14 @@ def load_backbone(model: str, dtype: str = "float32", device: str = "cpu") -> Pr
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             raise ModelError(f"{model} is a {config.model_type} model: a model for images and text is needed")
         backbone: Any = AutoModelForImageTextToText.from_pretrained(  # type: ignore[call-arg]
-            path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the model {model!r}: {' '.join(str(error).split())[:300]}") from None
     if config.is_encoder_decoder or backbone.get_output_embeddings() is None:
         raise ModelError(f"{model} is a {config.model_type} model: one that continues its prompt is needed")
-    if not hasattr(backbone.base_model, "get_image_features"):
-        raise ModelError(
-            f"{model} is a {config.model_type} model: one that reads image features in its prompt is needed"
-        )
+    if not hasattr(backbone.base_model, "get_image_features"):  # of whatever class the checkpoint names
+        raise ModelError(f"{model} is a {config.model_type} model: one with image features in its prompt is needed")
     return backbone.requires_grad_(False).eval().to(device)
 
 
@@ -75,16 +73,11 @@ def resolve_device(device: str) -> str:
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        wanted = None
-    if wanted is None or wanted.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ModelError(f"no device {device!r}: use auto, cpu, cuda or cuda:N")
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise ModelError(
-            f"device {device} was asked for, but torch sees {torch.cuda.device_count()} GPUs: use --device cpu"
-        )
+    count = torch.cuda.device_count()
+    if device != "cpu" and int(device.removeprefix("cuda").removeprefix(":") or 0) >= count:
+        raise ModelError(f"device {device} was asked for, but torch sees {count} GPUs: use --device cpu")
     return device
 
 

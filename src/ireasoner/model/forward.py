@@ -80,13 +80,8 @@ def run_backbone(
     """
     start, embeddings = prompts.mask_BP.shape[1], None
     if completions is not None:
-        ids_BC, mask_BC = completions
-        embeddings = policy.backbone.get_input_embeddings()(ids_BC)
-        # A completion may contain the image token. The model must not put an image there, so it gets to see padding,
-        # and `before_decoder` puts the embedding of the real token back.
-        image_tokens = [*policy.processor.image_token_ids, policy.backbone.config.to_dict().get("image_token_id", -1)]
-        is_image = torch.isin(ids_BC, torch.tensor(image_tokens, device=policy.device))
-        prompts = prompts.followed_by(ids_BC.masked_fill(is_image, policy.pad_token), mask_BC)
+        embeddings = policy.backbone.get_input_embeddings()(completions[0])
+        prompts = prompts.followed_by(_without_image_tokens(policy, completions[0]), completions[1])
     text_positions = (prompts.mask_BP.cumsum(-1) - 1).clamp(min=0)
     used: list[Tensor] = []
 
@@ -96,7 +91,7 @@ def run_backbone(
         if kwargs.get("position_ids") is None or kwargs["position_ids"].ndim == 2:
             kwargs["position_ids"] = text_positions
         used.append(kwargs["position_ids"])
-        if embeddings is not None:
+        if embeddings is not None:  # of the completions as they are, image tokens among them
             kwargs["inputs_embeds"] = torch.cat([kwargs["inputs_embeds"][:, :start], embeddings], dim=1)
         return args, kwargs
 
@@ -112,8 +107,14 @@ def run_backbone(
             )
     finally:
         hook.remove()
-    positions = used[0] if used[0].ndim == 2 else used[0][-1]
+    positions = used[0] if used[0].ndim == 2 else used[0][-1]  # in text, all dimensions are the same
     return output.last_hidden_state, positions
+
+
+def _without_image_tokens(policy: Policy, ids_BC: Tensor) -> Tensor:
+    """Completion tokens with padding in place of image tokens, which a model may write: no image belongs there."""
+    image_tokens = [*policy.processor.image_token_ids, policy.backbone.config.to_dict().get("image_token_id", -1)]
+    return ids_BC.masked_fill(torch.isin(ids_BC, torch.tensor(image_tokens, device=policy.device)), policy.pad_token)
 
 
 @contextmanager
@@ -262,12 +263,7 @@ def _recomputing(policy: Policy) -> Iterator[None]:
 
 
 def _checkpointed(
-    forward: Callable[..., Tensor],
-    index: int,
-    hidden: Tensor,
-    *args: Any,
-    past_key_values: Any = None,
-    **kwargs: Any,
+    forward: Callable[..., Tensor], index: int, hidden: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
 ) -> Tensor:
     """The forward pass of the decoder layer with this index, under activation checkpointing.
 

@@ -176,19 +176,18 @@ class Learner:
             ValueError: the tensors are not those of this learner's optimizer. PyTorch would take other shapes and
                 types without a word.
         """
-        expected = {}
-        for name, parameter in self.parameters.items():
-            expected[f"step/{name}"] = (torch.Size(), torch.float32)
-            for key in ("exp_avg", "exp_avg_sq"):
-                expected[f"{key}/{name}"] = (parameter.shape, parameter.dtype)
+        number = torch.tensor(0.0)
+        expected = {
+            f"{key}/{name}": (like.shape, like.dtype)
+            for name, parameter in self.parameters.items()
+            for key, like in (("step", number), ("exp_avg", parameter), ("exp_avg_sq", parameter))
+        }
         found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         if tensors and (differing := sorted({name for name, _ in found.items() ^ expected.items()})):
             raise ValueError(f"the {self.role}'s optimizer and the state for it differ in {', '.join(differing)}")
         state: dict[int, dict[str, Tensor]] = {}
-        numbers_of = {name: i for i, name in enumerate(self.parameters)}
-        for full_name, tensor in tensors.items():
-            key, _, name = full_name.partition("/")
-            state.setdefault(numbers_of[name], {})[key] = tensor.clone()
+        for i, name in enumerate(self.parameters if tensors else ()):
+            state[i] = {key: tensors[f"{key}/{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.kl_coef, self.baseline.value = numbers["kl_coef"], numbers["baseline"]
 

@@ -13,13 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ireasoner.method.types import ROLES
 from ireasoner.model.attention import SharedCache, attending
-from ireasoner.model.backbone import (
-    ModelError,
-    language_targets,
-    load_backbone,
-    load_model_processor,
-    resolve_device,
-)
+from ireasoner.model.backbone import ModelError, language_targets, load_backbone, load_model_processor, resolve_device
 from ireasoner.model.forward import Prefix, new_cache, packed_hidden, run_decoder
 from ireasoner.model.options import BackboneOptions
 from ireasoner.model.policy import Policy

@@ -89,10 +89,9 @@ class LiveEngine:
                 captured = None
             if captured is not None:
                 captured()
-                continue
-            decoding.step()
-            if captures:
-                captured = self._captured(decoding.step)
+            else:
+                decoding.step()
+                captured = self._captured(decoding.step) if captures else None
 
     def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """The captured form of a step that has run once, or the step itself once capturing has failed."""

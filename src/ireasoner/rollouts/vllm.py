@@ -104,16 +104,16 @@ class VllmEngine:
             VllmError: vLLM refuses a prompt, or reads it differently from the learner.
         """
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
         prompts = build_prompts(self.policy, [r.image for r in requests], [r.messages for r in requests])
         asked: list[Any] = []
         params: list[Any] = []
         for row, request in enumerate(requests):
             ids = self.policy.processor.tokenizer(prompts.texts[row], add_special_tokens=False)["input_ids"]
+            prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": _image(prompts, row)}}
+            # One vLLM request for each completion, so that each has its own seed; vLLM caches what they share.
             for number in uniforms([request.seed], n, max_tokens)[0, :, 0]:
-                # One vLLM request for each completion, so that each has its own seed; vLLM caches what they share.
-                asked.append({"prompt_token_ids": ids, "multi_modal_data": {"image": _image(prompts, row)}})
+                asked.append({**prompt})
                 params.append(
                     SamplingParams(
                         temperature=temperature,
@@ -125,17 +125,22 @@ class VllmEngine:
                         detokenize=False,
                     )
                 )
-        adapter = None
-        if role is not None:
-            number = self.version * len(ROLES) + ROLES.index(role)
-            adapter = LoRARequest(f"{role}-{self.version}", number, str(self._folder / role))
         try:
-            answers = self.llm.generate(asked, params, lora_request=adapter, use_tqdm=False)
+            answers = self.llm.generate(asked, params, lora_request=self._adapter(role), use_tqdm=False)
         except ValueError as error:  # usually a prompt that is too long for `longest`
             raise VllmError(f"vLLM refuses a prompt: {' '.join(str(error).split())[:300]}") from error
         self._check_prompts(prompts, [answer.prompt_token_ids for answer in answers[::n]])
         flat = [self._completion(answer.outputs[0]) for answer in answers]
         return [flat[i : i + n] for i in range(0, len(flat), n)]
+
+    def _adapter(self, role: Role | None) -> Any:
+        """How vLLM is asked for the newest version of a role's adapter."""
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+        if role is None:
+            return None
+        number = self.version * len(ROLES) + ROLES.index(role)  # a number of its own for each version
+        return LoRARequest(f"{role}-{self.version}", number, str(self._folder / role))
 
     def _check_prompts(self, prompts: Prompts, read: Sequence[Sequence[int]]) -> None:
         for row, theirs in enumerate(read):
