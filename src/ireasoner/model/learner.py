@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.types import Completion, Role
@@ -91,14 +92,8 @@ class Learner:
         if math.isfinite(grad_norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        metrics = {
-            "loss": loss,
-            "kl": kl,
-            "token_entropy": entropy,
-            "kl_coef": self.kl_coef,
-            "grad_norm": grad_norm,
-            "sampler_gap": self.processes.maximum(sampler_gap.item()),
-        }
+        metrics = {"loss": loss, "kl": kl, "token_entropy": entropy, "kl_coef": self.kl_coef, "grad_norm": grad_norm}
+        metrics["sampler_gap"] = self.processes.maximum(sampler_gap.item())
         if math.isfinite(kl):
             self.kl_coef = adapt_kl_coef(self.kl_coef, kl, self.recipe.kl_target, self.recipe.kl_rate)
         return metrics
@@ -194,13 +189,7 @@ class Learner:
 
 def _pad(completions: Sequence[Completion], pad_token: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, the sampler's log-probabilities and the mask of real tokens, each [R, C]."""
-    longest = max(len(c.token_ids) for c in completions)
-    ids = torch.full((len(completions), longest), pad_token)
-    logprobs = torch.zeros((len(completions), longest))
-    mask = torch.zeros((len(completions), longest), dtype=torch.bool)
-    for row, completion in enumerate(completions):
-        length = len(completion.token_ids)
-        ids[row, :length] = torch.tensor(completion.token_ids)
-        logprobs[row, :length] = torch.tensor(completion.logprobs)
-        mask[row, :length] = True
-    return ids.to(device), logprobs.to(device), mask.to(device)
+    ids_RC = pad_sequence([torch.tensor(c.token_ids) for c in completions], True, pad_token)
+    logprobs_RC = pad_sequence([torch.tensor(c.logprobs) for c in completions], True)
+    mask_RC = pad_sequence([torch.ones(len(c.token_ids), dtype=torch.bool) for c in completions], True)
+    return ids_RC.to(device), logprobs_RC.to(device), mask_RC.to(device)
