@@ -171,7 +171,7 @@ def completion_hidden(policy: Policy, prompts: Prompts, ids_RC: Tensor, mask_RC:
 
     Args:
         prompts: B prompts.
-        ids_RC: completion token ids, the same number for each prompt, right-padded.
+        ids_RC: completion token ids, the same number for each prompt, right-padded to the longest.
         mask_RC: True at completion tokens.
         role: whose adapter; None: the reference.
 
