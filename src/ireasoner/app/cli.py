@@ -15,7 +15,7 @@ from ireasoner import __version__
 from ireasoner.method.types import UsageError
 
 PROGRAM = "ireasoner"
-SIDES = ("ours", "plain", "published")
+SIDES = ("ours", "plain")
 STYLES = ("chalk", "varied", "plain")
 
 
@@ -207,10 +207,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser(
         "bench",
-        help="one training step by phases, beside the plain path and the published procedure",
-        description="Time one training step of ours, of the same work without shared prompts (plain) and of the "
-        "published procedure, on one checkpoint at equal, forced lengths, repetitions interleaved; beside what this "
-        "machine's arithmetic and memory allow.",
+        help="time one training step by phases, with and without shared prompts",
+        description="Time one training step as train does it (ours) and the same work without shared prompts (plain), "
+        "on one model, with completions of a forced length and in turns; beside it, what this machine's arithmetic and "
+        "memory allow.",
     )
     bench.add_argument(
         "--model",
@@ -524,22 +524,20 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from ireasoner.app.display import quiet_libraries
+    from ireasoner.app.display import print_table, print_text, quiet_libraries
 
     quiet_libraries()
-    from ireasoner.studies.bench import bench
+    from ireasoner.studies.bench import heading, load_bench, measure, table
     from ireasoner.training.recorder import write_json
 
-    result = bench(
-        arguments.model,
-        arguments.images_per_step,
-        sides=arguments.sides,
-        tokens=arguments.tokens,
-        group_size=arguments.group_size,
-        image_tokens=arguments.image_tokens,
-        repetitions=arguments.repetitions,
-        device=arguments.device,
-    )
+    size = arguments.tokens, arguments.group_size, arguments.image_tokens
+    bench = load_bench(arguments.model, *size, arguments.device)
+    known = {"ours": bench.ours, "plain": bench.plain}
+    sides = {name: known[name] for name in SIDES if name in arguments.sides}
+    result = measure(bench, sides, arguments.images_per_step, arguments.repetitions)
+    print_text(heading(result))
+    for row in result["sizes"]:
+        print_table(*table(row))
     if arguments.json:
         arguments.json.write_text(write_json(result), "utf-8")
     return 0
