@@ -492,14 +492,17 @@ def _runs(arguments: argparse.Namespace) -> int:
 def _validity(arguments: argparse.Namespace) -> int:
     if arguments.steps and arguments.steps[0] > arguments.steps[1]:
         raise UsageError("--steps takes FIRST and LAST, FIRST not after LAST")
-    from ireasoner.app.display import quiet_libraries
+    from ireasoner.app.display import plain, print_table, print_text, quiet_libraries
 
     quiet_libraries()
-    from ireasoner.studies.validity import print_validity, validity
+    from ireasoner.studies.validity import sentences, tables, validity
     from ireasoner.training.recorder import write_json
 
     report = validity(arguments.run, arguments.truth, arguments.steps and tuple(arguments.steps))
-    print_validity(report)
+    for sentence in sentences(report):
+        print_text(plain(sentence, 300))
+    for title, rows in tables(report):
+        print_table(title, rows)
     if arguments.json:
         arguments.json.write_text(write_json(report), "utf-8")
     return 0
