@@ -17,7 +17,9 @@ from ireasoner.model.inputs import EncodedImage
 from ireasoner.model.learner import Learner
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts import live
+from ireasoner.rollouts.live import LiveEngine
 from ireasoner.studies import doctor
+from recorded import recorded
 
 
 def failed(dtype: str = "float32") -> set[str]:
@@ -103,6 +105,17 @@ def test_a_sampler_of_another_distribution(monkeypatch: pytest.MonkeyPatch, faul
 
     monkeypatch.setattr(live, "_draw", other)
     assert failed(dtype) == ({"sampler and learner agree"} if fault else set())
+
+
+def test_a_sound_model_passes_where_decoding_is_captured(monkeypatch: pytest.MonkeyPatch):
+    init = LiveEngine.__init__
+
+    def capturing(self: LiveEngine, policy: Policy) -> None:
+        init(self, policy)
+        self.capture = recorded
+
+    monkeypatch.setattr(LiveEngine, "__init__", capturing)
+    assert failed() == set()
 
 
 def test_lora_in_the_vision_tower(monkeypatch: pytest.MonkeyPatch):

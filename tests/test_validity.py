@@ -26,7 +26,6 @@ from ireasoner.studies.perturbations import PERTURBATIONS
 from ireasoner.studies.validity import (
     SAMPLE,
     Group,
-    claims,
     exact,
     measures,
     pair_validity,
@@ -35,6 +34,7 @@ from ireasoner.studies.validity import (
     sensitivity,
     sentences,
     statistics,
+    step_agreement,
     tables,
     validity,
 )
@@ -253,13 +253,15 @@ def test_exact_counts_the_claims_that_the_world_reads_alike() -> None:
 
 
 def test_claims_prefer_those_that_agree() -> None:
-    found = claims(Recipe())(group(["7", "7", "7", None], steps=[*(steps for _, steps in SAID_TWICE), ()]))
+    found = step_agreement(Recipe(), "claims")(
+        group(["7", "7", "7", None], steps=[*(steps for _, steps in SAID_TWICE), ()])
+    )
     assert found.shape == (4,)
     assert found[0] > found[2] < found[1]
     assert found[3] == 0.0
     assert ((found >= 0) & (found <= 1)).all()
     # Whatever else a run pays for, the measure is the same.
-    otherwise = claims(Recipe(reward="random", recurrence_window=128, step_weight_final=0.1))
+    otherwise = step_agreement(Recipe(reward="random", recurrence_window=128, step_weight_final=0.1), "claims")
     assert (
         otherwise(group(["7", "7", "7", None], steps=[*(steps for _, steps in SAID_TWICE), ()])).tolist()
         == found.tolist()

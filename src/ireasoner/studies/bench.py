@@ -93,7 +93,7 @@ Side = Callable[[Phases, Sequence[Image.Image]], None]  # plays and updates one 
 
 
 class Bench:
-    """A model, and what a step of it is to be: `ours` and `plain` each play and update one.
+    """A model, and the size of its steps: `ours` and `plain` each play and update one step.
 
     Args:
         policy: the model.
@@ -118,7 +118,7 @@ class Bench:
         return [image.resize((side, side)) for image in drawn]
 
     def learner(self) -> Learner:
-        """A new learner of the solver, so slow that the model stays as it is."""
+        """A new learner of the solver, with so low a learning rate that the model stays as it is."""
         options = self.config.optimizer.model_copy(update={"learning_rate": 1e-6})
         return Learner(self.policy, "solver", self.config.recipe, options)
 
@@ -135,7 +135,7 @@ class Bench:
         policy.shares_prompts, policy.shares_attention = shares
 
     def _step(self, phases: Phases, images: Sequence[Image.Image], copies: int) -> None:
-        """A step whose groups are sampled from so many copies of each prompt."""
+        """A step that samples each group from `copies` requests, each of which has its own prefill."""
         policy, sampling, engine, learner = self.policy, self.config.sampling, self.engine, self.learner()
         count, ask = sampling.group_size, proposer_messages(sampling.proposer_prompt)
         solve = solver_messages(sampling.solver_prompt, QUESTION)
@@ -159,7 +159,10 @@ class Bench:
 
     @contextmanager
     def _prefill_timed(self, phases: Phases) -> Iterator[None]:
-        """Take prefill off the phase `decode`: it calls the whole model, decoding the language model alone."""
+        """Time prefill apart from the phase `decode`, within which it runs.
+
+        Only prefill calls the model as a whole; a step of decoding calls its language model.
+        """
         base = self.policy.base
         forward = base.forward
 
@@ -175,13 +178,16 @@ class Bench:
             del base.forward  # the class's own again
 
     def reward(self, texts: Sequence[str]) -> list[float]:
-        """What a group earns by the config's recipe."""
+        """What the texts of one group earn by the config's recipe, read as readable trajectories."""
         context = Context(step_weight=self.config.recipe.step_weight_final, recent_claims=())
         return [*score_group(QUESTION, [readable(text) for text in texts], self.config.recipe, context).rewards]
 
 
 def readable(text: str) -> str:
-    """A trajectory with the words of a text: completions of a forced length seldom end as readable ones do."""
+    """A readable trajectory of three reasoning steps, from the words of a text.
+
+    Completions of a forced length seldom end as readable ones do, and unreadable ones would cost nothing to reward.
+    """
     words = text.replace("<", " ").replace(">", " ").split()
     third = len(words) // 3 + 1
     steps = [f"Step {i + 1}: {' '.join(words[i * third : (i + 1) * third])}" for i in range(3)]

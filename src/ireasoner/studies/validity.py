@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,23 +58,47 @@ class Group:
     truth: FloatArray
     recorded: FloatArray
 
+    @property
+    def steps(self) -> list[tuple[str, ...]]:
+        """The reasoning steps of each trajectory."""
+        return [solution.reasoning_steps for solution in self.solutions]
+
 
 Measure = Callable[[Group], FloatArray]  # scores [N] in [0, 1], NaN for no score
+Embed = Callable[[Sequence[str]], NDArray[np.floating]]
 
 
 def measures(config: Config, notes: list[str], *, truth: bool) -> dict[str, Measure]:
     """The measures of a run by name; one that has to be left out adds a sentence to `notes`."""
     found: dict[str, Measure] = {}
     try:
-        found["embedding"] = embedding(config)
+        found["embedding"] = step_agreement(config.recipe, "embedding", embedder(config))
     except UsageError as error:
         notes.append(f"without the measure 'embedding': {error}")
-    found |= {"claims": claims(config.recipe), "recorded": lambda group: group.recorded}
+    found |= {"claims": step_agreement(config.recipe, "claims"), "recorded": lambda group: group.recorded}
     return {**found, "exact": exact} if truth else found
 
 
-def embedding(config: Config) -> Measure:
-    """The paper's step agreement, with a run's constants and its model's token embeddings.
+def step_agreement(recipe: Recipe, by: Literal["embedding", "claims"], embed: Embed | None = None) -> Measure:
+    """What `score_group` pays for step agreement, whatever else a recipe pays and whatever other images' groups say.
+
+    Args:
+        recipe: its constants.
+        by: how reasoning steps are compared; the paper compares embeddings.
+        embed: for embeddings, as in `Context`.
+    """
+    alone = recipe.model_copy(update={"reward": "agreement", "step_measure": by, "recurrence_window": 0})
+    context = Context(step_weight=1.0, embed=embed)
+
+    def measure(group: Group) -> FloatArray:
+        scored = score_solutions(group.question[1], group.solutions, alone, context)
+        return np.array([parts["step_agreement"].value for parts in scored.parts])
+
+    return measure
+
+
+def embedder(config: Config) -> Embed:
+    """Embeds reasoning steps by the token embeddings of a run's model.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -84,40 +108,18 @@ def embedding(config: Config) -> Measure:
 
     policy = load_policy(config.model, config.backbone, device="cpu")  # only its table of embeddings is used
     row = lru_cache(2048)(lambda step: embed_texts(policy, [step], config.recipe.max_step_tokens)[0])
-
-    def embed(steps: Sequence[str]) -> FloatArray:
-        return np.stack([row(step) for step in steps]) if steps else np.zeros((0, 1))
-
-    context = Context(step_weight=1.0, embed=embed)
-    return _step_agreement(config.recipe.model_copy(update={"step_measure": "embedding"}), context)
-
-
-def claims(recipe: Recipe) -> Measure:
-    """Agreement on what the reasoning steps claim, without what other images' groups say; a recipe's constants."""
-    return _step_agreement(recipe.model_copy(update={"step_measure": "claims"}), Context(step_weight=1.0))
-
-
-def _step_agreement(recipe: Recipe, context: Context) -> Measure:
-    """The part `step_agreement` of a recipe's reward."""
-    alone = recipe.model_copy(update={"reward": "agreement", "recurrence_window": 0})
-
-    def measure(group: Group) -> FloatArray:
-        scored = score_solutions(group.question[1], group.solutions, alone, context)
-        return np.array([parts["step_agreement"].value for parts in scored.parts])
-
-    return measure
+    return lambda steps: np.stack([row(step) for step in steps]) if steps else np.zeros((0, 1))
 
 
 def exact(group: Group) -> FloatArray:
-    """An oracle: as `claims`, but two steps agree, and then wholly, only if the world reads the same claim in both.
+    """An oracle: agreement on claims where two steps agree, and then wholly, if the world reads the same claim in both.
 
     Steps that the world cannot read are left out.
     """
-    read = [[_world_claim(step) for step in s.reasoning_steps] for s in group.solutions]
-    said = [[claim for claim in own if claim is not None] for own in read]
+    said = [[claim for step in own if (claim := _world_claim(step)) is not None] for own in group.steps]
     found = np.full(len(said), np.nan)
     for i, mine in enumerate(said):
-        others = [other for k, other in enumerate(said) if k != i and group.solutions[k].reasoning_steps]
+        others = [other for k, other in enumerate(said) if k != i and group.steps[k]]
         if mine:
             found[i] = sum(_in_common(mine, other) for other in others) / len(mine) / max(len(others), 1)
     return found
@@ -158,10 +160,8 @@ def pair_validity(groups: Sequence[Group], scores: Sequence[FloatArray]) -> tupl
     for question, group, score in zip(questions, groups, scores, strict=True):
         a, b = np.triu_indices(len(score), 1)
         truer, higher = group.truth[a] - group.truth[b], score[a] - score[b]
-        same = np.array(
-            [group.keys[i] == group.keys[j] and group.keys[i] is not None for i, j in zip(a, b, strict=True)]
-        )
-        pairs = same.astype(bool) & (truer != 0) & np.isfinite(truer + higher)
+        keys = np.array([object() if key is None else key for key in group.keys])  # the unreadable equal nothing
+        pairs = (keys[a] == keys[b]) & (truer != 0) & np.isfinite(truer + higher)
         order = np.sign(truer) * np.where(np.abs(higher) <= TIE, 0, np.sign(higher))
         sums[question] += (1 + order[pairs]).sum() / 2, pairs.sum()
     rates = np.array([won / count if count else np.nan for won, count in [sums.sum(axis=0), *_resampled(sums)]])
@@ -272,13 +272,13 @@ def sensitivity(sample: Sequence[Group], measures: Mapping[str, Measure]) -> dic
     """
     changes: dict[str, dict[str, list[float]]] = {edit: {name: [] for name in measures} for edit in PERTURBATIONS}
     for number, group in enumerate(sample):
-        rng, steps = np.random.default_rng(number), [s.reasoning_steps for s in group.solutions]
+        rng, steps = np.random.default_rng(number), group.steps
         chosen = rng.choice([i for i in majority(group.keys).members if steps[i]])
         elsewhere = [other for other in sample if other.question[0] != group.question[0]]
-        donor = elsewhere[rng.integers(len(elsewhere))].solutions if elsewhere else ()
+        donor = elsewhere[rng.integers(len(elsewhere))].steps if elsewhere else ()
         before = {name: measure(group)[chosen] for name, measure in measures.items()}
         for edit, perturbation in PERTURBATIONS.items():
-            edited = perturbation(steps[chosen], rng, [step for s in donor for step in s.reasoning_steps])
+            edited = perturbation(steps[chosen], rng, [step for own in donor for step in own])
             if edited is None:
                 continue
             solutions = [*group.solutions]
@@ -324,11 +324,7 @@ def validity(run: Path, truth: Path | None = None, steps: tuple[int, int] | None
         for name, measure in scorers.items():
             scores[name].append(measure(group))
         vote = majority(group.keys)
-        if (
-            vote.readable >= 3
-            and len(vote.members) >= 2
-            and any(group.solutions[i].reasoning_steps for i in vote.members)
-        ):
+        if vote.readable >= 3 and len(vote.members) >= 2 and any(group.steps[i] for i in vote.members):
             eligible += 1
             if len(sample) < SAMPLE:
                 sample.append(group)
@@ -406,9 +402,9 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
         f"{report['run']}: {report['groups']} questions, {report['readable']} readable trajectories of "
         f"{report['trajectories']}, truth known of {report['with_truth']}"
     )
-    found = report["measures"]["claims"]
-    pairs = [(label, found[name]) for label, name in (("pairs", "pairs"), ("in the majority", "majority_pairs"))]
-    said = [f"{label}: {p['pairs']} of {p['questions']} questions" for label, p in pairs if p["pairs"]]
+    pairs = {"pairs": "pairs", "in the majority": "majority_pairs"}
+    found = {label: report["measures"]["claims"][name] for label, name in pairs.items()}
+    said = [f"{label}: {f['pairs']} of {f['questions']} questions" for label, f in found.items() if f["pairs"]]
     return [counts, *report["notes"], *said]
 
 
