@@ -219,7 +219,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="what to time (all)")
     bench.add_argument("--group-size", type=_whole(2), metavar="N", help="trajectories of a question (the preset's)")
-    bench.add_argument("--image-tokens", type=_whole(1), metavar="N", help="of each picture, about (a small picture's)")
+    bench.add_argument(
+        "--image-tokens", type=_whole(1), metavar="N", help="of each picture, about (9 for tiny, else 144)"
+    )
     bench.add_argument(
         "--images-per-step", type=_whole(1), nargs="+", default=[1, 16], metavar="N", help="(%(default)s)"
     )

@@ -240,7 +240,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 def reset_peak(device: torch.device) -> None:
     """Begin to measure peak memory anew."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     elif (control := Path("/proc/self/clear_refs")).exists():
         control.write_text("5")
 
@@ -248,7 +248,7 @@ def reset_peak(device: torch.device) -> None:
 def peak_bytes(device: torch.device) -> float | None:
     """Most memory held since `reset_peak`, weights included: of the GPU, else of the process; None: not known here."""
     if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated())
+        return float(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return float(found[1]) * 1024 if found else None
@@ -322,8 +322,10 @@ def _floors(
     `prompt` is the solver's prompt of one image.
     """
     policy, length = bench.policy, prompt.mask_BP.shape[1]
+    capture, bench.engine.capture = bench.engine.capture, None  # the counter does not see into a captured step
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         bench.ours(counted := Phases(counter.get_total_flops), images)
+    bench.engine.capture = capture
     least = {phase: flops / limits["flops_per_second"] for phase, flops in counted.took.items()}
     with torch.no_grad():
         layers: Any = prefill(policy, prompt).cache.layers
