@@ -82,13 +82,16 @@ def examine(model: str, *, dtype: Literal["float32", "bfloat16"] = "float32", de
     images = pictures()
     frozen = plain_logprobs(load_backbone(model, dtype, device), processor, images[0], QUESTIONS[0], ids)
     policy = load_policy(model, BackboneOptions(dtype=dtype), device=device)
+    encoded = encode_images(policy, images)
+    prompts = build_prompts(policy, encoded, CHATS[:1] * 2)  # the same question about both pictures
+    requests = [Request(encoded[i], CHATS[i], (i,)) for i in range(2)]
     yield what_is_trainable(policy)
-    yield equal_to_the_model(policy, images[0], ids, frozen, LOGPROB_LIMITS[dtype])
-    yield reference(policy, images[0], ids, frozen, KL_LIMITS[dtype])
-    yield sight(policy, images, ids)
-    yield sampler_and_learner(policy, images, LOGPROB_LIMITS[dtype])
+    yield equal_to_the_model(policy, prompts[:1], ids, frozen, LOGPROB_LIMITS[dtype])
+    yield reference(policy, prompts[:1], ids, frozen, KL_LIMITS[dtype])
+    yield sight(policy, prompts, ids)
+    yield sampler_and_learner(policy, requests, LOGPROB_LIMITS[dtype])
     for role in ROLES:
-        yield training_of(policy, role, images)
+        yield training_of(policy, role, requests)
 
 
 @torch.no_grad()
@@ -127,18 +130,14 @@ def _hidden(
     return completion_hidden(policy, prompt, ids_NC, mask_NC, role), ids_NC[mask_NC]
 
 
-def _about(policy: Policy, image: Image.Image) -> Prompts:
-    return build_prompts(policy, encode_images(policy, [image]), CHATS[:1])
-
-
 def _logprobs(policy: Policy, hidden: Tensor) -> Tensor:
     return policy.output_layer(hidden).float().log_softmax(-1)
 
 
 @torch.no_grad()
-def equal_to_the_model(policy: Policy, image: Image.Image, ids: Sequence[int], frozen: Tensor, limit: float) -> Finding:
+def equal_to_the_model(policy: Policy, prompt: Prompts, ids: Sequence[int], frozen: Tensor, limit: float) -> Finding:
     """Sharing the prompt and encoding the image once gives what the model computes on the whole sequence."""
-    hidden, tokens = _hidden(policy, _about(policy, image), [ids], None)
+    hidden, tokens = _hidden(policy, prompt, [ids], None)
     gap = (_logprobs(policy, hidden) - frozen).gather(-1, tokens[:, None]).abs().mean().item()
     shared = "shared among completions"
     if not policy.shares_prompts:
@@ -148,9 +147,9 @@ def equal_to_the_model(policy: Policy, image: Image.Image, ids: Sequence[int], f
 
 
 @torch.no_grad()
-def reference(policy: Policy, image: Image.Image, ids: Sequence[int], frozen: Tensor, limit: float) -> Finding:
+def reference(policy: Policy, prompt: Prompts, ids: Sequence[int], frozen: Tensor, limit: float) -> Finding:
     """Fault 2: KL to the reference equals KL to a copy that was loaded separately, under adapters that change much."""
-    kl, expected, prompt = 0.0, 0.0, _about(policy, image)
+    kl, expected = 0.0, 0.0
     for spread in SPREADS:
         fill_adapters(policy, spread)
         (hidden, tokens), (unadapted, _) = (_hidden(policy, prompt, [ids], role) for role in ("solver", None))
@@ -173,11 +172,11 @@ def fill_adapters(policy: Policy, spread: float, seed: int = 0) -> None:
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
 
 
-def sight(policy: Policy, images: Sequence[Image.Image], ids: Sequence[int]) -> Finding:
+def sight(policy: Policy, prompts: Prompts, ids: Sequence[int]) -> Finding:
     """Fault 1: with another image, the same question and completion have other log-probabilities and gradients."""
     found = []
-    for image in images:
-        hidden, tokens = _hidden(policy, _about(policy, image), [ids], "solver")
+    for row in range(len(prompts)):
+        hidden, tokens = _hidden(policy, prompts[row : row + 1], [ids], "solver")
         logprobs = _logprobs(policy, hidden).gather(-1, tokens[:, None])
         logprobs.sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in policy.parameters("solver").values() if p.grad is not None])
@@ -192,32 +191,26 @@ def sight(policy: Policy, images: Sequence[Image.Image], ids: Sequence[int]) -> 
     return Finding("the update sees the image", moved > 1e-3 and turned > 1e-3, figure)
 
 
-def _requests(policy: Policy, images: Sequence[Image.Image]) -> list[Request]:
-    encoded = encode_images(policy, images)
-    return [Request(image, chat, (i,)) for i, (image, chat) in enumerate(zip(encoded, CHATS, strict=True))]
-
-
-def _sample(policy: Policy, role: Role, images: Sequence[Image.Image]) -> tuple[Prompts, list[list[Completion]]]:
-    requests = _requests(policy, images)
+def _sample(policy: Policy, role: Role, requests: Sequence[Request]) -> tuple[Prompts, list[list[Completion]]]:
     prompts = build_prompts(policy, [request.image for request in requests], CHATS)
     return prompts, LiveEngine(policy).sample(requests, role, n=len(ADVANTAGES[0]), max_tokens=TOKENS)
 
 
 @torch.no_grad()
-def sampler_and_learner(policy: Policy, images: Sequence[Image.Image], limit: float) -> Finding:
+def sampler_and_learner(policy: Policy, requests: Sequence[Request], limit: float) -> Finding:
     """Fault 4: samples were drawn with the log-probabilities that the update computes.
 
     Two figures, because rounding hides in the first what a top-k or a penalty does: hidden states of sampler and
     learner differ as far as the precision lets them, while tokens must be drawn from the softmax of the logits exactly.
     """
-    prompts, groups = _sample(policy, "solver", images)
+    prompts, groups = _sample(policy, "solver", requests)
     gaps = []
     for row, group in enumerate(groups):
         hidden, tokens = _hidden(policy, prompts[row : row + 1], [c.token_ids for c in group], "solver")
         logprobs = _logprobs(policy, hidden).gather(-1, tokens[:, None])[:, 0].cpu()
         gaps.append((logprobs - torch.tensor([p for c in group for p in c.logprobs])).abs())
     gap, most = torch.cat(gaps).mean().item(), torch.cat(gaps).max().item()
-    off = max(_off_softmax(policy, request) for request in _requests(policy, images))
+    off = max(_off_softmax(policy, request) for request in requests)
     figure = f"over {len(torch.cat(gaps))} sampled tokens log-probabilities differ by {gap:.1e} nats a token "
     figure += f"(limit {limit:g}), {most:.1e} at most; "
     figure += f"from the softmax of their own logits by {off:.1e} (limit {EXACT:g})"
@@ -246,9 +239,9 @@ def _off_softmax(policy: Policy, request: Request) -> float:
     return (expected - torch.tensor(completion.logprobs)).abs().max().item()
 
 
-def training_of(policy: Policy, role: Role, images: Sequence[Image.Image]) -> Finding:
+def training_of(policy: Policy, role: Role, requests: Sequence[Request]) -> Finding:
     """Fault 3: one update of a role moves all of its own tensors and nothing else."""
-    prompts, groups = _sample(policy, role, images)
+    prompts, groups = _sample(policy, role, requests)
     own, before = set(policy.parameters(role)), _fingerprints(policy)
     learner = Learner(policy, role, Recipe(), OptimizerOptions(learning_rate=1e-4, weight_decay=0.0))
     advantages = torch.tensor(ADVANTAGES)
