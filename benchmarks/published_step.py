@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 
+from ireasoner.app import commands
 from ireasoner.app.cli import build_parser
+from ireasoner.app.command import parsed
 from ireasoner.app.display import print_table, print_text, quiet_libraries
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.scoring import Context, score_group
@@ -101,7 +104,9 @@ class Published:
 
 
 def main() -> None:
-    asked = build_parser().parse_args(["bench", *sys.argv[1:]])
+    given = vars(build_parser().parse_args(["bench", *sys.argv[1:]]))
+    del given["command"]
+    asked: Any = parsed(commands.Bench, given)
     quiet_libraries()
     bench = load_bench(asked.model, asked.tokens, asked.group_size, asked.image_tokens, asked.device)
     known = {"ours": bench.ours, "plain": bench.plain}
@@ -110,8 +115,8 @@ def main() -> None:
     print_text(heading(result))
     for row in result["sizes"]:
         print_table(*table(row))
-    if asked.json:
-        asked.json.write_text(write_json(result), "utf-8")
+    if asked.json_file:
+        asked.json_file.write_text(write_json(result), "utf-8")
 
 
 if __name__ == "__main__":

@@ -16,22 +16,15 @@ from PIL import Image
 
 from ireasoner import __version__
 from ireasoner.app.cli import build_parser, main
+from ireasoner.app.commands import Train
 from ireasoner.app.display import Display, evaluation_table, plain, results_table, vote_line
-from ireasoner.method.types import Completion, Episode, Question, Trajectory
+from ireasoner.method.types import Episode, Part, Question, Trajectory
 from ireasoner.training.config import Config, dump_config, resolve
 from ireasoner.training.evaluation import MEASURES, Scores, compare
 
 COMMANDS = ("train", "demo", "eval", "ablate", "view", "report", "runs", "validity", "doctor", "bench", "playground")
 
 # --- what is imported -------------------------------------------------------------------------------------------------
-
-
-LIGHT = (
-    *("ireasoner.method." + name for name in ("types", "texts", "answers", "claims", "rewards")),
-    *("ireasoner.training." + name for name in ("config", "items", "recorder", "statistics", "watch")),
-    *("ireasoner.page", "ireasoner.page.server", "ireasoner.studies.ablation_tables", "ireasoner.app.display"),
-    *("ireasoner.playground.world", "ireasoner.playground.dataset"),
-)
 
 
 def fresh(code: str) -> str:
@@ -41,7 +34,7 @@ def fresh(code: str) -> str:
     return done.stdout
 
 
-def test_help_of_every_command_and_the_light_rooms_import_no_torch():
+def test_help_of_every_command_imports_no_torch():
     code = f"""
 import contextlib, io, sys
 from ireasoner.app.cli import main
@@ -52,9 +45,6 @@ for argv in (["--help"], ["--version"], *([name, "--help"] for name in {COMMANDS
         except SystemExit as stopped:
             assert stopped.code == 0, argv
     assert out.getvalue().strip(), argv
-import importlib
-for module in {LIGHT!r}:
-    importlib.import_module(module)
 print(sorted(set(sys.modules) & {{"torch", "transformers", "peft", "accelerate", "safetensors"}}))
 """
     assert fresh(code).strip() == "[]"
@@ -84,6 +74,28 @@ def test_every_option_of_every_command_is_explained():
     assert tuple(commands.choices) == COMMANDS  # type: ignore[arg-type]
     for parser in commands.choices.values():  # type: ignore[union-attr]
         assert all(action.help for action in parser._actions)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (["--model_name_or_path", "tiny"], ("model", "tiny")),
+        (["--output_dir", "runs/x"], ("out", Path("runs/x"))),
+        (["--max_steps=7"], ("steps", "7")),
+        (["--num_generations", "4"], ("group_size", "4")),
+        (["--beta", "0.1"], ("kl_coef", "0.1")),
+        (["--save_steps", "5"], ("save_every", "5")),
+        (["--max_solution_tokens", "9"], ("max_solution_tokens", "9")),
+        (["--solver-prompt=a_b {question}"], ("solver_prompt", "a_b {question}")),
+    ],
+)
+def test_options_go_by_the_fields_own_names_too(
+    monkeypatch: pytest.MonkeyPatch, written: list[str], meant: tuple[str, object]
+):
+    heard: list[dict[str, object]] = []
+    monkeypatch.setattr(Train, "run", lambda self: heard.append(self.model_dump(exclude_unset=True)) or 0)
+    assert main(["train", *written]) == 0
+    assert heard == [dict([meant])]
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -368,16 +380,18 @@ NASTY = "\x1b[31mred\x1b[0m\x07\r\n[bold red]loud[/bold red] [/nope] \x9b31m\u20
 
 def episode(question: str = NASTY, answers: tuple[str | None, ...] = (NASTY, NASTY, None)) -> Episode:
     group = tuple(
-        Trajectory(("one",), answer, 3, None if answer is not None else "cut off before the end token")
+        Trajectory(
+            text=answer or "", finish_reason="stop", num_tokens=2, mean_sampler_logprob=-0.15, reasoning_steps=("one",),
+            answer=answer, words_before_answer=3, problem=None if answer is not None else "cut off",
+            answer_key=answer, in_majority=answer == NASTY, reward=1.0, parts={"outcome": Part(value=1.0)},
+            step_scores=(),
+        )
         for answer in answers
-    )
-    completions = tuple(Completion(answer or "", (1, 2), (-0.1, -0.2), "stop") for answer in answers)
+    )  # fmt: skip
     return Episode(
         step=1, image=f"{NASTY}.png", question=Question(question, "", None if question else "empty question"),
-        question_completion=None, proposer_reward=0.5, trajectories=group, completions=completions,
-        answer_keys=tuple(answers), majority_answer=NASTY, majority_fraction=2 / 3, answer_entropy=0.0,
-        rewards=(1.0, 1.0, 0.0)[: len(answers)], reward_parts={"outcome": (1.0, 1.0, 0.0)[: len(answers)]},
-        step_weight=0.5, step_scores=((),) * len(answers), true_answer=None,
+        proposal=None, proposer_reward=0.5, prompt="", trajectories=group, majority_answer=NASTY,
+        majority_fraction=2 / 3, answer_entropy=0.0, step_weight=0.5, true_answer=None,
     )  # fmt: skip
 
 
@@ -407,7 +421,7 @@ def test_a_vote_is_told_in_one_printable_line():
     assert "empty question" in unreadable
 
 
-METRICS = {"reward/solver/total": 0.5, "answers/entropy": 0.25, "kl/solver": 0.001, "length/solver": 12.0}
+METRICS = {"reward/solver/total": 0.5, "answers/answer_entropy": 0.25, "kl/solver": 0.001, "length/solver": 12.0}
 
 
 def show(config: Config, episodes: list[Episode]) -> None:

@@ -10,16 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ireasoner.app.cli import main
+from ireasoner.method.texts import SOLVER_PROMPTS
 from ireasoner.method.types import UsageError
 from ireasoner.training.config import (
+    PATHS,
+    PRESET_OPTIONS,
+    RECIPE_OPTIONS,
     Config,
     ConfigError,
-    Preset,
-    Recipe,
     conflicts,
     dump_config,
     load_config,
     names,
+    option,
     resolve,
 )
 
@@ -43,27 +46,41 @@ def mistake(**flags: object) -> str:
 
 def test_the_defaults_are_the_papers_constants():
     config = resolve({**NEEDED, "recipe": "paper", "preset": "7b"})
-    assert (config.outcome_exponent, config.length_penalty, config.target_words) == (0.7, 0.05, 64)
-    assert (config.density_exponent, config.position_decay) == (0.7, 0.15)
-    assert (config.max_reasoning_steps, config.max_step_tokens) == (8, 64)
-    assert (config.step_weight_initial, config.step_weight_final, config.step_weight_warmup) == (0.0, 0.7, 0.3)
-    assert (config.target_entropy, config.entropy_width) == (0.9, 0.35)
-    assert (config.reward, config.advantage, config.baseline_momentum) == ("agreement", "ema", 0.9)
-    assert (config.group_size, config.max_solution_tokens, config.max_question_tokens) == (5, 256, 128)
-    assert (config.lora_rank, config.lora_alpha, config.learning_rate, config.weight_decay) == (16, 32, 1e-6, 0.01)
-    assert (config.kl_coef, config.kl_target, config.kl_rate) == (1e-3, 0.02, 0.1)
-    assert (config.max_grad_norm, config.proposer_every) == (1.0, 5)
-    assert (config.steps, config.images_per_step) == (2500, 1)
+    assert (config.recipe.outcome_exponent, config.recipe.length_penalty, config.recipe.target_words) == (0.7, 0.05, 64)
+    assert (config.recipe.density_exponent, config.recipe.position_decay) == (0.7, 0.15)
+    assert (config.recipe.max_reasoning_steps, config.recipe.max_step_tokens) == (8, 64)
+    assert (config.recipe.step_weight_initial, config.recipe.step_weight_final, config.recipe.step_weight_warmup) == (
+        0.0,
+        0.7,
+        0.3,
+    )
+    assert (config.recipe.target_entropy, config.recipe.entropy_width) == (0.9, 0.35)
+    assert (config.recipe.reward, config.recipe.advantage, config.recipe.baseline_momentum) == ("agreement", "ema", 0.9)
+    assert (config.sampling.group_size, config.sampling.max_solution_tokens, config.sampling.max_question_tokens) == (
+        5,
+        256,
+        128,
+    )
+    assert (
+        config.backbone.lora_rank,
+        config.backbone.lora_alpha,
+        config.optimizer.learning_rate,
+        config.optimizer.weight_decay,
+    ) == (16, 32, 1e-6, 0.01)
+    assert (config.recipe.kl_coef, config.recipe.kl_target, config.recipe.kl_rate) == (1e-3, 0.02, 0.1)
+    assert (config.optimizer.max_grad_norm, config.schedule.proposer_every) == (1.0, 5)
+    assert (config.schedule.steps, config.schedule.images_per_step) == (2500, 1)
 
 
 def test_preset_then_recipe_then_flags(tmp_path: Path):
     preset = written(tmp_path, "steps: 7\ngroup_size: 3\nlearning_rate: 1e-4\n", "preset.yaml")
     recipe = written(tmp_path, "length_penalty: 0.2\ntarget_entropy: 0.5\n", "recipe.yaml")
     config = resolve({**NEEDED, "preset": preset, "recipe": recipe, "group_size": "4", "target_entropy": "0.6"})
-    assert (config.steps, config.learning_rate, config.length_penalty) == (7, 1e-4, 0.2)  # from the files
-    assert (config.group_size, config.target_entropy) == (4, 0.6)  # flags win over both
-    assert config.density_exponent == 0.7  # neither: the default
-    assert (config.preset, config.recipe) == (preset, recipe)
+    flat = config.flat()
+    assert (flat["steps"], flat["learning_rate"], flat["length_penalty"]) == (7, 1e-4, 0.2)  # from the files
+    assert (flat["group_size"], flat["target_entropy"]) == (4, 0.6)  # flags win over both
+    assert flat["density_exponent"] == 0.7  # neither: the default
+    assert (flat["preset"], flat["recipe"]) == (preset, recipe)
 
 
 @pytest.mark.parametrize(("model", "preset"), [("tiny", "tiny"), ("/models/other", "7b")])
@@ -73,10 +90,32 @@ def test_the_preset_follows_the_model_unless_named(model: str, preset: str):
 
 
 def test_recipe_and_preset_options_are_apart_and_together_with_the_runs_own_are_all():
-    assert not set(Recipe.model_fields) & set(Preset.model_fields)
+    assert not set(RECIPE_OPTIONS) & set(PRESET_OPTIONS)
     own = {"images", "model", "recipe", "preset", "seed", "labels", "eval_data", "device", "engine"}
-    assert set(Config.model_fields) == set(Recipe.model_fields) | set(Preset.model_fields) | own
-    assert all(field.description for field in Config.model_fields.values())
+    assert set(PATHS) == set(RECIPE_OPTIONS) | set(PRESET_OPTIONS) | own
+    assert all(option(name).description for name in PATHS)
+    assert set(resolve(NEEDED).flat()) == set(PATHS)
+
+
+def test_an_option_changes_and_nothing_else_does():
+    config = resolve(NEEDED)
+    changed = config.changed(kl_coef=0.5, steps=7)
+    assert changed.flat() == config.flat() | {"kl_coef": 0.5, "steps": 7}
+    with pytest.raises(ConfigError, match="flavour"):
+        config.changed(flavour="sweet")
+
+
+@pytest.mark.parametrize("form", ["tags", "boxed", "answer-line"])
+def test_the_solvers_prompt_is_the_forms_unless_it_is_given(form: str):
+    config = resolve({**NEEDED, "preset": "7b", "solution_form": form})
+    assert config.sampling.solver_prompt == SOLVER_PROMPTS[form]
+    given = resolve({**NEEDED, "preset": "7b", "solution_form": form, "solver_prompt": "{question}!"})
+    assert given.sampling.solver_prompt == "{question}!"
+
+
+@pytest.mark.parametrize("reward", ["my_rewards.py:fn", "/some where/r.py:_fn2"])
+def test_a_reward_may_be_a_function_in_a_file(reward: str):
+    assert resolve({**NEEDED, "reward": reward}).recipe.reward == reward
 
 
 # --- what ships -------------------------------------------------------------------------------------------------------
@@ -87,8 +126,8 @@ def test_recipe_and_preset_options_are_apart_and_together_with_the_runs_own_are_
 def test_every_shipped_recipe_resolves_with_every_preset(recipe: str, preset: str):
     labels = {"labels": "/labels.jsonl"} if recipe == "oracle" else {}
     config = resolve({**NEEDED, "recipe": recipe, "preset": preset, **labels})
-    same = {name: getattr(resolve({**NEEDED, "preset": preset}), name) for name in Preset.model_fields}
-    assert {name: getattr(config, name) for name in Preset.model_fields} == same  # a recipe leaves the scale alone
+    plain = resolve({**NEEDED, "preset": preset}).flat()
+    assert all(config.flat()[name] == plain[name] for name in PRESET_OPTIONS)  # a recipe leaves the scale alone
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -112,6 +151,9 @@ def test_every_shipped_recipe_resolves_with_every_preset(recipe: str, preset: st
         ("dtype", "float8"),
         ("advantage", "grpo"),
         ("reward", "accuracy"),
+        ("reward", "my_rewards.py"),
+        ("reward", "my_rewards.py:no-name"),
+        ("solution_form", "xml"),
         ("train_proposer", "perhaps"),
         ("solver_prompt", "Answer."),
     ],
@@ -175,7 +217,7 @@ def test_keys_that_are_not_names_are_unknown_options(tmp_path: Path):
 
 def test_an_empty_file_changes_nothing(tmp_path: Path):
     empty = written(tmp_path, "# nothing yet\n")
-    assert resolve({**NEEDED, "recipe": empty}).advantage == "ema"
+    assert resolve({**NEEDED, "recipe": empty}).recipe.advantage == "ema"
 
 
 def test_the_oracle_needs_labels():
@@ -189,7 +231,7 @@ def test_a_mistake_is_the_users():
 
 def test_a_config_cannot_be_changed_under_a_run():
     with pytest.raises(ValueError, match="frozen"):
-        resolve(NEEDED).steps = 3
+        resolve(NEEDED).schedule.steps = 3
 
 
 # --- to disk and back -------------------------------------------------------------------------------------------------
@@ -205,7 +247,7 @@ def test_what_is_dumped_loads_the_same(tmp_path: Path, recipe: str):
     flags = {"recipe": recipe, "labels": "/l.jsonl", "learning_rate": "1e-6", "lora_targets": ["q_proj", "v_proj"]}
     config = resolve({**NEEDED, **flags, "model": "some/model"})
     assert round_trip(config, tmp_path) == config
-    assert all(f"{name}:" in dump_config(config) for name in Config.model_fields)  # every option, spelled out
+    assert all(f"{name}:" in dump_config(config) for name in PATHS)  # every option, spelled out
 
 
 @settings(deadline=None, max_examples=50)
@@ -238,9 +280,12 @@ def test_a_folder_without_a_config_is_no_run(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("steps: 3\n", "images is missing"),
-        ("images: /x\nmodel: tiny\nsteps: none\n", "steps"),
-        ("images: /x\nmodel: tiny\nflavour: sweet\n", "flavour"),
+        ("format: 2\nmodel: tiny\n", "images is missing"),
+        ("format: 2\nimages: /x\nmodel: tiny\nschedule: {steps: none}\n", "steps"),
+        ("format: 2\nimages: /x\nmodel: tiny\nflavour: sweet\n", "flavour is not an option"),
+        ("format: 2\nimages: /x\nmodel: tiny\nschedule: {flavour: sweet}\n", "flavour is not an option"),
+        ("format: 3\nimages: /x\nmodel: tiny\n", "format"),
+        ("images: /x\nmodel: tiny\nsteps: 3\n", "written by ireasoner 0.1, which this version cannot read"),
         ("images: [\n", "cannot be read"),
         ("", "cannot be read"),
         ("- 1\n", "cannot be read"),
@@ -265,7 +310,7 @@ def test_a_binary_config_is_refused(tmp_path: Path):
 
 def test_conflicts_name_every_option_that_differs():
     stored = resolve({**NEEDED, "learning_rate": "3e-4", "seed": "1"})
-    found = conflicts(stored, {"learning_rate": "1e-4", "seed": "2", "steps": str(stored.steps)})
+    found = conflicts(stored, {"learning_rate": "1e-4", "seed": "2", "steps": str(stored.schedule.steps)})
     assert len(found) == 2
     assert "learning_rate" in found[0]
     assert "0.0003" in found[0]
@@ -306,7 +351,9 @@ def test_every_option_is_in_the_help_of_train(capsys: pytest.CaptureFixture[str]
         main(["train", "--help"])
     assert stopped.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for name, field in Config.model_fields.items():
-        assert f"--{name.replace('_', '-')} VALUE" in printed, name
+    for name in PATHS:
+        assert f"--{name.replace('_', '-')} " in printed, name
         # argparse breaks lines after hyphens, which leaves a blank behind
-        assert "".join((field.description or "").split()) in "".join(printed.split()), name
+        described = "".join((option(name).description or "").rstrip(".").split())
+        assert described in "".join(printed.split()), name
+    assert "--learning-rate X AdamW learning rate, constant (1e-06)" in printed  # with its type and its default

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ireasoner.method.seeds import uniforms
 from ireasoner.method.texts import parse_trajectory, solver_messages
 from ireasoner.method.types import UsageError
 from ireasoner.model.policy import Policy
 from ireasoner.playground import dataset, world
+from ireasoner.playground.truth import step_truth
 from ireasoner.rollouts.live import LiveEngine
+from ireasoner.training.config import SamplingOptions
 from ireasoner.training.evaluation import (
     MEASURES,
     DataError,
@@ -30,7 +31,7 @@ from ireasoner.training.evaluation import (
 )
 from ireasoner.training.items import ImageError, load_image
 from ireasoner.training.statistics import interval, paired_interval, plus_minus, resampled_means
-from models import load
+from models import load, requests
 
 # --- intervals --------------------------------------------------------------------------------------------------------
 
@@ -287,12 +288,17 @@ def test_a_picture_of_the_world_is_kept(tmp_path: Path, given: object, kept: boo
 @pytest.mark.parametrize("bad", [{}, {"family": "oil"}, {**PICTURE, "values": 3}, {"bytes": "", "path": "a.png"}])
 def test_a_picture_that_is_none_is_named(tmp_path: Path, bad: object):
     with pytest.raises(DataError, match=r"data\.jsonl, line 2: .*picture"):
-        load_questions(lines(tmp_path, ROW, {**ROW, "picture": bad}))
+        load_questions(lines(tmp_path, ROW, {**ROW, "picture": bad}), truth=step_truth)
 
 
 # --- a model on questions ---------------------------------------------------------------------------------------------
 
 LOOKING = ("value", "where", "what", "color", "extreme", "count")  # the kinds that can be answered only by looking
+
+
+def asked(longest: int) -> SamplingOptions:
+    """The question alone as the prompt, and the longest solution."""
+    return SamplingOptions(solver_prompt="{question}", max_solution_tokens=longest)
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +336,7 @@ def knowing_blindly() -> float:
 def test_the_tiny_model_looks_at_its_world(tiny: Policy, questions: list[LabelledQuestion]):
     told: list[tuple[int, int]] = []
     found = evaluate(
-        tiny, questions, None, prompt="{question}", max_tokens=96, batch_size=30,
+        tiny, questions, None, asked(96), truth=step_truth, batch_size=30,
         on_progress=lambda done, total: told.append((done, total)),
     )  # fmt: skip
     assert told == [(30, 60), (60, 60)]
@@ -340,14 +346,14 @@ def test_the_tiny_model_looks_at_its_world(tiny: Policy, questions: list[Labelle
     assert found.well_formed.mean() > 0.8
     assert all(set(values) <= {k / 5 for k in range(6)} for values in found.measures.values())
     others = [LabelledQuestion(questions[i - 1].image, q.question, q.answer) for i, q in enumerate(questions)]
-    swapped = evaluate(tiny, others, None, prompt="{question}", max_tokens=96)
+    swapped = evaluate(tiny, others, None, asked(96), truth=step_truth)
     assert swapped.measures["maj@5"].mean() < accuracy - 0.1  # it was the picture
 
 
 def test_scores_depend_on_the_seed_alone_and_not_on_the_batches(tiny: Policy, questions: list[LabelledQuestion]):
     def of(seed: int, batch_size: int) -> Scores:
         return evaluate(
-            tiny, questions[:6], None, prompt="{question}", max_tokens=64, seed=seed, batch_size=batch_size
+            tiny, questions[:6], None, asked(64), truth=step_truth, seed=seed, batch_size=batch_size
         )  # fmt: skip
 
     first, again, other = of(0, 64), of(0, 4), of(1, 64)
@@ -359,19 +365,17 @@ def test_scores_depend_on_the_seed_alone_and_not_on_the_batches(tiny: Policy, qu
 
 
 def test_any_right_sample_passes(tiny: Policy, questions: list[LabelledQuestion]):
-    found = evaluate(tiny, questions[:20], None, prompt="{question}", max_tokens=64).measures
+    found = evaluate(tiny, questions[:20], None, asked(64), truth=step_truth).measures
     assert np.array_equal(found["pass@5"], found["mean@1"] > 0)
     assert found["pass@5"].mean() > found["mean@1"].mean()
 
 
 def test_the_truth_of_steps_is_that_of_the_sampled_steps(tiny: Policy, questions: list[LabelledQuestion]):
     some = questions[:8]
-    found = evaluate(tiny, some, None, prompt="{question}", max_tokens=64, seed=3)
-    prompts = tiny.prompts(
-        tiny.encode_images([load_image(q.image) for q in some]),
-        [solver_messages("{question}", q.question) for q in some],
-    )
-    groups = LiveEngine(tiny).sample(prompts, None, uniforms([[3, i] for i in range(8)], 5, 64))
+    found = evaluate(tiny, some, None, asked(64), truth=step_truth, seed=3)
+    chats = [solver_messages("{question}", q.question) for q in some]
+    sent = requests(tiny, [load_image(q.image) for q in some], chats, [(3, i) for i in range(8)])
+    groups = LiveEngine(tiny).sample(sent, None, n=5, max_tokens=64)
     checkable, true = np.zeros(8), np.zeros(8)
     for i, (question, group) in enumerate(zip(some, groups, strict=True)):
         assert question.picture is not None
@@ -391,9 +395,10 @@ def test_the_truth_of_steps_is_that_of_the_sampled_steps(tiny: Policy, questions
 
 def test_without_every_picture_there_is_no_truth(tiny: Policy, questions: list[LabelledQuestion]):
     mixed = [questions[0], replace(questions[1], picture=None)]
-    found = evaluate(tiny, mixed, None, prompt="{question}", max_tokens=32)
+    found = evaluate(tiny, mixed, None, asked(32), truth=step_truth)
     assert found.checkable_steps is found.true_steps is found.step_truth is None
-    cut = evaluate(tiny, questions[:2], None, prompt="{question}", max_tokens=3)  # nothing readable, so nothing checked
+    assert evaluate(tiny, questions[:1], None, asked(32)).step_truth is None  # nor where nobody says what is true
+    cut = evaluate(tiny, questions[:2], None, asked(3), truth=step_truth)  # nothing readable, so nothing checked
     assert cut.checkable_steps is not None
     assert not cut.checkable_steps.any()
     assert cut.step_truth is None
@@ -401,20 +406,20 @@ def test_without_every_picture_there_is_no_truth(tiny: Policy, questions: list[L
 
 def test_blank_images_tell_nothing(tiny: Policy, questions: list[LabelledQuestion]):
     same = [LabelledQuestion(q.image, "How many bars are there?", "3") for q in questions[:6]]
-    blank = evaluate(tiny, same, None, prompt="{question}", max_tokens=64, blank=True).greedy_texts
+    blank = evaluate(tiny, same, None, asked(64), truth=step_truth, blank=True).greedy_texts
     assert len(set(blank)) == 1
-    assert len(set(evaluate(tiny, same, None, prompt="{question}", max_tokens=64).greedy_texts)) > 1
+    assert len(set(evaluate(tiny, same, None, asked(64), truth=step_truth).greedy_texts)) > 1
 
 
 def test_a_truncated_answer_is_wrong(tiny: Policy, questions: list[LabelledQuestion]):
-    found = evaluate(tiny, questions[:2], None, prompt="{question}", max_tokens=3)
+    found = evaluate(tiny, questions[:2], None, asked(3), truth=step_truth)
     assert not any(values.any() for values in found.measures.values())
     assert not found.well_formed.any()
     assert not found.answer_entropy.any()
 
 
 def test_a_cold_sample_is_the_greedy_answer(tiny: Policy, questions: list[LabelledQuestion]):
-    found = evaluate(tiny, questions[:4], None, prompt="{question}", max_tokens=64, temperature=0.0)
+    found = evaluate(tiny, questions[:4], None, asked(64), truth=step_truth, temperature=0.0)
     assert np.array_equal(found.measures["greedy"], found.measures["mean@1"])
     assert np.array_equal(found.measures["greedy"], found.measures["maj@5"])
     assert not found.answer_entropy.any()
@@ -422,16 +427,16 @@ def test_a_cold_sample_is_the_greedy_answer(tiny: Policy, questions: list[Labell
 
 def test_an_answer_that_is_the_same_in_other_words_is_right(tiny: Policy, questions: list[LabelledQuestion]):
     count = next(q for q in questions if q.question.startswith("How many"))
-    first = evaluate(tiny, [count], None, prompt="{question}", max_tokens=64, temperature=0.0)
+    first = evaluate(tiny, [count], None, asked(64), truth=step_truth, temperature=0.0)
     said = first.greedy_texts[0].partition("<answer>")[2].partition("</answer>")[0]
     again = [LabelledQuestion(count.image, count.question, f"{float(said)}")]  # "3.0" for "3"
-    assert evaluate(tiny, again, None, prompt="{question}", max_tokens=64).measures["greedy"].tolist() == [1.0]
+    assert evaluate(tiny, again, None, asked(64), truth=step_truth).measures["greedy"].tolist() == [1.0]
 
 
 def test_an_image_that_cannot_be_decoded_is_named(tiny: Policy, tmp_path: Path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     with pytest.raises(ImageError, match=r"a\.png"):
-        evaluate(tiny, [LabelledQuestion(tmp_path / "a.png", "What?", "1")], None, prompt="{question}", max_tokens=4)
+        evaluate(tiny, [LabelledQuestion(tmp_path / "a.png", "What?", "1")], None, asked(4), truth=step_truth)
 
 
 def test_a_plain_model_gets_the_prompt_and_lengths_of_its_preset(questions: list[LabelledQuestion]):

@@ -37,13 +37,16 @@ from ireasoner.method.types import ROLES
 from ireasoner.model.backbone import TINY_MODEL, load_backbone
 from ireasoner.model.forward import completion_hidden
 from ireasoner.model.inputs import build_prompts, encode_images
+from ireasoner.model.loading import load_policy
 from ireasoner.model.policy import Policy
 from ireasoner.model.processors import load_processor
 from ireasoner.playground import world
 from ireasoner.training.config import ConfigError, load_config, resolve
 from ireasoner.training.items import content_hash, load_image
-from ireasoner.training.loop import Observer, Run, RunError, resume, start
-from ireasoner.training.recorder import Recorder, read_records
+from ireasoner.training.loop import resume, start
+from ireasoner.training.recorder import Recorder, read_episodes, read_records
+from ireasoner.training.state import Observer, Run, RunError, open_run
+from ireasoner.training.teaching import update
 
 # Long enough that most trajectories are readable, and a rate at which every step moves what the next one samples.
 OPTIONS = {
@@ -430,24 +433,27 @@ def test_groups_that_teach_nothing_do_not_update_the_solver(data: Path, tmp_path
     found: list[tuple[dict[str, float], dict[str, torch.Tensor]]] = []
     for index, gates in enumerate(({"gate_low": "0.5", "gate_high": "0.9"}, {})):
         out = tmp_path / str(index)
-        run = Run(resolve(options | gates), out, Recorder(out), Observer())
+        run, _ = open_run(resolve(options | gates), out, Recorder.open(out), Observer())
         run.step = 1
         play = run.selfplay.play(1, run.pool.take(5))
-        groups = [e for e in play.episodes if e.completions]
-        kept = [i for i, e in enumerate(groups) if e.majority_fraction == pytest.approx(2 / 3)]
-        assert 0 < len(kept) < len(groups)  # else this shows nothing
-        assert play.solver_prompts is not None
+        solved = [i for i, e in enumerate(play.episodes) if e.trajectories]
+        fractions = [play.episodes[i].majority_fraction for i in solved]
+        kept = [i for i in solved if play.episodes[i].majority_fraction == pytest.approx(2 / 3)]
+        assert 0 < len(kept) < len(solved)  # else this shows nothing
         if not gates:
-            taught = tuple(groups[i] for i in kept)
-            own = tuple(range(len(kept)))
-            play = replace(play, episodes=taught, own=own, solver_prompts=play.solver_prompts[kept])
-        found.append((run.update(play), solver_state(run)))
+            rows = [k for k, i in enumerate(play.solver.episodes) if i in kept]
+            requests, groups = ([several[k] for k in rows] for several in (play.solver.requests, play.solver.groups))
+            solver = replace(play.solver, episodes=tuple(range(len(rows))), requests=requests, groups=groups)
+            play = replace(play, episodes=tuple(play.episodes[i] for i in kept), solver=solver)
+        episodes, metrics = update(run, play)
+        found.append((metrics, solver_state(run)))
         if gates:
-            metrics = found[0][0]
-            assert metrics["gate/kept"] == len(kept) / len(groups)
-            assert metrics["gate/hopeless"] == np.mean([e.majority_fraction < 0.5 for e in groups])
-            assert metrics["gate/unanimous"] == np.mean([e.majority_fraction > 0.9 for e in groups])
+            assert metrics["gate/kept"] == len(kept) / len(solved)
+            assert metrics["gate/hopeless"] == np.mean([fraction < 0.5 for fraction in fractions])
+            assert metrics["gate/unanimous"] == np.mean([fraction > 0.9 for fraction in fractions])
             assert metrics["sampler_gap/solver"] < 1e-4
+            for i in solved:  # what taught nothing had no advantage
+                assert all((t.advantage is not None) == (i in kept) for t in episodes[i].trajectories)
     (gated, ours), (plain, theirs) = found
     assert any(tensor.any() for name, tensor in ours.items() if "lora_B" in name)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -604,7 +610,7 @@ def test_the_run_directory_holds_what_it_should_and_nothing_else(reference: Path
         assert not [
             name for name in held if name.endswith((".bin", ".pt", ".pkl"))
         ]  # nothing that runs code on loading
-    assert load_config(reference / "config.yaml").learning_rate == 3e-3
+    assert load_config(reference / "config.yaml").optimizer.learning_rate == 3e-3
 
 
 def test_the_summary_says_how_it_went(reference: Path):
@@ -631,18 +637,18 @@ def test_every_reward_can_be_worked_out_from_the_episode(reference: Path):
     paid = 0
     for episode in episodes:
         group = episode["trajectories"]
-        assert len(group) == (3 if episode["question"]["well_formed"] else 0)
-        readable = [t for t in group if t["well_formed"]]
+        assert len(group) == (3 if episode["question"]["problem"] is None else 0)
+        readable = [t for t in group if t["problem"] is None]
         weight = weights[episode["step"]]
         for t in group:
             share = sum(other["answer_key"] == t["answer_key"] for other in readable) / len(group)
             length = min(max((t["words_before_answer"] - 64) / 64, 0), 1)
-            outcome = share**0.7 * (1 - 0.05 * length) if t["well_formed"] else 0.0
-            assert t["reward_parts"]["outcome"] == pytest.approx(outcome)
-            assert 0 <= t["reward_parts"]["step_agreement"] <= 1
+            outcome = share**0.7 * (1 - 0.05 * length) if t["problem"] is None else 0.0
+            assert t["parts"]["outcome"]["value"] == pytest.approx(outcome)
+            assert 0 <= t["parts"]["step_agreement"]["value"] <= 1
             if not t["in_majority"]:
-                assert t["reward_parts"]["step_agreement"] == 0
-            mixed = (1 - weight) * t["reward_parts"]["outcome"] + weight * t["reward_parts"]["step_agreement"]
+                assert t["parts"]["step_agreement"]["value"] == 0
+            mixed = (1 - weight) * t["parts"]["outcome"]["value"] + weight * t["parts"]["step_agreement"]["value"]
             assert t["reward"] == pytest.approx(mixed, abs=1e-12)
             paid += t["reward"] > 0
         shares = np.array(
@@ -655,12 +661,27 @@ def test_every_reward_can_be_worked_out_from_the_episode(reference: Path):
     assert paid >= 4
 
 
+def test_advantages_are_recorded_as_they_were_used(reference: Path):
+    """The paper's: against a moving average that starts at the first batch's mean and moves once a step."""
+    baseline: float | None = None
+    for step in (1, 2, 3, 4):
+        mine = [e for e in read_episodes(reference) if e.step == step and e.trajectories]
+        rewards = [t.reward for e in mine for t in e.trajectories]
+        mean = float(np.mean(rewards))
+        baseline = mean if baseline is None else baseline
+        advantages = [t.advantage for e in mine for t in e.trajectories]
+        assert advantages == pytest.approx([reward - baseline for reward in rewards], abs=1e-6)
+        baseline = 0.9 * baseline + 0.1 * mean
+        proposals = [e.proposal for e in read_episodes(reference) if e.step == step]
+        assert all((p is not None and p.advantage is not None) == (step % 2 == 0) for p in proposals)
+
+
 def test_metrics_are_the_means_of_the_episodes(reference: Path):
     episodes = list(read_records(reference / "episodes.jsonl"))
     for record in read_records(reference / "metrics.jsonl"):
         mine = [episode for episode in episodes if episode["step"] == record["step"]]
         rewards = [t["reward"] for episode in mine for t in episode["trajectories"]]
-        formed = [t["well_formed"] for episode in mine for t in episode["trajectories"]]
+        formed = [t["problem"] is None for episode in mine for t in episode["trajectories"]]
         assert record["reward/solver/total"] == pytest.approx(np.mean(rewards) if rewards else 0)
         assert record["well_formed/solver"] == pytest.approx(np.mean(formed) if formed else 0)
         assert record["reward/proposer/total"] == pytest.approx(np.mean([e["proposer_reward"] for e in mine]))
@@ -697,7 +718,7 @@ def test_no_probes_where_they_are_off(data: Path, tmp_path: Path):
 def own_policy(reference: Path) -> Policy:
     """The run's own policy, with its trained adapters."""
     config = load_config(reference / "config.yaml")
-    policy = Policy.from_config(config.model_copy(update={"seed": 99}))  # adapters are loaded over whatever this draws
+    policy = load_policy(config.model, config.backbone, device="cpu", seed=99)  # adapters are loaded over its draws
     policy.load_adapters(reference)
     return policy
 
@@ -773,7 +794,7 @@ def test_the_oracle_pays_for_the_true_answer_and_asks_the_labelled_questions(dat
     episodes = list(read_records(out / "episodes.jsonl"))
     assert len(episodes) == 4
     for episode in episodes:
-        assert episode["question_completion"] is None
+        assert episode["proposal"] is None
         truth = truths[episode["question"]["text"]]
         for t in episode["trajectories"]:
             assert t["reward"] == float(t["answer"] is not None and t["answer"].strip().lower() == truth.lower())

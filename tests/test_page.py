@@ -14,18 +14,20 @@ import pytest
 from PIL import Image
 
 from ireasoner.method.answers import answer_key
+from ireasoner.method.types import UsageError
 from ireasoner.page import write_report
 from ireasoner.page.curves import MOST_POINTS, PANELS, draw_panel, readings, smooth, thin
 from ireasoner.page.gallery import average_agreement, select, stretches
 from ireasoner.page.page import IN_REPORT, Page, Query
-from ireasoner.page.run import Episode, Run
-from ireasoner.page.terms import proposer_term, solver_terms
+from ireasoner.page.run import RecordedRun
+from ireasoner.page.terms import reward_terms
 from ireasoner.page.verdict import signs, verdict
 from ireasoner.playground import dataset, world
-from ireasoner.training.config import resolve
-from ireasoner.training.recorder import Recorder, write_json
+from ireasoner.playground.truth import read_truth, truth_beside
+from ireasoner.training.config import names, resolve
+from ireasoner.training.recorder import write_json
 from ireasoner.training.watch import Watch
-from runs import HOSTILE, METRICS, episode, new_run, unreadable, with_metrics
+from runs import HOSTILE, METRICS, HandMade, episode, new_run, played_run, probe, unreadable, with_metrics
 
 VOID = {"img", "br", "meta", "link", "input", "hr"}
 
@@ -62,11 +64,11 @@ class Parsed(HTMLParser):
 
 
 @pytest.fixture
-def recorder(tmp_path: Path) -> Recorder:
+def recorder(tmp_path: Path) -> HandMade:
     return new_run(tmp_path / "run")
 
 
-def report(recorder: Recorder) -> Parsed:
+def report(recorder: HandMade) -> Parsed:
     """The page in a file of its own: then no PNG is drawn beside it."""
     return Parsed(write_report(recorder.run_dir, recorder.run_dir / "page.html"))
 
@@ -78,14 +80,12 @@ def flat(text: str) -> str:
 # --- text stays text --------------------------------------------------------------------------------------------------
 
 
-def test_what_a_model_wrote_stays_text(recorder: Recorder):
+def test_what_a_model_wrote_stays_text(recorder: HandMade):
     with_metrics(recorder)
     for text in HOSTILE:
         recorder.episode(episode(text, question=text))
         recorder.episode(unreadable(text=text))
-        recorder.probe(
-            {"step": 0, "image": text, "question": text, "text": text, "answer": text, "reasoning_steps": [text]}
-        )
+        recorder.probe(probe(0, text, text, question=text, reasoning_steps=[text]))
         recorder.skip(1, text, text)
         recorder.event(1, text)
     page = report(recorder)
@@ -110,7 +110,7 @@ def test_options_and_the_runs_name_stay_text(tmp_path: Path):
     assert page.text.count(name) == 2  # title and heading
 
 
-def test_the_page_allows_its_own_style_and_script_and_no_network(recorder: Recorder):
+def test_the_page_allows_its_own_style_and_script_and_no_network(recorder: HandMade):
     page = report(with_metrics(recorder))
     (policy,) = [a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a]
     digest = r"'sha256-[\w+/]{43}='"
@@ -126,7 +126,7 @@ def cell(mean: float, half: float = 0.125) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def scored(recorder: Recorder, **differences: float) -> Recorder:
+def scored(recorder: HandMade, **differences: float) -> HandMade:
     before = {"questions": 64, **{name: cell(0.25) for name in differences}}
     after = {"questions": 64, **{name: cell(0.25 + change) for name, change in differences.items()}}
     difference = {name: cell(change) | {"p": 0.0123} for name, change in differences.items()}
@@ -134,7 +134,7 @@ def scored(recorder: Recorder, **differences: float) -> Recorder:
     return with_metrics(recorder)
 
 
-def test_before_and_after_are_shown_with_their_intervals(recorder: Recorder):
+def test_before_and_after_are_shown_with_their_intervals(recorder: HandMade):
     text = flat(report(scored(recorder, greedy=0.25)).text)
     for shown in ("greedy", "25.0 [12.5, 37.5]", "50.0 [37.5, 62.5]", "+25.0 [+12.5, +37.5]", "0.0123", "64 held-out"):
         assert shown in text
@@ -152,14 +152,14 @@ def test_before_and_after_are_shown_with_their_intervals(recorder: Recorder):
         ({"mean@1": 0.25}, "good", "got better: mean@1"),
     ],
 )
-def test_the_verdict_follows_the_intervals(recorder: Recorder, differences: dict[str, float], tone: str, said: str):
-    found = verdict(Run(scored(recorder, **differences).run_dir))
+def test_the_verdict_follows_the_intervals(recorder: HandMade, differences: dict[str, float], tone: str, said: str):
+    found = verdict(RecordedRun.open(scored(recorder, **differences).run_dir))
     assert found.tone == tone
     assert said in found.sentence
 
 
 @pytest.mark.parametrize("summary", [None, {"before": None, "after": None, "difference": None, "steps": 3}])
-def test_without_labels_no_accuracy_is_claimed(recorder: Recorder, summary: dict[str, Any] | None):
+def test_without_labels_no_accuracy_is_claimed(recorder: HandMade, summary: dict[str, Any] | None):
     if summary:
         recorder.write_text("summary.json", write_json(summary))
     page = report(with_metrics(recorder))
@@ -168,14 +168,14 @@ def test_without_labels_no_accuracy_is_claimed(recorder: Recorder, summary: dict
     assert "got better" not in page.text
 
 
-def signal_run(path: Path, late: dict[str, float], steps: int = 60, **options: Any) -> Run:
+def signal_run(path: Path, late: dict[str, float], steps: int = 60, **options: Any) -> RecordedRun:
     """A run with a window of 10 whose signals change after its half."""
     healthy = {"majority_fraction": 0.6, "answer_entropy": 0.9, "readable": 1.0, "distinct_questions": 0.9}
     recorder = new_run(path, steps=steps, **options)
     for step in range(1, steps + 1):
         values = healthy | (late if step > steps // 2 else {})
         recorder.metrics(step, METRICS | {f"watch/{name}": value for name, value in values.items()})
-    return Run(path)
+    return RecordedRun.open(path)
 
 
 def test_healthy_signs_are_no_proof(tmp_path: Path):
@@ -212,7 +212,7 @@ def test_the_page_and_the_watch_say_the_same(tmp_path: Path):
     """Of noise around a level that holds, and of agreement that is won and lost, at every tenth step."""
     rng = np.random.default_rng(0)
     recorder = new_run(tmp_path / "run", steps=200)
-    run, watch, told = Run(recorder.run_dir), Watch(10), set()
+    run, watch, told = RecordedRun.open(recorder.run_dir), Watch(10), set()
     for step in range(1, 201):
         level = 0.6 if step < 80 else 0.9 if step < 140 else 0.55
         values = {"majority_fraction": float(np.clip(rng.normal(level, 0.1), 0, 1)), "readable": 1.0}
@@ -230,14 +230,14 @@ def test_the_page_and_the_watch_say_the_same(tmp_path: Path):
 
 
 def test_too_few_steps_for_a_verdict(tmp_path: Path):
-    assert verdict(Run(new_run(tmp_path / "a").run_dir)).sentence.startswith("Nothing can be said yet")
+    assert verdict(RecordedRun.open(new_run(tmp_path / "a").run_dir)).sentence.startswith("Nothing can be said yet")
     assert verdict(signal_run(tmp_path / "b", {}, steps=12)).sentence.startswith("Too early to say")
 
 
-def test_a_run_that_ended_itself_says_so_first(recorder: Recorder):
+def test_a_run_that_ended_itself_says_so_first(recorder: HandMade):
     ended = {"stopped_early": True, "steps": 3, "best_step": 2, "reason": "texts can no longer be read", "before": None}
     recorder.write_text("summary.json", write_json(ended))
-    found = verdict(Run(with_metrics(recorder).run_dir))
+    found = verdict(RecordedRun.open(with_metrics(recorder).run_dir))
     assert found.tone == "bad"
     assert found.sentence == (
         "It went wrong: texts can no longer be read. The run ended itself after step 3 and went back to step 2."
@@ -247,18 +247,18 @@ def test_a_run_that_ended_itself_says_so_first(recorder: Recorder):
 # --- curves -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_metric_has_its_panel_with_first_and_last_value(recorder: Recorder):
+def test_every_metric_has_its_panel_with_first_and_last_value(recorder: HandMade):
     recorder.metrics(1, METRICS)
-    recorder.metrics(2, METRICS | {"answers/entropy": 0.2})
+    recorder.metrics(2, METRICS | {"answers/answer_entropy": 0.2})
     recorder.episode(episode())
-    run = Run(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     found = readings(run)
     assert found["steps"] == [1, 2]
     assert all(found["panels"])  # each of them has a curve
     by_title = {panel.title: values for panel, values in zip(PANELS, found["panels"], strict=True)}
     assert by_title["Answer entropy"] == {"": [0.8, 0.2]}  # two steps: nothing to smooth over
     assert by_title["Throughput"] == {"": [2.0, 2.0]}  # 3 trajectories in 1.5 s; step 2 played none
-    assert set(by_title["KL to the backbone"]) == {"solver", "proposer"}
+    assert set(by_title["KL to the reference"]) == {"solver", "proposer"}
     assert "0.8 → 0.2" in report(recorder).text
 
 
@@ -272,12 +272,12 @@ def test_a_curve_that_stands_still_is_smoothed_to_itself():
     assert set(smooth(np.full(5000, 0.7)).tolist()) == {0.7}
 
 
-def test_axes_say_how_small_their_numbers_are(recorder: Recorder):
+def test_axes_say_how_small_their_numbers_are(recorder: HandMade):
     """An exponent that stands above the axis would be outside of the panel."""
     for step in range(1, 20):
         recorder.metrics(step, METRICS | {"kl/solver": step * 1e-7, "kl/proposer": 0.0})
-    number = next(i for i, panel in enumerate(PANELS) if panel.title == "KL to the backbone")
-    labels = re.findall(r">([\d.]+e-\d+)</text>", draw_panel(Run(recorder.run_dir), number))
+    number = next(i for i, panel in enumerate(PANELS) if panel.title == "KL to the reference")
+    labels = re.findall(r">([\d.]+e-\d+)</text>", draw_panel(RecordedRun.open(recorder.run_dir), number))
     assert labels
     assert all(0 < float(label) < 1e-5 for label in labels)
 
@@ -292,17 +292,17 @@ def test_thinning_keeps_every_spike():
     assert thin(values[:50]).tolist() == list(range(50))
 
 
-def test_a_run_that_went_back_shows_where_in_its_curves(recorder: Recorder):
+def test_a_run_that_went_back_shows_where_in_its_curves(recorder: HandMade):
     with_metrics(recorder, 30)
-    plain = draw_panel(Run(recorder.run_dir), 2)
+    plain = draw_panel(RecordedRun.open(recorder.run_dir), 2)
     for best, marks in ((20, 1), (10**30, 0), ("x", 0)):
         recorder.write_text("summary.json", write_json({"stopped_early": True, "best_step": best, "steps": 30}))
-        assert (draw_panel(Run(recorder.run_dir), 2) != plain) == bool(marks)
+        assert (draw_panel(RecordedRun.open(recorder.run_dir), 2) != plain) == bool(marks)
     write_report(recorder.run_dir)  # its PNG has legends only where there are labels: warnings are errors
 
 
-def test_panels_are_pictures_that_suit_light_and_dark(recorder: Recorder):
-    run = Run(with_metrics(recorder, 30).run_dir)
+def test_panels_are_pictures_that_suit_light_and_dark(recorder: HandMade):
+    run = RecordedRun.open(with_metrics(recorder, 30).run_dir)
     for number in range(len(PANELS)):
         svg = draw_panel(run, number)
         assert "currentColor" in svg
@@ -311,13 +311,13 @@ def test_panels_are_pictures_that_suit_light_and_dark(recorder: Recorder):
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-def test_a_run_that_has_hardly_begun_has_a_page(recorder: Recorder, steps: int):
+def test_a_run_that_has_hardly_begun_has_a_page(recorder: HandMade, steps: int):
     page = Parsed(write_report(with_metrics(recorder, steps).run_dir))
     assert "0 of 0 episodes" in page.text
     assert (recorder.run_dir / "curves.png").exists()
 
 
-def test_metrics_that_are_missing_or_not_finite_are_left_out(recorder: Recorder):
+def test_metrics_that_are_missing_or_not_finite_are_left_out(recorder: HandMade):
     recorder.metrics(1, {"reward/solver/total": 0.5, "kl/solver": float("nan")})
     recorder.metrics(2, {"reward/solver/total": float("inf")})
     page = report(recorder)
@@ -327,7 +327,7 @@ def test_metrics_that_are_missing_or_not_finite_are_left_out(recorder: Recorder)
 # --- What does it ask and answer? -------------------------------------------------------------------------------------
 
 
-def test_an_episode_shows_question_votes_and_rewards(recorder: Recorder):
+def test_an_episode_shows_question_votes_and_rewards(recorder: HandMade):
     with_metrics(recorder).episode(episode("blue", question="Which one?"))
     page = report(recorder)
     for text in ("Which one?", "I see blue.", "So it is.", "blue ×2", "unreadable ×1", "no closed <think>: blue"):
@@ -336,7 +336,7 @@ def test_an_episode_shows_question_votes_and_rewards(recorder: Recorder):
     assert groups == ["group n2 majority", "group n1"]
 
 
-def test_steps_are_coloured_by_their_agreement_and_say_the_number(recorder: Recorder):
+def test_steps_are_coloured_by_their_agreement_and_say_the_number(recorder: HandMade):
     with_metrics(recorder).episode(episode())
     steps = [a for tag, a in report(recorder).elements if tag == "li" and "title" in a]
     assert [a["class"] for a in steps] == ["a5", "none", "a2"]
@@ -344,55 +344,114 @@ def test_steps_are_coloured_by_their_agreement_and_say_the_number(recorder: Reco
     assert (steps[1]["title"] or "").startswith("not compared")
 
 
-def test_every_reward_is_taken_apart(recorder: Recorder):
+def test_every_reward_is_taken_apart(recorder: HandMade):
     with_metrics(recorder).episode(episode())
     text = flat(report(recorder).text)
     assert "0.6264 = 0.5 × 0.7529 outcome + 0.5 × 0.5000 step agreement" in text
-    assert "0.7529 = (2/3)^0.7 = 0.7529 of the vote × 1.0000 for 8 words × 1.0000 not said of other images" in text
-    assert "0.5000 = mean of 0.5000" in text
+    assert "0.7529 = 0.7529 share of the vote ^ 0.7 × 1.0000 length × 1.0000 not said of other images" in text
+    assert "step agreement 0.5000" in text
+    assert "8 words before the answer" in text
+    assert "Proposer's reward 0.1250, for a vote with an entropy of 0.0000 nats" in text
 
 
-def test_terms_that_do_not_add_up_are_shown_as_such(recorder: Recorder):
+def test_terms_that_do_not_add_up_are_shown_as_such(recorder: HandMade):
     record = episode()
     record["trajectories"][0]["reward"] = 0.9
-    record["trajectories"][1]["step_scores"][0]["score"] = 0.3
-    read, config = Episode.model_validate(record), resolve({"images": "/", "model": "tiny"})
-    wrong = [[line.name for line in solver_terms(config, read, t) if not line.adds_up] for t in read.trajectories]
-    assert wrong == [["reward"], ["step agreement"], []]
-    assert not proposer_term(config, read).adds_up  # 0.125 is not what an entropy of 0 earns
+    record["trajectories"][1]["parts"]["outcome"]["factors"]["length"] = 0.9
+    record["trajectories"][2]["parts"]["outcome"] |= {"value": 0.0, "factors": {"a": 1e9, "b": 1e9, "c": 0.0}}
     with_metrics(recorder).episode(record)
-    assert flat(report(recorder).text).count("does not add up") == 3
+    run = RecordedRun.open(recorder.run_dir)
+    read = run.episode(run.entries[0])
+    assert read is not None
+    wrong = [[line.name for line in reward_terms(t) if not line.adds_up] for t in read.trajectories]
+    assert wrong == [["reward"], ["outcome"], []]
+    assert flat(report(recorder).text).count("does not add up") == 2
 
 
-def test_an_unreadable_question_shows_why_and_what_was_written(recorder: Recorder):
+@pytest.mark.parametrize("recipe", [name for name in names("recipes") if name != "oracle"])
+def test_the_rewards_of_every_recipe_add_up(tmp_path: Path, recipe: str):
+    played_run(tmp_path / "run", recipe)
+    text = Page(RecordedRun.open(tmp_path / "run")).render("episodes.html").decode()
+    assert text.count('data-name="reward"') == 60  # five trajectories in each of twelve episodes
+    assert "does not add up" not in text
+    paid = resolve({"images": "/", "model": "tiny", "recipe": recipe}).recipe.reward == "agreement"
+    assert ("recorded, not paid" in text) == (not paid)
+
+
+def test_a_reward_of_the_users_own_is_added_up_and_drawn_under_its_own_names(recorder: HandMade):
+    record = episode()
+    parts = {"brevity": {"value": 0.25, "weight": 2.0}, "cites_<b>": {"value": 0.5, "weight": -1.0}}
+    parts["outcome"] = {"value": 0.75, "weight": 0.0, "factors": {"share": 0.75}}
+    record["trajectories"][0] |= {"parts": parts, "reward": 0.0}
+    record["trajectories"][1] |= {"parts": parts, "reward": 0.1}
+    record["trajectories"][2] |= {"parts": {"outcome": parts["outcome"]}, "reward": 0.0}
+    recorder.episode(record)
+    own = {f"reward/solver/{name}": 0.5 for name in ("total", "brevity", "cites_<b>", "$x", "a fifth")}
+    for step in (1, 2, 3):
+        recorder.metrics(step, own | {"reward/proposer/total": 0.1})
+    page = report(recorder)
+    text = flat(page.text)
+    assert "reward 0.0000 = 2 × 0.2500 brevity + -1 × 0.5000 cites <b>" in text
+    assert "outcome 0.7500 = 0.7500 share; recorded, not paid" in text
+    assert "reward 0.0000 no part is paid" in text
+    assert text.count("does not add up") == 1
+    assert [a["data-label"] for tag, a in page.elements if tag == "output" and a.get("data-label")] == [
+        "total", "brevity", "cites <b>", "$x", "proposer",
+    ]  # fmt: skip
+    write_report(recorder.run_dir)  # the legends of its PNG are no mathematics
+
+
+def test_an_episode_shows_advantages_rationale_and_prompts(recorder: HandMade):
+    record = episode("blue", question="Which one?")
+    record["question"]["rationale"] = "Because it is hard."
+    record["trajectories"][2]["advantage"] = None
+    with_metrics(recorder).episode(record)
+    page = report(recorder)
+    text = flat(page.text)
+    assert "advantage +0.2500 · 1 tokens" in text
+    assert text.count("not used in an update") == 1
+    assert "advantage -0.0625" in text  # the proposer's
+    assert "The proposer's rationale: Because it is hard." in text
+    assert "Proposer:Ask something." in text
+    assert "Solver:Answer: Which one?" in text
+    assert [a for tag, a in page.elements if tag == "details" and a.get("class") == "prompts"] == [{"class": "prompts"}]
+    assert [entry.step for entry in select(RecordedRun.open(recorder.run_dir), text="it is hard")] == [1]
+
+
+def test_an_unreadable_question_shows_why_and_what_was_written(recorder: HandMade):
     with_metrics(recorder).episode(unreadable(text="Ask me <question>"))
     text = report(recorder).text
     assert "no closed <question>" in text
     assert "Ask me <question>" in text
 
 
-def test_episodes_of_an_older_version_show_their_parts(recorder: Recorder):
+def test_episodes_whose_steps_were_not_compared_show_their_parts(recorder: HandMade):
     record = episode()
-    del record["step_weight"]
     for t in record["trajectories"]:
-        del t["step_scores"]
+        t["step_scores"] = []
     with_metrics(recorder).episode(record)
     page = report(recorder)
     assert "outcome 0.7529" in flat(page.text)
-    assert "did not record what its steps were compared with" in flat(page.text)
+    assert "This run compared no reasoning steps" in flat(page.text)
 
 
-def filled(recorder: Recorder) -> Run:
+def test_a_run_of_an_older_version_is_refused_in_a_sentence(recorder: HandMade):
+    recorder.write_text("config.yaml", "images: /pictures\nmodel: tiny\nsteps: 3\n")
+    with pytest.raises(UsageError, match=r"this run cannot be shown: .* was written by ireasoner 0\.1"):
+        RecordedRun.open(recorder.run_dir)
+
+
+def filled(recorder: HandMade) -> RecordedRun:
     """Five episodes, told apart by their step."""
     changes: list[dict[str, Any]] = [{}, {"answer_entropy": 1.5}, {}, {"answer_entropy": 0.5}]
     for step, change in enumerate(changes, 1):
         recorder.episode(episode(f"text {step}", step=step, **change))
     record = episode("text 5", step=5)
     for t in record["trajectories"]:
-        t.update(reward=0.9, well_formed=True)
+        t.update(reward=0.9, problem=None)
     recorder.episode(record)
     recorder.episode(unreadable(step=6))
-    return Run(recorder.run_dir)
+    return RecordedRun.open(recorder.run_dir)
 
 
 @pytest.mark.parametrize(
@@ -406,11 +465,11 @@ def filled(recorder: Recorder) -> Run:
         ("wrong", []),
     ],
 )
-def test_filters(recorder: Recorder, name: str, steps: list[int]):
+def test_filters(recorder: HandMade, name: str, steps: list[int]):
     assert [entry.step for entry in select(filled(recorder), name)] == steps
 
 
-def test_text_search_and_a_stretch_of_steps(recorder: Recorder):
+def test_text_search_and_a_stretch_of_steps(recorder: HandMade):
     run = filled(recorder)
     assert [entry.step for entry in select(run, text=" TEXT 3 ")] == [3]  # in answers and steps, whatever the case
     assert [entry.step for entry in select(run, text="how many")] == [5, 4, 3, 2, 1]
@@ -428,21 +487,28 @@ def test_wrong_majorities_are_found_where_the_truth_is_known(tmp_path: Path):
         key = {1: "text:nonsense"}.get(step)
         record = episode("x", step=step, question=question.text, image=name)
         recorder.episode(record | {"majority_answer": key or answer_key(question.answer, question.text)})
-    run = Run(recorder.run_dir)
+    assert [entry.wrong for entry in RecordedRun.open(recorder.run_dir).entries] == [None, None, None]
+    run = RecordedRun.open(recorder.run_dir, lambda config: truth_beside(config.images, recorder.run_dir))
     assert [entry.wrong for entry in run.entries] == [True, False, False]
     assert [entry.step for entry in select(run, "wrong")] == [1]
-    assert "true answer" in report(with_metrics(recorder)).text
+    page = write_report(recorder.run_dir, tmp_path / "page.html", lambda config: truth_beside(config.images))
+    assert "true answer" in Parsed(page).text
 
 
 def test_truth_outside_the_run_is_read_only_where_it_was_named(tmp_path: Path):
     images = tmp_path / "elsewhere" / "unlabeled"
     dataset.write_unlabeled(images, 2)
     recorder = new_run(tmp_path / "run", images=str(images))
-    assert Run(recorder.run_dir).pictures == {}
-    assert len(Run(recorder.run_dir, dataset.truth_path(images)).pictures) == 2
+    beside = RecordedRun.open(recorder.run_dir, lambda config: truth_beside(config.images, recorder.run_dir))
+    named = RecordedRun.open(recorder.run_dir, lambda config: read_truth(dataset.truth_path(images)))
+    (image, picture), *_ = dataset.load_truth(images).items()
+    question = world.questions(picture)[0]
+    assert beside.true_answer(image, question.text) is None
+    assert named.true_answer(image, question.text) == question.answer
+    assert [run.step_truth(image, question.steps[0]) for run in (beside, named)] == [None, True]
 
 
-def test_a_report_keeps_the_first_episodes_of_every_list(recorder: Recorder):
+def test_a_report_keeps_the_first_episodes_of_every_list(recorder: HandMade):
     for step in range(1, IN_REPORT + 11):
         recorder.episode(episode(f"text {step}", step=step, answer_entropy=1 / step))
     page = report(with_metrics(recorder))
@@ -467,10 +533,10 @@ def test_an_address_may_say_anything(values: dict[str, str], expected: Query):
     assert Query.read(values) == expected
 
 
-def test_pages_of_episodes(recorder: Recorder):
+def test_pages_of_episodes(recorder: HandMade):
     for step in range(1, 31):
         recorder.episode(episode(step=step))
-    page = Page(Run(recorder.run_dir))
+    page = Page(RecordedRun.open(recorder.run_dir))
     texts = [page.render("episodes.html", Query(page=number)).decode() for number in range(4)]
     assert [flat(re.sub("<[^>]*>", " ", text)).split(" episodes")[0] for text in texts] == [
         "1–12 of 30", "13–24 of 30", "25–30 of 30", "25–30 of 30",
@@ -482,32 +548,32 @@ def test_pages_of_episodes(recorder: Recorder):
 # --- How do the steps agree? ------------------------------------------------------------------------------------------
 
 
-def test_averaged_agreement_ranks_within_each_group(recorder: Recorder):
+def test_averaged_agreement_ranks_within_each_group(recorder: HandMade):
     first, second = episode(), episode()
     second["trajectories"].reverse()  # the order of sampling means nothing
     for record in (first, second):
         recorder.episode(record)
-    run = Run(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     assert average_agreement(run.entries) == [[0.5], [0.25]]
     assert average_agreement([]) == []
 
 
-def test_stretches_of_training(recorder: Recorder):
-    assert stretches(Run(recorder.run_dir)) == []
+def test_stretches_of_training(recorder: HandMade):
+    assert stretches(RecordedRun.open(recorder.run_dir)) == []
     for step in range(1, 11):
         recorder.episode(episode(step=step))
-    assert stretches(Run(recorder.run_dir)) == [(1, 3), (4, 7), (8, 10)]
+    assert stretches(RecordedRun.open(recorder.run_dir)) == [(1, 3), (4, 7), (8, 10)]
 
 
 # --- How did it change? What ran? -------------------------------------------------------------------------------------
 
 
-def test_probes_stand_side_by_side_through_training(recorder: Recorder):
+def test_probes_stand_side_by_side_through_training(recorder: HandMade):
     for step in (0, 2, 4):
         for image in ("a.png", "b.png"):
             answer = {0: None, 2: "7", 4: "seven"}[step]
-            record = {"image": image, "question": f"What of {image}?", "text": "", "answer": answer}
-            recorder.probe({"step": step, "reasoning_steps": [f"Of {image} at {step}."], **record})
+            steps = [f"Of {image} at {step}."]
+            recorder.probe(probe(step, image, answer, question=f"What of {image}?", reasoning_steps=steps))
     page = report(with_metrics(recorder))
     text = flat(page.text)
     assert text.index("before training") < text.index("What of a.png?") < text.index("Of a.png at 4.")
@@ -516,16 +582,16 @@ def test_probes_stand_side_by_side_through_training(recorder: Recorder):
     assert [a.get("class") for tag, a in page.elements if tag == "td"].count("changed") == 2  # 7 and seven are the same
 
 
-def test_many_probes_are_shown_at_some_steps(recorder: Recorder):
+def test_many_probes_are_shown_at_some_steps(recorder: HandMade):
     for step in range(0, 2001, 50):
-        recorder.probe({"step": step, "image": "a", "question": "q", "answer": "1", "reasoning_steps": []})
+        recorder.probe(probe(step))
     text = flat(report(with_metrics(recorder)).text)
     for column in ("before training", "step 400", "step 800", "step 1200", "step 1600", "step 2000"):
         assert column in text
     assert "step 50 " not in text
 
 
-def test_what_ran_names_options_differences_skips_and_events(recorder: Recorder):
+def test_what_ran_names_options_differences_skips_and_events(recorder: HandMade):
     recorder.skip(1, "sub/broken.jpg", "the file is empty")
     recorder.event(2, "Something to know.")
     (recorder.run_dir / "checkpoints" / "step-000002").mkdir(parents=True)
@@ -547,19 +613,17 @@ def pixels(attributes: dict[str, str | None]) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def test_thumbnails_are_inside_the_page(recorder: Recorder):
+def test_thumbnails_are_inside_the_page(recorder: HandMade):
     red = Image.new("RGB", (84, 84), "red")
     thumbnail = recorder.thumbnail(red, "0" * 16)
     with_metrics(recorder).episode({**episode(), "thumbnail": thumbnail})
-    recorder.probe(
-        {"step": 0, "image": "a", "question": "q", "answer": "1", "reasoning_steps": [], "thumbnail": thumbnail}
-    )
+    recorder.probe(probe(0, thumbnail=thumbnail))
     found = report(recorder).thumbnails()
     assert len(found) == 2
     assert all(np.abs(pixels(image) - np.asarray(red)).max() < 8 for image in found)
 
 
-def test_nothing_outside_the_runs_own_images_is_read(recorder: Recorder, tmp_path: Path):
+def test_nothing_outside_the_runs_own_images_is_read(recorder: HandMade, tmp_path: Path):
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "secret.png")
     Image.new("RGB", (8, 8), "blue").save(recorder.run_dir / "deadbeef.png")
     (recorder.run_dir / "images" / "00000000.png").symlink_to(tmp_path / "secret.png")
@@ -576,7 +640,7 @@ def test_nothing_outside_the_runs_own_images_is_read(recorder: Recorder, tmp_pat
     assert page.thumbnails() == []
 
 
-def test_a_picture_that_unpacks_to_something_huge_is_left_out(recorder: Recorder):
+def test_a_picture_that_unpacks_to_something_huge_is_left_out(recorder: HandMade):
     Image.new("1", (20_000, 20_000)).save(recorder.run_dir / "images" / "33333333.png")
     with_metrics(recorder).episode(episode(thumbnail="images/33333333.png"))
     assert report(recorder).thumbnails() == []
@@ -585,7 +649,7 @@ def test_a_picture_that_unpacks_to_something_huge_is_left_out(recorder: Recorder
 # --- runs that are not whole ------------------------------------------------------------------------------------------
 
 
-def test_the_page_can_be_written_again(recorder: Recorder):
+def test_the_page_can_be_written_again(recorder: HandMade):
     with_metrics(recorder, 1).episode(episode(question="The first."))
     first = write_report(recorder.run_dir)
     recorder.episode(episode(question="The second.", step=2))
@@ -593,15 +657,15 @@ def test_the_page_can_be_written_again(recorder: Recorder):
     assert "The second." in Parsed(first).text
 
 
-def test_a_report_can_go_elsewhere_and_leaves_the_run_alone(recorder: Recorder, tmp_path: Path):
+def test_a_report_can_go_elsewhere_and_leaves_the_run_alone(recorder: HandMade, tmp_path: Path):
     with_metrics(recorder)
     before = sorted(recorder.run_dir.rglob("*"))
     assert write_report(recorder.run_dir, tmp_path / "mail.html") == tmp_path / "mail.html"
     assert sorted(recorder.run_dir.rglob("*")) == before
 
 
-def test_summary_of_somebody_else(recorder: Recorder):
+def test_summary_of_somebody_else(recorder: HandMade):
     with_metrics(recorder)
     for summary in ("[]", "{}", '{"difference": {"greedy": 3}}', '{"versions": 7, "difference": []}', "{", "null"):
         recorder.write_text("summary.json", summary)
-        assert b"Is it working?" in Page(Run(recorder.run_dir)).render("page.html")
+        assert b"Is it working?" in Page(RecordedRun.open(recorder.run_dir)).render("page.html")

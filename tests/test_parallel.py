@@ -209,13 +209,13 @@ def test_a_process_that_fails_ends_the_run_with_its_own_reason(place: Path, tmp_
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
-        "    from ireasoner import train\n"
-        "    update = train.Run.update\n"
-        "    def fail(self, play):\n"
-        "        if self.step == 2:\n"
+        "    from ireasoner.training import loop\n"
+        "    update = loop.update\n"
+        "    def fail(run, play):\n"
+        "        if run.step == 2:\n"
         "            raise MemoryError('made to fail')\n"
-        "        return update(self, play)\n"
-        "    train.Run.update = fail\n"
+        "        return update(run, play)\n"
+        "    loop.update = fail\n"
     )
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     command = [*LAUNCH, *options(place), "--out", str(place / "failing")]

@@ -382,7 +382,7 @@ def test_the_unlabeled_folder_holds_pictures_and_nothing_else(tmp_path: Path):
     assert sorted(dataset.load_truth(tmp_path / "u")) == names  # which lies beside the folder
     assert dataset.load_truth(tmp_path) == {}
     assert all(re.fullmatch(r"\d\d/\d{5}\.png", name) for name in names)
-    pool = ImagePool(tmp_path / "u", 0)
+    pool = ImagePool.scan(tmp_path / "u", 0)
     assert sorted(pool.names) == names
     assert len(pool.take(103)) == 103
     assert not pool.skipped

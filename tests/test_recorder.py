@@ -15,12 +15,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ireasoner.method.types import Completion, Episode, Question, StepScore, Trajectory
+from ireasoner.method.types import (
+    Completion,
+    Episode,
+    Part,
+    ProbeAnswer,
+    Proposal,
+    Question,
+    Sampled,
+    StepScore,
+    Trajectory,
+)
 from ireasoner.training.recorder import (
     FILES,
     Recorder,
     RunDirectoryError,
-    episode_record,
+    read_episodes,
     read_records,
     replace_file,
     write_json,
@@ -48,13 +58,35 @@ def strict_lines(path: Path) -> list[dict]:
     return [json.loads(line, parse_constant=reject) for line in path.read_text("ascii").split("\n")[:-1]]
 
 
+def episode(step: int = 1, text: str = "How many?", **changes: object) -> Episode:
+    """An episode of two trajectories, one of which could not be read."""
+    readable = Trajectory(
+        text=text, finish_reason="stop", num_tokens=2, mean_sampler_logprob=-0.5, reasoning_steps=(text,), answer=text,
+        words_before_answer=3, problem=None, answer_key="k", in_majority=True, reward=step / 7,
+        parts={"outcome": Part(value=step / 7, factors={"share": step / 7})},
+        step_scores=(StepScore(similarity=None, recurrence=0.25, score=None),), advantage=0.1 + 0.2,
+    )  # fmt: skip
+    cut = {"finish_reason": "length", "problem": "cut off", "answer": None, "answer_key": None, "in_majority": False}
+    fields = {
+        "step": step, "image": f"{text}.png", "question": Question(text, text, None), "proposer_reward": 0.0,
+        "proposal": Proposal(text=text, finish_reason="stop", num_tokens=2, mean_sampler_logprob=None, prompt=text),
+        "prompt": text, "trajectories": (readable, readable.model_copy(update=cut)), "majority_answer": "k",
+        "majority_fraction": 0.5, "answer_entropy": 0.0, "step_weight": 0.5, "true_answer": None,
+    }  # fmt: skip
+    return Episode(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def probe(step: int) -> ProbeAnswer:
+    return ProbeAnswer(step=step, image="a.png", question="?", text=HOSTILE, answer=None, reasoning_steps=(HOSTILE,))
+
+
 def write_steps(recorder: Recorder, first: int, last: int) -> None:
     for step in range(first, last + 1):
         recorder.metrics(step, {"reward/solver/total": step / 3, "kl/solver": math.sin(step)})
-        recorder.episode({"step": step, "question": HOSTILE, "rewards": (1.0, step / 7)})
+        recorder.episode(episode(step, HOSTILE, majority_fraction=step / 7))
         recorder.skip(step, f"broken-{step // 2}.png", "cut off")
         if step % 2 == 0:
-            recorder.probe({"step": step, "answer": None})
+            recorder.probe(probe(step))
         if step % 3 == 0:
             recorder.event(step, "the learning rate is high")
 
@@ -68,32 +100,32 @@ def contents(run: Path) -> dict[str, bytes]:
 
 def test_floats_round_trip_and_keys_keep_their_order(tmp_path: Path) -> None:
     values = {"z": 0.1 + 0.2, "a": 5e-324, "m": -0.0, "k": 1.7976931348623157e308, "f": float(np.float32(0.1))}
-    Recorder(tmp_path).metrics(3, values)
+    Recorder.open(tmp_path).metrics(3, values)
     (record,) = read_records(tmp_path / "metrics.jsonl")
     assert list(record) == ["step", *values]
     assert [record[name].hex() for name in values] == [value.hex() for value in values.values()]
 
 
 def test_what_json_cannot_say_becomes_null_at_any_depth(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     recorder.metrics(1, {"a": math.nan, "b": math.inf, "c": np.float32(-np.inf), "d": 1})
-    recorder.episode({"step": 1, "deep": ({"x": [math.nan, 2.5]},), "proxy": MappingProxyType({"y": math.inf})})
     assert strict_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "a": None, "b": None, "c": None, "d": 1.0}]
-    assert strict_lines(tmp_path / "episodes.jsonl") == [
-        {"step": 1, "deep": [{"x": [None, 2.5]}], "proxy": {"y": None}}
-    ]
-    assert json.loads(write_json({"mean": math.nan, "low": (0.25, math.inf)}), parse_constant=reject) == {
+    deep = {"mean": math.nan, "deep": ({"x": [math.nan, 2.5]},), "proxy": MappingProxyType({"y": math.inf})}
+    assert json.loads(write_json(deep), parse_constant=reject) == {
         "mean": None,
-        "low": [0.25, None],
+        "deep": [{"x": [None, 2.5]}],
+        "proxy": {"y": None},
     }
 
 
 def test_hostile_text_stays_one_ascii_line_and_comes_back(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
-    recorder.episode({"step": 1, "text": HOSTILE, HOSTILE: [HOSTILE]})
+    recorder = Recorder.open(tmp_path)
+    recorder.episode(episode(1, HOSTILE))
     recorder.skip(1, HOSTILE, HOSTILE)
+    recorder.metrics(1, {HOSTILE: 1.0})
     assert (tmp_path / "episodes.jsonl").read_bytes().count(b"\n") == 1
-    assert strict_lines(tmp_path / "episodes.jsonl") == [{"step": 1, "text": HOSTILE, HOSTILE: [HOSTILE]}]
+    assert strict_lines(tmp_path / "episodes.jsonl") == [episode(1, HOSTILE).model_dump(mode="json")]
+    assert strict_lines(tmp_path / "metrics.jsonl") == [{"step": 1, HOSTILE: 1.0}]
     assert list(read_records(tmp_path / "skipped.jsonl")) == [{"step": 1, "image": HOSTILE, "reason": HOSTILE}]
 
 
@@ -101,28 +133,28 @@ def test_hostile_text_stays_one_ascii_line_and_comes_back(tmp_path: Path) -> Non
 @given(st.lists(st.text(st.characters(codec=None, exclude_categories=[])), max_size=4))
 def test_any_text_comes_back(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     run = tmp_path_factory.mktemp("run")
-    recorder = Recorder(run)
+    recorder = Recorder.open(run)
     for text in texts:
         recorder.event(0, text)
     assert [record["text"] for record in read_records(run / "events.jsonl")] == texts
 
 
-@pytest.mark.parametrize("record", [{}, {"step": "1"}, {"step": 1.0}, {"step": True}, {"step": None}])
-def test_a_record_without_a_step_is_refused(tmp_path: Path, record: dict) -> None:
-    recorder = Recorder(tmp_path)
+@pytest.mark.parametrize("step", ["1", 1.0, True, None])
+def test_a_record_without_a_step_is_refused(tmp_path: Path, step: object) -> None:
+    recorder = Recorder.open(tmp_path)
     with pytest.raises(ValueError, match="step"):
-        recorder.episode(record)
-    assert not (tmp_path / "episodes.jsonl").exists()
+        recorder.event(step, "text")  # type: ignore[arg-type]
+    assert not (tmp_path / "events.jsonl").exists()
 
 
 def test_a_metric_cannot_replace_the_step(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="step"):
-        Recorder(tmp_path).metrics(1, {"step": 7})
+        Recorder.open(tmp_path).metrics(1, {"step": 7})
 
 
 def test_an_image_is_reported_once_also_by_a_later_process(tmp_path: Path) -> None:
-    Recorder(tmp_path).skip(1, "a.png", "cut off")
-    recorder = Recorder(tmp_path)
+    Recorder.open(tmp_path).skip(1, "a.png", "cut off")
+    recorder = Recorder.open(tmp_path)
     recorder.skip(2, "a.png", "cut off")
     recorder.skip(2, "b.png", "not an image")
     recorder.skip(3, "b.png", "not an image")
@@ -146,22 +178,22 @@ def test_a_damaged_line_in_the_middle_is_named_and_left_out(tmp_path: Path, dama
     path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n')
     with pytest.warns(UserWarning, match=r"metrics\.jsonl, line 2,"):
         assert [record["step"] for record in read_records(path)] == [1, 2]
-    (sentence,) = Recorder(tmp_path).rewind(9)
+    (sentence,) = Recorder.open(tmp_path).rewind(9)
     assert "metrics.jsonl, line 2," in sentence
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"step": 8, "rew', b'{"step": 8}', b"\x00\x00\x00", b"\xff"])
 def test_a_resumed_run_ends_with_the_files_of_an_uninterrupted_one(tmp_path: Path, torn: bytes) -> None:
-    write_steps(Recorder(tmp_path / "whole"), 1, 10)
-    killed = Recorder(tmp_path / "killed")
+    write_steps(Recorder.open(tmp_path / "whole"), 1, 10)
+    killed = Recorder.open(tmp_path / "killed")
     write_steps(killed, 1, 7)
     killed.sync()
     for name in FILES:
         with (tmp_path / "killed" / name).open("ab") as file:
             file.write(torn)
 
-    resumed = Recorder(tmp_path / "killed")
+    resumed = Recorder.open(tmp_path / "killed")
     resumed.skip(0, "broken-0.png", "cut off")  # a pool scans its folder before the run is rewound
     assert resumed.rewind(4) == []
     assert max(record["step"] for record in read_records(tmp_path / "killed" / "metrics.jsonl")) == 4
@@ -172,13 +204,13 @@ def test_a_resumed_run_ends_with_the_files_of_an_uninterrupted_one(tmp_path: Pat
 
 def test_writing_goes_on_after_a_torn_line_before_any_rewind(tmp_path: Path) -> None:
     (tmp_path / "skipped.jsonl").write_bytes(b'{"step": 0, "image": "a.png", "reason": "empty"}\n{"step": 0, "im')
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     recorder.skip(0, "b.png", "cut off")
     assert [record["image"] for record in read_records(tmp_path / "skipped.jsonl")] == ["a.png", "b.png"]
 
 
 def test_every_way_to_tear_the_last_line(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     for step in (1, 2, 3):
         recorder.metrics(step, {"reward/solver/total": 0.5})
     whole = (tmp_path / "metrics.jsonl").read_bytes()
@@ -186,12 +218,12 @@ def test_every_way_to_tear_the_last_line(tmp_path: Path) -> None:
     for length in range(len(first_two), len(whole)):
         (tmp_path / "metrics.jsonl").write_bytes(whole[:length])
         assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2]
-        assert Recorder(tmp_path).rewind(3) == []
+        assert Recorder.open(tmp_path).rewind(3) == []
         assert (tmp_path / "metrics.jsonl").read_bytes() == first_two
 
 
 def test_rewinding_before_the_first_step_empties_the_files(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     assert recorder.rewind(-1) == []
     write_steps(recorder, 0, 6)
     recorder.rewind(-1)
@@ -201,7 +233,7 @@ def test_rewinding_before_the_first_step_empties_the_files(tmp_path: Path) -> No
 
 
 def test_a_failed_rewind_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     write_steps(recorder, 1, 6)
     before = contents(tmp_path)
 
@@ -222,18 +254,18 @@ def test_a_failed_rewind_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match=r"file.*: Not a directory"):
-        Recorder(tmp_path / "file" / "run")
+        Recorder.open(tmp_path / "file" / "run")
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl: Is a directory"):
         recorder.metrics(1, {})
 
 
 def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     recorder.event(1, "x" * 100)
     before = (tmp_path / "events.jsonl").read_bytes()
     with file_size_limit(200), pytest.raises(RunDirectoryError, match=r"events\.jsonl"):
@@ -250,7 +282,7 @@ def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path) -> None:
 
 
 def test_a_small_image_is_kept_without_loss_and_written_once(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
+    recorder = Recorder.open(tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 256, 3), dtype=np.uint8))
     name = recorder.thumbnail(image, "0123456789abcdef")
     assert name == "images/0123456789abcdef.png"
@@ -267,7 +299,7 @@ def test_a_large_image_is_reduced_and_the_original_untouched(
     tmp_path: Path, size: tuple[int, int], small: tuple[int, int]
 ) -> None:
     image = Image.new("RGB", size, "red")
-    with Image.open(tmp_path / Recorder(tmp_path).thumbnail(image, "a" * 64)) as saved:
+    with Image.open(tmp_path / Recorder.open(tmp_path).thumbnail(image, "a" * 64)) as saved:
         assert saved.size == small
     assert image.size == size
 
@@ -278,7 +310,7 @@ def test_a_large_image_is_reduced_and_the_original_untouched(
 def test_every_image_mode_can_be_saved(tmp_path: Path, mode: str) -> None:
     image = Image.new(mode, (300, 20))
     image.info |= {"icc_profile": b"x" * 999, "exif": b"y" * 999} | ({"transparency": b"\0\1"} if mode == "P" else {})
-    with Image.open(tmp_path / Recorder(tmp_path).thumbnail(image, "b" * 8)) as saved:
+    with Image.open(tmp_path / Recorder.open(tmp_path).thumbnail(image, "b" * 8)) as saved:
         assert saved.size == (256, 17)
         assert saved.mode in ("RGB", "RGBA")
         assert not {"icc_profile", "exif"} & saved.info.keys()
@@ -290,99 +322,87 @@ def test_every_image_mode_can_be_saved(tmp_path: Path, mode: str) -> None:
 )
 def test_a_key_that_is_no_content_hash_is_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(ValueError, match="content key"):
-        Recorder(tmp_path).thumbnail(Image.new("RGB", (2, 2)), key)
+        Recorder.open(tmp_path).thumbnail(Image.new("RGB", (2, 2)), key)
     assert not any((tmp_path / "images").iterdir())
 
 
 # --- episodes ---------------------------------------------------------------------------------------------------------
 
 
-def completion(text: str, logprobs: tuple[float, ...], reason: str = "stop") -> Completion:
-    return Completion(text, tuple(range(1000, 1000 + len(logprobs))), logprobs, reason)  # type: ignore[arg-type]
-
-
-def test_an_episode_record_explains_every_reward(tmp_path: Path) -> None:
-    episode = Episode(
-        step=12,
-        image="charts/a.png",
-        question=Question("How many bars?", "they differ", None),
-        question_completion=completion("<question>How many bars?</question>", (-0.5, -1.0)),
-        proposer_reward=0.75,
-        trajectories=(
-            Trajectory(("look", "count"), "three", 9, None),
-            Trajectory((), None, 0, "no closed <answer>"),
-            Trajectory(("guess",), "4", 5, None),
-        ),
-        completions=(completion("A", (-0.25, -0.75)), completion("B", (), "length"), completion("C", (-2.0,))),
-        answer_keys=("3", None, "4"),
-        majority_answer="3",
-        majority_fraction=1 / 3,
-        answer_entropy=math.log(2),
-        rewards=(0.5, 0.0, 0.25),
-        reward_parts=MappingProxyType({"outcome": (0.4, 0.0, 0.3), "step_agreement": (0.6, 0.0, 0.0)}),
-        step_weight=0.5,
-        step_scores=((StepScore(None, 0.25, None), StepScore(0.75, 0.2, 0.6)), (), (StepScore(0.0, 0.0, 0.0),)),
-        true_answer="3",
+def test_an_episode_explains_every_reward_and_reads_back_as_it_was(tmp_path: Path) -> None:
+    recorder, found = (
+        Recorder.open(tmp_path),
+        [episode(1, HOSTILE), episode(2), episode(3, trajectories=(), proposal=None)],
     )
-    record = episode_record(episode)
-    Recorder(tmp_path).episode(record)
-    assert strict_lines(tmp_path / "episodes.jsonl") == [record]
-    trajectories = record.pop("trajectories")
+    for each in found:
+        recorder.episode(each)
+    assert list(read_episodes(tmp_path)) == found
+    record = strict_lines(tmp_path / "episodes.jsonl")[1]
+    trajectory = record.pop("trajectories")[0]
     assert record == {
-        "step": 12,
-        "image": "charts/a.png",
-        "question": {"text": "How many bars?", "rationale": "they differ", "problem": None, "well_formed": True},
-        "question_completion": {
-            "text": "<question>How many bars?</question>",
+        "schema_version": 2,
+        "step": 2,
+        "image": "How many?.png",
+        "thumbnail": "",
+        "question": {"text": "How many?", "rationale": "How many?", "problem": None},
+        "proposal": {
+            "text": "How many?",
             "finish_reason": "stop",
             "num_tokens": 2,
-            "mean_sampler_logprob": -0.75,
+            "mean_sampler_logprob": None,
+            "prompt": "How many?",
+            "advantage": None,
         },
-        "proposer_reward": 0.75,
-        "majority_answer": "3",
-        "majority_fraction": 1 / 3,
-        "answer_entropy": math.log(2),
+        "proposer_reward": 0.0,
+        "prompt": "How many?",
+        "majority_answer": "k",
+        "majority_fraction": 0.5,
+        "answer_entropy": 0.0,
         "step_weight": 0.5,
-        "true_answer": "3",
+        "true_answer": None,
     }
-    assert trajectories[0] == {
-        "text": "A",
+    assert trajectory == {
+        "text": "How many?",
         "finish_reason": "stop",
         "num_tokens": 2,
         "mean_sampler_logprob": -0.5,
-        "reasoning_steps": ["look", "count"],
-        "answer": "three",
-        "answer_key": "3",
-        "in_majority": True,
-        "well_formed": True,
+        "reasoning_steps": ["How many?"],
+        "answer": "How many?",
+        "words_before_answer": 3,
         "problem": None,
-        "words_before_answer": 9,
-        "reward": 0.5,
-        "reward_parts": {"outcome": 0.4, "step_agreement": 0.6},
-        "step_scores": [
-            {"similarity": None, "recurrence": 0.25, "score": None},
-            {"similarity": 0.75, "recurrence": 0.2, "score": 0.6},
-        ],
+        "answer_key": "k",
+        "in_majority": True,
+        "reward": 2 / 7,
+        "parts": {"outcome": {"value": 2 / 7, "weight": 1.0, "factors": {"share": 2 / 7}}},
+        "step_scores": [{"similarity": None, "recurrence": 0.25, "score": None}],
+        "advantage": 0.1 + 0.2,
     }
-    assert [t["in_majority"] for t in trajectories] == [True, False, False]
-    assert (trajectories[1]["mean_sampler_logprob"], trajectories[1]["problem"]) == (None, "no closed <answer>")
-    assert trajectories[2]["reward_parts"] == {"outcome": 0.3, "step_agreement": 0.0}
 
 
-def test_an_episode_without_a_readable_question(tmp_path: Path) -> None:
-    question = Question("", "", "no <question>")
-    record = episode_record(Episode(1, "a.png", question, None, 0.0, (), (), (), None, 0.0, 0.0, (), {}, 0.5, (), None))
-    Recorder(tmp_path).episode({**record, "thumbnail": "images/x.png"})
-    assert (record["question_completion"], record["trajectories"]) == (None, [])
-    assert record["question"]["problem"] == "no <question>"
+def test_what_is_kept_of_a_completion() -> None:
+    sampled = Sampled.fields_of(Completion("A", (7, 8), (-0.25, -0.75), "stop"))
+    assert sampled == {"text": "A", "finish_reason": "stop", "num_tokens": 2, "mean_sampler_logprob": -0.5}
+    assert Sampled.fields_of(Completion("B", (), (), "length"))["mean_sampler_logprob"] is None
 
 
-def test_no_answer_is_no_majority() -> None:
-    unreadable = Trajectory((), None, 0, "cut off")
-    question = Question("How many?", "", None)
-    group = (unreadable,), (completion("x", ()),), (None,)
-    episode = Episode(1, "a.png", question, None, 0.0, *group, None, 0.0, 0.0, (0.0,), {}, 0.5, ((),), None)
-    assert episode_record(episode)["trajectories"][0]["in_majority"] is False
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"step": 1},
+        {"schema_version": 1},
+        {"schema_version": 3},
+        {"majority_fraction": 1e300},
+        {"trajectories": [{}]},
+        {"step": -1},
+    ],
+)
+def test_a_record_that_is_no_episode_is_named(tmp_path: Path, record: dict) -> None:
+    whole = episode().model_dump(mode="json")
+    line = {**whole, **record} if record != {"step": 1} else record
+    (tmp_path / "episodes.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(RunDirectoryError, match=r"episodes\.jsonl: a record of step -?1 is no episode") as caught:
+        list(read_episodes(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_is_replaced_and_never_written_through_a_link(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
-"""What the roles are told, and how their text is read back: every form, every malformed case, hostile text."""
+"""Prompts and the parsers of replies: every form, every malformed case, hostile text."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from functools import partial
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -10,18 +13,19 @@ from hypothesis import strategies as st
 
 from ireasoner.method.texts import (
     PROPOSER_PROMPT,
-    SOLVER_PROMPT,
+    SOLVER_PROMPTS,
     parse_question,
     parse_trajectory,
     proposer_messages,
     reasoning_steps,
     solver_messages,
 )
-from ireasoner.method.types import FinishReason
+from ireasoner.method.types import FinishReason, Form
 
 GOOD_QUESTION = "<question>Which bar is tallest?</question><rationale>Compare the heights.</rationale>"
 GOOD_TRAJECTORY = "<think>Step 1: Red is 7.\nStep 2: Blue is 3.</think> <answer>red</answer>"
 CUT_OFF = "cut off before the end token"
+ALL_FORMS: tuple[Form, ...] = ("tags", "boxed", "answer-line")
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<question>", "</question>", "<rationale>", "</rationale>"]
 # Text made of the parts that the readers look for, where random characters would never find the corners.
@@ -31,6 +35,8 @@ PIECES = st.sampled_from([
     "Step", "step", "Step1:", "Step 1:", "Step 2:", "**Step", "(Step 2)", "1", "2", "3", "1.", "2.", "1)", "(1)", "1:",
     ":", ".", ")", "(", "-", "*", "**", "_", "__", "#", "###", "•", "---", "2.5", "12:30", "1990:", "see", "word",
     "é", "½", "٣", "ſ", "：", ",",
+    "\\boxed{", "\\boxed {", "{", "}", "\\{", "\\", "$", "\\[", "Answer:", "answer",
+    "Final answer: ", "The answer is: ",
 ])
 HOSTILE = [
     "<think>", "<answer>", "</answer>", "<think><answer>", "<question>", "<", "< ", "</", "< / think", "<a ", "<a =",
@@ -38,6 +44,8 @@ HOSTILE = [
     "\n", "\r", "\t", "  \n", " ", " | ", "•", "\u2028", "#", "# ", "*", "* ", "- ", "---\n", "> ",
     "Step 1:", "Step 1: ", "Step 1:\n", "Step 1 a\n", "step ", "- Step 2 ", "(Step 2) ", "**Step 1", "**Step 1: ",
     "1", "1.", "1. ", "1.\n", "1)\n", "_", "(", "=", "`", "/",
+    "{", "}", "{}", "}{", "\\", "\\{", "\\}", "\\boxed", "\\boxed ", "\\boxed{", "\\boxed{}", "\\boxed{7}\n",
+    "\\boxed{\\boxed{7}", "Answer", "Answer: ", "Answer:\n", "Answer: 7\n", "**Answer:** 7\n", "the ", "the answer ",
 ]
 MARKUP = [
     "<answer>", "</answer>", "<think>", "<THINK>", "</Think>", "<rationale>", "< answer >", "</ think>", "<\n/answer>",
@@ -74,14 +82,33 @@ def test_a_solver_prompt_without_its_placeholder_is_an_error(prompt: str) -> Non
         solver_messages(prompt, "How many?")
 
 
-def test_the_default_prompts_show_the_forms_that_are_read() -> None:
+def test_the_proposer_prompt_shows_the_form_that_is_read() -> None:
     asked = PROPOSER_PROMPT[PROPOSER_PROMPT.index("<question>") :]
     assert parse_question(asked).well_formed
     assert parse_question(asked).rationale
-    solved = parse_trajectory(SOLVER_PROMPT[SOLVER_PROMPT.index("<think>\n") :])
+
+
+def test_there_is_a_solver_prompt_for_each_form() -> None:
+    assert list(SOLVER_PROMPTS) == list(get_args(Form)) == list(ALL_FORMS)
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_the_solver_prompt_shows_the_form_that_is_read(form: Form) -> None:
+    prompt = SOLVER_PROMPTS[form]
+    _, _, example = prompt.partition("Reply in exactly this form:\n")
+    solved = parse_trajectory(example, form=form)
     assert solved.well_formed
     assert solved.reasoning_steps == ("what you see first", "what follows from it")
-    assert SOLVER_PROMPT.count("{question}") == 1
+    assert solved.answer == "the final answer"
+    assert prompt.count("{question}") == 1
+    filled = parse_trajectory(
+        example.replace("what you see first", "Red is 7.")
+        .replace("what follows from it", "So red is tallest.")
+        .replace("the final answer", "7.5 cm"),
+        form=form,
+    )
+    assert (filled.reasoning_steps, filled.answer) == (("Red is 7.", "So red is tallest."), "7.5 cm")
+    assert not any(parse_trajectory(example, form=other).well_formed for other in ALL_FORMS if other != form)
 
 
 # --- questions
@@ -236,6 +263,196 @@ def test_a_text_that_was_cut_off_is_never_well_formed(text: str) -> None:
 def test_no_proper_beginning_of_a_trajectory_is_well_formed() -> None:
     assert parse_trajectory(GOOD_TRAJECTORY).well_formed
     assert not any(parse_trajectory(GOOD_TRAJECTORY[:cut]).well_formed for cut in range(len(GOOD_TRAJECTORY)))
+
+
+# --- the other forms of a reply
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "answer", "words"),
+    [
+        ("Step 1: a\nStep 2: b\n\\boxed{7}", ("a", "b"), "7", 6),
+        ("Step 1: a\nThe answer is $\\boxed{7}$.", ("a",), "7", 6),  # an announcement is no step
+        ("Step 1: a\n**Answer:** **\\boxed{7}**\n", ("a",), "7", 4),
+        ("Step 1: a\n\\[\n\\boxed{7}\n\\]", ("a",), "7", 3),
+        ("Step 1: a\n$$\n  \\boxed{7}\n$$", ("a",), "7", 3),
+        ("a\nb\n**$\\boxed{7}$**", ("a", "b"), "7", 2),
+        ("Step 1: $x = 7$\n\\boxed{7}", ("$x = 7$",), "7", 5),
+        ("Step 1: it is 7$\n$\\boxed{7}", ("it is 7$",), "7", 6),
+        ("Step 1: so\n$$\nx = 7\n$$\n\\boxed{7}", ("so\n$$\nx = 7\n$$",), "7", 8),
+        ("Step 1: a\n\\boxed{\\frac{1}{2}}", ("a",), "\\frac{1}{2}", 3),
+        ("Step 1: a\n\\boxed{\\text{x} \\text{y}}}", ("a",), "\\text{x} \\text{y}", 3),
+        ("Step 1: a\n\\boxed {\n 7 cm \n}", ("a",), "7 cm", 3),
+        ("Step 1: a\n\\boxed{\\{1, 2\\}}", ("a",), "\\{1, 2\\}", 3),
+        ("Step 1: a\n\\boxed{\\{}", ("a",), "\\{", 3),  # escaped braces need not balance
+        ("Step 1: a\n\\boxed{1 \\\\}", ("a",), "1 \\\\", 3),  # the brace after \\ is not escaped
+        ("Step 1: a\n\\boxed{7} and not 8, because } it is", ("a",), "7", 3),
+        ("Step 1: \\boxed{5}\nStep 2: b\n\\boxed{7}", ("\\boxed{5}", "b"), "7", 6),  # the last box counts
+        ("Step 1: a\n\\boxed{5} or \\boxed{7}", ("a",), "7", 5),
+        ("Step 1: a\n\\boxed{1 + \\boxed{7}}", ("a",), "7", 5),
+        ("Step 1: a\n\\boxed{5\n\\boxed{7}", ("a\n\\boxed{5",), "7", 4),
+        ("Red is 7, blue is 3, so it is $\\boxed{4}$", ("Red is 7, blue is 3, so it is",), "4", 9),
+        ("Step 1: 7 - 3 = \\boxed{4}", ("7 - 3 =",), "4", 6),
+        ("Step 1:\n7 - 3 = \\boxed{4}", ("7 - 3 =",), "4", 6),
+        ("<think>\nStep 1: a\n</think>\n\\boxed{7}", ("a",), "7", 3),
+        ("<THINK>Step 1: a</ think ><answer>\\boxed{7}</answer>", ("a",), "7", 3),
+        ("a\r\nb\u2028\\boxed{+}", ("a", "b"), "+", 2),
+    ],
+)
+def test_a_boxed_answer_is_read(text: str, steps: tuple[str, ...], answer: str, words: int) -> None:
+    read = parse_trajectory(text, form="boxed")
+    assert read.problem is None
+    assert (read.reasoning_steps, read.answer, read.words_before_answer) == (steps, answer, words)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "no closed \\boxed{…}"),
+        ("Step 1: a\n7", "no closed \\boxed{…}"),
+        ("Step 1: a\n\\boxed 7", "no closed \\boxed{…}"),
+        ("Step 1: a\n\\boxed{7", "no closed \\boxed{…}"),
+        ("Step 1: a\n\\boxed{\\frac{1}{2}", "no closed \\boxed{…}"),
+        ("Step 1: a\n\\boxed{7\\}", "no closed \\boxed{…}"),
+        ("Step 1: a\n\\boxed{5}\n\\boxed{7", "no closed \\boxed{…}"),
+        ("Step 1: a\nboxed{7}", "no closed \\boxed{…}"),
+        (GOOD_TRAJECTORY, "no closed \\boxed{…}"),
+        ("Step 1: a\nAnswer: 7", "no closed \\boxed{…}"),
+        ("\\boxed{7}", "no reasoning step"),
+        ("\\boxed{7}\nStep 1: a", "no reasoning step"),
+        ("Step 1:\n$\\boxed{7}$", "no reasoning step"),
+        ("<think></think>\\boxed{7}", "no reasoning step"),
+        ("Step 1: a\n\\boxed{}", "empty answer"),
+        ("Step 1: a\n\\boxed{ \u200b\n}", "empty answer"),
+        ("Step 1: a\n\\boxed{7}\nIt is in \\boxed{}.", "empty answer"),
+    ],
+)
+def test_a_malformed_boxed_reply_is_a_problem_and_has_no_answer(text: str, problem: str) -> None:
+    read = parse_trajectory(text, form="boxed")
+    assert (read.problem, read.answer, read.well_formed) == (problem, None, False)
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("Answer: 7", "7"),
+        ("Answer:7", "7"),
+        ("Answer : 7", "7"),
+        ("Answer：7", "7"),
+        ("answer: 7", "7"),
+        ("  ANSWER:\t7  ", "7"),
+        ("Final answer: 7", "7"),
+        ("The answer is: 7", "7"),
+        ("My final answer: 7", "7"),
+        ("The correct answer is: 7", "7"),
+        ("**Answer:** 7", "7"),
+        ("**Answer: 7**", "7"),
+        ("**Answer**: 7", "7"),
+        ("**Answer:**7", "7"),
+        ("**Answer:** **7**", "7"),
+        ("**Answer:**\n\n**7**", "7"),
+        ("**The final answer is:** 7", "7"),
+        ("*Answer:* 7", "7"),
+        ("*Answer: 7*", "7"),
+        ("__Answer:__ 7", "7"),
+        ("### Answer: 7", "7"),
+        ("- Answer: 7", "7"),
+        ("> Answer: 7", "7"),
+        ("* **Answer:** 7", "7"),
+        ("3. Answer: 7", "7"),
+        ("Answer: **7**", "**7**"),  # not normalised
+        ("Answer: \\boxed{7}", "\\boxed{7}"),
+        ("Answer: a: b", "a: b"),
+        ("Answer: 2**3", "2**3"),
+        ("Answer: _", "_"),
+        ("Answer:\n7", "7"),
+        ("Answer:\n\n 7 cm \n", "7 cm"),
+        ("Answer:\r\n7\r\n", "7"),
+        ("Answer: 7\n\n---\n***\n", "7"),
+        ("Answer: 7</think>", "7"),
+        ("Answer: 7\n</think>\n", "7"),
+        ("</think>Answer: 7", "7"),
+        ("</think>\n<answer>Answer: 7</answer>", "7"),
+        ("Answer:\nAnswer: 7", "7"),
+    ],
+)
+def test_an_answer_line_is_read(line: str, answer: str) -> None:
+    read = parse_trajectory(f"Step 1: a\nStep 2: b\n{line}", form="answer-line")
+    assert read.problem is None
+    assert (read.reasoning_steps[0], read.answer) == ("a", answer)
+    assert read.reasoning_steps[1].partition("\n")[0] == "b"
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "words"),
+    [
+        ("Step 1: a\nStep 2: b\nAnswer: 7", ("a", "b"), 6),
+        ("a\n- b c\n**The answer is:** 7 cm", ("a", "b c"), 4),
+        ("Answer: 5\nStep 1: a\nAnswer: 7", ("Answer: 5", "a"), 5),  # the last line counts
+        ("<think>\nStep 1: a\n</think>\nAnswer: 7", ("a",), 3),
+    ],
+)
+def test_the_steps_are_on_the_lines_before_the_answer_line(text: str, steps: tuple[str, ...], words: int) -> None:
+    read = parse_trajectory(text, form="answer-line")
+    assert read.well_formed
+    assert (read.reasoning_steps, read.words_before_answer) == (steps, words)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "no answer line"),
+        ("Step 1: a\n7", "no answer line"),
+        ("Step 1: a\nThe answer is 7", "no answer line"),
+        ("Step 1: a\nSo the answer: 7", "no answer line"),
+        ("Step 1: a Answer: 7", "no answer line"),
+        ("Step 1: a\nStep 2: Answer: 7", "no answer line"),
+        ("Step 1: a\nAnswers: 7", "no answer line"),
+        ("Step 1: a\n\\boxed{7}", "no answer line"),
+        (GOOD_TRAJECTORY, "no answer line"),
+        ("Step 1: a\nAnswer: 7\nStep 2: b", "text after the answer line"),
+        ("Step 1: a\nAnswer: 7\n\nIt is 7.", "text after the answer line"),
+        ("Step 1: a\nAnswer:\n7\n8", "text after the answer line"),
+        ("Step 1: a\nAnswer: 7\u20288", "text after the answer line"),
+        ("Step 1: a</think>\nAnswer: 7</think> because", "text after the answer line"),
+        ("Answer: 7", "no reasoning step"),
+        ("Step 1:\nAnswer: 7", "no reasoning step"),
+        ("<think>\n---\n</think>\nAnswer: 7", "no reasoning step"),
+        ("Step 1: a\nAnswer:", "empty answer"),
+        ("Step 1: a\n**Answer:**", "empty answer"),
+        ("Step 1: a\nAnswer: 7\nAnswer: ", "empty answer"),
+        ("Step 1: a\nAnswer: \u200b", "empty answer"),
+    ],
+)
+def test_a_malformed_answer_line_is_a_problem_and_has_no_answer(text: str, problem: str) -> None:
+    read = parse_trajectory(text, form="answer-line")
+    assert (read.problem, read.answer, read.well_formed) == (problem, None, False)
+
+
+@pytest.mark.parametrize("form", ["boxed", "answer-line"])
+def test_an_unreadable_reply_without_an_answer_shows_all_of_its_steps(form: Form) -> None:
+    read = parse_trajectory("<think>Step 1: a\nStep 2: b c", form=form)
+    assert (read.reasoning_steps, read.words_before_answer) == (("a", "b c"), 7)
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [("tags", GOOD_TRAJECTORY), ("boxed", "Step 1: a\n\\boxed{7}"), ("answer-line", "Step 1: a\nAnswer: 7")],
+)
+def test_a_reply_that_was_cut_off_is_unreadable_in_every_form(form: Form, text: str) -> None:
+    assert parse_trajectory(text, form=form).well_formed
+    read = parse_trajectory(text, "length", form)
+    assert (read.problem, read.answer) == (CUT_OFF, None)
+    assert read.reasoning_steps == parse_trajectory(text, form=form).reasoning_steps
+    assert parse_trajectory("", "length", form).problem == CUT_OFF
+
+
+@given(WORDS, WORDS, st.sampled_from(ALL_FORMS))
+def test_a_reply_written_in_a_form_is_read_back(step: str, answer: str, form: Form) -> None:
+    ending = {"tags": "</think><answer>{}</answer>", "boxed": "\\boxed{{{}}}", "answer-line": "Answer: {}"}[form]
+    opening = "<think>" if form == "tags" else ""
+    read = parse_trajectory(f"{opening}Step 1: {step}\nStep 2: {step}\n{ending.format(answer)}", form=form)
+    assert (read.reasoning_steps, read.answer, read.problem) == ((step, step), answer, None)
 
 
 # --- reasoning steps
@@ -440,12 +657,17 @@ def test_numbers_at_the_start_of_a_line_are_untouched(decimal: object, hour: int
 @given(TEXTS, FINISHES)
 def test_any_text_is_read_without_an_exception(text: str, finish_reason: FinishReason) -> None:
     for whole in (text, f"<question>{text}</question>", f"<think>{text}</think><answer>{text}</answer>"):
-        question, trajectory = parse_question(whole, finish_reason), parse_trajectory(whole, finish_reason)
+        question = parse_question(whole, finish_reason)
         assert question.well_formed == (question.problem is None)
         assert not (question.well_formed and "<|im_end|>" in question.text)
-        assert trajectory.well_formed == (trajectory.problem is None) == (trajectory.answer is not None)
-        assert 0 <= trajectory.words_before_answer <= len(whole.split())
-        assert trajectory.answer is None or trajectory.answer == trajectory.answer.strip() != ""
+    endings = ("", f"\n\\boxed{{{text}}}", f"\nAnswer: {text}", f"<think>{text}</think><answer>{text}</answer>")
+    for whole in (text + ending for ending in endings):
+        for form in ALL_FORMS:
+            solution = parse_trajectory(whole, finish_reason, form)
+            assert solution.well_formed == (solution.problem is None) == (solution.answer is not None)
+            assert 0 <= solution.words_before_answer <= len(whole.replace("<", " <").replace(">", "> ").split())
+            assert solution.answer is None or solution.answer == solution.answer.strip() != ""
+            assert not solution.well_formed or any(map(str.isalnum, "".join(solution.reasoning_steps)))
 
 
 @settings(max_examples=500, deadline=None)
@@ -460,13 +682,23 @@ def test_steps_lose_nothing_but_their_markers(text: str) -> None:
 
 
 @pytest.mark.parametrize("unit", HOSTILE)
-def test_hostile_text_of_100_kb_finishes(unit: str) -> None:
+def test_hostile_text_of_100_kb_is_read_in_linear_time(unit: str) -> None:
     text = unit * (100_000 // len(unit))
+    calls = [
+        lambda: parse_question(text),
+        lambda: parse_question(f"<question><a{text}</question>"),
+        lambda: parse_trajectory(f"<think>Step 1: a {text}</think><answer>7</answer>"),
+        lambda: reasoning_steps(text),
+    ]
+    wholes = (text, f"Step 1: a {text}\n\\boxed{{7}}", f"Step 1: a\n\\boxed{{{text}", f"Step 1: a\n\\boxed {text}{{")
+    wholes += (f"Step 1: a\n{text}\nAnswer: 7", f"Step 1: a\nAnswer: {text}", f"Step 1: a\nAnswer:\n7{text}")
+    calls += [partial(parse_trajectory, whole, "stop", form) for whole in wholes for form in ALL_FORMS]
+    for call in calls:
+        begun = time.perf_counter()
+        call()
+        assert time.perf_counter() - begun < 0.5  # measured: under 0.06; quadratic time would take minutes
     assert not parse_trajectory(text).well_formed
     assert not parse_question(text).well_formed
-    parse_question(f"<question><a{text}</question>")
-    parse_trajectory(f"<think>Step 1: a {text}</think><answer>7</answer>")
-    reasoning_steps(text)
 
 
 def test_many_numbered_steps_are_all_read() -> None:

@@ -116,7 +116,7 @@ def episode(
 def write_run(run: Path, episodes: Sequence[Episode], **flags: Any) -> Config:
     """A run directory whose model is not there, unless `flags` say otherwise."""
     config = resolve({"images": str(run / "images_played"), "model": str(run / "no-model"), "preset": "tiny", **flags})
-    recorder = Recorder(run)
+    recorder = Recorder.open(run)
     recorder.write_text("config.yaml", dump_config(config))
     for each in episodes:
         recorder.episode(each)
@@ -276,7 +276,7 @@ def test_a_run_scored_anew_from_its_texts_has_the_step_agreement_that_was_paid(
     from ireasoner.training.selfplay import SelfPlay
 
     config = write_run(tmp_path, [], model="tiny", recipe="paper")
-    policy, recorder = load(), Recorder(tmp_path)
+    policy, recorder = load(), Recorder.open(tmp_path)
     play = SelfPlay(policy, LiveEngine(policy), config)
     for each in play.play(1, [Item(f"{i}.png", image) for i, image in enumerate(pictures)]).episodes:
         recorder.episode(each)
@@ -484,12 +484,12 @@ def test_what_the_user_can_put_right_is_one_sentence(tmp_path: Path, capsys: pyt
     assert "is not a run directory" in told(tmp_path)
     write_run(run, [])
     assert "no readable trajectory: nothing to measure" in told(run)
-    Recorder(run).episode(episode([None, None]))
+    Recorder.open(run).episode(episode([None, None]))
     assert "no readable trajectory" in told(run)
-    Recorder(run).episode(episode(SAID_TWICE, step=4))
+    Recorder.open(run).episode(episode(SAID_TWICE, step=4))
     assert "in these steps" in told(run, "--steps", 5, 9)
     assert "FIRST not after LAST" in told(run, "--steps", 3, 2)
-    assert "less than 1" in told(run, "--steps", 0, 2)
+    assert "from 1 on" in told(run, "--steps", 0, 2)
     assert "cannot read the truth" in told(run, "--truth", tmp_path / "none.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"image": "image.png", "picture": {"family": "faces"}}\n')
     assert "does not hold lines of image and picture" in told(run, "--truth", tmp_path / "bad.jsonl")

@@ -29,10 +29,11 @@ from ireasoner.page.gallery import select
 from ireasoner.page.overview import overview
 from ireasoner.page.page import Page as Rendered
 from ireasoner.page.page import Query
-from ireasoner.page.run import LARGEST_PICTURE, TAILS, Run
-from ireasoner.playground import dataset
-from ireasoner.training.config import resolve
-from runs import HOSTILE, METRICS, episode, new_run, unreadable, with_metrics
+from ireasoner.page.run import LARGEST_PICTURE, TAILS, RecordedRun
+from ireasoner.playground.truth import truth_beside
+from ireasoner.training.config import Config
+from ireasoner.training.recorder import RunDirectoryError, is_locked, writer_lock
+from runs import HOSTILE, METRICS, episode, new_run, played_run, probe, unreadable, with_metrics
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -69,30 +70,24 @@ def get(port: int, path: str, host: str | None = None) -> tuple[int, dict[str, s
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real run of the tiny model, with the truth about its images inside it, and held-out questions."""
-    from ireasoner.training.loop import start
-
-    out = tmp_path_factory.mktemp("trained") / "run"
-    dataset.write_unlabeled(out / "data" / "unlabeled", 8)
-    questions = dataset.write_questions(out / "data" / "test", 8)
-    flags = {"images": str(out / "data" / "unlabeled"), "model": "tiny", "steps": 4, "images_per_step": 4}
-    config = resolve(flags | {"eval_data": str(questions), "probe_every": 2, "save_every": 2, "blank_every": 2})
-    assert start(config, out).complete
+def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run, with the truth about its images inside it, and accuracy on held-out questions."""
+    out = tmp_path_factory.mktemp("played") / "run"
+    played_run(out)
     return out
 
 
 @pytest.fixture(scope="module")
-def viewed(trained: Path) -> Iterator[tuple[str, int]]:
+def viewed(played: Path) -> Iterator[tuple[str, int]]:
     """The address and port of a viewer of that run."""
-    with viewing(trained) as found:
+    with viewing(played) as found:
         yield found
 
 
 # --- what it answers --------------------------------------------------------------------------------------------------
 
 
-def test_every_part_is_served_under_a_strict_policy(trained: Path, viewed: tuple[str, int]):
+def test_every_part_is_served_under_a_strict_policy(played: Path, viewed: tuple[str, int]):
     _, port = viewed
     kinds = {
         "/": "text/html",
@@ -111,7 +106,7 @@ def test_every_part_is_served_under_a_strict_policy(trained: Path, viewed: tuple
         assert body
     status, headers, body = get(port, "/curves/0.svg?v=1")
     assert (status, headers["content-type"]) == (200, "image/svg+xml")
-    name = next((trained / "images").iterdir()).name
+    name = next((played / "images").iterdir()).name
     assert get(port, f"/images/{name}")[0] == 200
     page = get(port, "/")[2]
     assert not re.search(r"\sstyle=|\son\w+=|https?://", page)
@@ -133,9 +128,9 @@ def test_hosts_that_are_not_loopback_are_refused(viewed: tuple[str, int]):
         assert get(port, "/", host)[0] == 200, host
 
 
-def test_nothing_but_its_own_is_served(trained: Path, tmp_path: Path):
+def test_nothing_but_its_own_is_served(played: Path, tmp_path: Path):
     run = tmp_path / "run"
-    shutil.copytree(trained, run)
+    shutil.copytree(played, run)
     (tmp_path / "secret.png").write_bytes(b"the secret of the house")
     (run / "images" / "00000000.png").symlink_to(tmp_path / "secret.png")
     places = (
@@ -173,7 +168,7 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path, capsys: pytest.Captur
             ("view", str(run), "--port", str(port), "--no-browser"): f"port {port} cannot be used",
             ("view", str(run), "--port", "70000"): "is not a port",
             ("view", str(run), "--truth", str(tmp_path / "none")): "cannot read the truth",
-            ("view", str(run), "--truth", str(tmp_path / "truth")): "is no file of truth",
+            ("view", str(run), "--truth", str(tmp_path / "truth")): "does not hold lines of image and picture",
             ("report", str(tmp_path)): "is not a run directory",
             ("report", str(run), "--out", str(tmp_path / "no" / "file.html")): "cannot be written",
             ("runs", str(tmp_path / "nowhere")): "is not a folder",
@@ -190,7 +185,7 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_run_is_read_as_it_grows(tmp_path: Path):
     recorder = with_metrics(new_run(tmp_path / "run"), 1)
-    run = Run(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     versions = {run.version}
     recorder.episode(episode(question="The first."))
     with (recorder.run_dir / "episodes.jsonl").open("ab") as file:
@@ -212,7 +207,7 @@ def test_a_run_that_went_back_is_read_anew(tmp_path: Path):
     recorder = with_metrics(new_run(tmp_path / "run"), 4)
     for step in (1, 2, 3, 4):
         recorder.episode(episode(question=f"Of step {step}.", step=step))
-    run = Run(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     recorder.rewind(2)
     recorder.episode(episode(question="Another.", step=3))
     run.refresh()
@@ -233,7 +228,7 @@ def test_lines_that_are_no_records_are_left_out_and_counted(tmp_path: Path):
         with (recorder.run_dir / f"{name}.jsonl").open("ab") as file:
             file.writelines(line + b"\n" for line in wrong)
     recorder.episode(episode(question="A whole one."))
-    run = Run(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     assert [entry.question for entry in run.entries] == ["A whole one."]
     assert run.damaged > 3 * len(wrong)
     assert "A whole one." in write_report(recorder.run_dir, tmp_path / "page.html").read_text("utf-8")
@@ -254,16 +249,16 @@ STRANGE = (
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_record_of_any_kind_breaks_nothing(trained: Path, tmp_path: Path, seed: int):
+def test_a_record_of_any_kind_breaks_nothing(played: Path, tmp_path: Path, seed: int):
     """Ten values at random places of a real run's files are replaced by others; six times each."""
     rng = random.Random(seed)
     for _ in range(6):
         run = tmp_path / f"run-{rng.random()}"
         run.mkdir()
-        shutil.copytree(trained / "images", run / "images")
+        shutil.copytree(played / "images", run / "images")
         for name in ("config.yaml", "summary.json", "versions.json", *(f"{n}.jsonl" for n in TAILS)):
-            if (trained / name).exists():
-                shutil.copy(trained / name, run / name)
+            if (played / name).exists():
+                shutil.copy(played / name, run / name)
         for _ in range(10):
             name = rng.choice(["summary.json", "episodes.jsonl", "metrics.jsonl", "probes.jsonl", "versions.json"])
             file = run / name
@@ -278,7 +273,7 @@ def test_a_record_of_any_kind_breaks_nothing(trained: Path, tmp_path: Path, seed
                 target[last] = rng.choice(STRANGE)
             lines[number] = json.dumps(record)
             file.write_text("\n".join(lines) + "\n")
-        read = Run(run)
+        read = RecordedRun.open(run)
         for query in (Query(), Query("disagreement", "x", (0, 2)), Query("wrong", page=3)):
             assert b"What ran?" in Rendered(read).render("page.html", query)
         draw_panel(read, rng.randrange(len(PANELS)))
@@ -292,45 +287,90 @@ def test_a_config_of_any_kind_is_refused_in_one_sentence(tmp_path: Path, kind: s
     text = {"bomb": f"{bomb}steps: *l\n", "deep": "[" * 50_000, "number": f"steps: {'9' * 5000}", "list": "- 1\n"}
     (tmp_path / "config.yaml").write_bytes(text.get(kind, "\x00\xff").encode("latin-1"))
     with pytest.raises(UsageError) as refused:
-        Run(tmp_path)
+        RecordedRun.open(tmp_path)
     assert len(str(refused.value)) < 6000
     assert "\n" not in str(refused.value)
 
 
 def test_the_lock_tells_a_running_run_from_a_stopped_one(tmp_path: Path):
     recorder = with_metrics(new_run(tmp_path / "run"))
-    run = Run(recorder.run_dir)
-    assert run.state() == "stopped"
+    run = RecordedRun.open(recorder.run_dir)
+    assert run.state == "stopped"
     with (recorder.run_dir / ".lock").open("w") as lock:
-        assert run.state() == "stopped"  # a lock that nobody holds
+        assert run.state == "stopped"  # a lock that nobody holds
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert run.state() == "running"
-    assert run.state() == "stopped"
+        assert run.state == "running"
+    assert run.state == "stopped"
     recorder.write_text("summary.json", '{"stopped_early": false}')
     run.refresh()
-    assert run.state() == "finished"
+    assert run.state == "finished"
 
 
 def test_who_looks_does_not_keep_a_run_from_starting(tmp_path: Path):
-    from ireasoner.training.loop import RunError, _only_writer
-
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(RunError, match="another process is training"), _only_writer(tmp_path):
+        with pytest.raises(RunDirectoryError, match="another process is training"), writer_lock(tmp_path):
             pass
     look = f"f = open({str(tmp_path / '.lock')!r}); fcntl.flock(f, fcntl.LOCK_SH); print(flush=True); time.sleep(0.15)"
     process = subprocess.Popen([sys.executable, "-c", f"import fcntl, time; {look}"], stdout=subprocess.PIPE)
     with process:
         assert process.stdout is not None
         process.stdout.readline()
-        with _only_writer(tmp_path):
+        with writer_lock(tmp_path):
             pass
+
+
+def test_a_system_without_fcntl_can_read_runs_and_their_locks(tmp_path: Path):
+    """Windows, as far as it can be played: another module for locks, and none of the name `fcntl`."""
+    run = with_metrics(new_run(tmp_path / "run")).run_dir
+    code = f"""
+import importlib, sys, types
+from pathlib import Path
+from ireasoner.training import recorder
+held = set()
+def locking(number, mode, count):
+    if held and number not in held:
+        raise PermissionError(13, "Permission denied")
+    held.add(number)
+sys.platform = "win32"
+sys.modules["fcntl"] = None
+sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=locking)
+importlib.reload(recorder)
+from ireasoner.page.overview import overview
+from ireasoner.page.page import Page
+from ireasoner.page.run import RecordedRun
+path = Path({str(run)!r})
+run = RecordedRun.open(path)
+states = [run.state]
+with recorder.writer_lock(path):
+    states += [run.state, overview(path.parent)[1][1]]
+    assert b"It is running" in Page(run).render("page.html")
+print(states)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("['stopped', 'running', 'running']\n", "")
+
+
+def test_the_lock_goes_with_its_process_and_leaves_other_files_alone(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / ".lock").symlink_to(tmp_path / "notes.txt")
+    assert not is_locked(tmp_path)
+    hold = "with writer_lock(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    code = f"import sys, time\nfrom pathlib import Path\nfrom ireasoner.training.recorder import writer_lock\n{hold}"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert is_locked(tmp_path)
+        process.kill()
+    assert not is_locked(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_what_was_read_stays_while_a_run_is_deleted_file_by_file(tmp_path: Path):
     recorder = with_metrics(new_run(tmp_path / "run"))
     recorder.episode(episode())
-    run = Run(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     for name in ("episodes.jsonl", "metrics.jsonl", "config.yaml"):
         (recorder.run_dir / name).unlink()
         run.refresh()
@@ -340,15 +380,42 @@ def test_what_was_read_stays_while_a_run_is_deleted_file_by_file(tmp_path: Path)
 def test_another_run_in_the_same_place_is_shown_with_its_own_config(tmp_path: Path):
     recorder = with_metrics(new_run(tmp_path / "run"), 3)
     recorder.episode(episode())
-    run = Run(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     version = run.version
     shutil.rmtree(recorder.run_dir)
     run.refresh()
     assert run.gone
     with_metrics(new_run(tmp_path / "run", recipe="paper", steps=9), 3)
     run.refresh()
-    assert (run.gone, run.config.recipe, run.config.steps, run.step, run.entries) == (False, "paper", 9, 3, [])
+    assert (run.gone, run.config.recipe.name, run.config.schedule.steps) == (False, "paper", 9)
+    assert (run.step, run.entries) == (3, [])
     assert run.version != version
+
+
+def test_truth_is_sought_again_for_another_run_in_the_same_place(tmp_path: Path):
+    sought: list[Path] = []
+
+    def find_truth(config: Config) -> None:
+        sought.append(config.images)
+
+    run = RecordedRun.open(new_run(tmp_path / "run").run_dir, find_truth)
+    run.refresh()
+    shutil.rmtree(run.path)
+    new_run(tmp_path / "run", images="/others")
+    run.refresh()
+    assert sought == [Path("/pictures"), Path("/others")]
+
+
+def test_a_config_that_cannot_be_read_yet_is_tried_again(tmp_path: Path):
+    recorder = with_metrics(new_run(tmp_path / "run"))
+    run = RecordedRun.open(recorder.run_dir)
+    recorder.write_text("config.yaml", "steps: [")
+    for _ in range(2):
+        run.refresh()
+        assert (run.gone, run.step, run.config.schedule.steps) == (True, 3, 3)
+    new_run(tmp_path / "run", steps=7)
+    run.refresh()
+    assert (run.gone, run.config.schedule.steps) == (False, 7)
 
 
 def test_curves_are_drawn_anew_whenever_the_run_has_changed(tmp_path: Path):
@@ -378,7 +445,7 @@ def test_links_out_of_a_run_lead_nowhere(tmp_path: Path):
     recorder = with_metrics(new_run(tmp_path / "run"))
     (recorder.run_dir / "checkpoints").symlink_to(outside)
     (recorder.run_dir / "images" / "00000000.png").write_bytes(b"\x89PNG" + bytes(LARGEST_PICTURE))
-    run = Run(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     assert b"step-000001" not in Rendered(run).render("ran.html")
     assert run.thumbnail("images/00000000.png") is None
 
@@ -390,7 +457,8 @@ def test_whatever_a_config_calls_its_images_it_opens(tmp_path: Path, images: str
     recorder = with_metrics(new_run(tmp_path / "run"))
     config = (recorder.run_dir / "config.yaml").read_text()
     recorder.write_text("config.yaml", config.replace("images: /pictures", f"images: {images}"))
-    assert Run(recorder.run_dir).pictures == {}
+    run = RecordedRun.open(recorder.run_dir, lambda config: truth_beside(config.images, recorder.run_dir))
+    assert run.true_answer("a.png", "How many?") is None
 
 
 def test_malformed_text_is_found_too(tmp_path: Path):
@@ -399,7 +467,7 @@ def test_malformed_text_is_found_too(tmp_path: Path):
     record["trajectories"][2]["text"] = "A Zebra that never closes"
     recorder.episode(record)
     recorder.episode(unreadable(text="a giraffe, unasked"))
-    run = Run(recorder.run_dir)
+    run = RecordedRun.open(recorder.run_dir)
     assert [len(select(run, text=text)) for text in ("zebra", "giraffe", "unicorn")] == [1, 1, 0]
 
 
@@ -415,10 +483,10 @@ def test_a_run_deleted_under_the_viewer_leaves_what_was_read(tmp_path: Path):
         assert json.loads(get(port, "/pulse")[2])["state"] == "gone"
 
 
-def test_runs_are_listed_with_state_and_result(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_runs_are_listed_with_state_and_result(played: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from ireasoner.app.cli import main
 
-    shutil.copytree(trained, tmp_path / "group" / "real")
+    shutil.copytree(played, tmp_path / "group" / "real")
     with_metrics(new_run(tmp_path / "\x1b[31mcut"), 2)
     new_run(tmp_path / "fresh")
     (tmp_path / "other").mkdir()
@@ -442,18 +510,18 @@ def test_runs_are_listed_with_state_and_result(trained: Path, tmp_path: Path, ca
         overview(tmp_path / "nowhere")
 
 
-def test_viewing_imports_no_torch(trained: Path):
+def test_viewing_imports_no_torch(played: Path):
     code = f"""
 import sys
 from pathlib import Path
 from ireasoner.page.page import Page, write_report
 from ireasoner.page.server import Viewer
 from ireasoner.page.overview import overview
-from ireasoner.page.run import LARGEST_PICTURE, TAILS, Run
-run = Run(Path({str(trained)!r}))
+from ireasoner.page.run import RecordedRun
+run = RecordedRun.open(Path({str(played)!r}))
 Page(run).render("page.html")
 Viewer(run).app()
-overview(Path({str(trained)!r}))
+overview(Path({str(played)!r}))
 print(sorted(set(sys.modules) & {{"torch", "transformers", "peft", "accelerate", "safetensors"}}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
@@ -537,7 +605,7 @@ def test_a_real_run_in_a_browser(viewed: tuple[str, int], browser: Browser):
 def test_steps_are_coloured_and_reward_terms_add_up_in_a_browser(viewed: tuple[str, int], browser: Browser):
     with tab(browser) as page:
         page.goto(f"{viewed[0]}?show=disagreement")
-        page.locator("article summary").nth(1).click()
+        page.locator("article > details > summary").nth(1).click()
         opened = page.locator("article").nth(1)
         assert opened.locator(".trajectory").count() == 5
         assert opened.locator(".group.majority").count() == 1
@@ -553,14 +621,18 @@ def test_steps_are_coloured_and_reward_terms_add_up_in_a_browser(viewed: tuple[s
             assert (number is None) == (name == "none")
             assert number is None or round(10 * float(number[1])) == int(name[1:])
         assert page.get_by_text("does not add up").count() == 0
-        sums = [row.inner_text() for row in opened.locator("tr[data-name=reward]").all()]
-        assert len(sums) == 5
-        for text in sums:  # by hand, as a reader would
-            total, a, outcome, b, agreement = map(float, re.findall(r"\d+\.?\d*", text))
+        trajectories = opened.locator(".trajectory").all()
+        for trajectory in trajectories:  # by hand, as a reader would
+            reward = trajectory.locator("tr[data-name=reward]").inner_text()
+            total, a, outcome, b, agreement = map(float, re.findall(r"\d+\.?\d*", reward))
             assert total == pytest.approx(a * outcome + b * agreement, abs=2e-4)
-        for text in [row.inner_text() for row in opened.locator("tr[data-name='step agreement']").all()]:
-            value, *terms = map(float, re.findall(r"\d+\.\d+", text))
-            assert value == pytest.approx(sum(terms) / len(terms) if terms else 0.0, abs=2e-4)
+            text = trajectory.locator("tr[data-name=outcome]").inner_text()
+            value, share, length, new = map(float, re.findall(r"\d\.\d{4}", text))
+            assert (value, outcome) == (pytest.approx(share * length * new, abs=2e-4), value)
+            assert float(trajectory.locator("tr[data-name='step agreement'] td").nth(0).inner_text()) == agreement
+            titles = [li.get_attribute("title") or "" for li in trajectory.locator("li").all()]
+            counts = [float(found[1]) for title in titles if (found := re.search(r"counts (\d\.\d+)", title))]
+            assert agreement == pytest.approx(sum(counts) / len(counts) if counts else 0.0, abs=2e-4)
         assert opened.locator(".heat td").count() > 0
 
 
@@ -570,13 +642,13 @@ def test_what_a_model_wrote_stays_text_in_a_browser(tmp_path: Path, browser: Bro
     for text in HOSTILE:
         recorder.episode(episode(text, question=text))
         recorder.episode(unreadable(text=text))
-        recorder.probe({"step": 0, "image": text, "question": text, "answer": text, "reasoning_steps": [text]})
+        recorder.probe(probe(0, text, text, question=text, reasoning_steps=[text]))
         recorder.skip(1, text, text)
     with viewing(recorder.run_dir) as (address, _), tab(browser) as page:
         page.goto(address)
         page.get_by_label("with").fill("<script>")
         until(page, f"{IDLE} && document.querySelectorAll('article').length < 12")
-        for summary in page.locator("article summary").all():
+        for summary in page.locator("article > details > summary").all():
             summary.click()
         assert "<script>window.pwned = 1</script>" in page.locator("#episodes").inner_text()
         assert page.locator("#episodes script, #episodes iframe, #episodes img").count() == 0
@@ -587,9 +659,9 @@ def test_what_a_model_wrote_stays_text_in_a_browser(tmp_path: Path, browser: Bro
 
 
 @needs_browser
-def test_the_report_filters_and_searches_without_a_server(trained: Path, tmp_path: Path, browser: Browser):
+def test_the_report_filters_and_searches_without_a_server(played: Path, tmp_path: Path, browser: Browser):
     with tab(browser) as page:
-        page.goto(write_report(trained, tmp_path / "page.html").as_uri())
+        page.goto(write_report(played, tmp_path / "page.html").as_uri())
         until(page, LOADED)
         shown = page.locator("article:not([hidden])")
         assert shown.count() == 16
@@ -603,15 +675,15 @@ def test_the_report_filters_and_searches_without_a_server(trained: Path, tmp_pat
 
 
 @needs_browser
-def test_curves_are_read_out_at_a_step(trained: Path, viewed: tuple[str, int], browser: Browser):
+def test_curves_are_read_out_at_a_step(played: Path, viewed: tuple[str, int], browser: Browser):
     with tab(browser) as page:
         page.goto(viewed[0])
         panel = page.locator(".panel").nth(3)
         assert " → " in panel.locator("output").inner_text()
         page.get_by_label("Read the curves at step").focus()
         page.keyboard.press("Home")  # a range is moved by keys
-        metrics = Run(trained).metrics[0]
-        assert float(panel.locator("output").inner_text()) == pytest.approx(metrics["answers/entropy"], rel=0.01)
+        metrics = RecordedRun.open(played).metrics[0]
+        assert float(panel.locator("output").inner_text()) == pytest.approx(metrics["answers/answer_entropy"], rel=0.01)
         assert page.locator("#at-value").inner_text() == "1"
         page.get_by_role("link", name="Episodes of this step").click()
         until(page, "document.querySelectorAll('article').length === 4")
@@ -625,7 +697,7 @@ def test_the_page_is_reached_by_keys_alone(viewed: tuple[str, int], browser: Bro
         page.get_by_label("Show").focus()
         page.keyboard.press("ArrowDown")
         until(page, "location.search.includes('show=disagreement')")
-        summary = page.locator("article summary").nth(1)
+        summary = page.locator("article > details > summary").nth(1)
         summary.focus()
         page.keyboard.press("Enter")
         assert page.locator("article").nth(1).locator(".trajectory").first.is_visible()
@@ -682,7 +754,7 @@ def test_the_page_follows_a_run(tmp_path: Path, browser: Browser):
         page.locator(".panel").nth(3).hover(position={"x": 20, "y": 5})  # where one looks
         page.clock.run_for(3100)
         page.wait_for_timeout(500)  # it has looked once
-        recorder.metrics(3, METRICS | {"answers/entropy": 0.123})
+        recorder.metrics(3, METRICS | {"answers/answer_entropy": 0.123})
         recorder.episode(episode(question="The second.", step=3))
         until(page, "!document.querySelector('#fresh').hidden", tick=1000)
         page.get_by_role("link", name="New episodes: show").click()
@@ -705,7 +777,7 @@ def test_a_long_run_opens_at_once_and_in_pages(tmp_path: Path, browser: Browser)
     Image.new("RGB", (64, 64), "red").save(recorder.run_dir / "images" / "00000000.png")
     lines = [json.dumps(episode(f"text {step}", step=step, thumbnail="images/00000000.png")) for step in range(1, 2501)]
     (recorder.run_dir / "episodes.jsonl").write_text("\n".join(lines) + "\n")
-    rows = [json.dumps(METRICS | {"step": step, "answers/entropy": 1 / step}) for step in range(1, 2501)]
+    rows = [json.dumps(METRICS | {"step": step, "answers/answer_entropy": 1 / step}) for step in range(1, 2501)]
     (recorder.run_dir / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     with viewing(recorder.run_dir) as (address, port), tab(browser) as page:
         page.goto(address)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pytest
 
-from ireasoner.method.types import Completion, Episode, Question, Trajectory
+from ireasoner.method.types import Episode, Question, Trajectory
 from ireasoner.training.watch import RULES, Alarm, Signals, Watch, repeated_share
 
 WINDOW = 10
@@ -194,62 +194,51 @@ def test_bounds_are_ordered():
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
-def trajectory(*steps: str, problem: str | None = None) -> Trajectory:
-    return Trajectory(steps, None if problem else "4", 1, problem)
-
-
-def completion(text: str, *logprobs: float) -> Completion:
-    return Completion(text, tuple(range(len(logprobs))), logprobs, "stop")
+def trajectory(
+    text: str, *steps: str, tokens: int = 1, surprise: float = 1.0, problem: str | None = None
+) -> Trajectory:
+    """`surprise` is the mean of −log p over the tokens."""
+    answer = None if problem else "4"
+    return Trajectory(
+        text=text, finish_reason="stop", num_tokens=tokens, mean_sampler_logprob=-surprise, reasoning_steps=steps,
+        answer=answer, words_before_answer=1, problem=problem, answer_key=answer, in_majority=not problem, reward=0.0,
+        parts={}, step_scores=(),
+    )  # fmt: skip
 
 
 def episode(
     image: str,
     question: str,
     trajectories: Sequence[Trajectory],
-    completions: Sequence[Completion],
     majority_fraction: float = 0.5,
     answer_entropy: float = 1.0,
 ) -> Episode:
-    count = len(trajectories)
-    keys = tuple(t.answer for t in trajectories)
     return Episode(
-        step=1,
-        image=image,
-        question=Question(question, "", None if question else "none"),
-        question_completion=None,
-        proposer_reward=0.0,
-        trajectories=tuple(trajectories),
-        completions=tuple(completions),
-        answer_keys=keys,
-        majority_answer="4",
-        majority_fraction=majority_fraction,
-        answer_entropy=answer_entropy,
-        rewards=(0.0,) * count,
-        reward_parts={},
-        step_weight=0.5,
-        step_scores=((),) * count,
-        true_answer=None,
-    )
+        step=1, image=image, question=Question(question, "", None if question else "none"), proposal=None,
+        proposer_reward=0.0, prompt="", trajectories=tuple(trajectories), majority_answer="4",
+        majority_fraction=majority_fraction, answer_entropy=answer_entropy, step_weight=0.5, true_answer=None,
+    )  # fmt: skip
 
 
 def test_signals_are_what_they_say():
     first = episode(
         "a.png",
         "How many?",
-        [trajectory("Look.", "It is 4!"), trajectory("look", problem="cut off")],
-        [completion("a b c d", -1.0, -2.0, -0.5), completion("a b c d a b c d", -0.5)],
+        [
+            trajectory("a b c d", "Look.", "It is 4!", tokens=3, surprise=3.5 / 3),
+            trajectory("a b c d a b c d", "look", surprise=0.5, problem="cut off"),
+        ],
         majority_fraction=0.5,
         answer_entropy=0.25,
     )
     second = episode(
         "b.png",
         "Which?",
-        [trajectory("Look.", "It is red."), trajectory("LOOK", "it is 5")],
-        [completion("x", -1.0), completion("y", -1.0)],
+        [trajectory("x", "Look.", "It is red."), trajectory("y", "LOOK", "it is 5")],
         majority_fraction=1.0,
         answer_entropy=0.0,
     )
-    unreadable = episode("c.png", "", [], [])
+    unreadable = episode("c.png", "", [])
     found = Signals(2).measure([first, second, unreadable])
     assert found == pytest.approx(
         {
@@ -267,20 +256,20 @@ def test_signals_are_what_they_say():
 
 def test_steps_recur_only_across_other_images_with_other_questions():
     signals = Signals(2)
-    say = [trajectory("The bar is 4.")], [completion("x", -1.0)]
-    signals.remember("a.png", "How tall?", ["the bar is 4"])
-    assert signals.measure([episode("b.png", "How tall?", *say)])["recurrence"] == 0  # the same question
-    signals.remember("a.png", "Which?", ["the bar is 4"])
-    assert signals.measure([episode("a.png", "How tall?", *say)])["recurrence"] == 0  # the same image
-    signals.remember("a.png", "Which?", ["the bar is 4"])
-    assert signals.measure([episode("b.png", "How tall?", *say)])["recurrence"] == 1
+    say, said = [trajectory("x", "The bar is 4.")], [trajectory("y", "the bar is 4")]
+    signals.remember(episode("a.png", "How tall?", said))
+    assert signals.measure([episode("b.png", "How tall?", say)])["recurrence"] == 0  # the same question
+    signals.remember(episode("a.png", "Which?", said))
+    assert signals.measure([episode("a.png", "How tall?", say)])["recurrence"] == 0  # the same image
+    signals.remember(episode("a.png", "Which?", said))
+    assert signals.measure([episode("b.png", "How tall?", say)])["recurrence"] == 1
 
 
 def test_questions_are_counted_among_the_last_groups_once_there_are_enough():
     signals = Signals(3)
 
     def ask(text: str) -> Episode:
-        return episode("a.png", text, [trajectory("s")], [completion("x", -1.0)])
+        return episode("a.png", text, [trajectory("x", "s")])
 
     assert "distinct_questions" not in signals.measure([ask("A?"), ask("B?")])
     assert signals.measure([ask("B?")])["distinct_questions"] == pytest.approx(2 / 3)
@@ -288,7 +277,7 @@ def test_questions_are_counted_among_the_last_groups_once_there_are_enough():
 
 
 def test_a_step_without_a_readable_question_says_only_that():
-    assert Signals(1).measure([episode("a.png", "", [], [])]) == {"readable": 0.0}
+    assert Signals(1).measure([episode("a.png", "", [])]) == {"readable": 0.0}
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""What a reasoning step claims, how far two steps claim the same, and how far a group of trajectories agrees.
+"""What a reasoning step claims, how similar two claims are, and how far the trajectories of a group agree.
 
 The published step agreement (arXiv 2601.05877) compares steps by the cosine of mean token embeddings, which cannot see
-numbers. Here two steps agree as far as their words and numbers overlap, and next to not at all where they conflict:
-another number, colour or place, one of them negated or the opposite, or the two sides of a relation exchanged. No
-model: tables of words, and rules that can be read. They know English; of other languages, words and numbers alone.
+numbers. Here, the similarity of two steps is the overlap of their words and numbers, and next to nothing if they
+contradict each other: by another number, colour or place, by a negation or an opposite, or by exchanging the sides of
+a relation. This takes no model, only the word lists in words.toml and rules. Both are for English; in other languages,
+words and numbers are compared without them.
 """
 
 from __future__ import annotations
@@ -19,83 +20,24 @@ from itertools import groupby, islice
 import numpy as np
 from numpy.typing import NDArray
 
-from ireasoner.method.answers import _SCALES, _UNITS, _WORD, _cardinal, _plain_characters, _without_latex
+from ireasoner.method.answers import NUMBER_WORD, SCALES, UNITS, WORDS, cardinal, plain_characters, without_latex
 
-MAX_CHARACTERS, MAX_TOKENS = 400, 96  # the rest of a longer step is not read, so that any text takes bounded time
-# What is left of the overlap where two steps conflict; where they are built differently as well, so that the conflict
-# may be a misreading; and where they differ in a single word, which may be a synonym or another thing.
-CONFLICT, DOUBTFUL_CONFLICT, REPLACED_WORD = 0.1, 0.25, 0.5
+MAX_CHARACTERS, MAX_TOKENS = 400, 96  # a longer step is read up to there, to bound the time
+CONFLICT = 0.1  # what remains of the overlap of two steps that contradict each other
+DOUBTFUL_CONFLICT = 0.25  # if they are also built differently, so that the contradiction may be a misreading
+REPLACED_WORD = 0.5  # if they differ in a single word, which may be a synonym or another thing
 
 # --- vocabulary ------------------------------------------------------------------------------------------------------
 
-_NEGATIONS = "not no never none nothing nowhere neither nor without lack cannot"
-_LIGHT = """
-a an the this that these those such it its is are was were be been being am has have had having do does did doing will
-would shall should can could may might must i we you they them their there here he she him his her us our my your one
-of to in on at for from with as into onto than by if then so thus hence therefore also just only exactly about very too
-and or but because since while although though even when where which who whom whose what how me many much some any all
-both every each other another else own out single picture image photo photograph chart figure graph diagram drawing
-shown show see seen look read find found locate reach take make made give get got come came go become value number
-amount equal equals appear seem count stand lie sit mean say tell note notice finally next step answer accord closely
-roughly approximately around nearly almost ≈ ~ let maybe perhaps probably possibly likely guess think believe suppose
-result solution conclude conclusion final
-"""  # these claim nothing
-# One meaning to a group: its first word stands for the others.
-_SYNONYMS = """
-bar column; circle disc disk; middle center centre; gray grey; purple violet; stage phase; label tag; man guy gentleman;
-person people human somebody someone; woman lady; kid child; part piece portion section segment slice; kind type sort;
-beside adjacent near nearby; item product object thing; symbol icon sign; shop store; student pupil; road street;
-car automobile vehicle; plus add sum total altogether overall combine; wear dress; choose chose pick select; cost price;
-represent correspond; river stream; bike bicycle; door entrance;
-income revenue earnings takings; dollar $; degree °; cent ¢
-"""
-# Phrases and signs that act as a word.
-_PHRASES = """
-infront: in front of, ahead of; above: on top of; beside: next to, close to; precede: followed by; follow: preceded by;
-atleast: at least, greater than or equal to, more than or equal to; atmost: at most, less than or equal to;
-subtracted: subtracted from, taken from, taken away from; divide: divided by; multiply: multiplied by; not: fails to;
-plus: add up, adds up, adding up; than: compared to, compared with, relative to; perpendicular: right angle;
-rise: go up, goes up, went up; fall: go down, goes down, went down
-"""
+# IGNORECASE matches "ı" and "İ" with "i", but lower() keeps them, so that a word that was matched would be in no table.
 _SIGNS = str.maketrans(
     {">": " more than ", "<": " less than ", "≥": " atleast ", "≤": " atmost ", "≠": " not ", "⊥": " perpendicular "}
-    | {"+": " plus ", "÷": " divide ", "∠": " angle ", "Ω": " ohm ", "ı": "i", "İ": "I"}  # re takes ı for a kind of i
+    | {"+": " plus ", "÷": " divide ", "∠": " angle ", "Ω": " ohm ", "ı": "i", "İ": "I"}
 )
-# Opposites: one pole | the other; the first word names the axis. Directed ones relate what stands on their two sides.
-_DIRECTED = """
-more greater larger bigger higher taller longer above over exceed surpass outnumber beat atleast
-| less fewer smaller lower shorter below under beneath underneath atmost;
-leftof | rightof; infront | behind; inside within | outside contain; closer nearer | farther further; times | halved;
-before earlier precede sooner prior | after later follow; older | younger newer; faster quicker | slower; divide | ;
-heavier | lighter; warmer hotter | colder cooler; wider broader thicker | narrower thinner; brighter | darker;
-stronger better | weaker worse; minus subtract | subtracted
-"""
-_POLAR = """
-most highest largest biggest tallest longest maximum greatest peak majority
-| least lowest smallest shortest fewest minimum minority;
-rise rose risen increase grow grew climb gain | fall fell fallen decrease decline drop shrink; win | lose; buy | sell;
-open | closed shut closing; activated | off; top upper | bottom; left | right; inner | outer; front | back; wet | dry;
-same identical alike | different unequal differ; true correct | false incorrect wrong untrue; full | empty;
-large big tall high long | small short low little; positive | negative; horizontal | vertical; import | export;
-parallel | perpendicular series; clockwise | anticlockwise counterclockwise; present visible | absent missing hidden;
-light bright | dark; old | young new; hot warm | cold cool; fast quick | slow; solid filled | dashed dotted hollow;
-convex | concave; indoors | outdoors; male | female; begin start | end finish
-"""
-# One thing is not two of a group.
-_EXCLUSIVE = """
-red blue green yellow orange purple pink brown black white gray cyan magenta teal gold silver beige; top left middle;
-circle square triangle rectangle pentagon hexagon cross star diamond oval; north south east west;
-monday tuesday wednesday thursday friday saturday sunday; plus minus multiply divide;
-january february march april inmay june july august september october november december
-"""
-
-
-def _groups(table: str) -> list[list[str]]:
-    return [group.split() for group in table.split(";")]
 
 
 def _stem(word: str) -> str:
-    """A light stem: without plural, -ed, -ing and final e, doubled consonants single, six letters at most."""
+    """The first six letters of a word without plural, -ed, -ing, final e and doubled consonant at the end."""
     if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
         word = word[:-3] + "y" if word.endswith("ies") else word[:-1]
     ending = next((e for e in ("ing", "ed") if word.endswith(e) and len(word) >= len(e) + 3), "")
@@ -105,26 +47,33 @@ def _stem(word: str) -> str:
     return (word[:-1] if len(word) > 3 and word.endswith("e") else word)[:6]
 
 
+_SYNONYMS, _POLAR, _DIRECTED, _EXCLUSIVE = (
+    [group.split() for group in WORDS[table]] for table in ("synonyms", "polar", "directed", "exclusive")
+)
+
+
 def _meanings() -> dict[str, tuple[str, int]]:
-    """Word, or stem → (name of its meaning, pole); the pole is 1, -1 for the opposite, or 0 for a light word."""
-    words = {word: (word, 0) for word in _LIGHT.split()} | dict.fromkeys(_NEGATIONS.split(), ("not", 0))
-    words |= {word: (word, 1) for group in _groups(_EXCLUSIVE) for word in group}
-    words |= {word: (group[0], 1) for group in _groups(_SYNONYMS) for word in group}
-    for axis in _groups(_DIRECTED) + _groups(_POLAR):
+    """From a word or stem to the name of its meaning and its pole: 1, -1 for the opposite, or 0 for a light word."""
+    words = {word: (word, 0) for word in WORDS["light"].split()}  # in the order of words.toml: the last one counts
+    words |= dict.fromkeys(WORDS["negations"].split(), ("not", 0))
+    words |= {word: (word, 1) for group in _EXCLUSIVE for word in group}
+    words |= {word: (group[0], 1) for group in _SYNONYMS for word in group}
+    for axis in _DIRECTED + _POLAR:
         words |= {word: (axis[0], 1 if i < axis.index("|") else -1) for i, word in enumerate(axis) if word != "|"}
+    # A word has precedence over a stem, and among words with the same stem the first one gives the stem its meaning.
     return {_stem(word): meaning for word, meaning in reversed(words.items())} | words
 
 
 _MEANINGS = _meanings()
-_DIRECTED_NAMES = {axis[0] for axis in _groups(_DIRECTED)} | {"from"}
-_PHRASE = {p: word for word, *phrases in (re.split(": |, ", g.strip()) for g in _PHRASES.split(";")) for p in phrases}
-_AXES = _DIRECTED_NAMES | {axis[0] for axis in _groups(_POLAR)}
-_KIND = {word: kind for kind, words in enumerate(_groups(_EXCLUSIVE)) for word in words}
+_DIRECTED_NAMES = {axis[0] for axis in _DIRECTED} | {"from"}
+_AXES = _DIRECTED_NAMES | {axis[0] for axis in _POLAR}
+_PHRASES = {phrase: word for word, phrases in WORDS["phrases"].items() for phrase in phrases}
+_KIND = {word: kind for kind, words in enumerate(_EXCLUSIVE) for word in words}
 _PREPOSITIONS = frozenset(["of", "to", "in", "on", "at", "for", "from", "with", "as", "into", "onto", "by"])
 _BREAKS = frozenset([*",;:.?!", "so", "but", "and", "because", "since", "while", "although", "though", "which", "who"])
 _OPENERS = frozenset(["is", "are", "was", "were", "there", "we", "has", "have", "from", ","])  # end a fronted phrase
 
-# --- reading a step: characters, then numbers and phrases rewritten as one word, then tokens -------------------------
+# --- reading a step --------------------------------------------------------------------------------------------------
 
 _ENUMERATOR = re.compile(r"\A[\s>•(-]*(?:step ?\d{1,3} ?[.:)-]|(?:\d{1,2}|[a-z])[.)](?=\s))\s*", re.IGNORECASE)
 _DIGITS = r"\d+(?:,\d{3})*(?:\.\d+)?"
@@ -137,34 +86,39 @@ _FACTOR = {"pair": 2, "couple": 2, "dozen": 12, "twice": 2, "double": 2, "thrice
 
 
 def _spelled(match: re.Match[str]) -> str:
+    """The digits of a number in words; words that are not one number, as in "one two", become a number each."""
     words = re.split("[ -]", match[0].lower())
-    whole = _cardinal(words)
-    return str(whole) if whole is not None else " ".join(w if w == "and" else str(_cardinal([w])) for w in words)
+    whole = cardinal(words)
+    return str(whole) if whole is not None else " ".join(w if w == "and" else str(cardinal([w])) for w in words)
 
 
 def _clock(match: re.Match[str]) -> str:
+    """The time of day, such as 10:15 for "quarter past 10"."""
     part, past = match[1].lower(), match[2].lower() == "past"
     if part.isdigit() and not past and "clock" not in match.string.lower():
-        return match[0]  # "twenty to ten" may be a range
+        return match[0]  # "20 to 10" may be a range
     minutes = {"half": 30, "quarter": 15}.get(part) or int(part)
     minutes = 60 * int(match[3]) + (minutes if past else -minutes)
     return f"{(minutes // 60 - 1) % 12 + 1}:{minutes % 60:02}"
 
 
-# How an answer is announced: "Therefore, the correct option is".
+# The announcement of an answer, such as "Therefore, the correct option is".
 _ANNOUNCEMENT = re.compile(
     r"\A\W*(?:(?:so|thus|hence|therefore|then|finally|and)\b\W*)*(?:(?:the|my|our) )?(?:(?:correct|final|right|best) )*"
     r"(?:answer|option|choice|result|solution|conclusion)\b(?: (?:is|would be|must be|should be)\b| ?[:=])+\W*",
     re.IGNORECASE,
 )
 
+# Rewrites to one spelling for each meaning, in the order in which they are applied: "no one" before the number words,
+# which become digits before anything that looks for digits; times ("half past 2") and "half a dozen" before fractions,
+# and fractions ("two thirds") before ordinals ("the third bar").
 _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
-    (r"\bno (?:other|second|further|such|matter|doubt)\b|\bnot (?:only|just)\b", " "),  # these deny something else
+    (r"\bno (?:other|second|further|such|matter|doubt)\b|\bnot (?:only|just)\b", " "),  # they do not negate the claim
     (r"\bmost (?:likely|probably)\b|\b(?:definitely|certainly|clearly|obviously)\b", " "),
     (r"\bnobody\b|\bno one\b", "no person"),
     (r"\bhalf a dozen\b", "6"),
-    (rf"({_DIGITS}) ({'|'.join(_SCALES)})\b", lambda m: str(Fraction(m[1].replace(",", "")) * _SCALES[m[2].lower()])),
-    (rf"\b{_WORD}(?:(?: and)?[ -]{_WORD})*", _spelled),
+    (rf"({_DIGITS}) ({'|'.join(SCALES)})\b", lambda m: str(Fraction(m[1].replace(",", "")) * SCALES[m[2].lower()])),
+    (rf"\b{NUMBER_WORD}(?:(?: and)?[ -]{NUMBER_WORD})*", _spelled),
     (r"\b(?:an? )?(half|quarter|\d\d?) (past|to) (\d\d?)\b", _clock),
     (r"\b(\d+) dollars? and (\d\d) cents?\b", r"$\1.\2"),
     (rf"([$€£]) ?({_DIGITS})", r"\2 \1"),
@@ -185,31 +139,32 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?:\b(?:to|on|at) the )?(?:\bf[au]rther )?\b(left|right)(?:[- ]hand)?(?: side)? (?:of|than)\b", r" \1of "),
     (r"\blower(?=[- ](?:left|right|half|part|row|edge|corner|end|cent))", "bottom"),
     (r"\bright (?=after|before|next|above|below|away|now)|\bf[au]rther (?=above|below)|-hand\b|'s\b", " "),
-    (r"\b(?:square|cubic) (?=\w*met|[ckm]?m\b|inch|feet)|(?<=m)\^[23]\b", ""),  # the unit will do
+    (r"\b(?:square|cubic) (?=\w*met|[ckm]?m\b|inch|feet)|(?<=m)\^[23]\b", ""),  # "5 m²" is read as "5 m"
     (r"(?<=\bin |\bof |\bby |\bto )may\b|(?<=\bfrom )may\b", "inmay"),
     (r"\b(?:switched|turned) on\b|\bon(?= ?[.,;]| ?$)", "activated"),
     (r"n't\b|(?<=can)not\b|\bno longer(?! than)", " not "),
     (r"(?<=\d) ?[×·x] ?(?=\d)", " multiply "),
-    (rf"\b(?:{'|'.join(_PHRASE)})\b", lambda m: _PHRASE[m[0].lower()]),
+    (rf"\b(?:{'|'.join(_PHRASES)})\b", lambda m: _PHRASES[m[0].lower()]),
 ]
 _COMPILED = [(re.compile(pattern, re.IGNORECASE), new) for pattern, new in _REWRITES]
 
 
 def _tokens(step: str) -> list[str]:
-    text = _plain_characters(step.strip()[:MAX_CHARACTERS])[:MAX_CHARACTERS]
-    text = re.sub(r"(?<=\d) ?\* ?(?=\d)", "×", _without_latex(text).replace("\\Omega", "Ω")).translate(_SIGNS)
+    """The words, numbers and signs of a step in lower case, except for names of one capital letter ("angle A")."""
+    text = plain_characters(step.strip()[:MAX_CHARACTERS])[:MAX_CHARACTERS]
+    text = re.sub(r"(?<=\d) ?\* ?(?=\d)", "×", without_latex(text).replace("\\Omega", "Ω")).translate(_SIGNS)
     text = _ENUMERATOR.sub("", " ".join(re.sub(r"[*_`#]", "", text).split()))
     for pattern, new in _COMPILED:
         text = pattern.sub(new, text)
     tokens = _TOKEN.findall(text)[:MAX_TOKENS]
-    # A single capital is a name ("angle A"), but for the pronoun and for the article that opens a step.
+    # A step may begin with the article "A", which no light word follows: "A bar is red", but "A is red".
     article = len(tokens) > 1 and tokens[0] == "A" and _MEANINGS.get(tokens[1].lower(), ("", 1))[1]
     names = [len(t) == 1 and t.isupper() and t != "I" and not (i == 0 and article) for i, t in enumerate(tokens)]
     return [t if name else t.lower() for t, name in zip(tokens, names, strict=True)]
 
 
 def _items(step: str) -> list[tuple[str, int]]:
-    """The tokens of a step as (name, pole); a pole of 0 claims nothing, but may end a phrase or negate."""
+    """The tokens of a step as (name, pole), where a pole of 0 claims nothing but may negate or end a phrase."""
     tokens = ["", *_tokens(step), ""]
     items: list[tuple[str, int]] = []
     for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
@@ -229,14 +184,14 @@ def _items(step: str) -> list[tuple[str, int]]:
             if value.numerator == 1 < value.denominator:  # "A is half of B" relates as "B is twice A" does
                 items.append(("times", -1))
         else:
-            word = _UNITS.get(token, token) if _NUMBER.match(before) and token not in ("in", "per") else token
+            word = UNITS.get(token, token) if _NUMBER.match(before) and token not in ("in", "per") else token
             items.append(_MEANINGS.get(word) or _MEANINGS.get(_stem(word)) or (_stem(word), int(word.isalpha())))
     return items
 
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """A directed relation: the name of its axis, its pole (1 or -1), and the terms on one of its sides alone."""
+    """A directed relation: its axis, its pole on it (1 or -1), and the terms that only one of its sides has."""
 
     axis: str
     pole: int
@@ -246,13 +201,14 @@ class Relation:
 
 @dataclass(frozen=True)
 class Claim:
-    """The content of a step. Steps that differ only in dressing have equal claims.
+    """The content of a step; equal for steps that differ only in wording that claims nothing.
 
-    terms: names of meanings, and numbers as exact fractions, in order; each with a pole: 1, or -1 where it is negated
-        or the opposite is said. Empty for an empty step only.
-    relations: the directed relations among them.
-    frame: the prepositions, sorted; equal where two steps are built alike.
-    light: whether no word of it claims anything; the terms are these words then.
+    Attributes:
+        terms: (name, pole) of each word that claims something, in order. The name is its meaning, or a number as a
+            fraction. The pole is 1, or -1 if the word is negated or an opposite. Only an empty step has no terms.
+        relations: the directed relations among the terms.
+        frame: the prepositions, sorted; steps that are built alike have the same.
+        light: True if no word of the step claims anything; then the terms are all of its words.
     """
 
     terms: tuple[tuple[str, int], ...]
@@ -262,7 +218,7 @@ class Claim:
 
     @cached_property
     def poles(self) -> dict[str, set[int]]:
-        """Each term's name → the poles it occurs with; an "=" among others only shows their order."""
+        """From the name of each term to the poles it occurs with. "=" is left out unless it is the only term."""
         names = {name for name, _ in self.terms}
         return {name: {pole for other, pole in self.terms if other == name} for name in names - {"="} or names}
 
@@ -272,7 +228,7 @@ class Claim:
 
     @cached_property
     def order(self) -> list[tuple[str, int]]:
-        """The terms in order, but sorted where order means nothing: in "7 + 3", in "red, blue"."""
+        """The terms in order, except that neighbours of one kind, as in "7 + 3" or "red, blue", are sorted."""
         terms = [term for term in dict.fromkeys(self.terms) if term[0] not in ("plus", "multiply")]
         runs = groupby(terms, key=lambda term: "number" if term[0] in self.numbers else _KIND.get(term[0], term))
         return [term for _, run in runs for term in sorted(run)]
@@ -280,34 +236,40 @@ class Claim:
 
 @lru_cache(maxsize=1 << 16)
 def claim(step: str) -> Claim:
-    """The content of a step, read from its first 400 characters: any text has one, in bounded time."""
-    items = _items(step)
-    for i, (name, _) in enumerate(items):
-        if name == "not":  # denies the first opposite in its phrase, else the first word: "not (to be) the tallest"
-            end = next((j for j in range(i + 1, len(items)) if items[j][0] in _BREAKS), len(items))
-            scope = [j for j in range(i + 1, end) if items[j][1]]
-            for j in ([j for j in scope if items[j][0] in _AXES] or scope)[:1]:
-                items[j] = (items[j][0], -items[j][1])
+    """The content of a step, of which the first 400 characters are read. Any text has one; takes bounded time."""
+    items = _negated(_items(step))
     terms = tuple((name, pole) for name, pole in items if pole and name != "times")
     light = not terms
-    if light:  # light words alone, or signs
+    if light:
         words = [name for name, _ in items if name.isalpha()]
-        terms = tuple((word, 1) for word in words or _plain_characters(step.strip()[:MAX_CHARACTERS]).split())
+        terms = tuple((word, 1) for word in words or plain_characters(step.strip()[:MAX_CHARACTERS]).split())
     relations = tuple(_relation(items, i) for i, (name, _) in enumerate(items) if name in _DIRECTED_NAMES)
     return Claim(terms, relations, tuple(sorted(name for name, _ in items if name in _PREPOSITIONS)), light)
 
 
+def _negated(items: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """`items`, where each "not" turns a pole in its phrase: that of the first opposite, else that of the first word."""
+    items = list(items)
+    for i, (name, _) in enumerate(items):
+        if name == "not":  # in "not (to be) the tallest" it turns "tallest"
+            end = next((j for j in range(i + 1, len(items)) if items[j][0] in _BREAKS), len(items))
+            scope = [j for j in range(i + 1, end) if items[j][1]]
+            for j in ([j for j in scope if items[j][0] in _AXES] or scope)[:1]:
+                items[j] = (items[j][0], -items[j][1])
+    return items
+
+
 def _relation(items: list[tuple[str, int]], i: int) -> Relation:
-    """The relation at item i: the terms before it against those behind it, or behind the pivot ("than") it has."""
+    """The relation of item i between the terms before and after its pivot: a "than" or the like, or the item itself."""
     names = [name for name, _ in items]
     content = [j for j, (name, pole) in enumerate(items) if pole and name != "times" and j != i]
-    if names[i] == "times":  # "twice as many as", "three times that of"; "doubled" alone relates nothing
-        bare = i if names[max(i - 2, 0)] in _OPENERS else len(items)  # "is twice B"
+    if names[i] == "times":  # "twice as many as", "three times that of", "is twice B"; "doubled" alone relates nothing
+        bare = i if names[max(i - 2, 0)] in _OPENERS else len(items)
         pivot = max((j for j in range(i, len(items)) if names[j] in ("as", "that", "than")), default=bare)
     else:
         pivot = next((j for j in range(i, len(items)) if names[j] == ("to" if names[i] == "from" else "than")), i)
     before, after = [j for j in content if j < pivot], [j for j in content if j > pivot]
-    if names[i] == "from":
+    if names[i] == "from":  # "from 3 to 7"
         before = [j for j in content if i < j < pivot]
     elif names[i] == "minus" and items[i][1] > 0 and before:  # "180 - 70 - 45"
         before, after = [j for j in before if _NUMBER.match(names[j])][-1:], after[:1]
@@ -324,9 +286,9 @@ def _relation(items: list[tuple[str, int]], i: int) -> Relation:
 
 
 def similarity(a: str, b: str) -> float:
-    """How far two steps claim the same, in [0, 1]: symmetric, 1 for the same claim, 0 where either step is empty.
+    """How far two steps claim the same, in [0, 1]: 1 for equal claims, 0 if either step is empty; symmetric.
 
-    The Dice overlap of their terms, times what a conflict leaves of it.
+    It is the Dice overlap of their terms, reduced if they contradict each other or differ in a single word.
     """
     return _similarity(claim(a), claim(b))
 
@@ -345,50 +307,63 @@ def _similarity(a: Claim, b: Claim) -> float:
 
 
 def _conflict(a: Claim, b: Claim) -> bool:
-    """Whether two claims contradict each other, however much of their wording they share."""
-    only_a, only_b = a.poles.keys() - b.poles.keys(), b.poles.keys() - a.poles.keys()
-    # Where all words are the same, small differences are meant: how often a number comes, every negation, the order.
-    same_words = a.frame == b.frame and (only_a | only_b) <= (a.numbers.keys() | b.numbers.keys())
-    same = same_words and not only_a | only_b
+    """Whether two claims contradict each other, however many words they share."""
+    # If all words but numbers are the same, small differences are meant: a repeated number, any negation, the order.
+    different = a.poles.keys() ^ b.poles.keys()
+    same_words = a.frame == b.frame and different <= (a.numbers.keys() | b.numbers.keys())
+    same = same_words and not different
+    shared = (a.poles.keys() & b.poles.keys()) - _DIRECTED_NAMES
+    opposite = any(_opposed(a.poles[name], b.poles[name], same) for name in shared)
+    return opposite or _replaced(a, b, same_words) or _reversed(a, b, same)
 
-    # A number or an attribute replaced: each side has one that the other lacks. One side alone may leave some out.
+
+def _opposed(poles_a: set[int], poles_b: set[int], same: bool) -> bool:
+    """Whether a term is negated in one of two claims, or its opposite is said; `same` if all other terms are shared."""
+    return poles_a != poles_b if same else not poles_a & poles_b
+
+
+def _replaced(a: Claim, b: Claim, same_words: bool) -> bool:
+    """Whether a number or an attribute is replaced: each claim has one that the other lacks.
+
+    If only one claim has more of them than the other, the other may have left something out.
+    """
     numbers_a, numbers_b = a.numbers, b.numbers
     if all(any(relation.axis == "times" for relation in c.relations) for c in (a, b)):  # "half of" and "twice"
-        numbers_a, numbers_b = (
-            Counter(name.removeprefix("1/") for name in n.elements()) for n in (a.numbers, b.numbers)
-        )
-    left_a, left_b = (numbers_a - numbers_b).keys(), (numbers_b - numbers_a).keys()
-    if left_a and left_b if same_words else left_a - numbers_b.keys() and left_b - numbers_a.keys():
+        numbers_a, numbers_b = (Counter(name.removeprefix("1/") for name in c.numbers.elements()) for c in (a, b))
+    left_a, left_b = set(numbers_a - numbers_b), set(numbers_b - numbers_a)
+    if not same_words:  # then it does not matter how often a number occurs
+        left_a, left_b = left_a - set(numbers_b), left_b - set(numbers_a)
+    if left_a and left_b:
         return True
-    if {_KIND[name] for name in only_a & _KIND.keys()} & {_KIND[name] for name in only_b & _KIND.keys()}:
-        return True
+    only_a, only_b = a.poles.keys() - b.poles.keys(), b.poles.keys() - a.poles.keys()
+    kinds_a, kinds_b = ({_KIND[name] for name in only & _KIND.keys()} for only in (only_a, only_b))
+    return bool(kinds_a & kinds_b)
 
-    # A word negated, or its opposite.
-    for name in (a.poles.keys() & b.poles.keys()) - _DIRECTED_NAMES:
-        if a.poles[name] != b.poles[name] if same else not a.poles[name] & b.poles[name]:
-            return True
 
-    # A directed relation reversed, or its two sides exchanged, but not both: "A above B" is "B below A".
-    # Where only one of them says its other side ("A is taller", "B is shorter than A") that cannot be told.
+def _reversed(a: Claim, b: Claim, same: bool) -> bool:
+    """Whether a relation is reversed or its sides are exchanged, but not both: "A above B" means "B below A".
+
+    A relation of which only one claim says the other side, as "A is taller" and "B is shorter than A", is left out:
+    whether its sides are exchanged cannot be told.
+    """
     pairs = [(r, s) for r in a.relations for s in b.relations if r.axis == s.axis]
     pairs = [(r, s) for r, s in pairs if same or bool(r.after) == bool(s.after)]
     turn = -1 if any(r.before & s.after and r.after & s.before for r, s in pairs) else 1
     for axis in {r.axis for r, _ in pairs}:
-        said_a, said_b = ({r.pole for r in c.relations if r.axis == axis} for c in (a, b))
-        said_b = {turn * pole for pole in said_b}
-        if said_a != said_b if same else not said_a & said_b:
+        poles_a, poles_b = ({r.pole for r in c.relations if r.axis == axis} for c in (a, b))
+        if _opposed(poles_a, {turn * pole for pole in poles_b}, same):
             return True
     return same and turn == 1 and _crossed(a.order, b.order)
 
 
 def _crossed(a: Sequence[tuple[str, int]], b: Sequence[tuple[str, int]]) -> bool:
-    """Whether three terms stand in reverse order, as where two of them changed places around the third.
+    """Whether three terms are in reverse order, as when two of them change places around a third.
 
-    Moving a phrase to the front reverses no three: "the circle is at the top left", "at the top left is the circle".
+    Moving a phrase to the front does not do this: "the circle is at the top left", "at the top left is the circle".
     """
     place = {term: i for i, term in enumerate(b)}
     order = [place[term] for term in a if term in place]
-    longest: list[int] = []  # falling run that ends at each position
+    longest: list[int] = []  # length of the longest falling subsequence that ends at each position
     for i, p in enumerate(order):
         longest.append(1 + max((longest[j] for j in range(i) if order[j] > p), default=0))
     return max(longest, default=0) >= 3
@@ -398,9 +373,9 @@ def _crossed(a: Sequence[tuple[str, int]], b: Sequence[tuple[str, int]]) -> bool
 
 
 def beyond_answer(reasoning_steps: Iterable[str], answer: str) -> tuple[str, ...]:
-    """The steps that claim something other than the answer itself.
+    """The steps that claim something beyond the answer. The others are no reasoning.
 
-    "Look closely." claims nothing; "Maybe 7." and "So the answer is 7 cm." only repeat a 7: none of these is reasoning.
+    "Look closely." claims nothing; "Maybe 7." and "So the answer is 7 cm." only repeat the answer 7.
     """
     said = claim(answer)
 
@@ -416,19 +391,20 @@ def beyond_answer(reasoning_steps: Iterable[str], answer: str) -> tuple[str, ...
 
 
 def agreement(group: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
-    """How far each step is supported by the other trajectories of its question.
+    """The support of each step by the other trajectories of its question.
 
-    A step's support is the mean, over the other trajectories that have steps, of its similarity to the step that it is
-    aligned with there, 0 where it is aligned with none. Two trajectories are aligned in order, one step with one step
-    at most, for the greatest total similarity, so that an extra step shifts nothing.
+    It is the mean, over the other trajectories that have steps, of the step's similarity to the one that it is aligned
+    with, or 0 if there is none. Two trajectories are aligned in order, each step with at most one of the other, for the
+    greatest total similarity; so an additional step does not shift the others.
 
     Args:
         group: the reasoning steps of each trajectory of one question; a trajectory may have none.
 
     Returns:
-        One array [reasoning steps] for each trajectory, in [0, 1]; zeros where fewer than two have steps.
+        For each trajectory an array [reasoning steps] in [0, 1]; zeros if fewer than two trajectories have steps.
     """
     claims: dict[Claim, int] = {}
+    # Equal claims, and trajectories of equal claims, are compared once and counted as often as they occur.
     rows = [tuple(claims.setdefault(claim(step), len(claims)) for step in steps) for steps in group]
     copies = Counter(row for row in rows if row)
     totals = {row: np.zeros(len(row)) for row in rows}
@@ -445,7 +421,7 @@ def agreement(group: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
 
 
 def _aligned(block: list[list[float]]) -> tuple[list[float], list[float]]:
-    """What each row and each column of similarities gets from the order-preserving alignment of greatest total."""
+    """The similarity of each row and column in the alignment in order of greatest total; 0 if it is not aligned."""
     m, n = len(block), len(block[0])
     best = [[0.0] * (n + 1) for _ in range(m + 1)]  # greatest total of the first i rows and j columns
     for i, row in enumerate(block):

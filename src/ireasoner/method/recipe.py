@@ -12,76 +12,70 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
-
 REWARDS = ("agreement", "discrete", "random", "format", "oracle")  # the functions of `ireasoner.method.scoring`
 
 
 class Options(BaseModel):
     """A group of options: each field is stated once, with its default, its bounds and a sentence for the help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Recipe(Options):
     """Rewards, advantages and the pull towards the reference. The defaults are the paper's (arXiv 2601.05877)."""
 
-    name: str = Field(default="paper", description="name of a recipe, or a YAML file of recipe options")
-    reward: str = Field(
-        default="agreement",
-        description="what a readable trajectory earns: agreement on answers and reasoning steps (agreement, the "
-        "paper's), 1 for the majority answer (discrete), a random number (random, a control), 1 for being readable "
-        "(format, a control), 1 for the true answer (oracle, a ceiling; needs --labels), or your own function, as "
-        "my_rewards.py:function",
-    )
-    outcome_exponent: NonNegative = Field(
-        default=0.7, description="γ: the outcome reward is the answer's share to this power"
-    )
-    length_penalty: Share = Field(default=0.05, description="η: most that is taken off the outcome reward for length")
-    target_words: Count = Field(default=64, description="w*: words before the answer from which length costs")
-    step_measure: Literal["embedding", "claims"] = Field(
-        default="embedding",
-        description="how reasoning steps are compared: by mean token embeddings within the majority (the paper), or by "
-        "what they claim, aligned in order, with every other trajectory of the group (claims)",
-    )
-    recurrence_window: Annotated[int, Field(ge=0)] = Field(
-        default=0,
-        description="a reasoning step that recurs among so many latest groups of other images earns less, and nothing "
-        "if it is in all of them (0: off)",
-    )
-    density_exponent: NonNegative = Field(
-        default=0.7, description="γd: step agreement is scaled by |G|/N to this power"
-    )
-    position_decay: NonNegative = Field(default=0.15, description="δ: reasoning step j counts exp(−δ j)")
-    max_reasoning_steps: Count = Field(default=8, description="reasoning steps after this one are not compared")
-    max_step_tokens: Count = Field(default=64, description="tokens of a reasoning step that its embedding reads")
-    step_weight_initial: Share = Field(default=0.0, description="λ during the warm-up")
-    step_weight_final: Share = Field(default=0.7, description="λ at the last step")
-    step_weight_warmup: Share = Field(default=0.3, description="share of training before λ begins to move")
-    target_entropy: NonNegative = Field(
-        default=0.90, description="μ: answer entropy, in nats, of the question that earns most"
-    )
-    entropy_width: Positive = Field(default=0.35, description="σ: how fast the proposer's reward falls off around μ")
-    advantage: Literal["ema", "rloo"] = Field(
-        default="ema",
-        description="solver's baseline: a moving average (the paper) or the mean of the group's others (RLOO)",
-    )
-    baseline_momentum: Share = Field(default=0.9, description="momentum of the moving-average baseline")
-    kl_coef: Annotated[float, Field(ge=1e-8, le=1e2)] = Field(
-        default=1e-3, description="β: weight of the KL to the reference, at the first step, for each role"
-    )
-    kl_target: Positive = Field(
-        default=0.02, description="τ: the KL to the reference that β steers for, in nats a token"
-    )
-    kl_rate: NonNegative = Field(
-        default=0.1, description="how fast β moves, by exp(rate · (KL − τ)/τ) after each update (0: β stays as it is)"
-    )
-    gate_low: Share = Field(
-        default=0.0, description="groups whose majority fraction is below this (hopeless) do not update the solver"
-    )
-    gate_high: Share = Field(
-        default=1.0, description="groups whose majority fraction is above this (unanimous) do not update the solver"
-    )
-    train_proposer: bool = Field(default=True, description="whether the proposer is updated at all")
+    name: str = "paper"
+    """Name of a recipe, or a YAML file of recipe options (default)."""
+    reward: str = "agreement"
+    """What a readable trajectory earns: agreement on answers and reasoning steps (agreement, the paper's), 1 for the
+    majority answer (discrete), a random number (random, a control), 1 for being readable (format, a control), 1 for
+    the true answer (oracle, a ceiling; needs --labels), or your own function, as my_rewards.py:function."""
+    outcome_exponent: NonNegative = 0.7
+    """γ: the outcome reward is the answer's share to this power."""
+    length_penalty: Share = 0.05
+    """η: most that is taken off the outcome reward for length."""
+    target_words: Count = 64
+    """w*: words before the answer from which length costs."""
+    step_measure: Literal["embedding", "claims"] = "embedding"
+    """How reasoning steps are compared: by mean token embeddings within the majority (the paper), or by what they
+    claim, aligned in order, with every other trajectory of the group (claims)."""
+    recurrence_window: Annotated[int, Field(ge=0)] = 0
+    """A reasoning step that recurs among so many latest groups of other images earns less, and nothing if it is in
+    all of them (0: off)."""
+    density_exponent: NonNegative = 0.7
+    """γd: step agreement is scaled by |G|/N to this power."""
+    position_decay: NonNegative = 0.15
+    """δ: reasoning step j counts exp(−δ j)."""
+    max_reasoning_steps: Count = 8
+    """Reasoning steps after this one are not compared."""
+    max_step_tokens: Count = 64
+    """Tokens of a reasoning step that its embedding reads."""
+    step_weight_initial: Share = 0.0
+    """λ during the warm-up."""
+    step_weight_final: Share = 0.7
+    """λ at the last step."""
+    step_weight_warmup: Share = 0.3
+    """Share of training before λ begins to move."""
+    target_entropy: NonNegative = 0.90
+    """μ: answer entropy, in nats, of the question that earns most."""
+    entropy_width: Positive = 0.35
+    """σ: how fast the proposer's reward falls off around μ."""
+    advantage: Literal["ema", "rloo"] = "ema"
+    """Solver's baseline: a moving average (the paper) or the mean of the group's others (RLOO)."""
+    baseline_momentum: Share = 0.9
+    """Momentum of the moving-average baseline."""
+    kl_coef: Annotated[float, Field(ge=1e-8, le=1e2)] = 1e-3
+    """β: weight of the KL to the reference, at the first step, for each role."""
+    kl_target: Positive = 0.02
+    """τ: the KL to the reference that β steers for, in nats a token."""
+    kl_rate: NonNegative = 0.1
+    """How fast β moves, by exp(rate · (KL − τ)/τ) after each update (0: β stays as it is)."""
+    gate_low: Share = 0.0
+    """Groups whose majority fraction is below this (hopeless) do not update the solver."""
+    gate_high: Share = 1.0
+    """Groups whose majority fraction is above this (unanimous) do not update the solver."""
+    train_proposer: bool = True
+    """Whether the proposer is updated at all."""
 
     @field_validator("reward")
     @classmethod
@@ -89,3 +83,6 @@ class Recipe(Options):
         if reward not in REWARDS and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", reward, re.DOTALL):
             raise ValueError(f"choose {', '.join(REWARDS)}, or a function in a file, as my_rewards.py:function")
         return reward
+
+
+PAPER = Recipe()

@@ -3,7 +3,7 @@
 They are those of iReasoner (arXiv 2601.05877), what the recipe `default` puts in their place, and the controls; all lie
 in [0, 1]. `ireasoner.method.scoring` puts them together by a recipe. `answers` are canonical answer keys
 (`ireasoner.method.answers.answer_key`), one for each of the N trajectories of a group; None is an unreadable
-trajectory: it casts no vote, stays in N and earns 0.
+trajectory: it casts no vote, stays in N and earns 0. Defaults are the paper's constants, as `Recipe` states them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ireasoner.method.answers import majority, vote_shares
+from ireasoner.method.recipe import PAPER
 
 Answers = Sequence[str | None]
 FloatArray = NDArray[np.float64]
@@ -24,9 +25,9 @@ def outcome_rewards(
     answers: Answers,
     words_before_answer: Sequence[int],
     *,
-    exponent: float = 0.7,
-    length_penalty: float = 0.05,
-    target_words: int = 64,
+    exponent: float = PAPER.outcome_exponent,
+    length_penalty: float = PAPER.length_penalty,
+    target_words: int = PAPER.target_words,
 ) -> FloatArray:
     """Agreement on the answer: r_out,i = p̂(a_i)^γ · (1 − η · clip((w_i − w*)/w*, 0, 1)).
 
@@ -48,7 +49,7 @@ def outcome_rewards(
     )
 
 
-def vote_factors(answers: Answers, exponent: float = 0.7) -> FloatArray:
+def vote_factors(answers: Answers, exponent: float) -> FloatArray:
     """p̂(a_i)^γ, the share of the group that gives the same answer; 0 for the unreadable; array [N]."""
     shares = vote_shares(answers)
     p_hat = np.array([0.0 if key is None else shares[key] for key in answers])
@@ -56,16 +57,14 @@ def vote_factors(answers: Answers, exponent: float = 0.7) -> FloatArray:
     return readable * p_hat**exponent
 
 
-def length_factors(
-    words_before_answer: Sequence[int], *, length_penalty: float = 0.05, target_words: int = 64
-) -> FloatArray:
+def length_factors(words_before_answer: Sequence[int], *, length_penalty: float, target_words: int) -> FloatArray:
     """1 − η · clip((w_i − w*)/w*, 0, 1): what length leaves of the outcome reward; array [N]."""
     words = np.asarray(words_before_answer, dtype=np.float64)
     return 1.0 - length_penalty * np.clip((words - target_words) / target_words, 0.0, 1.0)
 
 
 def prototype_similarities(
-    answers: Answers, step_embeddings: Sequence[NDArray[np.floating]], *, max_reasoning_steps: int = 8
+    answers: Answers, step_embeddings: Sequence[NDArray[np.floating]], *, max_reasoning_steps: int
 ) -> list[FloatArray]:
     """How near each reasoning step is to the majority group's prototype: s_ij = (1 + cos(e_ij, μ_j))/2.
 
@@ -103,9 +102,9 @@ def step_agreement_rewards(
     answers: Answers,
     step_embeddings: Sequence[NDArray[np.floating]],
     *,
-    density_exponent: float = 0.7,
-    position_decay: float = 0.15,
-    max_reasoning_steps: int = 8,
+    density_exponent: float = PAPER.density_exponent,
+    position_decay: float = PAPER.position_decay,
+    max_reasoning_steps: int = PAPER.max_reasoning_steps,
 ) -> FloatArray:
     """Agreement on the reasoning within the majority group G.
 
@@ -129,7 +128,7 @@ def step_agreement_rewards(
 
 
 def prototype_rewards(
-    answers: Answers, similarities: Sequence[FloatArray], *, density_exponent: float = 0.7, position_decay: float = 0.15
+    answers: Answers, similarities: Sequence[FloatArray], *, density_exponent: float, position_decay: float
 ) -> FloatArray:
     """`step_agreement_rewards` of s_ij that are known already: as `prototype_similarities` gives them; array [N]."""
     rewards = np.zeros(len(answers))
@@ -212,7 +211,12 @@ def _unit_rows(rows: FloatArray) -> FloatArray:
 
 
 def mixing_weight(
-    step: int, total_steps: int, *, warmup: float = 0.3, initial: float = 0.0, final: float = 0.7
+    step: int,
+    total_steps: int,
+    *,
+    warmup: float = PAPER.step_weight_warmup,
+    initial: float = PAPER.step_weight_initial,
+    final: float = PAPER.step_weight_final,
 ) -> float:
     """λ(t): `initial` for the first `warmup` share of training, then linear to `final` at the last step.
 
@@ -235,7 +239,9 @@ def solver_rewards(outcome: FloatArray, step_agreement: FloatArray, weight: floa
     return (1.0 - weight) * outcome + weight * step_agreement
 
 
-def proposer_reward(answer_entropy: float, *, target: float = 0.90, width: float = 0.35) -> float:
+def proposer_reward(
+    answer_entropy: float, *, target: float = PAPER.target_entropy, width: float = PAPER.entropy_width
+) -> float:
     """Questions of middle difficulty: exp(−(H − μ)² / 2σ²), H the entropy in nats of the readable votes.
 
     Args:

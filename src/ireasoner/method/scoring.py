@@ -93,8 +93,7 @@ def score_group(question: str, texts: Sequence[str], recipe: Recipe, context: Co
         RewardError: the context lacks what the recipe needs, or the recipe's own function fails.
     """
     context = context or Context()
-    stopped: FinishReason = "stop"
-    ends = context.finish_reasons or [stopped] * len(texts)
+    ends: Sequence[FinishReason] = context.finish_reasons or tuple("stop" for _ in texts)
     solutions = [parse_trajectory(text, end, context.form) for text, end in zip(texts, ends, strict=True)]
     return score_solutions(question, solutions, recipe, context)
 
@@ -120,6 +119,17 @@ def score_solutions(question: str, solutions: Sequence[Solution], recipe: Recipe
     worth = rewards.proposer_reward(group.vote.entropy, target=recipe.target_entropy, width=recipe.entropy_width)
     # Of fewer than two readable answers nothing can be said about the question.
     return ScoredGroup(group, earned, by_trajectory, step_scores, worth if group.vote.readable >= 2 else 0.0)
+
+
+def step_weight(recipe: Recipe, step: int, total_steps: int) -> float:
+    """λ(t) of a recipe's schedule, as `rewards.mixing_weight`."""
+    return rewards.mixing_weight(
+        step,
+        total_steps,
+        warmup=recipe.step_weight_warmup,
+        initial=recipe.step_weight_initial,
+        final=recipe.step_weight_final,
+    )
 
 
 def _lacking(recipe: Recipe, context: Context) -> str | None:

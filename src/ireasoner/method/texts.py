@@ -1,19 +1,19 @@
-"""What the proposer and the solver are told, and how their text is read back (iReasoner, arXiv 2601.05877).
+"""The prompts of the proposer and the solver, and the parsers of their replies (iReasoner, arXiv 2601.05877).
 
-A text that cannot be read is a value, never an exception: its record names the `problem`. Reading takes time linear in
-the text: every repetition in the patterns below is possessive, bounded, or anchored to the start of a line.
+The parsers never raise an exception: if a reply cannot be read, the `problem` of the result says why. They take time
+linear in the length of the reply, whatever it holds, as a model in training may write anything. For this, every
+repetition in the patterns below is possessive (`*+` never gives characters back), bounded, or anchored to a line.
 """
 
 from __future__ import annotations
 
 import re
+import string
 from importlib import resources
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from ireasoner.method.types import FinishReason, Form, Question, Solution
-
-FORMS: tuple[Form, ...] = ("tags", "boxed", "answer-line")
 
 
 def _prompt(name: str) -> str:
@@ -21,18 +21,18 @@ def _prompt(name: str) -> str:
 
 
 PROPOSER_PROMPT = _prompt("proposer")
-SOLVER_PROMPTS = {form: _prompt(f"solver-{form}") for form in FORMS}
-
+SOLVER_PROMPT = _prompt("solver-tags")
+SOLVER_PROMPTS: dict[Form, str] = {
+    "tags": SOLVER_PROMPT,
+    "boxed": _prompt("solver-boxed"),
+    "answer-line": _prompt("solver-answer-line"),
+}
 _CUT_OFF = "cut off before the end token"
-
-
-def _image_then_text(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
 
 
 def proposer_messages(prompt: str) -> list[dict[str, Any]]:
     """The proposer's prompt as chat messages for a processor's chat template: one user turn, image then text."""
-    return _image_then_text(prompt)
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
 
 
 def solver_messages(prompt: str, question: str) -> list[dict[str, Any]]:
@@ -43,10 +43,10 @@ def solver_messages(prompt: str, question: str) -> list[dict[str, Any]]:
     """
     if "{question}" not in prompt:
         raise ValueError("the solver's prompt must contain {question}")
-    return _image_then_text(prompt.replace("{question}", question))  # not str.format: a question may hold braces
+    return proposer_messages(prompt.replace("{question}", question))  # not str.format: a question may hold braces
 
 
-# --- reading tagged text --------------------------------------------------------------------------------------------
+# --- replies in tags -------------------------------------------------------------------------------------------------
 
 _TAG = re.compile(r"<\s*+(?P<slash>/?)\s*+(?P<name>think|answer|question|rationale)\s*+>", re.ASCII | re.IGNORECASE)
 # Any other tag, or a special token such as <|im_end|>; "3 < x and y > 2" is neither.
@@ -56,13 +56,13 @@ _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 
 class _Block(NamedTuple):
     inside: str
-    start: int
-    end: int
+    start: int  # of the opening tag
+    end: int  # of the closing tag
     problem: str | None
 
 
 def _block(text: str, name: str) -> _Block:
-    """The first <name> block of `text`; without its closing tag it reaches up to the next tag. No block: at the end."""
+    """The first <name> block of `text`. Without a closing tag it ends at the next tag; without any, it is empty."""
     tags = list(_TAG.finditer(text))
     own = [tag for tag in tags if tag["name"].lower() == name]
     opening = next((tag for tag in own if not tag["slash"]), None)
@@ -78,10 +78,11 @@ def _block(text: str, name: str) -> _Block:
 
 
 def parse_question(text: str, finish_reason: FinishReason = "stop") -> Question:
-    """Read a proposer's text, `<question>…</question><rationale>…</rationale>` (arXiv 2601.05877); never raises.
+    """Read a proposer's reply, `<question>…</question><rationale>…</rationale>` (arXiv 2601.05877); never raises.
 
-    Well-formed: one closed question with a letter or digit and holds no markup, and a generation that was not cut off.
-    The rationale is optional: "" where it is missing. An unreadable question's `text` is for display only.
+    A reply is well-formed if the generation ended by itself and it has exactly one closed question, with at least one
+    letter or digit and without markup. The rationale is optional: "" if it is missing. The text of a question that is
+    not well-formed is for display only.
     """
     question, rationale = _block(text, "question"), _block(text, "rationale")
     problem = question.problem
@@ -90,106 +91,137 @@ def parse_question(text: str, finish_reason: FinishReason = "stop") -> Question:
     elif problem is None and not _LETTER_OR_DIGIT.search(question.inside):
         problem = "empty question"
     elif problem is None and (_TAG.search(question.inside) or _MARKUP.search(question.inside)):
-        problem = "markup inside the question"  # it is pasted into the solver's prompt, where a tag would act
+        problem = "markup inside the question"  # the solver's prompt would pass a tag or special token on to the model
     return Question(question.inside, rationale.inside, problem)
 
 
+# --- the solver's replies --------------------------------------------------------------------------------------------
+
+
 def parse_trajectory(text: str, finish_reason: FinishReason = "stop", form: Form = "tags") -> Solution:
-    """Read a solver's text; never raises. Of an unreadable text the answer is None.
+    r"""Read a solver's reply; never raises.
 
-    Well-formed: at least one reasoning step with a letter or digit, then an answer with something visible in it, in a
-    generation that was not cut off. Where they stand depends on the form:
+    A reply is well-formed if the generation ended by itself, and it has at least one reasoning step with a letter or
+    digit, and an answer with a visible character. The form says where they are:
 
-    - `tags` (arXiv 2601.05877): one closed `<think>` block with the steps, then one closed `<answer>` block.
-    - `boxed`: the last `\\boxed{…}`, whose braces must be closed; the steps stand before the line that it is on, or
-      before the box itself where nothing else does. Think tags around the steps are dropped.
-    - `answer-line`: the last line that begins with "Answer:" or "Final answer:"; the steps stand before it, and nothing
-      may follow it. Think tags around the steps are dropped.
+    - `tags` (arXiv 2601.05877): `<think>steps</think><answer>answer</answer>`, one closed block of each, in this order.
+      Other text around them is ignored.
+    - `boxed`: the answer is inside the last `\boxed{…}`, which must be closed. Braces inside it must balance, except
+      escaped ones (`\{`). The steps are on the lines before the one with the box, because that line usually only
+      announces the answer; if there are none, the step is what precedes the box. The signs of a formula or of emphasis
+      around the box belong to it. Other text after it is ignored.
+    - `answer-line`: the answer is on the last line that begins with "Answer:", "Final answer:" or "The answer is:", or
+      on the next line with text if nothing follows the colon. The line may be a list item, a heading or emphasised. The
+      steps are on the lines before it. No letter or digit may follow the answer, as it may be the rest of the answer.
 
-    The answer is stripped, not normalised. `words_before_answer` counts whitespace-separated words before `<answer>`,
-    the box or the answer line, tags included. The reasoning steps of an unreadable text are what could be read, for
-    display only.
+    In the last two forms, a tag of the first one is read as a line break.
+
+    Args:
+        text: the reply as sampled, without its end token.
+        finish_reason: "length" if it was cut off; then it is not well-formed.
+        form: the form that the solver's prompt asks for.
+
+    Returns:
+        The steps, answer and problem. The answer is stripped but not normalised, and None if the reply is not
+        well-formed; the steps are then what could be read, for display only. `words_before_answer` counts the words,
+        separated by white space, before the `<answer>` tag, the box or the answer line, or all words if there is none.
+        Tags count in the form `tags` only.
     """
-    thought, answer, words, problem = _READERS[form](text)
-    steps = reasoning_steps(thought)
+    steps, answer, before, problem = _READERS[form](text)
     if finish_reason != "stop":
         problem = _CUT_OFF
     elif problem is None and not any(map(_LETTER_OR_DIGIT.search, steps)):
         problem = "no reasoning step"
     elif problem is None and not any(c.isprintable() and not c.isspace() for c in answer):
-        problem = "empty answer"  # an answer may be a bare sign such as "+", but not only invisible characters
-    return Solution(steps, answer if problem is None else None, words, problem)
+        problem = "empty answer"  # a bare sign such as "+" is an answer, invisible characters are none
+    return Solution(steps, answer if problem is None else None, len(before.split()), problem)
 
 
-class _Read(NamedTuple):
-    thought: str
+class _Reading(NamedTuple):
+    steps: tuple[str, ...]
     answer: str
-    words: int
+    before: str  # the text before the answer
     problem: str | None
 
 
-def _read_tags(text: str) -> _Read:
+def _read_tags(text: str) -> _Reading:
     think, answer = _block(text, "think"), _block(text, "answer")
     problem = think.problem or answer.problem
     if problem is None and answer.start < think.end:
         problem = "<answer> before the end of <think>"
-    return _Read(think.inside, answer.inside, len(text[: answer.start].split()), problem)
+    return _Reading(reasoning_steps(think.inside), answer.inside, text[: answer.start], problem)
 
 
-def _read_boxed(text: str) -> _Read:
-    boxes = list(re.finditer(r"\\boxed\s*+\{", text))
+def _lines_without_tags(text: str) -> str:
+    """`text` with "\\n" for each tag and for each other line break, so that "^" finds the start of every line."""
+    return "\n".join(_TAG.sub("\n", text).splitlines())
+
+
+_BOX = re.compile(r"\\boxed\s*+\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # the first alternative skips escaped braces, and the second \ of \\
+_AROUND_BOX = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"), ("**", "**"))
+
+
+def _read_boxed(text: str) -> _Reading:
+    text = _lines_without_tags(text)
+    boxes = list(_BOX.finditer(text))
     if not boxes:
-        return _Read(_without_think_tags(text), "", len(text.split()), "no \\boxed{…}")
-    start, inside = boxes[-1].start(), boxes[-1].end()
-    depth, end = 1, inside
-    while end < len(text) and depth:  # an answer may hold braces of its own: \boxed{\frac{1}{2}}
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        end += 1
-    line = text.rfind("\n", 0, start) + 1
-    thought = _without_think_tags(text[:line])
-    thought = thought if _LETTER_OR_DIGIT.search(thought) else _without_think_tags(text[:start])
-    problem = "an open \\boxed{" if depth else None
-    return _Read(thought, text[inside : end - 1].strip(), len(text[:start].split()), problem)
+        return _Reading(reasoning_steps(text), "", text, "no closed \\boxed{…}")
+    before, inside = text[: boxes[-1].start()], text[boxes[-1].end() :]
+    depth, end = 1, len(inside)
+    for brace in _BRACE.finditer(inside):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            end = brace.start()
+            break
+    after = inside[end + 1 :]
+    for opening, closing in _AROUND_BOX:
+        if before.rstrip().endswith(opening) and after.lstrip().startswith(closing):
+            before, after = before.rstrip().removesuffix(opening), after.lstrip().removeprefix(closing)
+    steps = reasoning_steps(before.rpartition("\n")[0])
+    if not any(map(_LETTER_OR_DIGIT.search, steps)):
+        steps = reasoning_steps(before)
+    return _Reading(steps, inside[:end].strip(), before, "no closed \\boxed{…}" if depth else None)
 
+
+# Pieces of the patterns for the start of an answer line and of a reasoning step.
+_LIST_ITEM = r"^[ \t]*+(?:\#{1,6}[ \t]*+|(?:[-*•>]|\d{1,3}[.)])[ \t]++){0,3}+"
+_EMPHASIS = r"(?P<emphasis>[*_]{1,3})?"
+_CLOSED = r"(?(emphasis)(?P<closed>(?P=emphasis))?)"  # matches in **Step 1**: but not in **Step 1:**
 
 _ANSWER_LINE = re.compile(
-    r"^[ \t]*+[*_#>]{0,3}+[ \t]*+(?:(?:the|my)[ \t]++)?(?:final[ \t]++)?answer[ \t]*+(?:is[ \t]*+)?[*_]{0,3}+[ \t]*+[:：]",
+    rf"{_LIST_ITEM}{_EMPHASIS}(?:(?:the|my)[ \t]++)?(?:(?:final|correct)[ \t]++)?"
+    rf"answer(?:[ \t]++is)?[ \t]*+{_CLOSED}[ \t]*+[:：]",
     re.MULTILINE | re.IGNORECASE,
 )
 
 
-def _read_answer_line(text: str) -> _Read:
+def _read_answer_line(text: str) -> _Reading:
+    text = _lines_without_tags(text)
     lines = list(_ANSWER_LINE.finditer(text))
     if not lines:
-        return _Read(_without_think_tags(text), "", len(text.split()), "no line 'Answer: …'")
-    start = lines[-1].start()
-    answer, _, rest = text[lines[-1].end() :].strip().partition("\n")
-    problem = "text after the answer line" if _LETTER_OR_DIGIT.search(_TAG.sub("", rest)) else None
-    thought = _without_think_tags(text[:start])
-    return _Read(
-        thought, answer.strip().removeprefix("**").removesuffix("**").strip(), len(text[:start].split()), problem
-    )
-
-
-def _without_think_tags(text: str) -> str:
-    return re.sub(r"</?think>", "\n", text, flags=re.IGNORECASE)
+        return _Reading(reasoning_steps(text), "", text, "no answer line")
+    before, emphasis = text[: lines[-1].start()], lines[-1]["emphasis"] or ""
+    # "**Answer:** 7" and "**Answer: 7**": what closes the emphasis of the marker is not part of the answer.
+    after_colon = text[lines[-1].end() :].lstrip(string.whitespace + emphasis)
+    answer, _, rest = after_colon.partition("\n")
+    answer = answer.rstrip(string.whitespace + emphasis).strip()
+    problem = "text after the answer line" if _LETTER_OR_DIGIT.search(rest) else None
+    return _Reading(reasoning_steps(before), answer, before, problem)
 
 
 _READERS = {"tags": _read_tags, "boxed": _read_boxed, "answer-line": _read_answer_line}
 
 
-# --- reasoning steps ------------------------------------------------------------------------------------------------
+# --- reasoning steps -------------------------------------------------------------------------------------------------
 
 _RULE = re.compile(r"^[ \t]*+[-*_=`]{3,}+[ \t]*+$", re.MULTILINE)  # a line that only separates
 _BULLET = re.compile(r"^\s*+(?:[-*–◦▪‣](?=\s|$)|•|\#{1,6}+(?=\s|$))")
-_POINTER = re.compile(r"\b(?:and|as|at|by|for|from|in|of|on|or|see|than|the|to|use|using|with)$", re.IGNORECASE)
-_EMPHASIS = r"(?P<emphasis>[*_]{1,3})?"
-_CLOSED = r"(?(emphasis)(?P<closed>(?P=emphasis))?)"  # as in **Step 1**: and not yet in **Step 1:**
+_REFERRING = re.compile(r"\b(?:and|as|at|by|for|from|in|of|on|or|see|than|the|to|use|using|with)$", re.IGNORECASE)
 _STEP_MARK = re.compile(
-    r"(?:(?P<line>^[ \t]*+(?:\#{1,6}[ \t]*+|(?:[-*•>]|\d{1,3}[.)])[ \t]++){0,3}+)"
-    r"|(?<=[ \t])[-–—•*→|]{1,2}[ \t]{1,3})?"
-    rf"{_EMPHASIS}\(?(?<![^\W\d_])step[ \t]{{0,3}}(?P<number>\d{{1,3}})(?![^\W_]|\.\d){_CLOSED}"
-    r"(?:[ \t]{0,3}(?:(?P<delimiter>\)?[:：]|[.)]|[-–—]{1,2}(?!\d))|,))?",
+    rf"(?:(?P<line>{_LIST_ITEM})|(?<=[ \t])[-–—•*→|]{{1,2}}[ \t]{{1,3}})?"  # at the start of a line, or within one
+    rf"{_EMPHASIS}\(?(?<![^\W\d_])step[ \t]{{0,3}}(?P<number>\d{{1,3}})(?![^\W_]|\.\d){_CLOSED}"  # not "footstep 1.5"
+    r"(?:[ \t]{0,3}(?:(?P<delimiter>\)?[:：]|[.)]|[-–—]{1,2}(?!\d))|,))?",  # "Step 1 -2.5" starts with a number
     re.MULTILINE | re.IGNORECASE,
 )
 _NUMBER_MARK = re.compile(
@@ -200,25 +232,35 @@ _NUMBER_MARK = re.compile(
 
 
 def _step_marks(thought: str) -> list[re.Match[str]]:
-    """The "Step N" that begin a step; the others are mentions, as in "found in Step 1, the bar" or "(see Step 2)"."""
+    """The "Step N" that begin a step, without those that only mention one, as in "found in Step 1, the bar".
+
+    A mark with a delimiter begins a step at the start of a line; within a line, only if its number is higher than the
+    last one and it is no mention. A mark without a delimiter must start a line and have the next number, and the line
+    must hold nothing else, be a list item, be the first one or follow other marks.
+    """
     marks: list[re.Match[str]] = []
     last = 0
     for mark in _STEP_MARK.finditer(thought):
         number, delimited = int(mark["number"]), bool(mark["delimiter"] or mark["closed"])
         if mark["line"] is not None:
-            alone = thought[mark.end() : mark.end() + 1] in "\n"
+            alone = thought[mark.end() : mark.end() + 1] in "\n"  # also at the end of the text
             set_off = alone or marks or mark["line"].strip() or mark.start() == 0
             begins = delimited or (number == last + 1 and set_off)
-        else:  # within a line, a mark must count on, and follow a sentence or at least not be pointed at
-            before = thought[max(0, mark.start() - 12) : mark.start()].rstrip(" \t\"'”)]*_")
-            sentence_ended = before.endswith((".", "!", "?", ";", ":", "…", "。"))
-            bracketed = "(" in mark[0] and not (marks and "(" in marks[-1][0])
-            pointed_at = not marks or bracketed or _POINTER.search(before)
-            begins = delimited and number > last and (sentence_ended or not pointed_at)
+        else:
+            begins = delimited and number > last and not _is_mention(mark, thought, marks)
         if begins:
             marks.append(mark)
             last = number
     return marks
+
+
+def _is_mention(mark: re.Match[str], thought: str, marks: list[re.Match[str]]) -> bool:
+    """Whether a "Step N" within a line belongs to the sentence before it, as in "from Step 1: …" or "(see Step 2)"."""
+    before = thought[max(0, mark.start() - 12) : mark.start()].rstrip(" \t\"'”)]*_")
+    if before.endswith((".", "!", "?", ";", ":", "…", "。")):
+        return False
+    bracketed = "(" in mark[0] and not (marks and "(" in marks[-1][0])
+    return not marks or bracketed or _REFERRING.search(before) is not None
 
 
 def _number_marks(thought: str) -> list[re.Match[str]]:
@@ -231,11 +273,11 @@ def _number_marks(thought: str) -> list[re.Match[str]]:
 
 
 def reasoning_steps(thought: str) -> tuple[str, ...]:
-    """The steps of what is inside `<think>`, their markers removed and their text kept (arXiv 2601.05877).
+    """Split the text of `<think>` into its steps, without their markers (arXiv 2601.05877).
 
-    The strongest marker present decides, and weaker ones are then content: "Step N", else bare numbers in sequence
-    from 1, else each line that is not blank is a step, its bullet removed; so are lines before the first marker. A
-    numbered step keeps its further lines; where nothing follows its marker, it keeps its position as "".
+    Steps are separated by "Step N"; if there is none, by numbers that count from 1; else each line that is not blank is
+    a step, without its bullet. Weaker markers inside a step are its content, and so are its further lines. Each line
+    before the first marker is a step of its own. A numbered step without text keeps its position as "".
     """
     thought = _RULE.sub("", "\n".join(thought.splitlines())).strip()
     marks = _step_marks(thought) or _number_marks(thought)
@@ -243,7 +285,8 @@ def reasoning_steps(thought: str) -> tuple[str, ...]:
     steps = [step for line in thought[: starts[0]].split("\n") if (step := _BULLET.sub("", line).strip())]
     for mark, (_, end) in zip(marks, pairwise(starts), strict=True):
         step, emphasis = thought[mark.end() : end], mark["emphasis"] or ""
+        # The marker may have opened an emphasis that closes in the step: "**Step 1:** text", "**1. The title.** text".
         if emphasis and not mark["closed"] and (len(emphasis) > 1 or step.lstrip().startswith(emphasis)):
-            step = step.replace(emphasis, "", 1)  # the marker opened it: "**Step 1:** text", "**1. The title.** text"
+            step = step.replace(emphasis, "", 1)
         steps.append(step.strip())
     return tuple(steps)

@@ -1,4 +1,4 @@
-"""Pages, tables and figures from run directories alone."""
+"""The web page about a run, made from its run directory alone."""
 
 from ireasoner.page.page import write_report
 

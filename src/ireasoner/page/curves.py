@@ -1,34 +1,35 @@
-"""What a run's numbers did, step by step: panels of curves, as one PNG and as an SVG each."""
+"""A run's metrics as panels of curves: all of them in one PNG, or each as an SVG."""
 
 from __future__ import annotations
 
 import io
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ireasoner.page.run import Run
+from ireasoner.page.run import RecordedRun
 from ireasoner.training.recorder import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 THROUGHPUT = "trajectories a second"
-MOST_POINTS = 300  # of a curve that are drawn: a panel is about as many pixels wide
+REWARD = "reward/solver/"  # begins the names of the metrics of the solver's reward and its parts
+COLORS = ("#2b8cd6", "#e06c1f", "#1aa179", "#a06fd0")  # readable on white and on black; style.css has the same
+MOST_POINTS = 300  # drawn of a curve: a panel is about as many pixels wide
 FOREGROUND = "#010203"  # stands for the colour of the page's text in an SVG
-AXES = (0.15, 0.12, 0.80, 0.84)  # left, bottom, width and height of a panel's axes, in parts of the panel
-_drawing = threading.Lock()  # matplotlib's caches are not made for several threads
+AXES = (0.15, 0.12, 0.80, 0.84)  # left, bottom, width and height of a panel's axes, as shares of the panel
+_drawing = threading.Lock()  # matplotlib's caches are not thread-safe
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves that share axes: what they show, and the metric of each by its label."""
+    """Curves that share axes: their title, a hint at what they show, and the metric of each by its label."""
 
     title: str
     hint: str
@@ -40,19 +41,11 @@ def _roles(metric: str) -> dict[str, str]:
 
 
 PANELS = (
-    Panel(
-        "Solver's reward",
-        "mean, and its parts",
-        {
-            "total": "reward/solver/total",
-            "outcome": "reward/solver/outcome",
-            "step agreement": "reward/solver/step_agreement",
-        },
-    ),
+    Panel("Solver's reward", "mean, and unweighted parts", {"total": f"{REWARD}total"}),
     Panel("Proposer's reward", "best at middle difficulty", {"proposer": "reward/proposer/total"}),
     Panel("Majority fraction", "of a group's answers", {"": "answers/majority_fraction"}),
-    Panel("Answer entropy", "nats; 0: unanimous", {"": "answers/entropy"}),
-    Panel("KL to the backbone", "nats a token", _roles("kl")),
+    Panel("Answer entropy", "nats; 0: unanimous", {"": "answers/answer_entropy"}),
+    Panel("KL to the reference", "nats a token", _roles("kl")),
     Panel("KL coefficient β", "weight of that KL", _roles("kl_coef")),
     Panel("Completion length", "tokens", _roles("length")),
     Panel("Well-formed", "share of texts that could be read", _roles("well_formed")),
@@ -67,8 +60,25 @@ PANELS = (
 )
 
 
-def series(run: Run, metric: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A metric's steps and values, where it was measured; throughput is made of the episodes and the time."""
+def panels(run: RecordedRun) -> tuple[Panel, ...]:
+    """The panels of a run: the first one has a curve for the reward and for as many of its parts as there are colours.
+
+    Which parts there are depends on the reward, which may be the user's own.
+    """
+    first, *others = PANELS
+    recorded = dict.fromkeys(name for record in run.metrics for name in record if name.startswith(REWARD))
+    parts = [name for name in recorded if name not in first.metrics.values()][: len(COLORS) - 1]
+    labels = {_label(name): name for name in parts}
+    return (replace(first, metrics=first.metrics | labels), *others)
+
+
+def _label(metric: str) -> str:
+    """The name of a reward's part, which may be any text, as a short label."""
+    return "".join(filter(str.isprintable, metric.removeprefix(REWARD).replace("_", " ")))[:40]
+
+
+def series(run: RecordedRun, metric: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A metric's steps and values where it was measured; throughput is computed from the episodes and the time."""
     if metric == THROUGHPUT:
         played = Counter[int]()
         for entry in run.entries:
@@ -82,46 +92,44 @@ def series(run: Run, metric: str) -> tuple[NDArray[np.float64], NDArray[np.float
 
 
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean of each value and those before it, over a twelfth of the series."""
+    """Moving average: the mean of each value and those before it, over a twelfth of the series."""
     window = max(1, len(values) // 12)
-    total = np.cumsum(np.concatenate([np.zeros(1), values - values[:1]]))  # exact where nothing changes
+    total = np.cumsum(np.concatenate([np.zeros(1), values - values[:1]]))  # a constant stays exactly itself
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - window)
     return values[:1] + (total[ends] - total[starts]) / (ends - starts)
 
 
 def thin(values: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Which points of a long series to draw: the lowest and the highest of each stretch, so that no spike is lost."""
+    """Which points of a long series to draw: the lowest and the highest of each chunk, so that no spike is lost."""
     if len(values) <= MOST_POINTS:
         return np.arange(len(values))
-    stretches = np.array_split(np.arange(len(values)), MOST_POINTS // 2 - 1)
-    extremes = [pick for s in stretches for pick in (s[values[s].argmin()], s[values[s].argmax()])]
+    chunks = np.array_split(np.arange(len(values)), MOST_POINTS // 2 - 1)
+    extremes = [pick for c in chunks for pick in (c[values[c].argmin()], c[values[c].argmax()])]
     return np.unique([0, *extremes, len(values) - 1])
 
 
-def readings(run: Run) -> dict[str, Any]:
-    """The smoothed values of every panel for the page to read out: `steps`, and by panel and label a list as long.
+def readings(run: RecordedRun) -> dict[str, Any]:
+    """Smoothed values for the page to read out: `steps`, and for each panel as many values by label.
 
-    Where a metric was not measured at a step, its last value stands; None before its first.
+    Where a metric was not measured at a step, its last value is repeated; None before its first.
     """
     steps = np.array([record["step"] for record in run.metrics], dtype=np.float64)
     if len(steps) > MOST_POINTS:
         steps = steps[np.linspace(0, len(steps) - 1, MOST_POINTS).astype(int)]
-    panels = []
-    for panel in PANELS:
-        found = {}
+    found: list[dict[str, list[float | None]]] = []
+    for panel in panels(run):
+        found.append({})
         for label, metric in panel.metrics.items():
             at, values = series(run, metric)
             if len(values):
-                last = np.searchsorted(at, steps, side="right") - 1
-                smoothed = smooth(values)
-                found[label] = [float(f"{smoothed[i]:.4g}") if i >= 0 else None for i in last]
-        panels.append(found)
-    return {"steps": steps.astype(int).tolist(), "panels": panels, "axes": AXES}
+                last, smoothed = np.searchsorted(at, steps, side="right") - 1, smooth(values)
+                found[-1][label] = [float(f"{smoothed[i]:.4g}") if i >= 0 else None for i in last]
+    return {"steps": steps.astype(int).tolist(), "panels": found, "axes": AXES}
 
 
-def draw_curves(run: Run, target: Path) -> None:
-    """Write all panels as one PNG; raw values faint, moving averages over them.
+def draw_curves(run: RecordedRun, target: Path) -> None:
+    """Write all panels as one PNG: raw values faint, moving averages over them.
 
     Raises:
         OSError: it cannot be written.
@@ -131,7 +139,7 @@ def draw_curves(run: Run, target: Path) -> None:
     with _drawing:
         figure = Figure(figsize=(14, 8))
         figure.subplots_adjust(left=0.04, right=0.99, bottom=0.04, top=0.95, wspace=0.2, hspace=0.27)
-        for axis, panel in zip(figure.subplots(3, 4).flat, PANELS, strict=True):
+        for axis, panel in zip(figure.subplots(3, 4).flat, panels(run), strict=True):
             _draw(axis, run, panel)
             axis.set_title(panel.title, fontsize=10)
             if axis.get_legend_handles_labels()[1]:
@@ -141,15 +149,15 @@ def draw_curves(run: Run, target: Path) -> None:
     replace_file(target, png.getvalue())
 
 
-def draw_panel(run: Run, number: int) -> str:
-    """One panel as SVG without a frame of its own: text and axes take the colour that suits the reader's page."""
+def draw_panel(run: RecordedRun, number: int) -> str:
+    """One panel as a transparent SVG, whose text and axes take the colour that suits the reader's page."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with _drawing, mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "panel"}):
         figure = Figure(figsize=(4, 2.3))
         axis = figure.add_axes(AXES)
-        _draw(axis, run, PANELS[number])
+        _draw(axis, run, panels(run)[number])
         axis.tick_params(labelsize=9, length=3, color=FOREGROUND, labelcolor=FOREGROUND)
         axis.grid(axis="y", color="#888", alpha=0.25, linewidth=0.6)
         for side, spine in axis.spines.items():
@@ -162,27 +170,21 @@ def draw_panel(run: Run, number: int) -> str:
     return f"{head}{colors}<defs>{rest}"
 
 
-def _draw(axis: Axes, run: Run, panel: Panel) -> None:
+def _draw(axis: Axes, run: RecordedRun, panel: Panel) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))  # there is no half step
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))  # no half steps
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")  # an exponent at the top would be cut off
-    for color, (label, metric) in zip(_colors(), panel.metrics.items(), strict=False):
+    for color, (label, metric) in zip(COLORS, panel.metrics.items(), strict=False):
         steps, values = series(run, metric)
         if not len(values):
             continue
-        raw, smoothed = thin(values), smooth(values)
-        axis.plot(steps[raw], values[raw], color=color, alpha=0.3, linewidth=0.8)
-        drawn = thin(smoothed)
-        axis.plot(steps[drawn], smoothed[drawn], color=color, linewidth=1.6, label=label or None)
+        axis.plot(steps[raw := thin(values)], values[raw], color=color, alpha=0.3, linewidth=0.8)
+        smoothed, name = smooth(values), label.replace("$", r"\$")  # matplotlib reads $…$ as mathematics
+        axis.plot(steps[drawn := thin(smoothed)], smoothed[drawn], color=color, linewidth=1.6, label=name or None)
     if run.metrics:
         first, last = run.metrics[0]["step"], run.metrics[-1]["step"]
         axis.set_xlim(first, max(last, first + 1))
-        back = run.summary.get("best_step") if run.state() == "ended itself" and run.summary else None
-        if type(back) is int and first <= back <= last:  # where it went back to
+        back = run.summary.get("best_step") if run.state == "ended itself" else None
+        if type(back) is int and first <= back <= last:  # the step that the run went back to
             axis.axvline(back, color="#888", linestyle=":", linewidth=1.2)
-
-
-def _colors() -> Iterator[str]:
-    """Blue, orange and green of a lightness that is read on white and on black."""
-    yield from ("#2b8cd6", "#e06c1f", "#1aa179")

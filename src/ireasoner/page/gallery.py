@@ -1,63 +1,133 @@
-"""Which episodes to look at, and how their steps agree."""
+"""Which episodes to show, how their reasoning steps agree, and how questions and answers change."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
-from ireasoner.page.run import Entry, Run
+from ireasoner.method.answers import answer_key
+from ireasoner.method.types import Episode, ProbeAnswer, StepScore, Trajectory
+from ireasoner.page.run import Entry, RecordedRun
 
 Matrix = list[list[float | None]]
-STRETCHES = 3  # of training, that are shown beside each other
+Stretch = tuple[int, int]  # first and last training step
+STRETCHES = 3  # parts of training that are shown beside each other
+PROBE_COLUMNS = 6
+MOST_STEPS = 64  # reasoning steps of a trajectory that are shown
 
 
-@dataclass(frozen=True)
-class Filter:
-    """A way through the episodes: which ones, and in which order; a higher rank comes first, then the newest."""
-
-    label: str
-    keep: Callable[[Entry], bool]
-    rank: Callable[[Entry], float]
+# --- choosing episodes ------------------------------------------------------------------------------------------------
 
 
-FILTERS = {
-    "newest": Filter("newest", lambda e: True, lambda e: 0.0),
-    "disagreement": Filter("most disagreement", lambda e: e.trajectories > 0, lambda e: e.answer_entropy),
-    "highest": Filter("highest reward", lambda e: e.reward is not None, lambda e: e.reward or 0.0),
-    "lowest": Filter("lowest reward", lambda e: e.reward is not None, lambda e: -(e.reward or 0.0)),
-    "malformed": Filter("malformed", lambda e: e.malformed > 0, lambda e: e.malformed),
-    "wrong": Filter("majority wrong", lambda e: e.wrong is True, lambda e: 0.0),
+# The label of each filter, and how it ranks an episode: the highest rank comes first, then the newest episode; an
+# episode whose rank is None is left out.
+FILTERS: dict[str, tuple[str, Callable[[Entry], float | None]]] = {
+    "newest": ("newest", lambda e: 0.0),
+    "disagreement": ("most disagreement", lambda e: e.answer_entropy if e.trajectories else None),
+    "highest": ("highest reward", lambda e: e.reward),
+    "lowest": ("lowest reward", lambda e: None if e.reward is None else -e.reward),
+    "malformed": ("malformed", lambda e: e.malformed or None),
+    "wrong": ("majority wrong", lambda e: 0.0 if e.wrong else None),
 }
 
 
-def select(run: Run, name: str = "newest", text: str = "", steps: tuple[int, int] | None = None) -> list[Entry]:
-    """The episodes of a filter that hold a text and lie between two steps, in the filter's order.
-
-    Raises:
-        KeyError: a filter other than those of FILTERS.
-    """
-    chosen, sought = FILTERS[name], text.casefold().strip()
-    found = [
-        entry
-        for entry in reversed(run.entries)
-        if chosen.keep(entry) and sought in entry.text and (steps is None or steps[0] <= entry.step <= steps[1])
-    ]
-    return sorted(found, key=chosen.rank, reverse=True)  # stable: the newest first among equals
+def select(run: RecordedRun, name: str = "newest", text: str = "", steps: Stretch | None = None) -> list[Entry]:
+    """The episodes of a filter that contain a text and lie within a stretch of training, in the filter's order."""
+    (_, rank), sought = FILTERS[name], text.casefold().strip()
+    first, last = steps or (0, math.inf)
+    found = [e for e in reversed(run.entries) if sought in e.text and first <= e.step <= last]
+    ranked = [(value, e) for e in found if (value := rank(e)) is not None]
+    return [e for _, e in sorted(ranked, key=lambda pair: pair[0], reverse=True)]  # stable: the newest stay first
 
 
-def filters(run: Run) -> dict[str, Filter]:
-    """The filters that make sense for a run: a wrong majority can be known only where the truth is."""
+def filters(run: RecordedRun) -> dict[str, str]:
+    """The labels of the filters that apply to a run: a wrong majority can be known only where the truth is."""
     known = any(entry.wrong is not None for entry in run.entries)
-    return {name: each for name, each in FILTERS.items() if name != "wrong" or known}
+    return {name: label for name, (label, _) in FILTERS.items() if name != "wrong" or known}
+
+
+# --- inside an episode ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AnswerGroup:
+    """The trajectories of an episode that give the same answer, or (`key` is None) that could not be read."""
+
+    answer: str
+    key: str | None
+    majority: bool
+    correct: bool | None
+    trajectories: list[Trajectory]
+
+
+def by_answer(episode: Episode, truth: str | None = None) -> list[AnswerGroup]:
+    """The majority's group first, the unreadable trajectories last, the others by size; `truth` is the true answer."""
+    found: dict[str | None, list[Trajectory]] = {}
+    for t in episode.trajectories:
+        found.setdefault(t.answer_key, []).append(t)
+    true_key = answer_key(truth, episode.question.text) if truth else None
+    groups = []
+    for key, own in found.items():
+        correct = key == true_key if truth and key else None
+        groups.append(AnswerGroup(own[0].answer or "unreadable", key, own[0].in_majority, correct, own))
+    return sorted(groups, key=lambda g: (not g.majority, g.key is None, -len(g.trajectories)))
+
+
+def scored_steps(trajectory: Trajectory) -> list[tuple[str, StepScore | None]]:
+    """The reasoning steps to show, each with its score; None for those after the last one that was compared."""
+    steps = trajectory.reasoning_steps[:MOST_STEPS]
+    return list(zip_longest(steps, trajectory.step_scores[: len(steps)]))
+
+
+def episode_agreement(episode: Episode) -> list[tuple[str, list[float | None]]]:
+    """The heat map of an episode: answer and similarities of each trajectory with compared steps, rows equally long."""
+    rows = [
+        (group.answer, [score.similarity for score in t.step_scores])
+        for group in by_answer(episode)
+        for t in group.trajectories
+        if t.step_scores
+    ]
+    if all(value is None for _, row in rows for value in row):
+        return []
+    width = max(len(row) for _, row in rows)
+    return [(answer, [*row, *[None] * (width - len(row))]) for answer, row in rows]
+
+
+# --- averages over episodes -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Averaged agreement over a stretch of training; `chosen` if the reader chose the stretch."""
+
+    steps: Stretch
+    episodes: int
+    rows: Matrix
+    mean: float
+    chosen: bool
+
+
+def heat_maps(run: RecordedRun, chosen: Stretch | None) -> list[HeatMap]:
+    """The averaged agreement of the parts of training, and of the training steps that a reader chose."""
+    found = []
+    for first, last in [*stretches(run), *([chosen] if chosen else [])]:
+        entries = [entry for entry in run.entries if first <= entry.step <= last]
+        if rows := average_agreement(entries):
+            mean = float(np.nanmean(np.stack([entry.agreement for entry in entries])))
+            steps = (entries[0].step, entries[-1].step)
+            found.append(HeatMap(steps, len(entries), rows, mean, (first, last) == chosen))
+    return found
 
 
 def average_agreement(entries: Sequence[Entry]) -> Matrix:
-    """Leave-one-out similarity by trajectory's rank and step's position (`Entry`), averaged over episodes.
+    """Leave-one-out similarity by the trajectory's rank and the step's position (see `Entry`), averaged over episodes.
 
-    Without the rows and columns that fewer than 2 % of the episodes reach: they would say nothing.
+    Rows and columns that fewer than 2 % of the episodes reach are left out: their means would say nothing.
     """
     if not entries:
         return []
@@ -70,8 +140,8 @@ def average_agreement(entries: Sequence[Entry]) -> Matrix:
     return [[float(sums[i, j] / counts[i, j]) if shown[i, j] else None for j in range(width)] for i in range(height)]
 
 
-def stretches(run: Run) -> list[tuple[int, int]]:
-    """First, middle and last part of what was played, as steps from and to; fewer for a short run."""
+def stretches(run: RecordedRun) -> list[Stretch]:
+    """The first, middle and last part of what was played; a single one for a short run."""
     if not run.entries:
         return []
     first, last = run.entries[0].step, run.entries[-1].step
@@ -81,15 +151,55 @@ def stretches(run: Run) -> list[tuple[int, int]]:
     return [(first + round(k * span), first + round((k + 1) * span) - 1) for k in range(STRETCHES)]
 
 
-def openings(run: Run, most: int = 8) -> tuple[list[str], list[tuple[tuple[int, int], dict[str, float], float]]]:
-    """How questions begin: the commonest first two words, and by stretch their shares and that of different texts."""
+def openings(run: RecordedRun, most: int = 8) -> tuple[list[str], list[tuple[Stretch, dict[str, float], float]]]:
+    """The most common first two words of questions; and for each part of training the share of its questions that
+    begin with them, and the share of its texts that differ from one another."""
     counts = Counter(opening for entry in run.entries if (opening := entry.opening))
     shown = [opening for opening, _ in counts.most_common(most)]
-    rows = []
+    found = []
     for first, last in stretches(run):
         asked = [e for e in run.entries if first <= e.step <= last and e.question]
         if asked:
-            shares = Counter(e.opening for e in asked)
-            distinct = len({" ".join((e.question or "").lower().split()) for e in asked}) / len(asked)
-            rows.append(((first, last), {opening: shares[opening] / len(asked) for opening in shown}, distinct))
-    return shown, rows
+            own = Counter(e.opening for e in asked)
+            distinct = len({" ".join((e.question or "").lower().split()) for e in asked})
+            found.append(((first, last), {each: own[each] / len(asked) for each in shown}, distinct / len(asked)))
+    return shown, found
+
+
+# --- probes through training ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProbeCell:
+    """An answer to a probe; whether it differs from the one shown before it, and is correct where that is known."""
+
+    probe: ProbeAnswer
+    changed: bool
+    correct: bool | None
+
+
+def probes(run: RecordedRun) -> tuple[list[int], list[tuple[ProbeAnswer, list[ProbeCell | None]]]]:
+    """Some training steps; and for each probe its first answer and a cell for each of these steps."""
+    steps = sorted({probe.step for probe in run.probes})
+    count = min(PROBE_COLUMNS, len(steps))
+    columns = sorted({steps[round(k * (len(steps) - 1) / max(1, count - 1))] for k in range(count)})
+    by_image: dict[str, dict[int, ProbeAnswer]] = {}
+    for probe in run.probes:
+        by_image.setdefault(probe.image, {})[probe.step] = probe
+    rows = []
+    for answers in by_image.values():
+        first = next(iter(answers.values()))
+        truth, cells, previous = run.true_answer(first.image, first.question), [], None
+        for probe in (answers.get(step) for step in columns):
+            cells.append(_cell(probe, previous, truth) if probe else None)
+            previous = probe or previous
+        rows.append((first, cells))
+    return columns, rows
+
+
+def _cell(probe: ProbeAnswer, previous: ProbeAnswer | None, truth: str | None) -> ProbeCell:
+    was, now, true = (
+        answer_key(answer, probe.question) if answer is not None else None
+        for answer in (previous.answer if previous else None, probe.answer, truth)
+    )
+    return ProbeCell(probe, previous is not None and was != now, None if truth is None else now == true)

@@ -9,13 +9,14 @@ from typing import Any
 
 from ireasoner.method.types import UsageError
 from ireasoner.page.run import read_json, state_of
+from ireasoner.page.verdict import comparisons
 from ireasoner.training.config import ConfigError, load_config
 
-DEPTH = 3  # folders below the one that is searched
+DEPTH = 3  # levels of folders below the one that is searched
 
 
 def overview(folder: Path) -> list[list[str]]:
-    """A row for each run in a folder and below it, the latest last, heads first: name, state, recipe, step, result.
+    """A table of the runs in a folder and below it: a row of headings, then one row for each run, the latest last.
 
     Raises:
         UsageError: no such folder.
@@ -29,27 +30,26 @@ def overview(folder: Path) -> list[list[str]]:
 
 
 def _row(path: Path, name: str) -> tuple[float, list[str]] | None:
-    """When a run began, and what there is to say of it; None for a folder whose config is not a run's."""
+    """When a run began, and its row; None for a folder whose `config.yaml` is not a run's."""
     try:
-        if not (path / "config.yaml").is_file():
+        if not (path / "config.yaml").is_file():  # reading a named pipe would wait for ever
             return None
         began, config = (path / "config.yaml").stat().st_mtime, load_config(path / "config.yaml")
         summary, last = read_json(path / "summary.json"), _last_metrics(path)
+        state = state_of(path, summary)
     except (ConfigError, OSError):
         return None
-    step = f"{last.get('step', 0)}/{config.steps}"
-    state = state_of(path, summary)
-    return began, [name, state, config.model, config.recipe, str(config.seed), step, _result(summary or {}, last)]
+    step = f"{last.get('step', 0)}/{config.schedule.steps}"
+    return began, [name, state, config.model, config.recipe.name, str(config.seed), step, _result(summary, last)]
 
 
 def _result(summary: dict[str, Any], last: dict[str, Any]) -> str:
-    try:
-        before, after = (100 * summary[when]["greedy"]["mean"] for when in ("before", "after"))
-        low, high = (100 * summary["difference"]["greedy"][end] for end in ("low", "high"))
-        return f"greedy {before:.1f} → {after:.1f} % ({after - before:+.1f} [{low:+.1f}, {high:+.1f}])"
-    except (KeyError, TypeError, ValueError, ArithmeticError):  # not measured
-        shown = {"reward": "reward/solver/total", "majority": "answers/majority_fraction"}
-        return ", ".join(f"{name} {last[key]:.3f}" for name, key in shown.items() if type(last.get(key)) is float)
+    for found in comparisons(summary):  # the first one that was measured
+        before, after = found.before.percent[0], found.after.percent[0]
+        mean, low, high = found.difference.percent
+        return f"{found.name} {before:.1f} → {after:.1f} % ({mean:+.1f} [{low:+.1f}, {high:+.1f}])"
+    shown = {"reward": "reward/solver/total", "majority": "answers/majority_fraction"}
+    return ", ".join(f"{name} {last[key]:.3f}" for name, key in shown.items() if type(last.get(key)) is float)
 
 
 def _last_metrics(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""`ireasoner view`: the page about a run on this machine's own address, following the run while it goes."""
+"""`ireasoner view`: serves the page about a run on this machine's loopback address, and follows the run."""
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Callable
@@ -21,10 +22,11 @@ from starlette.routing import Route
 from ireasoner.method.types import UsageError
 from ireasoner.page.curves import PANELS, draw_panel
 from ireasoner.page.page import FILES, Page, Query
-from ireasoner.page.run import Run
+from ireasoner.page.run import FindTruth, RecordedRun
 
 HOSTS = ("127.0.0.1", "localhost")
-PARTS = ("working", "episodes", "agreement", "change", "ran")  # that the page asks for again
+PARTS = ("working", "episodes", "agreement", "change", "ran")  # sections that the page asks for again
+ASSETS = {"style.css": "text/css", "page.js": "text/javascript"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -34,7 +36,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-# A picture has a style of its own, and is asked for once: its address names the version that it shows.
+# An SVG has inline styles. A picture may be kept for ever, because its address names the version that it shows.
 PICTURE = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
     "Cache-Control": "private, max-age=86400, immutable",
@@ -42,7 +44,7 @@ PICTURE = {
 
 
 async def _guarded(request: Request, answer: RequestResponseEndpoint) -> Response:
-    """Every answer, refusals too, with the headers that it does not set itself."""
+    """Add the headers to every answer, refusals too, that does not set them itself."""
     response = await answer(request)
     for name, value in HEADERS.items():
         response.headers.setdefault(name, value)
@@ -50,36 +52,28 @@ async def _guarded(request: Request, answer: RequestResponseEndpoint) -> Respons
 
 
 class Viewer:
-    """The answers to a browser's requests about one run, which is only read."""
+    """Answers a browser's requests about one run, which is only read."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RecordedRun) -> None:
         self.run, self.page = run, Page(run)
-        self.lock = threading.Lock()  # requests come on several threads
-        self.drawn: dict[int, tuple[str, str]] = {}  # each panel, and of which version of the run
+        self.lock = threading.Lock()  # requests are answered by several threads
+        self.drawn: dict[int, tuple[str, str]] = {}  # the run's version and the SVG of each panel drawn so far
 
     def app(self) -> Starlette:
-        """As an ASGI application, which answers to loopback names alone: no other site can make its name mean this."""
+        """The ASGI application. It answers to loopback names alone, so that no site can reach it by DNS rebinding."""
         routes = [
-            Route("/", self.whole),
-            *[Route(f"/part/{part}", self.part) for part in PARTS],
+            *[Route(path, self.html) for path in ("/", *(f"/part/{part}" for part in PARTS))],
             Route("/pulse", self.pulse),
             Route("/curves/{number:int}.svg", self.curve),
             Route("/images/{name}", self.image),
-            Route("/style.css", self.style),
-            Route("/page.js", self.script),
+            *[Route(f"/{name}", self.asset) for name in ASSETS],
         ]
         hosts = Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS), www_redirect=False)
         return Starlette(routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=_guarded), hosts])
 
-    def whole(self, request: Request) -> Response:
-        """The page."""
-        return self._render("page.html", request)
-
-    def part(self, request: Request) -> Response:
-        """One section of it, anew."""
-        return self._render(f"{request.url.path.rpartition('/')[2]}.html", request)
-
-    def _render(self, template: str, request: Request) -> Response:
+    def html(self, request: Request) -> Response:
+        """The page, or one section of it."""
+        template = f"{request.url.path.rpartition('/')[2] or 'page'}.html"
         with self.lock:
             self.run.refresh()
             text = self.page.render(template, Query.read(request.query_params))
@@ -90,7 +84,7 @@ class Viewer:
         with self.lock:
             self.run.refresh()
             run = self.run
-            state = "gone" if run.gone else run.state()
+            state = "gone" if run.gone else run.state
             found = {"version": run.version, "state": state, "step": run.step, "episodes": len(run.entries)}
         return JSONResponse(found)
 
@@ -99,17 +93,12 @@ class Viewer:
         number = request.path_params["number"]
         if number >= len(PANELS):
             raise HTTPException(404)
-        return Response(self._draw(number), media_type="image/svg+xml", headers=PICTURE)
-
-    def _draw(self, number: int) -> str:
-        with self.lock:  # lists that grow meanwhile are copied, so that no page waits for a drawing
+        with self.lock:  # the lists that may grow are copied, so that other requests need not wait for the drawing
             version, run = self.run.version, copy(self.run)
             run.metrics, run.entries = [*run.metrics], [*run.entries]
-        known, drawn = self.drawn.get(number, ("", ""))
-        if known != version:
-            drawn = draw_panel(run, number)
-            self.drawn[number] = version, drawn
-        return drawn
+        if self.drawn.get(number, ("", ""))[0] != version:
+            self.drawn[number] = version, draw_panel(run, number)
+        return Response(self.drawn[number][1], media_type="image/svg+xml", headers=PICTURE)
 
     def image(self, request: Request) -> Response:
         """A thumbnail of the run."""
@@ -122,44 +111,33 @@ class Viewer:
             raise HTTPException(404)
         return Response(data, media_type="image/png", headers=PICTURE)
 
-    def style(self, request: Request) -> Response:
-        """The style sheet."""
-        return Response(FILES.joinpath("style.css").read_bytes(), media_type="text/css")
-
-    def script(self, request: Request) -> Response:
-        """The script."""
-        return Response(FILES.joinpath("page.js").read_bytes(), media_type="text/javascript")
+    def asset(self, request: Request) -> Response:
+        """The style sheet or the script."""
+        name = request.url.path[1:]
+        return Response(FILES.joinpath(name).read_bytes(), media_type=ASSETS[name])
 
 
-def open_port(port: int) -> socket.socket:
-    """A loopback socket at this port (0: any that is free).
+def serve(path: Path, port: int, on_ready: Callable[[str], None], find_truth: FindTruth | None = None) -> None:
+    """Show a run until Ctrl-C.
+
+    Args:
+        path: the run directory.
+        port: on the loopback address; 0: any free one.
+        on_ready: called with the address once it can be opened.
+        find_truth: as for `RecordedRun`.
 
     Raises:
-        UsageError: somebody else has it.
+        UsageError: this is no run directory, its config or its truth cannot be read, or the port cannot be used.
     """
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    viewer = Viewer(RecordedRun.open(path, find_truth))
     try:
-        listener.bind(("127.0.0.1", port))
-        listener.listen(64)  # from now on a browser waits instead of being turned away
+        listener = socket.create_server(("127.0.0.1", port), backlog=64)  # from now on a browser waits for the server
     except OSError as error:
-        listener.close()
-        raise UsageError(
-            f"port {port} cannot be used ({error.strerror}): choose another --port, or leave it out"
-        ) from None
-    return listener
-
-
-def serve(path: Path, truth: Path | None, port: int, on_ready: Callable[[str], None]) -> None:
-    """Show a run until Ctrl-C; `on_ready` is told the address.
-
-    Raises:
-        UsageError: no run, or no such port.
-    """
-    viewer, listener = Viewer(Run(path, truth)), open_port(port)
-    server = uvicorn.Server(
-        uvicorn.Config(viewer.app(), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
-    )
+        problem = (
+            f"port {port} cannot be used ({os.strerror(error.errno or 0)}): choose another --port, or leave it out"
+        )
+        raise UsageError(problem) from None
+    config = uvicorn.Config(viewer.app(), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     with listener:
         on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/")
-        server.run(sockets=[listener])
+        uvicorn.Server(config).run(sockets=[listener])

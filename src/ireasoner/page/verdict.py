@@ -1,4 +1,4 @@
-"""Is it working? A sentence that says so."""
+"""Is it working? Held-out accuracy, signs that need no labels, and a sentence that sums them up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ireasoner.page.run import Run
+from ireasoner.method.types import Number, Record
+from ireasoner.page.run import RecordedRun
 from ireasoner.training.watch import Sign
 
 Tone = Literal["good", "bad", "unsure"]
@@ -22,29 +23,73 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-def verdict(run: Run) -> Verdict:
-    """Accuracy where labels were given; what the label-free signs say otherwise, and of runs that are not done."""
-    summary, notes = run.summary or {}, tuple(_notes(run))
-    accuracy = _accuracy(summary)
-    if run.state() == "ended itself":
-        last, best = summary.get("steps"), summary.get("best_step")
-        more = f" {accuracy.sentence}" if accuracy else ""
-        ended = f"The run ended itself after step {last} and went back to step {best}.{more}"
-        return Verdict("bad", f"It went wrong: {summary.get('reason')}. {ended}", notes)
+class Interval(Record):
+    """A mean with its 95 % interval, as shares; `p` is the p-value of a difference."""
+
+    mean: Number
+    low: Number
+    high: Number
+    p: Number | None = None
+
+    @property
+    def percent(self) -> tuple[float, float, float]:
+        """Mean, low and high in per cent."""
+        return 100 * self.mean, 100 * self.low, 100 * self.high
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measure of held-out accuracy before and after training; the difference is paired by question."""
+
+    name: str
+    questions: int
+    before: Interval
+    after: Interval
+    difference: Interval
+
+
+def comparisons(summary: Mapping[str, Any]) -> list[Comparison]:
+    """Held-out accuracy in a run's `summary.json`; empty if none was measured or the file is not one of ours."""
+    found = []
+    try:
+        for name in [name for name in MEASURES if name in summary["difference"]]:
+            parts = [Interval.model_validate(summary[part][name]) for part in ("before", "after", "difference")]
+            found.append(Comparison(name, int(summary["before"]["questions"]), *parts))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return []
+    return found
+
+
+def verdict(run: RecordedRun) -> Verdict:
+    """Judge a run by its accuracy where labels were given, and by the label-free signs otherwise."""
+    notes = tuple(_notes(run))
+    accuracy = _judge(comparisons(run.summary))
+    if run.state == "ended itself":
+        last, best, reason = (run.summary.get(name) for name in ("steps", "best_step", "reason"))
+        ended = f"It went wrong: {reason}. The run ended itself after step {last} and went back to step {best}."
+        return Verdict("bad", f"{ended} {accuracy.sentence}" if accuracy else ended, notes)
     if accuracy:
         return Verdict(accuracy.tone, accuracy.sentence, notes)
     if not run.metrics:
         return Verdict("unsure", "Nothing can be said yet: no step has been recorded.", notes)
     if run.config.labels is not None:
-        return Verdict("unsure", "It is paid for true answers: look at its reward, and at held-out questions.", notes)
-    notes = (
-        *notes,
+        sentence = "It is paid for true answers: look at its reward, and at held-out questions."
+        return Verdict("unsure", sentence, notes)
+    return _judge_signs(signs(run), run.step, notes)
+
+
+def signs(run: RecordedRun) -> list[Sign]:
+    """What the watch sees so far; empty where true answers are paid, because agreement is no warning there."""
+    return run.watch.signs() if run.config.labels is None else []
+
+
+def _judge_signs(found: Sequence[Sign], step: int, notes: tuple[str, ...]) -> Verdict:
+    notes += (
         "These signs need no labels, and cannot tell a right consensus from a wrong one: "
         "labelled questions can (train --eval-data, or ireasoner eval).",
     )
-    found = signs(run)
     if not found:
-        return Verdict("unsure", f"Too early to say: {run.step} steps are not two windows of the watch.", notes)
+        return Verdict("unsure", f"Too early to say: {step} steps are fewer than two windows of the watch.", notes)
     if troubled := [sign for sign in found if sign.trouble]:
         what = "; ".join(f"{sign.trouble} ({_change(sign)})" for sign in troubled)
         if any(sign.alarms for sign in troubled):
@@ -54,61 +99,47 @@ def verdict(run: Run) -> Verdict:
     return Verdict("unsure", f"No sign of trouble: {', '.join(shown)}.", notes)
 
 
-def signs(run: Run) -> list[Sign]:
-    """What the watch makes of the run so far; nothing where true answers are paid, for then agreement is no sign."""
-    return run.watch.signs() if run.config.labels is None else []
-
-
-def _notes(run: Run) -> list[str]:
-    notes, state = [], run.state()
-    if run.damaged:
-        notes.append(f"Left out of its files, for they are no records: {run.damaged} lines.")
-    if run.gone:
-        notes.append("The run directory is gone; this is what was read of it before.")
-    if state == "running":
-        notes.append(f"It is running: step {run.step} of {run.config.steps}.")
-    elif state == "stopped" and run.step < run.config.steps:
-        notes.append(
-            f"It stopped after step {run.step} of {run.config.steps}; train --resume goes on from its last checkpoint."
-        )
-    elif state == "stopped":
-        notes.append("Every step was played, but the run did not come to its end: train --resume finishes it.")
-    return notes
-
-
 def _change(sign: Sign) -> str:
     return f"{sign.signal.replace('_', ' ')} {sign.reference:.3g} → {sign.recent:.3g}"
 
 
-def _accuracy(summary: Mapping[str, Any]) -> Verdict | None:
-    """Held-out accuracy before and after, by the interval of the paired difference; None if it was not measured."""
-    try:
-        changes = {name: summary["difference"][name] for name in MEASURES if name in summary["difference"]}
-        first, *others = changes
-        went = {name: (c["low"] > 0) - (c["high"] < 0) for name, c in changes.items()}
-        told = f"{_points(first, summary, changes[first])} on {summary['before']['questions']} held-out questions"
-    except (KeyError, TypeError, ValueError, ArithmeticError):  # none measured, or a file of somebody else's
+def _notes(run: RecordedRun) -> list[str]:
+    notes, state, steps = [], run.state, run.config.schedule.steps
+    if run.damaged:
+        notes.append(f"Lines of its files that are not valid records and were left out: {run.damaged}.")
+    if run.gone:
+        notes.append("The run directory is gone; this is what had been read of it.")
+    if state == "running":
+        notes.append(f"It is running: step {run.step} of {steps}.")
+    elif state == "stopped" and run.step < steps:
+        notes.append(f"It stopped after step {run.step} of {steps}; train --resume continues from its last checkpoint.")
+    elif state == "stopped":
+        notes.append("All steps were played, but the run was not finished: train --resume finishes it.")
+    return notes
+
+
+def _judge(found: Sequence[Comparison]) -> Verdict | None:
+    """The first measure decides by the interval of its difference; None if nothing was measured."""
+    if not found:
         return None
-    rest = [f"{_and(own)} {what}" for what, own in _grouped(went, others)]
+    first, *others = found
+    before, after = first.before.percent[0], first.after.percent[0]
+    mean, low, high = first.difference.percent
+    told = f"{first.name} accuracy {before:.1f} % → {after:.1f} % ({mean:+.1f} points, 95 % interval {low:+.1f} to "
+    told += f"{high:+.1f}) on {first.questions} held-out questions"
+    rest = [
+        f"{', '.join(names)} {words}"
+        for direction, words in ((1, "rose"), (-1, "fell"), (0, "did not clearly move"))
+        if (names := [other.name for other in others if _direction(other) == direction])
+    ]
     more = f" Of the other measures, {'; '.join(rest)}." if rest else ""
-    if went[first] > 0:
+    if _direction(first) > 0:
         return Verdict("good", f"The model got better: {told}.{more}")
-    if went[first] < 0:
+    if _direction(first) < 0:
         return Verdict("bad", f"The model got worse: {told}.{more}")
     return Verdict("unsure", f"No difference is shown: {told}.{more}")
 
 
-def _grouped(went: Mapping[str, int], names: Sequence[str]) -> list[tuple[str, list[str]]]:
-    words = {1: "rose", -1: "fell", 0: "did not clearly move"}
-    return [(what, own) for sign, what in words.items() if (own := [name for name in names if went[name] == sign])]
-
-
-def _points(name: str, summary: Mapping[str, Any], change: Mapping[str, float]) -> str:
-    before, after = (100 * summary[when][name]["mean"] for when in ("before", "after"))
-    mean, low, high = (100 * change[key] for key in ("mean", "low", "high"))
-    interval = f"95 % interval {low:+.1f} to {high:+.1f}"
-    return f"{name} accuracy {before:.1f} % → {after:.1f} % ({mean:+.1f} points, {interval})"
-
-
-def _and(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+def _direction(comparison: Comparison) -> int:
+    """1 if the interval of the difference lies above 0, -1 if below; 0 if it holds 0."""
+    return (comparison.difference.low > 0) - (comparison.difference.high < 0)

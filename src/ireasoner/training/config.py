@@ -32,73 +32,77 @@ class ConfigError(UsageError):
 class SamplingOptions(Options):
     """What both roles are told and how much they may write."""
 
-    group_size: Annotated[int, Field(ge=2)] = Field(default=5, description="N: trajectories for each question")
-    max_question_tokens: Count = Field(default=128, description="longest proposer completion")
-    max_solution_tokens: Count = Field(default=256, description="longest solver completion")
-    solution_form: Literal["tags", "boxed", "answer-line"] = Field(
-        default="tags",
-        description="where a solver's text gives its answer: <think>…</think><answer>…</answer> (tags), a last "
-        "\\boxed{…} (boxed), or a last line 'Answer: …' (answer-line)",
-    )
-    proposer_prompt: str = Field(default=PROPOSER_PROMPT, description="what the proposer is told")
-    solver_prompt: str = Field(
-        default_factory=lambda options: SOLVER_PROMPTS[options["solution_form"]],
-        description="what the solver is told; {question} stands for the question (instructions for the solution form)",
-    )
+    group_size: Annotated[int, Field(ge=2)] = 5
+    """N: trajectories for each question."""
+    max_question_tokens: Count = 128
+    """Longest proposer completion."""
+    max_solution_tokens: Count = 256
+    """Longest solver completion."""
+    solution_form: Literal["tags", "boxed", "answer-line"] = "tags"
+    """Where a solver's text gives its answer: in tags, as <think>…</think><answer>…</answer>; in a last \\boxed{…}; or
+    on a last line, as 'Answer: …'."""
+    proposer_prompt: str = PROPOSER_PROMPT
+    """What the proposer is told."""
+    solver_prompt: str = Field(default_factory=lambda options: SOLVER_PROMPTS[options["solution_form"]])
+    """What the solver is told; {question} stands for the question (instructions for the solution form)."""
 
 
 class ScheduleOptions(Options):
     """How long a run is, and what happens how often."""
 
-    steps: Count = Field(default=2500, description="training steps")
-    images_per_step: Count = Field(default=1, description="images played in each step")
-    proposer_every: Count = Field(default=5, description="the proposer is updated every so many steps")
-    save_every: Cadence = Field(default=50, description="steps between checkpoints (0: first and last only)")
-    keep_checkpoints: Cadence = Field(default=3, description="newest checkpoints to keep (0: all)")
-    probe_every: Cadence = Field(default=50, description="steps between answers to the probes (0: off)")
-    probe_images: Cadence = Field(default=8, description="images whose first questions are asked again")
-    eval_questions: Count = Field(default=256, description="labelled questions used for before and after, at most")
+    steps: Count = 2500
+    """Training steps."""
+    images_per_step: Count = 1
+    """Images played in each step."""
+    proposer_every: Count = 5
+    """The proposer is updated every so many steps."""
+    save_every: Cadence = 50
+    """Steps between checkpoints (0: first and last only)."""
+    keep_checkpoints: Cadence = 3
+    """Newest checkpoints to keep (0: all)."""
+    probe_every: Cadence = 50
+    """Steps between answers to the probes (0: off)."""
+    probe_images: Cadence = 8
+    """Images whose first questions are asked again."""
+    eval_questions: Count = 256
+    """Labelled questions used for before and after, at most."""
 
 
 class WatchOptions(Options):
     """When a run that eats itself is ended."""
 
-    watch: bool = Field(
-        default=True,
-        description="end a run whose signals collapse and go back to its best checkpoint (never with --labels)",
-    )
-    watch_window: Annotated[int, Field(ge=2)] = Field(
-        default=50, description="steps that the watch averages over and compares with as many early ones"
-    )
-    blank_every: Cadence = Field(
-        default=5,
-        description="steps between checks whether majority answers survive with the image blanked (0: off); the watch "
-        "needs two of them in watch_window",
-    )
+    watch: bool = True
+    """End a run whose signals collapse and go back to its best checkpoint (never with --labels)."""
+    watch_window: Annotated[int, Field(ge=2)] = 50
+    """Steps that the watch averages over and compares with as many early ones."""
+    blank_every: Cadence = 5
+    """Steps between checks whether majority answers survive with the image blanked (0: off); the watch needs two of
+    them in watch_window."""
 
 
 class Config(Options):
     """A whole run, as written to `config.yaml`."""
 
-    format: Literal[2] = Field(default=2, description="the version of run directories that this one follows")
-    images: Path = Field(description="folder of unlabeled images, searched through and through")
-    model: str = Field(description="folder or hub id of an image-text-to-text model; 'tiny' is the one that ships here")
-    preset: str = Field(default="7b", description="name of a preset, or a YAML file of preset options")
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="every random draw derives from it")
-    labels: Path | None = Field(
-        default=None, description="JSONL of image, question, answer to play instead of proposing (oracle)"
-    )
-    eval_data: Path | None = Field(
-        default=None, description="held-out JSONL of image, question, answer for before and after"
-    )
-    engine: Literal["transformers", "vllm"] = Field(
-        default="transformers",
-        description="who samples: transformers on the live policy, or vLLM beside it, where installed",
-    )
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
-    reward_sha256: str | None = Field(
-        default=None, description="digest of the file that holds the reward, where the recipe names one of your own"
-    )
+    format: Literal[2] = 2
+    """The version of run directories that this one follows."""
+    images: Path
+    """Folder of unlabeled images, searched through and through."""
+    model: str
+    """Folder or hub id of an image-text-to-text model; 'tiny' is the one that ships here."""
+    preset: str = "7b"
+    """Name of a preset, or a YAML file of preset options (7b; tiny for the model tiny)."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Every random draw derives from it."""
+    labels: Path | None = None
+    """JSONL of image, question, answer to play instead of proposing (oracle)."""
+    eval_data: Path | None = None
+    """Held-out JSONL of image, question, answer for before and after."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Who samples: transformers on the live policy, or vLLM beside it, where installed."""
+    device: str = "auto"
+    """Where to train: auto, cpu, cuda or cuda:N."""
+    reward_sha256: str | None = None
+    """Digest of the file that holds the reward, where the recipe names one of your own."""
     recipe: Recipe = Recipe()
     sampling: SamplingOptions = SamplingOptions()
     backbone: BackboneOptions = BackboneOptions()
@@ -163,7 +167,7 @@ def config_of(options: Mapping[str, Any]) -> Config:
     try:
         return Config(**values)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(explain(error)) from None
 
 
 def names(kind: Literal["recipes", "presets"]) -> list[str]:
@@ -187,6 +191,8 @@ def _read_part(kind: Literal["recipes", "presets"], name: str, known: Sequence[s
         raise ConfigError(f"{kind[:-1]} {name!r} must be a mapping of options to values")
     if strangers := sorted(map(str, set(values) - set(known))):
         raise ConfigError(f"{kind[:-1]} {name!r} has unknown options: {', '.join(strangers)}")
+    if isinstance(path, Path) and ".py:" in str(values.get("reward")):
+        values["reward"] = str(path.parent.absolute() / values["reward"])  # as it is written, from the recipe's folder
     return values
 
 
@@ -221,12 +227,12 @@ def load_config(path: Path) -> Config:
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
         if isinstance(values, dict) and "images" in values and "format" not in values:
-            raise ConfigError(f"{path.parent} was written by ireasoner 0.1, which this version cannot read: start anew")
+            raise ConfigError(f"{path} was written by ireasoner 0.1, which this version cannot read: start a new run")
         return Config(**values)
     except FileNotFoundError:
         raise ConfigError(f"{path.parent} is not a run directory: it has no {path.name}") from None
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from None
+        raise ConfigError(f"{path}: {explain(error)}") from None
     except (yaml.YAMLError, TypeError, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
@@ -246,7 +252,8 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring = 2, 200  # a few lines of YAML can stand for a value of any size
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
+    """What is wrong with options, by their names, in one line."""
     parts = []
     for item in error.errors():
         where = [str(part) for part in item["loc"] if part not in GROUPS or len(item["loc"]) == 1]

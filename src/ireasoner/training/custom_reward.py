@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ireasoner.method.recipe import REWARDS
 from ireasoner.method.scoring import Context, Group, Numbers, RewardError, RewardFunction
@@ -40,9 +39,9 @@ def load_reward(config: Config) -> tuple[RewardFunction, str]:
         spec.loader.exec_module(module)
     except Exception as error:  # the file is the user's and may raise anything
         raise RewardError(f"the reward file {file} cannot be imported: {type(error).__name__}: {error}") from error
-    function: Any = vars(module).get(name)
-    if not callable(function):
+    if not callable(getattr(module, name, None)):
         raise RewardError(f"the reward file {file} has no function {name}")
+    function: RewardFunction = getattr(module, name)
 
     def reward(group: Group, context: Context) -> Numbers | Mapping[str, Numbers]:
         try:

@@ -1,7 +1,7 @@
 """The pool of unlabeled images: scan a folder, draw in a seeded order, decode safely, report every skip.
 
 Image files come from anywhere and may be damaged or hostile. `_reading` is the one boundary around their bytes:
-whatever goes wrong inside becomes an `UnreadableImageError`, which the pool reports and passes over.
+whatever goes wrong inside it becomes an `UnreadableImageError`, which the pool reports and passes over.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ireasoner.method.types import UsageError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no other parser ever runs: EPS, for one, starts ghostscript
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no other parser ever runs: EPS would start ghostscript
 MAX_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 200  # Qwen's image processor refuses anything longer
 
 _DECODABLE = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
 _NOT_DECODABLE = (".avif", ".heic", ".heif", ".jp2", ".jxl")  # candidates all the same, so that their skip is reported
 EXTENSIONS = _DECODABLE + _NOT_DECODABLE
-
-# What white is in a gray image of more than 8 bits: the first that covers its values; if none does, they are stretched.
+# White in a gray image of more than 8 bits: the first of these that covers its values. If none does, the values are
+# stretched.
 _WHITE = {"I": (255, 65535), "F": (1, 255)}
 
 
@@ -46,12 +46,18 @@ class UnreadableImageError(ImageError):
 
 
 def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image in the file `path`: RGB, upright, on white where it was transparent, without metadata.
+    """The image in a file: RGB, upright, on white where it was transparent, without metadata.
 
-    The content decides the format, not the name: PNG, JPEG, WebP, GIF and TIFF (first frame or page), BMP.
-    Raises UnreadableImageError, and nothing else, if the file is not a whole image of these formats, if its header
-    claims more than `max_pixels` pixels (width x height; Pillow has a limit of its own near 179 million) or if it is
-    over 200 times longer than wide. Not for concurrent threads: it holds Python's warning filters while decoding.
+    The content decides the format, not the name: PNG, JPEG, WebP, GIF and TIFF (first frame or page), BMP. Not for
+    concurrent threads: Python's warning filters are changed while it decodes.
+
+    Args:
+        path: the file.
+        max_pixels: largest width x height that is decoded (Pillow has a limit of its own near 179 million).
+
+    Raises:
+        UnreadableImageError: the file is not a whole image of these formats, has too many pixels, or is over 200 times
+            longer than wide. Nothing else is raised.
     """
     with _reading(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of damage it repairs, and of bombs that we refuse below
@@ -81,31 +87,42 @@ class Item(NamedTuple):
 
 
 class ImagePool:
-    """Every image below `folder`, drawn epoch after epoch, each epoch in its own order given by (seed, epoch).
+    """Every image below a folder, drawn epoch after epoch, each epoch in its own order given by (seed, epoch).
 
-    Images go by their POSIX path relative to `folder`; one that is not plainly printable (not UTF-8, a newline, a
+    An image's name is its POSIX path relative to the folder; one that is not plainly printable (not UTF-8, a newline, a
     backslash) is shown with Python escapes. Candidates are the regular files, or links to one, that have an image
     extension or begin like an image. Names that begin with a dot and `__MACOSX` are left out. Links to folders are
-    not followed, but reported.
+    reported and not followed. `skipped` maps what was passed over to the reason, in order of discovery.
 
-    `skipped` maps what was passed over to the reason, in order of discovery. Raises ImageError if `folder` is missing,
-    unreadable, not a folder or holds no image; ValueError if `seed` is negative.
+    Args:
+        folder: where the images lie.
+        seed: of the order.
+        paths: where each candidate lies, by its name.
+        skipped: what was passed over so far.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], seed: int) -> None:
-        self.skipped: dict[str, str] = {}
-        self._folder, self._seed = os.fspath(folder), seed
-        self._paths = self._scan()
-        self._names = sorted(self._paths)
-        if not self._names:
-            seen = f" (skipped: {self._first_skips()})" if self.skipped else ""
-            raise ImageError(f"No image in the folder {_quoted(folder)}{seen}: point to a folder of images.")
-        # No name holds a newline once printable, so that two different listings never join to the same text.
+    def __init__(self, folder: str, seed: int, paths: Mapping[str, str], skipped: dict[str, str]) -> None:
+        self._folder, self._seed, self._paths, self.skipped = folder, seed, paths, skipped
+        self._names = sorted(paths)
+        # A printable name holds no newline, so two different listings never join to the same text.
         self._fingerprint = hashlib.sha256("\n".join(self._names).encode()).hexdigest()
         self._move_to(epoch=0, position=0)
 
+    @classmethod
+    def scan(cls, folder: str | os.PathLike[str], seed: int) -> ImagePool:
+        """Look through a folder.
+
+        Raises:
+            ImageError: the folder is missing, unreadable, not a folder or holds no image.
+        """
+        paths, skipped = _scan(os.fspath(folder))
+        if not paths:
+            seen = f" (skipped: {_first_skips(skipped)})" if skipped else ""
+            raise ImageError(f"No image in the folder {_quoted(folder)}{seen}: point to a folder of images.")
+        return cls(os.fspath(folder), seed, paths, skipped)
+
     def __len__(self) -> int:
-        """The number of candidates not known to be undecodable."""
+        """The number of candidates that are not known to be undecodable."""
         return len(self._names) - sum(name in self._paths for name in self.skipped)
 
     @property
@@ -118,7 +135,7 @@ class ImagePool:
         return self._paths[name]
 
     def take(self, n: int) -> list[Item]:
-        """The next `n` decodable images. Starts the next epoch, and so repeats, as needed.
+        """The next `n` decodable images; a new epoch, and so a repetition, begins when all have been drawn.
 
         An undecodable file is skipped and never tried again. Raises ImageError if none can be decoded.
         """
@@ -149,10 +166,10 @@ class ImagePool:
         return cursor | {"fingerprint": self._fingerprint, "images": len(self._names), "skipped": dict(self.skipped)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where `state()` was called; `skipped` becomes what it was then, and is not reported anew.
+        """Continue exactly where `state()` was called; `skipped` becomes what it was then.
 
-        Raises ImageError, and changes nothing, if the seed or the set of image names is another. A file that was
-        replaced under the same name goes unnoticed.
+        A file that was replaced under the same name goes unnoticed. Raises ImageError, and changes nothing, if the seed
+        or the set of image names is another.
         """
         if state["seed"] != self._seed:
             raise ImageError(
@@ -172,7 +189,7 @@ class ImagePool:
         self._epoch, self._position, self._order = epoch, position, self._epoch_order(epoch)
 
     def _epoch_order(self, epoch: int) -> list[str]:
-        # Sorting by raw bits, because numpy promises those forever; `Generator.permutation` may change with a release.
+        # Sorting by raw bits, which numpy promises never to change; `Generator.permutation` may change with a release.
         bits = np.random.Philox(np.random.SeedSequence(self._seed, spawn_key=(epoch,))).random_raw(len(self._names))
         return [self._names[index] for index in np.argsort(bits, kind="stable")]
 
@@ -189,46 +206,49 @@ class ImagePool:
         if len(self) == 0:
             raise ImageError(
                 f"None of the {len(self._names)} images in {_quoted(self._folder)} can be decoded "
-                f"({self._first_skips()}): point to a folder of readable images."
+                f"({_first_skips(self.skipped)}): point to a folder of readable images."
             )
 
-    def _first_skips(self) -> str:
-        first = "; ".join(f"{name}: {reason}" for name, reason in islice(self.skipped.items(), 3))
-        return f"{first}; and {len(self.skipped) - 3} more" if len(self.skipped) > 3 else first
 
-    def _scan(self) -> dict[str, str]:
-        """Name → real path of every candidate. What cannot be looked into is skipped and reported."""
-        paths: dict[str, str] = {}
-        folders = [""]  # relative, with a closing slash. A list: trees can be deeper than Python's stack
-        while folders:
-            prefix = folders.pop()
-            try:
-                with os.scandir(os.path.join(self._folder, prefix)) as found:
-                    entries = sorted(found, key=lambda entry: entry.name)
-            except (OSError, ValueError) as error:
-                if not prefix:
-                    problem = f"Cannot read the image folder {_quoted(self._folder)} ({_reason(error)})"
-                    raise ImageError(f"{problem}: check the path and its permissions.") from error
-                self.skipped[_printable(prefix)] = f"the folder cannot be read: {_reason(error)}"
+def _first_skips(skipped: Mapping[str, str]) -> str:
+    first = "; ".join(f"{name}: {reason}" for name, reason in islice(skipped.items(), 3))
+    return f"{first}; and {len(skipped) - 3} more" if len(skipped) > 3 else first
+
+
+def _scan(folder: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Name to real path of every candidate; and what cannot be looked into, with the reason."""
+    paths: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    folders = [""]  # relative, with a closing slash; a list, because trees can be deeper than Python's stack
+    while folders:
+        prefix = folders.pop()
+        try:
+            with os.scandir(os.path.join(folder, prefix)) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except (OSError, ValueError) as error:
+            if not prefix:
+                problem = f"Cannot read the image folder {_quoted(folder)} ({_reason(error)})"
+                raise ImageError(f"{problem}: check the path and its permissions.") from error
+            skipped[_printable(prefix)] = f"the folder cannot be read: {_reason(error)}"
+            continue
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
-                    continue
-                relative, named_image = prefix + entry.name, entry.name.lower().endswith(EXTENSIONS)
-                try:
-                    mode = entry.stat().st_mode  # of what a link points to
-                except OSError as error:
-                    self.skipped[_printable(relative)] = _reason(error)
-                    continue
-                if stat.S_ISDIR(mode) and not entry.is_symlink():
-                    folders.append(relative + "/")
-                elif stat.S_ISDIR(mode):  # following it could lead round in a circle, or out into the whole disk
-                    self.skipped[_printable(relative + "/")] = "a link to a folder, which is not followed"
-                elif stat.S_ISREG(mode) and (named_image or _begins_like_an_image(entry.path)):
-                    paths[_printable(relative)] = entry.path
-                elif named_image:  # a pipe, socket or device, which could block for ever if opened
-                    self.skipped[_printable(relative)] = "not a regular file"
-        return paths
+            relative, named_image = prefix + entry.name, entry.name.lower().endswith(EXTENSIONS)
+            try:
+                mode = entry.stat().st_mode  # of what a link points to
+            except OSError as error:
+                skipped[_printable(relative)] = _reason(error)
+                continue
+            if stat.S_ISDIR(mode) and not entry.is_symlink():
+                folders.append(relative + "/")
+            elif stat.S_ISDIR(mode):  # following it could lead round in a circle, or out into the whole disk
+                skipped[_printable(relative + "/")] = "a link to a folder, which is not followed"
+            elif stat.S_ISREG(mode) and (named_image or _begins_like_an_image(entry.path)):
+                paths[_printable(relative)] = entry.path
+            elif named_image:  # a pipe, socket or device, which could block for ever if opened
+                skipped[_printable(relative)] = "not a regular file"
+    return paths, skipped
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ireasoner.training.evaluation import StepTruth
 from ireasoner.training.items import Item, content_hash
 from ireasoner.training.metrics import play_metrics
 from ireasoner.training.probes import blank_survival, probe
-from ireasoner.training.recorder import NoRecorder, Recorder, write_json, writer_lock
+from ireasoner.training.recorder import Recorder, write_json, writer_lock
 from ireasoner.training.state import Observer, Run, RunError, open_run, record_skips, regular_step, save
 from ireasoner.training.teaching import update
 
@@ -97,7 +97,7 @@ def _run(config: Config, out: Path, observer: Observer, truth: StepTruth | None)
         processes = stack.enter_context(joined(config.device))
         if processes.is_main:
             stack.enter_context(writer_lock(out))
-        recorder = Recorder(out) if processes.is_main else NoRecorder(out)
+        recorder = Recorder.open(out, writes=processes.is_main)
         reward = load_reward(config)[0] if names_a_file(config) else None
         run, resumed = open_run(config, out, recorder, observer, processes, reward, truth)
         if not resumed:

@@ -28,7 +28,7 @@ def play_metrics(config: Config, episodes: Sequence[Episode]) -> dict[str, float
         **{f"reward/solver/{name}": mean([t.parts[name].value for t in trajectories]) for name in parts},
         "reward/proposer/total": mean([e.proposer_reward for e in episodes]),
         "answers/majority_fraction": mean([e.majority_fraction for e in groups]),
-        "answers/entropy": mean([e.answer_entropy for e in groups]),
+        "answers/answer_entropy": mean([e.answer_entropy for e in groups]),
         "well_formed/solver": mean([t.well_formed for t in trajectories]),
         "well_formed/proposer": mean([e.question.well_formed for e in episodes]),
         "length/solver": mean([t.num_tokens for t in trajectories]),

@@ -12,17 +12,23 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 from PIL import Image
 from pydantic import ValidationError
 
 from ireasoner.method.types import Episode, ProbeAnswer, UsageError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 FILES = ("metrics.jsonl", "episodes.jsonl", "probes.jsonl", "skipped.jsonl", "events.jsonl")
 
@@ -32,18 +38,28 @@ class RunDirectoryError(UsageError):
 
 
 class Recorder:
-    """Writes into one run directory, which it creates. What a killed process left unfinished there is cut off.
+    """Writes into one run directory. Made by `Recorder.open`.
 
-    Every method raises `RunDirectoryError` if the disk refuses; no part of a line is left behind then.
+    Every method raises `RunDirectoryError` if the disk refuses; no part of a line is left behind then. In a run of
+    several processes one records; the others have recorders that write nothing (`writes=False`).
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self._paths = run_dir, [run_dir / name for name in FILES]
-        with _boundary(run_dir):
-            (run_dir / "images").mkdir(parents=True, exist_ok=True)
-            for path in filter(Path.exists, self._paths):
-                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        self._skipped = {record["image"] for record in read_records(run_dir / "skipped.jsonl")}
+    def __init__(self, run_dir: Path, *, writes: bool) -> None:
+        self.run_dir, self.writes = run_dir, writes
+        self._paths = [run_dir / name for name in FILES] if writes else []
+        self._skipped: set[str] = set()
+
+    @classmethod
+    def open(cls, run_dir: Path, *, writes: bool = True) -> Self:
+        """Create the directory, cut off the lines that a killed process left unfinished, and know what was skipped."""
+        recorder = cls(run_dir, writes=writes)
+        if writes:
+            with _boundary(run_dir):
+                (run_dir / "images").mkdir(parents=True, exist_ok=True)
+                for path in filter(Path.exists, recorder._paths):
+                    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+            recorder._read_skipped()
+        return recorder
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Add one line of numbers, by names such as `reward/solver/outcome`."""
@@ -75,7 +91,7 @@ class Recorder:
         if not re.fullmatch(r"[0-9a-f]{8,64}", key):
             raise ValueError(f"not a content key: {key!r}")
         path = self.run_dir / "images" / f"{key}.png"
-        if not path.exists():
+        if self.writes and not path.exists():
             small = image.convert("RGBA" if image.has_transparency_data else "RGB")
             small.thumbnail((256, 256))
             png = io.BytesIO()
@@ -85,7 +101,8 @@ class Recorder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a whole file, or replace it, in one go."""
-        _replace(self.run_dir / name, text.encode())
+        if self.writes:
+            _replace(self.run_dir / name, text.encode())
 
     def sync(self) -> None:
         """Return when everything is on the disk; call it before a checkpoint, which counts on earlier records."""
@@ -98,12 +115,18 @@ class Recorder:
         damage: list[str] = []
         for path in filter(Path.exists, self._paths):
             _replace(path, b"".join(line for line, record in _lines(path, damage) if record["step"] <= step))
-        self._skipped = {record["image"] for record in read_records(self.run_dir / "skipped.jsonl")}
+        if self.writes:
+            self._read_skipped()
         return damage
+
+    def _read_skipped(self) -> None:
+        self._skipped = {record["image"] for record in read_records(self.run_dir / "skipped.jsonl")}
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         if type(record.get("step")) is not int:
             raise ValueError(f"a record for {name} needs an int as its step, not {record.get('step')!r}")
+        if not self.writes:
+            return
         line = json.dumps(_plain(record), allow_nan=False).encode("ascii") + b"\n"
         with _boundary(self.run_dir / name), (self.run_dir / name).open("ab", buffering=0) as file:
             written = file.write(line)
@@ -112,55 +135,52 @@ class Recorder:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-class NoRecorder(Recorder):
-    """For the processes of a run that write nothing, because another one does."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-
-    def skip(self, step: int, image: str, reason: str) -> None:
-        """Nothing."""
-
-    def thumbnail(self, image: Image.Image, key: str) -> str:
-        """Nothing, under no name."""
-        return ""
-
-    def write_text(self, name: str, text: str) -> None:
-        """Nothing."""
-
-    def sync(self) -> None:
-        """Nothing."""
-
-    def rewind(self, step: int) -> list[str]:
-        """Nothing was damaged."""
-        return []
-
-    def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-
 @contextmanager
 def writer_lock(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory, which is created, against other writers; the lock goes with the process, however it ends.
+    """Hold the lock of a run directory, which is created if it is missing: one process at a time trains there.
+
+    The operating system releases the lock when the process ends, however it ends.
 
     Raises:
-        RunDirectoryError: another process holds it, or the folder cannot be made.
+        RunDirectoryError: another process holds the lock, or the directory cannot be used.
     """
-    import fcntl
-
     with _boundary(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("a")  # never to be emptied: it may be a link to something else
+        file = (run_dir / ".lock").open("ab")  # never truncated: it may be a link to some other file
     with file:
-        for _ in range(10):  # whoever looks at the run holds the lock for a moment
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                time.sleep(0.05)
+        for _ in range(10):  # a process that asks `is_locked` holds the lock for a moment
+            with _boundary(run_dir):
+                if _try_lock(file, exclusive=True):
+                    break
+            time.sleep(0.05)
         else:
             raise RunDirectoryError(f"another process is training in {run_dir}: wait for it or stop it")
         yield
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process is training in a run directory; False where that cannot be found out."""
+    lock = run_dir / ".lock"
+    try:
+        if not lock.is_file():
+            return False
+        with lock.open("rb") as file:
+            return not _try_lock(file, exclusive=False)
+    except OSError:  # unreadable, or on a file system without locks
+        return False
+
+
+def _try_lock(file: IO[bytes], exclusive: bool) -> bool:
+    """Lock a file until it is closed; False if another process holds the lock."""
+    try:
+        if sys.platform == "win32":  # which knows exclusive locks only
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # the first byte, which need not exist
+        else:
+            fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # what POSIX and Windows raise for a lock that is held
+        return False
+    return True
 
 
 def read_episodes(run_dir: Path) -> Iterator[Episode]:

@@ -8,9 +8,9 @@ from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
-from ireasoner.method import rewards, seeds
+from ireasoner.method import seeds
 from ireasoner.method.memory import ClaimMemory
-from ireasoner.method.scoring import Context, RewardFunction, ScoredGroup, score_solutions
+from ireasoner.method.scoring import Context, RewardFunction, ScoredGroup, score_solutions, step_weight
 from ireasoner.method.texts import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.method.types import Completion, Episode, Proposal, Question, Sampled, Solution, Trajectory
 from ireasoner.model.inputs import EncodedImage, embed_texts, encode_images
@@ -154,7 +154,7 @@ class SelfPlay:
     def _score(self, draws: _Draws, i: int, item: Item, asked: _Asked, solutions: Sequence[Solution]) -> ScoredGroup:
         recipe = self.config.recipe
         context = Context(
-            step_weight=step_weight(self.config, draws.step),
+            step_weight=step_weight(recipe, draws.step, self.config.schedule.steps),
             embed=lambda texts: embed_texts(self.policy, texts, recipe.max_step_tokens),
             recent_claims=self.memory.of_others(item.name),
             true_answer=asked.true_answer,
@@ -183,7 +183,7 @@ class SelfPlay:
             majority_answer=vote.answer,
             majority_fraction=vote.fraction,
             answer_entropy=vote.entropy,
-            step_weight=step_weight(self.config, step),
+            step_weight=step_weight(self.config.recipe, step, self.config.schedule.steps),
             true_answer=asked.true_answer,
         )
 
@@ -228,16 +228,4 @@ def trajectories(completions: Sequence[Completion], scored: ScoredGroup) -> tupl
             scored.step_scores,
             strict=True,
         )
-    )
-
-
-def step_weight(config: Config, step: int) -> float:
-    """λ(t) of a config's schedule."""
-    recipe = config.recipe
-    return rewards.mixing_weight(
-        step,
-        config.schedule.steps,
-        warmup=recipe.step_weight_warmup,
-        initial=recipe.step_weight_initial,
-        final=recipe.step_weight_final,
     )

@@ -109,12 +109,12 @@ def open_run(
         recorder.event(step, text)
         observer.on_message(text)
     processes.wait()  # what the others read below must be as the writing process has left it
-    pool = ImagePool(config.images, config.seed)
+    pool = ImagePool.scan(config.images, config.seed)
     device = str(processes.device) if processes.count > 1 else config.device
     policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
     observer.on_message(policy.describe() + ".")
     engine = open_engine(config, policy, processes)
-    labels = _labels(config, pool) if config.labels else None
+    labels = load_labels(config, pool) if config.labels else None
     run = Run(
         config=config,
         out=out,
@@ -248,7 +248,7 @@ def _notes(skipped: Sequence[tuple[Path, str]]) -> list[str]:
     return [f"Skipped the damaged checkpoint {path.name}: {reason}." for path, reason in skipped]
 
 
-def _labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, str]]]:
+def load_labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, str]]]:
     """Labelled questions by the pool's image names, for the oracle recipe.
 
     Raises:

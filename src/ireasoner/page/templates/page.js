@@ -16,7 +16,7 @@ function readOut(at) {
 
   function show() {
     const step = Number(slider.value);
-    let nearest = 0; // of a long run, not every step has its reading
+    let nearest = 0; // a long run has readings for some of its steps only
     steps.forEach((each, i) => { if (Math.abs(each - step) < Math.abs(steps[nearest] - step)) nearest = i; });
     find("#at-value").textContent = step;
     const link = find("#at-episodes");
@@ -72,7 +72,7 @@ async function fetchText(address) {
   return answer.text();
 }
 
-let latest = 0; // of several lists asked for, the last one counts
+let latest = 0; // only the answer to the latest request is shown
 
 async function showEpisodes(query) {
   const mine = ++latest, target = find("#episodes");
@@ -167,7 +167,7 @@ async function follow() {
       if (versions[part] === pulse.version || selecting(find(`#${part}`))) continue;
       if (await refresh(part)) versions[part] = pulse.version;
     }
-    pause = Math.max(3000, 10 * (performance.now() - began)); // the cores are there to train
+    pause = Math.max(3000, 10 * (performance.now() - began)); // leaves the processor to the training
   }
 }
 

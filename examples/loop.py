@@ -1,0 +1,169 @@
+"""The whole method in one file, from the public parts of ireasoner: play, score, update, record.
+
+    python examples/loop.py --images photos/ --model tiny --steps 20
+
+Every step takes some images. For each, the proposer asks a question; the solver answers it N times, step by step; the
+group's own agreement is the reward (iReasoner, arXiv 2601.05877); both adapters get one REINFORCE update.
+
+Left out, and found in `ireasoner.training`: checkpoints and exact resume, the watch that ends a run that collapses,
+probes, held-out evaluation, several processes, the gate on hopeless and unanimous groups, labelled questions, the run
+directory that `ireasoner view` shows. Nothing here is needed by `ireasoner train`; it is meant to be read and changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import fmean
+
+from ireasoner.method.memory import ClaimMemory
+from ireasoner.method.scoring import Context, ScoredGroup, score_group, step_weight
+from ireasoner.method.seeds import PROPOSE, SOLVE, draw_seed
+from ireasoner.method.texts import parse_question, proposer_messages, solver_messages
+from ireasoner.method.types import Completion, Question
+from ireasoner.model.inputs import EncodedImage, build_prompts, embed_texts, encode_images
+from ireasoner.model.learner import Learner
+from ireasoner.model.loading import load_policy
+from ireasoner.model.policy import Policy
+from ireasoner.rollouts.engine import Engine, Request
+from ireasoner.rollouts.live import LiveEngine
+from ireasoner.training.config import Config, resolve
+from ireasoner.training.items import ImagePool, Item
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Self-evolution in one file.")
+    parser.add_argument("--images", required=True, help="folder of unlabeled images")
+    parser.add_argument("--model", default="tiny", help="folder, hub id, or 'tiny' (%(default)s)")
+    parser.add_argument("--recipe", default="default", help="what is rewarded (%(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="training steps (%(default)s)")
+    parser.add_argument("--images-per-step", type=int, default=8, help="(%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/loop"), help="for the adapters (%(default)s)")
+    arguments = vars(parser.parse_args())
+    out = arguments.pop("out")
+    train(resolve(arguments), out)
+
+
+def train(config: Config, out: Path) -> None:
+    """Self-evolve a model; the adapters, and a line of numbers for each step, end up in `out`."""
+    policy = load_policy(config.model, config.backbone, device=config.device, seed=config.seed)
+    engine: Engine = LiveEngine(policy)
+    proposer = Learner(policy, "proposer", config.recipe, config.optimizer)
+    solver = Learner(policy, "solver", config.recipe, config.optimizer)
+    pool = ImagePool.scan(config.images, config.seed)
+    memory = ClaimMemory(config.recipe.recurrence_window)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "metrics.jsonl").open("w") as log:
+        for step in range(1, config.schedule.steps + 1):
+            # Play. An image goes through the vision tower once; whatever is asked about it reuses its features.
+            items = pool.take(config.schedule.images_per_step)
+            images = encode_images(policy, [item.image for item in items])
+            asking, proposals, questions = ask(config, engine, step, items, images)
+            asked = [i for i, question in enumerate(questions) if question.well_formed]
+            solving, groups = solve(config, engine, step, items, images, questions, asked)
+            # Score. An unreadable question was not asked, and earns its proposer nothing.
+            scored = score(config, policy, memory, step, items, questions, asked, groups)
+            worth = [0.0] * len(items)
+            for i, group in zip(asked, scored, strict=True):
+                worth[i] = group.proposer_reward
+            # Update: the solver at every step, the proposer at every fifth.
+            learned = {}
+            if groups:
+                learned["solver"] = update(policy, solver, solving, groups, [list(group.rewards) for group in scored])
+            if config.recipe.train_proposer and step % config.schedule.proposer_every == 0:
+                learned["proposer"] = update(policy, proposer, asking, proposals, [[reward] for reward in worth])
+            # Record.
+            rewards = [reward for group in scored for reward in group.rewards]
+            record = {
+                "step": step,
+                "reward": fmean(rewards) if rewards else 0.0,
+                "majority_fraction": fmean(group.group.vote.fraction for group in scored) if scored else 0.0,
+                "learned": learned,
+            }
+            log.write(json.dumps(record) + "\n")
+            print(f"step {step}: reward {record['reward']:.3f}, majority {record['majority_fraction']:.3f}", flush=True)
+    policy.save_adapters(out)
+
+
+def ask(
+    config: Config, engine: Engine, step: int, items: list[Item], images: list[EncodedImage]
+) -> tuple[list[Request], list[list[Completion]], list[Question]]:
+    """One question about each image, sampled from the proposer and read."""
+    messages = proposer_messages(config.sampling.proposer_prompt)
+    requests = [
+        Request(image, messages, draw_seed(config.seed, step, item.name, 0, PROPOSE))
+        for item, image in zip(items, images, strict=True)
+    ]
+    proposals = engine.sample(requests, "proposer", max_tokens=config.sampling.max_question_tokens)
+    return requests, proposals, [parse_question(c.text, c.finish_reason) for (c,) in proposals]
+
+
+def solve(
+    config: Config,
+    engine: Engine,
+    step: int,
+    items: list[Item],
+    images: list[EncodedImage],
+    questions: list[Question],
+    asked: list[int],
+) -> tuple[list[Request], list[list[Completion]]]:
+    """A group of N solutions of each readable question, sampled from the solver."""
+    prompt = config.sampling.solver_prompt
+    requests = [
+        Request(
+            images[i],
+            solver_messages(prompt, questions[i].text),
+            draw_seed(config.seed, step, items[i].name, 0, SOLVE),
+        )
+        for i in asked
+    ]
+    if not requests:
+        return [], []
+    sampling = config.sampling
+    return requests, engine.sample(requests, "solver", n=sampling.group_size, max_tokens=sampling.max_solution_tokens)
+
+
+def score(
+    config: Config,
+    policy: Policy,
+    memory: ClaimMemory,
+    step: int,
+    items: list[Item],
+    questions: list[Question],
+    asked: list[int],
+    groups: list[list[Completion]],
+) -> list[ScoredGroup]:
+    """What each group earned: agreement on the answer, and on what leads to it."""
+    recipe = config.recipe
+    scored = []
+    for i, group in zip(asked, groups, strict=True):
+        context = Context(
+            form=config.sampling.solution_form,
+            finish_reasons=[c.finish_reason for c in group],
+            step_weight=step_weight(recipe, step, config.schedule.steps),
+            embed=lambda texts: embed_texts(policy, texts, recipe.max_step_tokens),
+            recent_claims=memory.of_others(items[i].name),
+            seed=(config.seed, step, i),
+        )
+        scored.append(score_group(questions[i].text, [c.text for c in group], recipe, context))
+    for i, each in zip(asked, scored, strict=True):
+        memory.add(items[i].name, each.group.solutions)
+    return scored
+
+
+def update(
+    policy: Policy,
+    learner: Learner,
+    requests: list[Request],
+    groups: list[list[Completion]],
+    rewards: list[list[float]],
+) -> dict[str, float]:
+    """One REINFORCE step with exact KL to the frozen backbone, on the very token ids that were sampled."""
+    advantages = learner.advantages(rewards)
+    prompts = build_prompts(policy, [r.image for r in requests], [r.messages for r in requests])
+    return learner.update(prompts, groups, advantages, advantages.numel())
+
+
+if __name__ == "__main__":
+    main()
