@@ -1,4 +1,4 @@
-"""One training step here, in the authors' own code, and in this package's reconstruction of it (`Bench.published`).
+"""One training step here, in the authors' own code, and in the reconstruction of it (`published_step.py`).
 
     git clone https://github.com/meghanaasunil/iReasoner ../authors   # read at commit 02d0cf2; nothing of it is in here
     python benchmarks/authors_step.py ../authors --model random-25m --image-tokens 1024 --group-size 8 --tokens 64
@@ -19,7 +19,7 @@ Their trainer is built by their command line's own defaults and the two LoRA fla
 - what the two roles wrote: tokens are drawn and decoded, then the text is replaced, by the question that the other
   sides ask and by a completion that their update reads as exactly `--tokens` tokens (checked). A random model's text
   would come back as another number. All answers are equal, so that every trajectory's steps are embedded; from 32
-  tokens on there are three steps, as many as the other sides embed, below that a single one.
+  tokens on there are three steps, as many as the other sides compare, below that a single one.
 
 Reading a picture's file is not counted, and what their steps print is not shown. That they and the reconstruction make
 as many calls and read as many positions is checked. What is left unequal is extra work of theirs: LoRA also in the
@@ -39,12 +39,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from beside import parser_for, scene, spread
 from PIL import Image
+from published_step import Published
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ireasoner.method.texts import proposer_messages, solver_messages
@@ -52,7 +54,6 @@ from ireasoner.model.backbone import load_model_processor
 from ireasoner.model.processors import render
 from ireasoner.studies.bench import QUESTION, QUESTION_TOKENS, Bench, Phases
 
-CPU = torch.device("cpu")
 calls = Counter[str]()  # of the step that runs
 
 
@@ -85,15 +86,15 @@ class Theirs:
     """The authors' trainer, its phases timed and its texts replaced; what it does is left as it is."""
 
     def __init__(self, checkout: str, folder: str, scratch: str, bench: Bench, images: Sequence[Image.Image]) -> None:
-        config = bench.config
+        sampling = bench.config.sampling
         library: Any = sys.modules["transformers"]
         library.AutoModelForVision2Seq = library.AutoModelForImageTextToText
         sys.path.insert(0, checkout)
         train: Any = importlib.import_module("train")
         vlm: Any = importlib.import_module("vlm")
         vlm.AutoProcessor = SimpleNamespace(from_pretrained=load_model_processor)
-        train.build_proposer_prompt = lambda _: config.proposer_prompt
-        train.build_solver_prompt = lambda question: config.solver_prompt.replace("{question}", question)
+        train.build_proposer_prompt = lambda _: sampling.proposer_prompt
+        train.build_solver_prompt = lambda question: sampling.solver_prompt.replace("{question}", question)
         (pictures := Path(scratch, "pictures")).mkdir()
         for i, image in enumerate(images):
             image.save(pictures / f"{i}.png")
@@ -101,14 +102,14 @@ class Theirs:
             "solver_model": folder, "proposer_model": folder, "data_dir": pictures, "output_dir": f"{scratch}/runs",
             "device": "cpu", "device_map": "cpu", "dtype": "float32", "seed": 0, "save_every": 0,
             "total_steps": len(images), "proposer_update_freq": len(images) + 1,
-            "num_solver_samples": config.group_size, "max_new_tokens_solver": bench.tokens,
+            "num_solver_samples": sampling.group_size, "max_new_tokens_solver": bench.tokens,
             "max_new_tokens_proposer": QUESTION_TOKENS,
         }  # fmt: skip
         lora = ["--use_lora_solver", "--use_lora_proposer"]
         sys.argv = ["train.py", *lora, *(str(word) for k, v in options.items() for word in (f"--{k}", v))]
         self.trainer = trainer = train.IReasonerTrainer(train.build_config_from_args(train.parse_args()))
-        self.core, self.phases = trainer.solver.core, Phases(CPU)
-        asking, solving = proposer_messages(config.proposer_prompt), solver_messages(config.solver_prompt, QUESTION)
+        self.core, self.phases = trainer.solver.core, Phases(perf_counter)
+        asking, solving = proposer_messages(sampling.proposer_prompt), solver_messages(sampling.solver_prompt, QUESTION)
         texts = [chat[0]["content"][1]["text"] for chat in (asking, solving, solving)]
         self.prompts: dict[str, str] = dict(zip(("propose", "solve", "update"), texts, strict=True))
         rendered = [self.core._render_chat(images[0], text, add_generation_prompt=True) for text in texts[:2]]
@@ -137,7 +138,7 @@ class Theirs:
         self.phases = phases
         with contextlib.redirect_stdout(io.StringIO()), phases.timed("read and reward"):
             self.trainer.train()
-        del phases.seconds["read picture"]  # the other sides have theirs in memory
+        del phases.took["read picture"]  # the other sides have theirs in memory
 
 
 def main() -> None:
@@ -156,12 +157,12 @@ def main() -> None:
         counted(type(backbone.base_model.visual), "forward", "vision tower")
         counted(type(policy.decoder), "forward", "language model")
         register_optimizer_step_post_hook(lambda *_: calls.update(["optimizer step"]))
-        sides = {"ours": bench.ours, "theirs": theirs.step, "published": bench.published}
+        sides = {"ours": bench.ours, "theirs": theirs.step, "published": Published(bench).step}
         runs, work = {name: list[Phases]() for name in sides}, dict[str, Counter[str]]()
         for repetition in range(asked.repetitions + 1):
             for name, side in sides.items():
                 calls.clear()
-                side(phases := Phases(CPU), images)
+                side(phases := Phases(perf_counter), images)
                 work[name] = calls.copy()
                 if repetition:
                     runs[name].append(phases)
@@ -172,8 +173,8 @@ def main() -> None:
     assert work["theirs"] == work["published"], f"the reconstruction is not what they do: {work}"
     for name, steps in runs.items():
         print(f"{name}: {', '.join(f'{k} {n}' for k, n in sorted(work[name].items()))}")
-        for phase in steps[0].seconds:
-            print(f"  {phase:20}{spread([step.seconds[phase] for step in steps])}")
+        for phase in steps[0].took:
+            print(f"  {phase:20}{spread([step.took[phase] for step in steps])}")
         print(f"  {'whole step':20}{spread([step.total for step in steps])}")
     for name in ("ours", "published"):
         ratios = [a.total / b.total for a, b in zip(runs["theirs"], runs[name], strict=True)]

@@ -6,14 +6,12 @@ import argparse
 import statistics
 from collections.abc import Sequence
 
-import numpy as np
+import torch
 from PIL import Image
 
-from ireasoner.model.backbone import TINY_MODEL, load_backbone, load_model_processor
-from ireasoner.model.policy import Policy
-from ireasoner.playground import world
-from ireasoner.studies.bench import Bench
-from ireasoner.training.config import resolve
+from ireasoner.model.backbone import TINY_MODEL
+from ireasoner.playground import random_models
+from ireasoner.studies.bench import Bench, load_bench
 
 
 def parser_for(description: str | None) -> argparse.ArgumentParser:
@@ -21,24 +19,22 @@ def parser_for(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--model", default="tiny", choices=("tiny", "random-25m"))
     for name, default in (("group-size", 5), ("tokens", 40), ("images-per-step", 1), ("repetitions", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--image-tokens", type=int, help="of each picture, about (a small picture's)")
+    parser.add_argument("--image-tokens", type=int, help="of each picture, about (9 for tiny, else 144)")
     return parser
 
 
 def scene(asked: argparse.Namespace, scratch: str) -> tuple[str, Bench, list[Image.Image]]:
-    """The folder of the checkpoint, our side of the comparison on it, and the pictures of a step."""
-    config = resolve({"model": asked.model, "images": ".", "dtype": "float32", "group_size": asked.group_size})
-    rng = np.random.default_rng(0)
-    styles = [(world.sample_picture(rng), world.sample_style("chalk", rng)) for _ in range(asked.images_per_step)]
-    images = [world.draw(picture, style, rng) for picture, style in styles]
-    if asked.image_tokens:
-        images = [image.resize((28 * round(asked.image_tokens**0.5),) * 2) for image in images]
-    folder = str(TINY_MODEL) if asked.model == "tiny" else f"{scratch}/model"
-    if asked.model != "tiny":
-        processor = load_model_processor(asked.model, config.max_image_tokens)
-        for part in (load_backbone(asked.model), processor.tokenizer, processor.image_processor):
-            part.save_pretrained(folder)
-    return folder, Bench(Policy(folder), config, asked.tokens), images
+    """The folder of the checkpoint, our side of the comparison with it, and the pictures of a step."""
+    bench = load_bench(asked.model, asked.tokens, asked.group_size, asked.image_tokens, "cpu")
+    images = bench.pictures(asked.images_per_step)
+    if asked.model == "tiny":
+        return str(TINY_MODEL), bench, images
+    # The same weights once more, since those of ours have adapters on them by now.
+    backbone = random_models.build(asked.model, str(TINY_MODEL), torch.float32, "cpu")
+    processor = bench.policy.processor
+    for part in (backbone, processor.tokenizer, processor.image_processor):
+        part.save_pretrained(f"{scratch}/model")
+    return f"{scratch}/model", bench, images
 
 
 def spread(values: Sequence[float]) -> str:

@@ -36,13 +36,11 @@ from ireasoner.model.backbone import load_model_processor
 from ireasoner.model.inputs import build_prompts, encode_images
 from ireasoner.studies.bench import QUESTION, Bench, Phases
 
-CPU = torch.device("cpu")
-
 
 class TimedGRPO(GRPOTrainer):
     """TRL's trainer, its phases timed and its model's calls noted; what it does is left as it is."""
 
-    phases, where, calls = Phases(CPU), "", list[dict[str, Any]]()
+    phases, where, calls = Phases(time.perf_counter), "", list[dict[str, Any]]()
 
     def note(self, name: str, module: torch.nn.Module) -> None:
         """Note every call of a part of the model: in which phase, what came in, how long it took."""
@@ -88,7 +86,9 @@ class Turns(TrainerCallback):
     """One step of ours before each of TRL's."""
 
     def __init__(self, bench: Bench, images: Sequence[Any]) -> None:
-        self.bench, self.images, self.trainer = bench, images, None  # type: Bench, Sequence[Any], Any
+        self.bench, self.images = bench, images
+        self.trainer: Any = None  # set once it is made: it is made with this callback
+        self.drawn: Any = None
         self.ours, self.theirs = list[Phases](), list[Phases]()
         sample = bench.engine.sample
 
@@ -99,17 +99,18 @@ class Turns(TrainerCallback):
         bench.engine.sample = noted  # type: ignore[method-assign]
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.ours.append(Phases(CPU))
+        self.ours.append(Phases(time.perf_counter))
         self.bench.ours(self.ours[-1], self.images)
-        self.trainer.phases, self.trainer.calls = Phases(CPU), []
+        self.trainer.phases, self.trainer.calls = Phases(time.perf_counter), []
         self.whole = self.trainer.phases.timed("optimizer, rest")
         self.whole.__enter__()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.whole.__exit__(None, None, None)
         self.theirs.append(self.trainer.phases)
-        policy, config, count = self.bench.policy, self.bench.config, self.bench.config.group_size
-        chats = [solver_messages(config.solver_prompt, QUESTION)] * len(self.images)
+        policy, sampling = self.bench.policy, self.bench.config.sampling
+        count = sampling.group_size
+        chats = [solver_messages(sampling.solver_prompt, QUESTION)] * len(self.images)
         read = build_prompts(policy, encode_images(policy, self.images), chats).text["input_ids"]
         assert [*self.trainer.asked] == read.repeat_interleave(count, 0).tolist(), "prompts differ"
         lengths = [self.bench.tokens] * count * len(read)
@@ -119,15 +120,17 @@ class Turns(TrainerCallback):
 
 def trainer_for(turns: Turns, folder: str, scratch: Path, rows: int | None, repetitions: int) -> TimedGRPO:
     """TRL's trainer on the same model, pictures and options."""
-    bench, config, count = turns.bench, turns.bench.config, turns.bench.config.group_size
+    bench, backbone, sampling = turns.bench, turns.bench.config.backbone, turns.bench.config.sampling
+    count = sampling.group_size
     learner, processor = bench.learner(), load_model_processor(folder)
     processor.tokenizer.padding_side = "left"
     batch = len(turns.images) * count
-    chat = [{"role": "user", "content": solver_messages(config.solver_prompt, QUESTION)[0]["content"][1]["text"]}]
+    text = solver_messages(sampling.solver_prompt, QUESTION)[0]["content"][1]["text"]
+    chat = [{"role": "user", "content": text}]
 
     def reward(completions: list[Any], **_: Any) -> list[float]:
         texts = [completion[0]["content"] for completion in completions]
-        earned = [reward for i in range(0, len(texts), count) for reward in bench._reward(texts[i : i + count])]
+        earned = [reward for i in range(0, len(texts), count) for reward in bench.reward(texts[i : i + count])]
         # Equal rewards, as a random model's often are, would leave nothing to train on; here some always differ.
         return [reward + 0.01 * (i % count) for i, reward in enumerate(earned)]
 
@@ -136,11 +139,12 @@ def trainer_for(turns: Turns, folder: str, scratch: Path, rows: int | None, repe
         logging_strategy="no", disable_tqdm=True, shuffle_dataset=False, max_steps=repetitions + 1,
         per_device_train_batch_size=rows or batch, gradient_accumulation_steps=batch // (rows or batch),
         num_generations=count, max_completion_length=bench.tokens, generation_kwargs={"min_new_tokens": bench.tokens},
-        loss_type="grpo", beta=learner.kl_coef, learning_rate=1e-6, lr_scheduler_type="constant", weight_decay=0.01,
-        max_grad_norm=learner.max_grad_norm,
+        loss_type="grpo", beta=learner.kl_coef, learning_rate=learner.options.learning_rate,
+        lr_scheduler_type="constant", weight_decay=learner.options.weight_decay,
+        max_grad_norm=learner.options.max_grad_norm,
     )  # fmt: skip
     data = Dataset.from_dict({"prompt": [chat] * len(turns.images), "image": turns.images})
-    lora = LoraConfig(target_modules=bench.policy.targets, r=config.lora_rank, lora_alpha=config.lora_alpha)
+    lora = LoraConfig(target_modules=bench.policy.targets, r=backbone.lora_rank, lora_alpha=backbone.lora_alpha)
     trainer = TimedGRPO(folder, reward, options, data, processing_class=processor, callbacks=[turns], peft_config=lora)
     model: Any = trainer.model.get_base_model().base_model
     trainer.note("model below its output layer", model)
@@ -168,10 +172,10 @@ def main() -> None:
         print(f"{name}: {len(changed)} of {len(adapters[side])} adapter tensors changed, model in {dtypes}")
         assert changed, f"{name} trained nothing"
         steps = (turns.ours, turns.theirs)[side]
-        for phase in steps[0].seconds:
-            print(f"  {phase:20}{spread([step.seconds[phase] for step in steps[1:]])}")
+        for phase in steps[0].took:
+            print(f"  {phase:20}{spread([step.took[phase] for step in steps[1:]])}")
     print(*(f"TRL calls {call}" for call in trainer.calls if call["input"][-1] > 1), sep="\n")  # single tokens left out
-    ours = [step.total - step.seconds["propose"] for step in turns.ours[1:]]
+    ours = [step.total - step.took["propose"] for step in turns.ours[1:]]
     theirs = [step.total for step in turns.theirs[1:]]
     print(f"whole step: ours {spread(ours)}, TRL {spread(theirs)}, TRL / ours", end=" ")
     print(spread([a / b for a, b in zip(theirs, ours, strict=True)]))

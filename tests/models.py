@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.types import Completion, Role
+from ireasoner.model.advantages import spread
 from ireasoner.model.inputs import Prompts, encode_images
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy
@@ -32,20 +35,30 @@ def learner(policy: Policy, role: Role, processes: Processes | None = None, **op
 def teach(
     learner: Learner, prompts: Prompts, groups: Sequence[Sequence[Completion]], rewards: Sequence[Sequence[float]]
 ) -> dict[str, float]:
-    """One update on groups and their rewards, as training does it in one process."""
+    """One update on groups and their rewards, as training does it in one process; its metrics."""
     advantages = learner.advantages(rewards)
-    return learner.update(prompts, groups, advantages, advantages.numel())
+    metrics = learner.update(prompts, groups, advantages, advantages.numel())
+    return {**metrics, "advantage_std": spread(advantages)}
 
 
 def requests(
-    policy: Policy, images: Sequence[Image.Image], messages: Sequence[list[dict[str, Any]]], seeds: Sequence[Any] = ()
+    policy: Policy, images: Sequence[Image.Image], messages: Sequence[list[dict[str, Any]]], seeds: Sequence[int] = ()
 ) -> list[Request]:
     """One request for each image and chat; seeds 0, 1, … unless given."""
-    seeded = seeds or [(i,) for i in range(len(images))]
     encoded = encode_images(policy, images)
-    return [Request(image, chat, tuple(seed)) for image, chat, seed in zip(encoded, messages, seeded, strict=True)]
+    numbers = seeds or range(len(images))
+    return [Request(image, chat, (seed,)) for image, chat, seed in zip(encoded, messages, numbers, strict=True)]
 
 
-def sample(engine: Engine, asked: Sequence[Request], role: Role | None, n: int, longest: int) -> list[list[Completion]]:
-    """N completions of each request at temperature 1."""
-    return engine.sample(asked, role, n=n, max_tokens=longest)
+def sample(
+    engine: Engine, asked: Sequence[Request], role: Role | None, n: int, longest: int, **options: Any
+) -> list[list[Completion]]:
+    """N completions of each request, at most `longest` tokens long; at temperature 1 unless `options` say otherwise."""
+    return engine.sample(asked, role, n=n, max_tokens=longest, **options)
+
+
+def padded(policy: Policy, completions: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids of completions, right-padded, and the mask of the real ones."""
+    longest = max(len(ids) for ids in completions)
+    ids = torch.tensor([[*row, *[policy.pad_token] * (longest - len(row))] for row in completions])
+    return ids, torch.tensor([[i < len(row) for i in range(longest)] for row in completions])

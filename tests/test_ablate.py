@@ -11,9 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ireasoner.app.cli import main
-from ireasoner.app.display import JobDisplay, print_table
-from ireasoner.method.types import UsageError
+from ireasoner.app.cli import build_parser, main
+from ireasoner.app.display import Display, print_table
+from ireasoner.method.types import Episode, Proposal, Question, UsageError
 from ireasoner.playground import dataset, world
 from ireasoner.studies import ablate
-from ireasoner.studies.ablate import Settings, arm_config, arm_names, settle
+from ireasoner.studies.ablate import ArmsProgress, Settings, arm_config, arm_names, settle, train_command
 from ireasoner.studies.ablation_tables import (
     csv_text,
     difference_rows,
@@ -40,8 +41,9 @@ from ireasoner.studies.ablation_tables import (
     summarize,
     tables,
 )
-from ireasoner.training.config import names
+from ireasoner.training.config import names, resolve
 from ireasoner.training.evaluation import evaluate_target, load_questions
+from ireasoner.training.recorder import writer_lock
 from ireasoner.training.statistics import paired_interval
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
@@ -124,6 +126,16 @@ def test_nothing_checkable_at_all_is_void_and_no_nan():
     assert score_rows(result)[2][5] == "void"
 
 
+def asked_at(step: int, text: str, problem: str | None, proposed: bool) -> str:
+    """A recorded episode of which only the question matters."""
+    proposal = Proposal(prompt="Ask.", text=text, finish_reason="stop", num_tokens=3, mean_sampler_logprob=-0.5)
+    return Episode(
+        step=step, image="a.png", question=Question(text, "", problem), proposal=proposal if proposed else None,
+        proposer_reward=0.0, prompt="", trajectories=(), majority_answer=None, majority_fraction=0.0,
+        answer_entropy=0.0, step_weight=0.0, true_answer=None,
+    ).model_dump_json()  # fmt: skip
+
+
 def test_distinct_questions_by_hand(tmp_path: Path):
     asked = [
         (15, "Old?", True),
@@ -132,14 +144,11 @@ def test_distinct_questions_by_hand(tmp_path: Path):
         (18, "Who?", True),
         (20, "??", False),
     ]
-    records = [
-        {"step": step, "question_completion": {"text": ""}, "question": {"text": text, "well_formed": readable}}
-        for step, text, readable in asked
-    ]
-    records.append({"step": 20, "question_completion": None, "question": {"text": "A label?", "well_formed": True}})
-    (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    records = [asked_at(step, text, None if readable else "no question", True) for step, text, readable in asked]
+    records.append(asked_at(20, "A label?", None, False))
+    (tmp_path / "episodes.jsonl").write_text("".join(record + "\n" for record in records))
     assert distinct_questions(tmp_path) == 2 / 4  # of those proposed after step 15: what now, who
-    (tmp_path / "episodes.jsonl").write_text(json.dumps(records[-1]) + "\n")
+    (tmp_path / "episodes.jsonl").write_text(records[-1] + "\n")
     assert distinct_questions(tmp_path) is None
 
 
@@ -210,15 +219,21 @@ def test_a_table_on_a_narrow_terminal_loses_no_digit(
     assert sum(line.count("[-15.0,-8.0]") for line in lines) == 5
 
 
-def test_the_time_left_is_told_where_output_is_no_terminal(capsys: pytest.CaptureFixture[str]):
-    with JobDisplay(10, quiet_seconds=0) as display:
-        display.started -= 30  # as if the first unit had taken half a minute
-        display.skip(5)
-        display.work("arm: step 1/2")
-        display.say("[arm] done")
-    printed = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"arm: step 1/2, 0:0(1:59|2:0\d) left", printed[0])
-    assert printed[1] == "[arm] done"
+def test_the_time_left_is_told_where_output_is_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    progress, now = ArmsProgress(tmp_path, ["[arm]-0", "arm-1", "arm-2"], 10), [0.0]
+    monkeypatch.setattr(progress, "get_time", lambda: now[0])
+    progress.told = 0.0
+    (tmp_path / "arm-1").mkdir()
+    (tmp_path / "arm-2.json").touch()  # scored already
+    for seconds, steps in ((0, 1), (29, 2), (60, 3)):
+        now[0] = float(seconds)
+        (tmp_path / "arm-1" / "metrics.jsonl").write_text("{}\n" * steps)
+        progress.tell(["[arm]-0", "arm-1", "arm-2", "base-0"])
+    # Two steps in the last 60 seconds, and 17 are left; what was there at first is no sign of speed.
+    doing = "[arm]-0: step 0/10; arm-1: step 3/10; arm-2: scoring; base-0: scoring"
+    assert capsys.readouterr().out == f"{doing}, 0:08:30 left\n"
 
 
 # --- what it is asked for ---------------------------------------------------------------------------------------------
@@ -268,7 +283,7 @@ def test_labels_reach_the_oracle_and_no_other(tmp_path: Path):
 
 def test_arms_have_names_of_their_own():
     assert arm_names(["paper", "/somewhere/mine.yaml"]) == {"paper": "paper", "mine": "/somewhere/mine.yaml"}
-    for recipes in (["paper", "paper"], ["/a/mine.yaml", "/b/mine.yaml"], ["/a/base.yaml"]):
+    for recipes in (["paper", "paper"], ["/a/mine.yaml", "/b/mine.yaml"], ["/a/base.yaml"], ["step.yaml"]):
         with pytest.raises(UsageError, match="name of its own"):
             arm_names(recipes)
 
@@ -314,11 +329,35 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return printed.err
 
 
+def test_a_reward_of_ones_own_is_run_only_if_its_recipe_is_named_again(own: Path):
+    out, recipe, reward = own / "out", own / "mine.yaml", f"{own / 'my.py'}:pay"
+    recipe.write_text(f"reward: {reward}\n")
+    settings = stored(out, recipes=[str(recipe)])
+    with pytest.raises(UsageError, match="run only if you say so: name the recipes again with --recipes"):
+        settle(out, {})
+    assert settle(out, {"recipes": [str(recipe)]}) == settings
+    run = out / "mine-0"
+    assert "--reward" not in " ".join(train_command(out, settings, str(recipe), run, 0))
+    run.mkdir()
+    (run / "config.yaml").touch()
+    assert train_command(out, settings, str(recipe), run, 0) == ["train", f"--resume={run}", f"--reward={reward}"]
+
+
+def test_training_is_told_every_option(tmp_path: Path):
+    training = {"steps": "3", "lora_targets": ["q_proj", "v_proj"], "solver_prompt": "-{question}"}
+    settings = Settings(training=training, recipes=("oracle",))
+    command = train_command(tmp_path, settings, "oracle", tmp_path / "oracle-2", 2)
+    given = vars(build_parser().parse_args(command))
+    assert given.pop("out") == str(tmp_path / "oracle-2")
+    config = resolve({name: value for name, value in given.items() if name not in ("command", "function", "resume")})
+    assert config == arm_config(tmp_path, settings, "oracle", 2)
+
+
 def test_mistakes_are_named_and_leave_nothing(capsys: pytest.CaptureFixture[str], own: Path):
     out, mine = own / "out", ("--images", own / "pool", "--data", own / "own.jsonl")
     assert "papre" in mistake(capsys, out, "--recipes", "papre")
     assert "steps" in mistake(capsys, out, "--steps", "many")
-    assert "0 is less than 1" in mistake(capsys, out, "--seeds", "0")
+    assert "seeds: input should be greater than or equal to 1, not '0'" in mistake(capsys, out, "--seeds", "0")
     assert "'oil'" in mistake(capsys, out, "--style", "oil")
     assert "both --images and --data" in mistake(capsys, out, "--images", own / "pool")
     assert "both --images and --data" in mistake(capsys, out, "--data", own / "own.jsonl")
@@ -343,9 +382,42 @@ def test_mistakes_are_named_and_leave_nothing(capsys: pytest.CaptureFixture[str]
 # --- from end to end --------------------------------------------------------------------------------------------------
 
 SMALL = [
-    "--questions", "6", "--steps", "3", "--images-per-step", "2", "--group-size", "3",
+    "--questions", "4", "--steps", "3", "--images-per-step", "2", "--group-size", "3", "--max-solution-tokens", "64",
     "--learning-rate", "3e-3", "--probe-every", "0", "--save-every", "1", "--device", "cpu",
 ]  # fmt: skip
+
+
+class Ended:
+    """What is left of a process that has ended."""
+
+    def __init__(self, code: int) -> None:
+        self.returncode = code
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+@contextmanager
+def in_this_process() -> Iterator[None]:
+    """Commands are carried out in this process, which saves them the time to start. Ctrl-C is for both of them."""
+
+    def carry_out(command: Sequence[str], log: Path, threads: int) -> Ended:
+        with log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
+            code = main(command)
+        if code == 130:
+            raise KeyboardInterrupt
+        return Ended(code)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablate, "_start", carry_out)
+        patch.setattr(ablate, "POLL_SECONDS", 0)
+        yield
+
+
+@pytest.fixture
+def at_once() -> Iterator[None]:
+    with in_this_process():
+        yield
 
 
 def files(out: Path) -> dict[str, tuple[int, bytes]]:
@@ -354,32 +426,37 @@ def files(out: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path.relative_to(out)): (path.stat().st_mtime_ns, path.read_bytes()) for path in kept}
 
 
-def test_an_ablation_stopped_resumed_and_extended(
+@pytest.mark.usefixtures("at_once")
+def test_an_ablation_stopped_moved_resumed_and_extended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(ablate, "UNLABELED", 12)
-    monkeypatch.setattr(ablate, "VALIDATION", 4)
-    out, work = tmp_path / "out", JobDisplay.work
+    monkeypatch.setattr(ablate, "VALIDATION", 3)
+    monkeypatch.setattr(ablate, "BISECTIONS", 3)
+    out, on_step = tmp_path / "first" / "out", Display.on_step
 
-    def interrupt(display: JobDisplay, what: str, units: float = 1.0) -> None:
-        work(display, what, units)
-        if what == "outcome-only-0: step 2/3":
+    def interrupt(display: Display, step: int, *rest: Any) -> None:
+        on_step(display, step, *rest)
+        if (display.out.name, step) == ("outcome-only-0", 2):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(JobDisplay, "work", interrupt)
+    monkeypatch.setattr(Display, "on_step", interrupt)
     assert main(["ablate", str(out), "--recipes", "paper", "outcome-only", "--seeds", "1", *SMALL]) == 130
     assert f"Continue with: ireasoner ablate {out}" in capsys.readouterr().out
-    monkeypatch.setattr(JobDisplay, "work", work)
+    monkeypatch.setattr(Display, "on_step", on_step)
     done = files(out)
     assert {"base-0.json", "paper-0.json", "paper-0/summary.json", "outcome-only-0/metrics.jsonl"} <= done.keys()
     assert "outcome-only-0/summary.json" not in done
     assert not (out / "ablation.json").exists()
 
+    (tmp_path / "first").rename(tmp_path / "moved")  # what was begun there goes on here
+    out = tmp_path / "moved" / "out"
     assert main(["ablate", str(out)]) == 0
     printed = capsys.readouterr().out
     finished = files(out)
     assert all(finished[name] == done[name] for name in done if not name.startswith("outcome-only"))
     assert len(finished["outcome-only-0/metrics.jsonl"][1].splitlines()) == 3
+    assert finished["outcome-only-0/metrics.jsonl"][1].startswith(done["outcome-only-0/metrics.jsonl"][1])
     for name in ("Scores", "Minus base", "Minus outcome-only", "Without looking", "Answer prior", "step truth"):
         assert name in printed
     result = json.loads((out / "ablation.json").read_text())
@@ -404,15 +481,17 @@ def test_an_ablation_stopped_resumed_and_extended(
     summary.write_text(json.dumps({**json.loads(summary.read_text()), "stopped_early": True}))
     assert main(["ablate", str(out)]) == 0
     assert "ended themselves early: oracle-1." in (out / "ablation.md").read_text()
-    # The base under seed 1 was scored on a policy that had carried trained adapters: it is the backbone alone.
+    # The base is the backbone alone, and an arm its trained solver, each under the arm's seed.
     questions = load_questions(out / "data" / "test" / "test.jsonl")
     for target, name in (("tiny", "base-1"), (str(out / "paper-1"), "paper-1")):
-        kept, again = json.loads((out / f"{name}.json").read_text()), evaluate_target(target, questions, seed=1)
+        kept, again = scores_of(out, name), evaluate_target(target, questions, seed=1, preset=str(out / "preset.yaml"))
         assert kept["greedy_texts"] == list(again.greedy_texts)
-        assert kept["columns"]["mean@1"] == again.measures["mean@1"].tolist()
-        assert kept["columns"]["answer_entropy"] == again.answer_entropy.tolist()
-    base, paper = (json.loads((out / f"{name}-1.json").read_text())["greedy_texts"] for name in ("base", "paper"))
-    assert base != paper
+        assert kept["mean@1"] == again.measures["mean@1"].tolist()
+        assert kept["answer_entropy"] == again.answer_entropy.tolist()
+    assert scores_of(out, "base-1")["greedy_texts"] != scores_of(out, "paper-1")["greedy_texts"]
+    heat = json.loads((out / "cooled.json").read_text())["temperature"]
+    again = evaluate_target("tiny", questions, seed=1, preset=str(out / "preset.yaml"), temperature=heat)
+    assert scores_of(out, f"base-1-at-{heat:.3f}")["mean@1"] == again.measures["mean@1"].tolist()
     # A run's last checkpoint is what it ended with; a damaged one is refused.
     checkpoints = out / "paper-1" / "checkpoints"
     first = evaluate_target(str(checkpoints / "step-000001"), questions, seed=1)
@@ -430,15 +509,21 @@ def test_an_ablation_stopped_resumed_and_extended(
     assert "base-0.json cannot be read" in mistake(capsys, out)
 
 
+def scores_of(out: Path, name: str) -> dict[str, list[Any]]:
+    return json.loads((out / f"{name}.json").read_text())["per_question"]
+
+
+@pytest.mark.usefixtures("at_once")
 def test_an_ablation_of_ones_own(own: Path, capsys: pytest.CaptureFixture[str]):
     mine = ["--images", str(own / "pool"), "--data", str(own / "own.jsonl"), "--recipes", str(own / "mine.yaml")]
-    out = own / "out"
-    assert main(["ablate", str(out), *mine, "--seeds", "1", "--model", "tiny", *SMALL[4:], "--steps", "1"]) == 0
+    out, scale = own / "out", [*SMALL[4:], "--steps", "1", "--max-solution-tokens", "9"]
+    assert main(["ablate", str(out), *mine, "--seeds", "1", "--model", "tiny", *scale]) == 0
     printed = capsys.readouterr().out
     assert "step truth" not in printed
     result = json.loads((out / "ablation.json").read_text())
     assert list(result["arms"]) == ["base", "mine"]
     assert result["questions"] == 2
+    assert max(scores_of(out, "base-0")["tokens"]) == 9  # the base is scored at the scale of the arms
     assert not (out / "data").exists()
     (own / "mine.yaml").write_text("reward: format\n")
     assert "reward is discrete, not format" in mistake(capsys, out)
@@ -446,7 +531,28 @@ def test_an_ablation_of_ones_own(own: Path, capsys: pytest.CaptureFixture[str]):
     assert "own.jsonl has changed" in mistake(capsys, out)
 
 
-# --- several arms at a time -------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("at_once")
+def test_a_command_that_fails_is_quoted(own: Path, capsys: pytest.CaptureFixture[str]):
+    out = own / "out"
+    text = mistake(capsys, out, *own_arms(own, 1), "--lora-targets", "attention")
+    assert "base-0 failed: LoRA target 'attention' matches no linear layer" in text
+    assert f"(its output is in {out / 'base-0.log'})" in text
+
+
+def test_eval_writes_its_scores_question_by_question(own: Path, capsys: pytest.CaptureFixture[str]):
+    target = own / "scores.json"
+    argv = ["--data", str(own / "own.jsonl"), "--device", "cpu", "--json", str(target)]
+    assert main(["eval", "tiny", *argv]) == 0
+    found = json.loads(target.read_text())
+    columns = found["per_question"]
+    assert columns.keys() == {*MEASURES, "answer_entropy", "well_formed", "tokens", "greedy_texts"}
+    assert all(len(values) == 2 for values in columns.values())
+    assert np.mean(columns["mean@1"]) == found["scores"]["mean@1"]["mean"]
+    assert main(["eval", "tiny", "tiny", *argv]) == 0
+    assert json.loads(target.read_text())["per_question"] == {"before": columns, "after": columns}
+
+
+# --- several arms at a time, in processes of their own ----------------------------------------------------------------
 
 
 def own_arms(own: Path, steps: int) -> list[str]:
@@ -456,29 +562,47 @@ def own_arms(own: Path, steps: int) -> list[str]:
 
 def test_two_jobs_make_what_one_makes(own: Path, capsys: pytest.CaptureFixture[str]):
     torch.set_num_threads(1)  # each of two processes gets half of the threads, and rounding may depend on how many
+    outs, printed = (own / "one", own / "two"), []
+    with in_this_process():
+        assert main(["ablate", str(outs[0]), *own_arms(own, 2)]) == 0
+    printed.append(capsys.readouterr().out)
+    outs[1].mkdir()
+    for name in ("settings.json", "base-0.json", "base-0-blank.json"):  # the base is the same to both
+        shutil.copy(outs[0] / name, outs[1])
+    assert main(["ablate", str(outs[1]), *own_arms(own, 2), "--jobs", "2"]) == 0
+    printed.append(capsys.readouterr().out)
     found = []
-    for jobs in "1", "2":
-        out = own / jobs
-        assert main(["ablate", str(out), *own_arms(own, 2), "--jobs", jobs]) == 0
-        printed = capsys.readouterr().out
-        assert "paper-0: greedy" in printed  # what a process says reaches the terminal
-        names = ("base-0", "discrete-0", "paper-0")
-        scores = [(out / f"{name}.json").read_bytes() for name in names]
-        found.append((printed[printed.index("Scores") :].replace(str(out), "OUT"), scores))
+    for out, text in zip(outs, printed, strict=True):
+        assert "paper-0: greedy" in text  # what a process found reaches the terminal
+        scores = [(out / f"{name}.json").read_text() for name in ("discrete-0", "paper-0")]
+        found.append([part.replace(str(out), "OUT") for part in (text[text.index("Scores") :], *scores)])
     assert found[0] == found[1]
-    assert main(["ablate", str(own / "2"), "--recipes", str(own / "mine.yaml"), "--jobs", "2"]) == 0
+    with in_this_process():
+        assert main(["ablate", str(outs[1]), "--recipes", str(own / "mine.yaml"), "--jobs", "2"]) == 0
     (own / "mine.yaml").write_text("reward: format\n")
-    assert "reward is discrete, not format" in mistake(capsys, own / "2", "--jobs", "2")
+    assert "reward is discrete, not format" in mistake(capsys, outs[1], "--jobs", "2")
+
+
+def given_by(out: Path, *options: str) -> dict[str, Any]:
+    """The settings that a command line gives."""
+    given = vars(build_parser().parse_args(["ablate", str(out), *options]))
+    chosen = {name: value for name, value in given.items() if name in Settings.model_fields}
+    return {**chosen, "training": {n: given[n] for n in given.keys() - chosen.keys() - {"command", "function", "out"}}}
 
 
 @contextmanager
 def at_work(out: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """An ablation by two processes, once both are training."""
-    command = [sys.executable, "-m", "ireasoner", "ablate", str(out), "--jobs", "2", *options]
+    """An ablation with two arms, once both are training; the base is scored already, to save time."""
+    stored(out, **given_by(out, *options))
+    (out / "base-0.json").touch()
+    command = [sys.executable, "-m", "ireasoner", "ablate", str(out), "--jobs", "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             wait_until(lambda: all((out / arm / "metrics.jsonl").exists() for arm in ("paper-0", "discrete-0")))
+            children = psutil.Process(process.pid).children()
+            assert len(children) == 2
             yield process
+            assert not any(map(psutil.Process.is_running, children))
         finally:
             process.kill()
 
@@ -490,49 +614,59 @@ def wait_until(done: Callable[[], bool], seconds: float = 90) -> None:
         time.sleep(0.05)
 
 
-def workers(process: subprocess.Popen[str]) -> list[int]:
-    """The ids of the processes that train."""
-    return [c.pid for c in psutil.Process(process.pid).children() if "spawn_main" in " ".join(c.cmdline())]
-
-
-def steps_of(out: Path) -> list[int]:
-    return [len((out / arm / "metrics.jsonl").read_text().splitlines()) for arm in ("discrete-0", "paper-0")]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_jobs_that_are_interrupted_save_and_go_on(own: Path, capsys: pytest.CaptureFixture[str], number: int):
+def test_jobs_that_are_interrupted_save_and_go_on(own: Path, capsys: pytest.CaptureFixture[str]):
     out = own / "out"
     with at_work(out, *own_arms(own, 60), "--save-every", "50") as process:
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         printed, errors = process.communicate(timeout=90)
     assert (process.returncode, errors) == (130, "")
     assert f"Continue with: ireasoner ablate {out} --jobs 2" in printed
-    for arm, steps in zip(("discrete-0", "paper-0"), steps_of(out), strict=True):
+    for arm in ("discrete-0", "paper-0"):
+        steps = len((out / arm / "metrics.jsonl").read_text().splitlines())
         assert 0 < steps < 60
         assert (out / arm / "checkpoints" / f"step-{steps:06d}").exists()
     shutil.rmtree(out / "discrete-0")
     (out / "discrete-0").mkdir()
     (out / "discrete-0" / "config.yaml").write_text("steps: many\n")
-    assert "config.yaml" in mistake(capsys, out, "--jobs", "2")  # what fails in a process is told in one line
+    assert "config.yaml" in mistake(capsys, out, "--jobs", "2")
 
 
-def test_jobs_stop_when_their_parent_is_killed(own: Path):
+@pytest.mark.usefixtures("at_once")
+def test_an_arm_that_another_process_trains_is_left_to_it(own: Path, capsys: pytest.CaptureFixture[str]):
     out = own / "out"
-    with at_work(out, *own_arms(own, 60), "--save-every", "50") as process:
-        pids = workers(process)
-        assert len(pids) == 2
-        process.kill()
-        wait_until(lambda: not any(map(psutil.pid_exists, pids)))
-    for arm, steps in zip(("discrete-0", "paper-0"), steps_of(out), strict=True):
-        assert (out / arm / "checkpoints" / f"step-{steps:06d}").exists()
+    stored(out, **given_by(out, *own_arms(own, 1)))
+    with writer_lock(out / "discrete-0"):  # as where an ablation was killed and its processes go on
+        assert f"another process is training in {out / 'discrete-0'}" in mistake(capsys, out)
 
 
-def test_a_job_that_is_killed_ends_the_ablation_with_a_message(own: Path):
-    with at_work(own / "out", *own_arms(own, 60)) as process:
-        first, second = workers(process)
-        os.kill(first, signal.SIGKILL)
-        _, errors = process.communicate(timeout=90)
-    assert process.returncode == 2
-    assert "was killed (signal 9; out of memory? try fewer --jobs)" in errors
-    assert errors.count("\n") == 1
-    assert not psutil.pid_exists(second)
+def sleepers(monkeypatch: pytest.MonkeyPatch, then: Callable[[int], None]) -> list[subprocess.Popen[bytes]]:
+    """Processes that sleep, instead of commands; when there are two, `then` is called with the id of the first."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*_: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(90)"]))
+        if len(started) == 2:
+            threading.Timer(0.3, then, [started[0].pid]).start()
+        return started[-1]
+
+    monkeypatch.setattr(ablate, "_start", start)
+    return started
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_ablation_stops_every_job(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
+):
+    started = sleepers(monkeypatch, lambda _: os.kill(os.getpid(), number))
+    assert main(["ablate", str(own / "out"), *own_arms(own, 1), "--jobs", "2"]) == 130
+    assert f"Continue with: ireasoner ablate {own / 'out'} --jobs 2" in capsys.readouterr().out
+    assert [process.poll() for process in started] == [-signal.SIGTERM, -signal.SIGTERM]
+
+
+def test_a_job_that_is_killed_ends_the_ablation_with_a_message(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    started = sleepers(monkeypatch, lambda first: os.kill(first, signal.SIGKILL))
+    text = mistake(capsys, own / "out", *own_arms(own, 1), "--jobs", "2")
+    assert "base-0 was killed (signal 9; out of memory? try fewer --jobs)" in text
+    assert [process.poll() for process in started] == [-signal.SIGKILL, -signal.SIGTERM]

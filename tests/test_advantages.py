@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ireasoner.model.advantages import MovingBaseline, leave_one_out_advantages
+from ireasoner.model.advantages import MovingBaseline, leave_one_out_advantages, spread
 
 
 def test_moving_baseline_by_hand():
@@ -79,3 +79,9 @@ def test_rewards_are_not_overwritten():
     MovingBaseline().advantages(rewards.flatten())
     leave_one_out_advantages(rewards)
     assert rewards.tolist() == [pytest.approx([0.2, 0.6])]
+
+
+def test_spread_by_hand():
+    # Mean 0.5; squared deviations 0.25, 0.25, 0, 0: variance 0.125.
+    assert spread(torch.tensor([[1.0, 0.0], [0.5, 0.5]])) == pytest.approx(0.125**0.5)
+    assert spread(torch.zeros(2, 3)) == 0.0

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from ireasoner.model import inputs as prompts
+from ireasoner.method.texts import parse_trajectory
+from ireasoner.model import forward
 from ireasoner.model.attention import SharedCache
-from ireasoner.studies.bench import Bench, Phases
+from ireasoner.model.inputs import encode_images
+from ireasoner.studies.bench import Bench, Phases, load_bench, measure, readable, table
 from ireasoner.training.config import resolve
 from models import load
 
@@ -22,11 +25,59 @@ def test_the_plain_side_shares_no_prompt(pictures: list[Image.Image], monkeypatc
         shared.append(SharedCache(*args, **kwargs))
         return shared[-1]
 
-    monkeypatch.setattr(prompts, "SharedCache", counted)
     policy = load()
+    monkeypatch.setattr(forward, "SharedCache", counted)
     runner = Bench(policy, resolve({"model": "tiny", "images": "."}), 4)
     for side, caches in ((runner.plain, 0), (runner.ours, 2)):  # the question's and the answers'
         shared.clear()
-        side(Phases(torch.device("cpu")), pictures[:1])
+        side(Phases(perf_counter), pictures[:1])
         assert len(shared) == caches
         assert (policy.shares_prompts, policy.shares_attention) == (True, True)
+
+
+def test_both_sides_write_and_reward_whole_groups_of_the_forced_length(monkeypatch: pytest.MonkeyPatch):
+    bench = load_bench("tiny", tokens=4, group_size=3, device="cpu")
+    drawn: list[Any] = []
+    sample = bench.engine.sample
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        drawn.append(sample(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(bench.engine, "sample", noted)
+    for side, rows in ((bench.ours, [3, 3]), (bench.plain, [1] * 6)):
+        drawn.clear()
+        side(phases := Phases(perf_counter), bench.pictures(2))
+        assert [len(group) for group in drawn[-1]] == rows
+        assert {len(completion.token_ids) for group in drawn[-1] for completion in group} == {4}
+        assert set(phases.took) == {"encode images", "propose", "prefill", "decode", "read and reward", "update"}
+    earned = bench.reward(["The red bar reaches 7. Red is at 7."] * 3)
+    assert earned == pytest.approx([1.0] * 3)  # the recipe `default`: all agree, and nothing recurs elsewhere
+
+
+def test_any_text_becomes_a_readable_trajectory_of_three_steps():
+    solution = parse_trajectory(readable("<think> The red bar reaches 7 </answer and so on and on"))
+    assert solution.well_formed
+    assert len(solution.reasoning_steps) == 3
+    assert "red bar" in " ".join(solution.reasoning_steps)
+
+
+def test_ours_is_compared_with_plain_and_with_its_floors():
+    bench = load_bench("tiny", tokens=2, group_size=2, image_tokens=16, device="cpu")
+    (row,) = measure(bench, {"ours": bench.ours, "plain": bench.plain}, [1], 1)["sizes"]
+    ours, plain = row["sides"]["ours"], row["sides"]["plain"]
+    assert all(
+        ours["floor_seconds"][phase] > 0 for phase in ("encode images", "propose", "prefill", "decode", "update")
+    )
+    assert plain["times_ours"]["median"] == pytest.approx(plain["step_seconds"] / ours["step_seconds"])
+    title, rows = table(row)
+    assert title.startswith("1 images a step, 16 tokens each")
+    assert rows[0] == ["", "ours", "plain", "ours / floor"]
+    assert {len(cells) for cells in rows} == {4}
+
+
+def test_a_model_with_random_weights_takes_images_above_the_tiny_model_s_limit():
+    bench = load_bench("random-25m", image_tokens=1600, device="cpu")
+    assert (bench.config.backbone.dtype, bench.policy.backbone.dtype) == ("float32", torch.float32)
+    assert sum(p.numel() for p in bench.policy.backbone.parameters()) > 25e6
+    assert len(encode_images(bench.policy, bench.pictures(1))[0].pooled) == 1600

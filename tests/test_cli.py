@@ -16,6 +16,7 @@ from PIL import Image
 
 from ireasoner import __version__
 from ireasoner.app.cli import build_parser, main
+from ireasoner.app.commands import Train
 from ireasoner.app.display import Display, evaluation_table, plain, results_table, vote_line
 from ireasoner.method.types import Episode, Part, Question, Trajectory
 from ireasoner.training.config import Config, dump_config, resolve
@@ -91,10 +92,10 @@ def test_every_option_of_every_command_is_explained():
 def test_options_go_by_the_fields_own_names_too(
     monkeypatch: pytest.MonkeyPatch, written: list[str], meant: tuple[str, object]
 ):
-    heard: list[object] = []
-    monkeypatch.setattr("ireasoner.app.cli._train", lambda arguments: heard.append(getattr(arguments, meant[0])) or 0)
+    heard: list[dict[str, object]] = []
+    monkeypatch.setattr(Train, "run", lambda self: heard.append(self.model_dump(exclude_unset=True)) or 0)
     assert main(["train", *written]) == 0
-    assert heard == [meant[1]]
+    assert heard == [dict([meant])]
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

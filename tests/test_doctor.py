@@ -6,17 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from ireasoner.app.cli import main
 from ireasoner.method.types import Role
-from ireasoner.model import policy
+from ireasoner.model import loading
 from ireasoner.model.inputs import EncodedImage
 from ireasoner.model.learner import Learner
 from ireasoner.model.policy import Policy
-from ireasoner.rollouts import live as engine
+from ireasoner.rollouts import live
+from ireasoner.rollouts.live import LiveEngine
 from ireasoner.studies import doctor
+from recorded import recorded
 
 
 def failed(dtype: str = "float32") -> set[str]:
@@ -33,15 +36,15 @@ def test_a_sound_model_passes(capsys: pytest.CaptureFixture[str]):
 
 
 def test_an_update_that_is_blind_to_the_image(monkeypatch: pytest.MonkeyPatch):
-    encode = Policy.encode_images
+    encode = doctor.encode_images
 
-    def blind(self: Policy, images: Any) -> list[EncodedImage]:
-        found = encode(self, images)
+    def blind(policy: Policy, images: Any) -> list[EncodedImage]:
+        found = encode(policy, images)
         return [
             EncodedImage(e.seen, {n: [torch.zeros_like(t) for t in v] for n, v in e.features.items()}) for e in found
         ]
 
-    monkeypatch.setattr(Policy, "encode_images", blind)
+    monkeypatch.setattr(doctor, "encode_images", blind)
     assert "the update sees the image" in failed()
 
 
@@ -65,8 +68,8 @@ def test_a_reference_that_is_the_live_policy(monkeypatch: pytest.MonkeyPatch, ca
 def test_a_role_that_never_trains(monkeypatch: pytest.MonkeyPatch):
     init = Learner.__init__
 
-    def frozen(self: Learner, policy: Policy, role: Role, **options: Any) -> None:
-        init(self, policy, role, **options)
+    def frozen(self: Learner, policy: Policy, role: Role, *options: Any) -> None:
+        init(self, policy, role, *options)
         if role == "proposer":
             self.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
 
@@ -90,7 +93,7 @@ def test_a_role_that_trains_the_other_too(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("fault", [None, "top-k", "repetition penalty"])
 def test_a_sampler_of_another_distribution(monkeypatch: pytest.MonkeyPatch, fault: str | None, dtype: str):
     """As mild as checkpoints ask for: in bfloat16 rounding alone moves log-probabilities as far."""
-    draw = engine._draw
+    draw = live._draw
 
     def other(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> Any:
         if fault == "top-k":
@@ -100,15 +103,32 @@ def test_a_sampler_of_another_distribution(monkeypatch: pytest.MonkeyPatch, faul
             logits[:, :100] /= 1.05
         return draw(logits, uniforms, temperature)
 
-    monkeypatch.setattr(engine, "_draw", other)
+    monkeypatch.setattr(live, "_draw", other)
     assert failed(dtype) == ({"sampler and learner agree"} if fault else set())
 
 
+def test_a_sound_model_passes_where_decoding_is_captured(monkeypatch: pytest.MonkeyPatch):
+    init = LiveEngine.__init__
+
+    def capturing(self: LiveEngine, policy: Policy) -> None:
+        init(self, policy)
+        self.capture = recorded
+
+    monkeypatch.setattr(LiveEngine, "__init__", capturing)
+    assert failed() == set()
+
+
 def test_lora_in_the_vision_tower(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(policy, "language_targets", lambda *_: r".*\.(q_proj|qkv)")
+    monkeypatch.setattr(loading, "language_targets", lambda *_: r".*\.(q_proj|qkv)")
     assert "only the language model is trainable" in failed()
 
 
 def test_a_model_that_is_none(capsys: pytest.CaptureFixture[str]):
     assert main(["doctor", "no/such/model"]) == 2
     assert "cannot load" in capsys.readouterr().err
+
+
+def test_the_pictures_differ_and_say_nothing_else():
+    one, other = (np.asarray(image) for image in doctor.pictures())
+    assert one.shape == other.shape == (336, 336, 3)
+    assert 0.1 < (one != other).any(-1).mean() < 0.5

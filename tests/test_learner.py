@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ireasoner.method.seeds import uniforms
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
 from ireasoner.model.forward import completion_hidden
@@ -22,6 +24,8 @@ from ireasoner.model.learner import Learner
 from ireasoner.model.loss import adapt_kl_coef
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.live import LiveEngine
+from models import learner as make_learner
+from models import requests, sample, teach
 from plain import chosen, load_apart, plain_logprobs
 
 MakePolicy = Callable[..., Policy]
@@ -40,7 +44,7 @@ class Scene:
     groups: Groups
 
     def learner(self, role: Role = "solver", **options: Any) -> Learner:
-        return Learner(self.policy, role, **{"learning_rate": 1e-3, "advantage": "rloo", **options})
+        return make_learner(self.policy, role, **{"learning_rate": 1e-3, "advantage": "rloo", **options})
 
 
 @pytest.fixture
@@ -50,9 +54,10 @@ def scene(make_policy: MakePolicy, pictures: list[Image.Image]) -> Scene:
 
 def make_scene(policy: Policy, pictures: list[Image.Image], role: Role = "solver") -> Scene:
     images = [pictures[0], pictures[1].resize((112, 56))]
-    prompts = build_prompts(policy, encode_images(policy, images), [chat(q) for q in QUESTIONS])
+    asked = requests(policy, images, [chat(q) for q in QUESTIONS], [1, 2])
+    prompts = build_prompts(policy, [r.image for r in asked], [r.messages for r in asked])
     groups = []
-    for i, group in enumerate(LiveEngine(policy).sample(prompts, role, uniforms([[1], [2]], 24, 10))):
+    for i, group in enumerate(sample(LiveEngine(policy), asked, role, 24, 10)):
         whole, short, other = [c for c in group if len(c.token_ids) == 10][:3]
         ids = (*short.token_ids[: 5 + i], policy.end_tokens[0])
         logprob = logprobs_of(policy, prompts[i : i + 1], ids, role)[-1].item()
@@ -89,9 +94,9 @@ def descend(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The gradient of an update and its metrics: plain descent at rate 1 in place of AdamW moves by the gradient."""
     learner.optimizer = torch.optim.SGD(learner.parameters.values(), lr=1.0)  # type: ignore[assignment]
-    learner.max_grad_norm = math.inf
+    learner.options = learner.options.model_copy(update={"max_grad_norm": math.inf})
     before = {name: p.detach().clone() for name, p in learner.parameters.items()}
-    metrics = learner.update(prompts, groups, rewards)
+    metrics = teach(learner, prompts, groups, rewards)
     return {name: before[name] - p.detach() for name, p in learner.parameters.items()}, metrics
 
 
@@ -207,7 +212,7 @@ def test_no_live_policy_as_the_reference(
     seen = []
     for step in range(2):
         expected = kl_to_frozen_copy(scene, role, tmp_path / str(step))
-        seen.append(learner.update(scene.prompts, scene.groups, REWARDS)["kl"])
+        seen.append(teach(learner, scene.prompts, scene.groups, REWARDS)["kl"])
         assert seen[-1] == pytest.approx(expected, rel=1e-3)
     assert seen[0] > 1e-4
     assert abs(seen[1] - seen[0]) > 1e-3
@@ -225,7 +230,7 @@ def test_no_role_left_untrained_and_no_tensor_of_another_moved(
     scene = make_scene(make_policy(0.05), pictures, role)
     learners = {r: scene.learner(r, weight_decay=weight_decay) for r in ROLES}  # both exist, as in a run
     before = weights(scene.policy)
-    metrics = learners[role].update(scene.prompts, scene.groups, REWARDS)
+    metrics = teach(learners[role], scene.prompts, scene.groups, REWARDS)
     after = weights(scene.policy)
     moved = {name for name in after if not torch.equal(before[name], after[name])}
     assert moved == set(scene.policy.parameters(role))
@@ -238,7 +243,7 @@ def test_roles_take_turns(scene: Scene):
     start = weights(scene.policy)
     alone, _ = descend(scene.learner("solver"), scene.prompts, scene.groups, REWARDS)
     scene.policy.model.load_state_dict(start, strict=False)
-    scene.learner("proposer").update(scene.prompts, scene.groups, REWARDS)
+    teach(scene.learner("proposer"), scene.prompts, scene.groups, REWARDS)
     after, _ = descend(scene.learner("solver"), scene.prompts, scene.groups, REWARDS)
     for name, tensor in alone.items():
         assert torch.equal(tensor, after[name])
@@ -249,7 +254,7 @@ def test_small_steps_do_not_vanish_beside_a_bfloat16_backbone(make_policy: MakeP
     scene = make_scene(make_policy(dtype="bfloat16"), pictures)
     learner = scene.learner(learning_rate=1e-6, weight_decay=0.0)
     before = weights(scene.policy)
-    learner.update(scene.prompts, scene.groups, REWARDS)
+    teach(learner, scene.prompts, scene.groups, REWARDS)
     for name, tensor in learner.parameters.items():
         change = (tensor - before[name]).abs()
         assert (change > 0).double().mean() > 0.5
@@ -279,7 +284,7 @@ def test_no_second_optimiser_step_whatever_the_micro_batches(scene: Scene):
         assert max(sizes) <= max(limit, prompt_length)
         scene.policy.model.load_state_dict(start, strict=False)
         learner = scene.learner(tokens_per_batch=limit)
-        learner.update(scene.prompts, scene.groups, REWARDS)
+        teach(learner, scene.prompts, scene.groups, REWARDS)
         assert {int(state["step"]) for state in learner.optimizer.state.values()} == {1}
         assert len(sizes) == 4 * batches  # prompts and completions, policy and reference
         found[limit] = gradient, metrics
@@ -322,13 +327,14 @@ def test_group_relative_advantages_need_no_history(scene: Scene):
 def test_update_sees_the_logprobs_that_were_sampled(make_policy: MakePolicy, pictures: list[Image.Image], role: Role):
     scene = make_scene(make_policy(0.2), pictures, role)
     learner = scene.learner(role)
-    assert learner.update(scene.prompts, scene.groups, REWARDS)["sampler_gap"] < 1e-4
+    assert teach(learner, scene.prompts, scene.groups, REWARDS)["sampler_gap"] < 1e-4
     # The same samples are off-policy now, and so are those whose log-probabilities were taken elsewhere.
-    assert learner.update(scene.prompts, scene.groups, REWARDS)["sampler_gap"] > 1e-3
-    fresh = LiveEngine(scene.policy).sample(scene.prompts, role, uniforms([[5], [6]], 3, 6))
+    assert teach(learner, scene.prompts, scene.groups, REWARDS)["sampler_gap"] > 1e-3
+    asked = requests(scene.policy, scene.images, [chat(q) for q in QUESTIONS], [5, 6])
+    fresh = sample(LiveEngine(scene.policy), asked, role, 3, 6)
     first = fresh[0][0]
     fresh[0][0] = replace(first, logprobs=(first.logprobs[0] - 0.25, *first.logprobs[1:]))
-    assert learner.update(scene.prompts, fresh, REWARDS)["sampler_gap"] == pytest.approx(0.25, abs=1e-3)
+    assert teach(learner, scene.prompts, fresh, REWARDS)["sampler_gap"] == pytest.approx(0.25, abs=1e-3)
 
 
 @pytest.mark.parametrize("row", [0, 1])
@@ -336,7 +342,7 @@ def test_a_gap_that_is_no_number_is_shown(scene: Scene, row: int):
     """Whichever micro-batch it is in."""
     first = scene.groups[row][0]
     scene.groups[row][0] = replace(first, logprobs=(math.nan, *first.logprobs[1:]))
-    metrics = scene.learner(tokens_per_batch=1).update(scene.prompts, scene.groups, REWARDS)
+    metrics = teach(scene.learner(tokens_per_batch=1), scene.prompts, scene.groups, REWARDS)
     assert math.isnan(metrics["sampler_gap"])
 
 
@@ -364,7 +370,7 @@ def test_no_retokenised_text_is_trained(scene: Scene, tmp_path: Path):
         model = load_apart(scene.policy, tmp_path)["solver"]
         logprobs = plain_logprobs(model, scene.images[0], chat(QUESTIONS[0]), ids)
     spelled = Completion(text, tuple(ids), tuple(chosen(logprobs, ids).tolist()), "stop")
-    metrics = scene.learner().update(scene.prompts[:1], [[spelled, scene.groups[0][0]]], [[1.0, 0.0]])
+    metrics = teach(scene.learner(), scene.prompts[:1], [[spelled, scene.groups[0][0]]], [[1.0, 0.0]])
     assert metrics["sampler_gap"] < 1e-4
     after = logprobs_of(scene.policy, scene.prompts[:1], ids)
     assert (after - chosen(logprobs, ids)).mean() > 0.1  # toward the ids that were sampled
@@ -379,10 +385,10 @@ def test_no_end_token_left_untrained(scene: Scene):
         return logprobs_of(scene.policy, scene.prompts[:1], [end]).item()
 
     before = logprob()
-    scene.learner().update(scene.prompts[:1], [[stop, go_on]], [[1.0, 0.0]])
+    teach(scene.learner(), scene.prompts[:1], [[stop, go_on]], [[1.0, 0.0]])
     raised = logprob()
     assert raised > before + 0.1
-    scene.learner().update(scene.prompts[:1], [[stop, go_on]], [[0.0, 1.0]])
+    teach(scene.learner(), scene.prompts[:1], [[stop, go_on]], [[0.0, 1.0]])
     assert logprob() < raised - 0.1
 
 
@@ -410,7 +416,7 @@ def test_no_logits_of_prompt_positions_or_padding(scene: Scene, monkeypatch: pyt
         return output_layer(hidden)
 
     monkeypatch.setattr(scene.policy, "output_layer", counted)
-    scene.learner().update(scene.prompts, scene.groups, REWARDS)
+    teach(scene.learner(), scene.prompts, scene.groups, REWARDS)
     tokens = sum(len(c.token_ids) for group in scene.groups for c in group)
     assert max(rows) == tokens
     assert sum(rows) <= 4 * tokens + 1  # policy and reference, each again in the backward pass; one to ask the width
@@ -421,25 +427,24 @@ def test_no_logits_of_prompt_positions_or_padding(scene: Scene, monkeypatch: pyt
 
 def test_kl_coef_moves_after_the_update(scene: Scene):
     learner = scene.learner(kl_coef=0.01, kl_target=0.5)
-    metrics = learner.update(scene.prompts, scene.groups, REWARDS)
+    metrics = teach(learner, scene.prompts, scene.groups, REWARDS)
     assert metrics["kl_coef"] == 0.01
     assert learner.kl_coef == adapt_kl_coef(0.01, metrics["kl"], 0.5) != 0.01
     moved = learner.kl_coef
-    assert learner.update(scene.prompts, scene.groups, REWARDS)["kl_coef"] == moved
+    assert teach(learner, scene.prompts, scene.groups, REWARDS)["kl_coef"] == moved
 
 
 def test_kl_coef_stays_where_its_rate_is_0(scene: Scene):
     learner = scene.learner(kl_coef=0.01, kl_target=0.5, kl_rate=0.0)
-    learner.update(scene.prompts, scene.groups, REWARDS)
+    teach(learner, scene.prompts, scene.groups, REWARDS)
     assert learner.kl_coef == 0.01
 
 
 def test_gradients_are_clipped_to_their_norm(scene: Scene):
-    learner = scene.learner()
+    learner = scene.learner(max_grad_norm=0.01)
     learner.optimizer = torch.optim.SGD(learner.parameters.values(), lr=1.0)  # type: ignore[assignment]
-    learner.max_grad_norm = 0.01
     before = weights(scene.policy)
-    metrics = learner.update(scene.prompts, scene.groups, REWARDS)
+    metrics = teach(learner, scene.prompts, scene.groups, REWARDS)
     change = math.sqrt(sum((p - before[n]).pow(2).sum().item() for n, p in learner.parameters.items()))
     assert metrics["grad_norm"] > 0.01
     assert change == pytest.approx(0.01, rel=1e-2)
@@ -447,11 +452,11 @@ def test_gradients_are_clipped_to_their_norm(scene: Scene):
 
 def test_a_step_without_a_finite_gradient_changes_no_weight(scene: Scene):
     learner, before = scene.learner(), weights(scene.policy)
-    metrics = learner.update(scene.prompts, scene.groups, [[math.inf, 0.0, 0.0], [0.0] * 3])
+    metrics = teach(learner, scene.prompts, scene.groups, [[math.inf, 0.0, 0.0], [0.0] * 3])
     assert not math.isfinite(metrics["grad_norm"])
     after = weights(scene.policy)
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    assert learner.update(scene.prompts, scene.groups, REWARDS)["grad_norm"] > 0
+    assert teach(learner, scene.prompts, scene.groups, REWARDS)["grad_norm"] > 0
 
 
 def test_what_earns_more_grows_more_likely(scene: Scene):
@@ -466,7 +471,131 @@ def test_what_earns_more_grows_more_likely(scene: Scene):
     rewards = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     learner = scene.learner(kl_coef=1e-8, kl_target=1e3)
     for _ in range(3):
-        learner.update(scene.prompts, scene.groups, rewards)
+        teach(learner, scene.prompts, scene.groups, rewards)
     gains = [after - b for b, after in zip(before, means(), strict=True)]
     assert gains[0] > max(gains[1:3])
     assert gains[4] > max(gains[3], gains[5])
+
+
+# --- saving and resuming ---------------------------------------------------------------------------------------------
+
+
+def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype, name
+        assert torch.equal(tensor, right[name]), name
+
+
+def saved(learner: Learner, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The learner's state, written to files and read back as a checkpoint does it."""
+    tensors, numbers = learner.state()
+    save_file(tensors, folder / "optimizer.safetensors")
+    return load_file(folder / "optimizer.safetensors"), json.loads(json.dumps(numbers))
+
+
+@pytest.mark.parametrize("acting", [*ROLES, None])
+def test_training_goes_on_bitwise_as_if_never_interrupted(scene: Scene, tmp_path: Path, acting: Role | None):
+    """Whichever adapter is switched on while the state is saved: PEFT freezes the parameters of the other."""
+    learner = scene.learner(advantage="ema")
+    for _ in range(2):
+        teach(learner, scene.prompts, scene.groups, REWARDS)
+    with scene.policy.acting_as(acting):
+        tensors, numbers = saved(learner, tmp_path)
+    middle = weights(scene.policy)
+    for _ in range(2):
+        last = teach(learner, scene.prompts, scene.groups, REWARDS)
+    end = weights(scene.policy)
+
+    scene.policy.model.load_state_dict(middle, strict=False)
+    resumed = scene.learner(advantage="ema")
+    teach(resumed, scene.prompts[:1], scene.groups[:1], [[0.0, 0.0, 1.0]])  # something else, to be forgotten
+    scene.policy.model.load_state_dict(middle, strict=False)
+    resumed.restore(tensors, numbers)
+    assert_same_bits(resumed.state()[0], tensors)
+    assert resumed.state()[1] == numbers
+    for _ in range(2):
+        found = teach(resumed, scene.prompts, scene.groups, REWARDS)
+    assert found == last
+    assert_same_bits(weights(scene.policy), end)
+    assert_same_bits(resumed.state()[0], learner.state()[0])
+    names = {name.partition("/")[2] for name in tensors}
+    assert names == set(scene.policy.parameters("solver"))  # nothing of an adapter that is not trained
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_what_was_copied_out_does_not_change_with_the_optimizer(scene: Scene):
+    learner = scene.learner()
+    teach(learner, scene.prompts, scene.groups, REWARDS)
+    tensors, numbers = learner.state()
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    learner.restore(tensors, numbers)
+    teach(learner, scene.prompts, scene.groups, REWARDS)
+    assert_same_bits(tensors, before)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in learner.state()[0].items())
+
+
+def test_an_optimizer_that_has_not_stepped(scene: Scene, tmp_path: Path):
+    learner, other = scene.learner(), scene.learner()
+    tensors, numbers = saved(learner, tmp_path)
+    assert tensors == {}
+    assert numbers == {"kl_coef": 1e-3, "baseline": None}
+    teach(other, scene.prompts, scene.groups, REWARDS)
+    other.restore(tensors, numbers)
+    assert not other.optimizer.state
+    assert not learner.optimizer.state
+
+
+Q = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.solver.weight"
+
+
+def rename(tensors: dict[str, Tensor]) -> None:
+    tensors["exp_avg/other.weight"] = tensors.pop(f"exp_avg/{Q}")
+
+
+def leave_out(tensors: dict[str, Tensor]) -> None:
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        del tensors[f"{key}/{Q}"]
+
+
+def other_role(tensors: dict[str, Tensor]) -> None:
+    for name in list(tensors):
+        tensors[name.replace(".solver.", ".proposer.")] = tensors.pop(name)
+
+
+def foreign_tensor(tensors: dict[str, Tensor]) -> None:
+    tensors["exp_avg/c.weight"] = torch.zeros(5, 5)
+
+
+def other_shape(tensors: dict[str, Tensor]) -> None:
+    tensors[f"exp_avg/{Q}"] = tensors[f"exp_avg/{Q}"][:, :1]  # would be broadcast
+
+
+def other_dtype(tensors: dict[str, Tensor]) -> None:
+    tensors[f"exp_avg_sq/{Q}"] = tensors[f"exp_avg_sq/{Q}"].double()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (rename, f"exp_avg/{Q}, exp_avg/other.weight"),
+        (leave_out, f"exp_avg/{Q}, exp_avg_sq/{Q}, step/{Q}"),
+        (other_role, None),
+        (foreign_tensor, "exp_avg/c.weight"),
+        (other_shape, f"exp_avg/{Q}"),
+        (other_dtype, f"exp_avg_sq/{Q}"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_by_name(
+    scene: Scene, change: Callable[[dict[str, Tensor]], None], said: str | None
+):
+    learner = scene.learner()
+    teach(learner, scene.prompts, scene.groups, REWARDS)
+    (tensors, numbers), kept = learner.state(), learner.state()
+    assert f"exp_avg/{Q}" in tensors
+    change(tensors)
+    end = f"{re.escape(said)}$" if said else ""  # of another role's state, every tensor is named
+    with pytest.raises(ValueError, match=f"the solver's optimizer and the state for it differ in {end}"):
+        learner.restore(tensors, {**numbers, "kl_coef": 7.0})
+    assert_same_bits(learner.state()[0], kept[0])
+    assert learner.state()[1] == kept[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -161,6 +162,61 @@ def test_alone_nothing_is_exchanged():
     assert alone.sum(torch.tensor([1.5])).item() == 1.5
     assert (alone.any(True), alone.any(False)) == (True, False)
     assert [Processes(i, 2).share(5) for i in range(2)] == [[0, 2, 4], [1, 3]]
+
+
+EXCHANGE = """
+import math, pickle
+import torch
+import torch.distributed as dist
+
+def refuse(*args, **kwargs):
+    raise AssertionError("an object was sent as a pickle")
+
+from ireasoner.model.parallel import joined
+with joined("cpu") as processes:
+    pickle.dumps = pickle.loads = pickle.Pickler = pickle.Unpickler = refuse
+    dist.distributed_c10d._pickler = dist.distributed_c10d._unpickler = refuse
+    try:
+        dist.all_gather_object([None, None], 1)
+    except AssertionError:
+        pass
+    else:
+        raise SystemExit("nothing is refused")
+    rank = processes.index
+    own = [{"item": i, "text": "ö" * i} for i in processes.share(5)]
+    assert processes.gather(own, 5) == [{"item": i, "text": "ö" * i} for i in range(5)]
+    assert processes.gather([], 0) == []
+    assert processes.sum(torch.tensor([1.5, rank], dtype=torch.float64)).tolist() == [3.0, 1.0]
+    assert processes.maximum(float(rank)) == 1.0
+    assert math.isnan(processes.maximum(math.nan if rank else 0.0))
+    assert (processes.any(rank == 1), processes.any(False)) == (True, False)
+    weight, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(3))
+    if rank == 1:
+        (2 * weight.sum() + 3 * bias.sum()).backward()
+    processes.sum_gradients([weight, bias])  # the other process has none yet
+    assert weight.grad.tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    assert bias.grad.tolist() == [3.0, 3.0, 3.0]
+    processes.wait()
+"""
+
+
+def test_two_processes_exchange_tensors_only():
+    """By every method; whatever torch would send as a pickle is refused."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", EXCHANGE],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**ENVIRONMENT, **launcher, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(said)
 
 
 def test_what_fails_between_processes_keeps_its_reason(monkeypatch: pytest.MonkeyPatch):

@@ -515,16 +515,16 @@ def test_pretraining_examples_are_well_formed_and_of_all_three_tasks():
 
 
 def test_the_tiny_preset_speaks_as_in_pretraining_and_leaves_room_for_true_answers():
-    config = resolve({"images": "/x", "model": "tiny"})
-    assert (config.proposer_prompt, config.solver_prompt) == (tiny.PROPOSER_PROMPT, tiny.SOLVER_PROMPT)
+    sampling = resolve({"images": "/x", "model": "tiny"}).sampling
+    assert (sampling.proposer_prompt, sampling.solver_prompt) == (tiny.PROPOSER_PROMPT, tiny.SOLVER_PROMPT)
     tokenizer = load_processor(TINY_MODEL).tokenizer
     asked = [question for picture in some(150, seed=8) for question in world.questions(picture)]
     ends = [
         text + "<|im_end|>" for question in asked for text in (tiny.solver_text(question), tiny.proposer_text(question))
     ]
     lengths = np.array([len(ids) for ids in tokenizer(ends)["input_ids"]]).reshape(-1, 2)
-    assert lengths[:, 0].max() <= config.max_solution_tokens
-    assert lengths[:, 1].max() <= config.max_question_tokens
+    assert lengths[:, 0].max() <= sampling.max_solution_tokens
+    assert lengths[:, 1].max() <= sampling.max_question_tokens
     assert tokenizer.decode(tokenizer(ends[0])["input_ids"]) == ends[0]
 
 

@@ -20,13 +20,16 @@ from transformers.cache_utils import DynamicLayer
 from ireasoner.method.seeds import uniforms
 from ireasoner.method.texts import proposer_messages, solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
+from ireasoner.model import loading
 from ireasoner.model.attention import SharedCache
 from ireasoner.model.backbone import ModelError, language_targets, load_backbone
 from ireasoner.model.forward import completion_hidden
-from ireasoner.model.inputs import build_prompts, encode_images
+from ireasoner.model.inputs import build_prompts, embed_texts, encode_images
 from ireasoner.model.policy import Policy
+from ireasoner.rollouts import live
+from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
-from models import load
+from models import load, padded, requests, sample
 from plain import chosen, load_apart, plain_logprobs
 from recorded import recorded
 
@@ -37,6 +40,15 @@ TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 
 def ask(policy: Policy, images: Sequence[Image.Image], questions: Sequence[str] = QUESTIONS):
     return build_prompts(policy, encode_images(policy, images), [solver_messages("{question}", q) for q in questions])
+
+
+def asking(
+    policy: Policy,
+    images: Sequence[Image.Image],
+    questions: Sequence[str] = QUESTIONS,
+    seeds: Sequence[int] = (1, 2, 3),
+) -> list[Request]:
+    return requests(policy, images, [solver_messages("{question}", q) for q in questions], seeds[: len(images)])
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +77,7 @@ def _no_gradients():
 def policy_logprobs(policy: Policy, prompts: Any, groups: Sequence[Sequence[Sequence[int]]], role: Role | None):
     """Log-probabilities of groups of token ids by the path that an update takes; one [tokens, V] for each."""
     flat = [ids for group in groups for ids in group]
-    longest = max(map(len, flat))
-    ids = torch.tensor([[*row, *[policy.pad_token] * (longest - len(row))] for row in flat])
-    mask = torch.tensor([[i < len(row) for i in range(longest)] for row in flat])
-    hidden = completion_hidden(policy, prompts, ids, mask, role)
+    hidden = completion_hidden(policy, prompts, *padded(policy, flat), role)
     return policy.output_layer(hidden).log_softmax(-1).split([len(row) for row in flat])
 
 
@@ -134,14 +143,14 @@ def test_a_prompt_with_image_tokens_of_its_own_is_refused(babbler: Policy, pictu
 
 def test_images_are_scaled_down_to_the_limit(pictures: list[Image.Image]):
     large = pictures[0].resize((280, 196))  # 10 x 7 tokens of 28 x 28 pixels
-    assert len(load().encode_images([large])[0].pooled) > 12
-    assert len(load(max_image_tokens=12).encode_images([large])[0].pooled) <= 12
+    assert len(encode_images(load(), [large])[0].pooled) > 12
+    assert len(encode_images(load(max_image_tokens=12), [large])[0].pooled) <= 12
 
 
 def test_embed_texts_is_the_normalised_mean_of_input_embeddings(babbler: Policy):
     table = load_backbone("tiny").get_input_embeddings().weight.detach().double().numpy()
     texts = ["The red bar reaches 7.", "", "7"]
-    rows = babbler.embed_texts(texts, max_tokens=64)
+    rows = embed_texts(babbler, texts, max_tokens=64)
     for text, row in zip(texts, rows, strict=True):
         ids = babbler.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
@@ -154,7 +163,7 @@ def test_embed_texts_is_the_normalised_mean_of_input_embeddings(babbler: Policy)
     # Only the first tokens are read, and an adapter changes nothing: the table is the backbone's.
     first_two = babbler.processor.tokenizer.decode(babbler.processor.tokenizer(texts[0])["input_ids"][:2])
     np.testing.assert_array_equal(
-        babbler.embed_texts(texts[:1], max_tokens=2), babbler.embed_texts([first_two], max_tokens=64)
+        embed_texts(babbler, texts[:1], max_tokens=2), embed_texts(babbler, [first_two], max_tokens=64)
     )
 
 
@@ -171,7 +180,7 @@ def test_memory_that_runs_out_is_no_sign_of_another_attention(monkeypatch: pytes
     def full(*_: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Policy, "_packed_hidden", full)
+    monkeypatch.setattr(loading, "packed_hidden", full)
     with pytest.raises(torch.OutOfMemoryError):
         load()
 
@@ -275,7 +284,7 @@ def test_a_bfloat16_backbone_keeps_its_adapters_in_float32(
     assert {p.dtype for n, p in policy.model.named_parameters() if "lora" not in n} == {torch.bfloat16}
     prompts = ask(policy, pictures[:1], QUESTIONS[:1])
     assert prompts.images[0].pooled.dtype == torch.bfloat16
-    group = LiveEngine(policy).sample(prompts, "solver", uniforms([[0]], 2, 8))[0]
+    group = sample(LiveEngine(policy), asking(policy, pictures[:1], QUESTIONS[:1]), "solver", 2, 8)[0]
     for completion, logprobs in zip(
         group, policy_logprobs(policy, prompts, [[c.token_ids for c in group]], "solver"), strict=True
     ):
@@ -294,17 +303,11 @@ def test_a_bfloat16_backbone_keeps_its_adapters_in_float32(
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
-def sample(policy: Policy, prompts: Any, seeds: Sequence[int], count: int, longest: int, **options: Any):
-    engine, role = LiveEngine(policy), options.pop("role", "solver")
-    return engine.sample(prompts, role, uniforms([[seed] for seed in seeds], count, longest), **options)
-
-
 @pytest.mark.parametrize("role", ROLES)
 def test_sampler_logprobs_are_those_of_plain_transformers_and_peft(
     babbler: Policy, sized: list[Image.Image], plain: dict[Role | None, torch.nn.Module], role: Role
 ):
-    prompts = ask(babbler, sized)
-    groups = sample(babbler, prompts, [1, 2, 3], 3, 12, role=role)
+    groups = sample(LiveEngine(babbler), asking(babbler, sized), role, 3, 12)
     gaps = [
         (chosen(plain_logprobs(plain[role], image, solver_messages("{question}", q), c.token_ids), c.token_ids))
         - torch.tensor(c.logprobs)
@@ -332,7 +335,7 @@ def test_a_captured_step_of_decoding_is_right_at_every_step(
     """
     policy = make_policy()
     engine, captured = LiveEngine(policy), []
-    prompts = ask(policy, pictures, [QUESTIONS[i % 3] for i in range(len(pictures))])
+    asked = asking(policy, pictures, [QUESTIONS[i % 3] for i in range(len(pictures))], range(len(pictures)))
 
     def capture(step: Any) -> Any:
         replay = recorded(step)
@@ -344,10 +347,9 @@ def test_a_captured_step_of_decoding_is_right_at_every_step(
 
         return counted
 
-    numbers = uniforms([[seed] for seed in range(len(pictures))], 5, 40)
-    expected_ids, expected_logprobs = ids_and_logprobs(engine.sample(prompts, role, numbers, **options))
+    expected_ids, expected_logprobs = ids_and_logprobs(sample(engine, asked, role, 5, 40, **options))
     engine.capture = capture
-    ids, logprobs = ids_and_logprobs(engine.sample(prompts, role, numbers, **options))
+    ids, logprobs = ids_and_logprobs(sample(engine, asked, role, 5, 40, **options))
     assert ids == expected_ids
     torch.testing.assert_close(logprobs, expected_logprobs, atol=1e-5, rtol=0.0)
     assert len({len(each) for each in ids}) > 1
@@ -356,9 +358,8 @@ def test_a_captured_step_of_decoding_is_right_at_every_step(
 
 
 def test_a_step_that_cannot_be_captured_is_run_as_it_is(babbler: Policy, pictures: list[Image.Image]):
-    engine, numbers = LiveEngine(babbler), uniforms([[1], [2]], 2, 8)
-    prompts = ask(babbler, pictures[:2], QUESTIONS[:2])
-    expected = engine.sample(prompts, "solver", numbers)
+    engine, asked = LiveEngine(babbler), asking(babbler, pictures[:2], QUESTIONS[:2])
+    expected = sample(engine, asked, "solver", 2, 8)
     engine.capture = recorded
 
     def ask_for_a_number(*args: Any) -> None:
@@ -366,7 +367,7 @@ def test_a_step_that_cannot_be_captured_is_run_as_it_is(babbler: Policy, picture
 
     hook = babbler.decoder.norm.register_forward_hook(ask_for_a_number)
     with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph and will be slower: .*waits for the host"):
-        found = engine.sample(prompts, "solver", numbers)
+        found = sample(engine, asked, "solver", 2, 8)
     hook.remove()
     assert engine.capture is None
     assert ids_and_logprobs(found)[0] == ids_and_logprobs(expected)[0]
@@ -374,31 +375,35 @@ def test_a_step_that_cannot_be_captured_is_run_as_it_is(babbler: Policy, picture
 
 def test_a_cache_that_grows_is_not_captured(make_policy: MakePolicy, pictures: list[Image.Image]):
     policy = make_policy()
-    prompts, numbers = ask(policy, pictures[:2], QUESTIONS[:2]), uniforms([[1], [2]], 3, 12)
-    expected = LiveEngine(policy).sample(prompts, "solver", numbers)
+    asked = asking(policy, pictures[:2], QUESTIONS[:2])
+    expected = sample(LiveEngine(policy), asked, "solver", 3, 12)
     engine, policy.shares_attention = LiveEngine(policy), False
 
     def capture(_: Any) -> Any:
         raise AssertionError("captured")
 
     engine.capture = capture
-    found = engine.sample(prompts, "solver", numbers)
+    found = sample(engine, asked, "solver", 3, 12)
     assert ids_and_logprobs(found)[0] == ids_and_logprobs(expected)[0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_first_tokens_are_drawn_as_often_as_the_softmax_says(
-    babbler: Policy, pictures: list[Image.Image], plain: dict[Role | None, torch.nn.Module], temperature: float
+    babbler: Policy,
+    pictures: list[Image.Image],
+    plain: dict[Role | None, torch.nn.Module],
+    temperature: float,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     question, draws = QUESTIONS[0], 800
     logprobs = plain_logprobs(plain["solver"], pictures[0], solver_messages("{question}", question), [0])[0]
     expected = (logprobs / temperature).softmax(-1).double()
     assert -(expected * expected.log()).sum() > 1.0  # a distribution worth the name
     assert (expected > 0).all()
-    prompts = ask(babbler, pictures[:1], [question])
+    asked = asking(babbler, pictures[:1], [question], [7])
 
-    def counts(numbers: np.ndarray) -> Tensor:
-        group = LiveEngine(babbler).sample(prompts, "solver", numbers, temperature=temperature)[0]
+    def counts() -> Tensor:
+        group = sample(LiveEngine(babbler), asked, "solver", draws, 1, temperature=temperature)[0]
         ids = [c.token_ids[0] for c in group]
         for completion in group[:20]:
             assert completion.logprobs[0] == pytest.approx(expected[completion.token_ids[0]].log().item(), abs=1e-4)
@@ -406,26 +411,26 @@ def test_first_tokens_are_drawn_as_often_as_the_softmax_says(
 
     # Chi-square over the tokens that are expected five times or more, the others as one.
     common = expected * draws >= 5
-    found = counts(uniforms([[7]], draws, 1))
+    found = counts()
     observed = torch.cat([found[common], found[~common].sum()[None]])
     hoped = draws * torch.cat([expected[common], expected[~common].sum()[None]])
     freedom = len(hoped) - 1
     assert ((observed - hoped) ** 2 / hoped).sum() < freedom + 4 * math.sqrt(2 * freedom)
     # At evenly spread numbers chance is out of it: every count is right to one draw, the rare tokens' too.
-    evenly = ((np.arange(draws) + 0.5) / draws)[None, :, None]
-    assert (counts(evenly) - draws * expected).abs().max() <= 1.0 + 0.05
+    monkeypatch.setattr(live, "uniforms", lambda *_: ((np.arange(draws) + 0.5) / draws)[None, :, None])
+    assert (counts() - draws * expected).abs().max() <= 1.0 + 0.05
 
 
 def test_no_sampling_by_the_checkpoints_generation_config(make_policy: MakePolicy, pictures: list[Image.Image]):
     """Checkpoints ship top-k, top-p, temperatures and a repetition penalty: none of them is in the update."""
     policy = make_policy(0.2)
-    prompts = ask(policy, pictures[:2], QUESTIONS[:2])
-    before = sample(policy, prompts, [1, 2], 2, 12)
+    engine, asked = LiveEngine(policy), asking(policy, pictures[:2], QUESTIONS[:2])
+    before = sample(engine, asked, "solver", 2, 12)
     for holder in (policy.model, policy.backbone):
         settings = holder.generation_config
         settings.top_k, settings.top_p, settings.temperature, settings.repetition_penalty = 1, 0.1, 0.2, 5.0
         settings.do_sample, settings.max_new_tokens, settings.min_new_tokens = True, 3, 2
-    assert sample(policy, prompts, [1, 2], 2, 12) == before
+    assert sample(engine, asked, "solver", 2, 12) == before
     assert len({c.token_ids for group in before for c in group}) == 4
 
 
@@ -435,25 +440,27 @@ def test_what_is_drawn_does_not_depend_on_the_rest_of_the_batch(babbler: Policy,
     To rounding: a number that lies within 1e-6 of a boundary between two tokens may fall on either side, and under
     these broad distributions of 500 tokens one in a few hundred does.
     """
-    together = sample(babbler, ask(babbler, sized), [1, 2, 3], 8, 24)
+    engine = LiveEngine(babbler)
+    together = sample(engine, asking(babbler, sized), "solver", 8, 24)
     lengths = [len(c.token_ids) for group in together for c in group]
     assert min(lengths) < 12  # some end early, so that rows were dropped on the way
     assert max(lengths) == 24
     for i, image in enumerate(sized):
-        alone = sample(babbler, ask(babbler, [image], QUESTIONS[i : i + 1]), [i + 1], 8, 24)[0]
+        alone = sample(engine, asking(babbler, [image], QUESTIONS[i : i + 1], [i + 1]), "solver", 8, 24)[0]
         assert sum(a.token_ids != b.token_ids for a, b in zip(alone, together[i], strict=True)) <= 1
         for a, b in zip(alone, together[i], strict=True):
             assert a.token_ids[0] == b.token_ids[0]
             if a.token_ids == b.token_ids:
                 assert a.text == b.text
                 assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
-    other = sample(babbler, ask(babbler, sized[:1], QUESTIONS[:1]), [99], 8, 24)[0]
+    other = sample(engine, asking(babbler, sized[:1], QUESTIONS[:1], [99]), "solver", 8, 24)[0]
     assert [c.text for c in other] != [c.text for c in together[0]]
 
 
 def test_completions_hold_the_end_token_and_text_without_it(babbler: Policy, sized: list[Image.Image]):
     (end,) = babbler.end_tokens
-    found: list[Completion] = [c for g in sample(babbler, ask(babbler, sized), [1, 2, 3], 8, 24) for c in g]
+    groups = sample(LiveEngine(babbler), asking(babbler, sized), "solver", 8, 24)
+    found: list[Completion] = [c for g in groups for c in g]
     assert {c.finish_reason for c in found} == {"stop", "length"}
     for c in found:
         assert len(c.token_ids) == len(c.logprobs) <= 24
@@ -467,8 +474,11 @@ def test_completions_hold_the_end_token_and_text_without_it(babbler: Policy, siz
 def test_temperature_zero_is_greedy(
     babbler: Policy, pictures: list[Image.Image], plain: dict[Role | None, torch.nn.Module]
 ):
-    groups = sample(babbler, ask(babbler, pictures[:1], QUESTIONS[:1]), [1], 2, 8, temperature=0)
-    assert groups == sample(babbler, ask(babbler, pictures[:1], QUESTIONS[:1]), [2], 2, 8, temperature=0)
+    groups, others = (
+        sample(LiveEngine(babbler), asking(babbler, pictures[:1], QUESTIONS[:1], [seed]), "solver", 2, 8, temperature=0)
+        for seed in (1, 2)
+    )
+    assert groups == others
     completion = groups[0][0]
     assert completion == groups[0][1]
     logprobs = plain_logprobs(
@@ -479,12 +489,12 @@ def test_temperature_zero_is_greedy(
 
 
 def test_no_end_before_the_least_number_of_tokens(babbler: Policy, sized: list[Image.Image]):
-    prompts = ask(babbler, sized)
-    free = [len(c.token_ids) for g in sample(babbler, prompts, [1, 2, 3], 8, 12) for c in g]
-    held = [len(c.token_ids) for g in sample(babbler, prompts, [1, 2, 3], 8, 12, min_tokens=12) for c in g]
+    engine, asked = LiveEngine(babbler), asking(babbler, sized)
+    free = [len(c.token_ids) for g in sample(engine, asked, "solver", 8, 12) for c in g]
+    held = [len(c.token_ids) for g in sample(engine, asked, "solver", 8, 12, min_tokens=12) for c in g]
     assert min(free) < 12
     assert held == [12] * 24
-    some = [c for g in sample(babbler, prompts, [1, 2, 3], 8, 12, min_tokens=5) for c in g]
+    some = [c for g in sample(engine, asked, "solver", 8, 12, min_tokens=5) for c in g]
     assert min(len(c.token_ids) for c in some) >= 6
     assert all(babbler.end_tokens[0] not in c.token_ids[:5] for c in some)
 
@@ -498,9 +508,8 @@ def test_each_prompt_and_place_has_its_own_numbers():
 
 
 def test_the_reference_samples_as_the_backbone(babbler: Policy, pictures: list[Image.Image]):
-    prompts = babbler.prompts(babbler.encode_images(pictures[:1]), [proposer_messages("Ask.")])
-    fresh = load()
-    expected = sample(fresh, prompts, [5], 2, 8, role="proposer")  # fresh adapters change nothing
-    found = sample(babbler, prompts, [5], 2, 8, role=None)
+    asked = requests(babbler, pictures[:1], [proposer_messages("Ask.")], [5])
+    expected = sample(LiveEngine(load()), asked, "proposer", 2, 8)  # fresh adapters change nothing
+    found, adapted = (sample(LiveEngine(babbler), asked, role, 2, 8) for role in (None, "solver"))
     assert [c.token_ids for c in found[0]] == [c.token_ids for c in expected[0]]
-    assert [c.token_ids for c in sample(babbler, prompts, [5], 2, 8)[0]] != [c.token_ids for c in expected[0]]
+    assert [c.token_ids for c in adapted[0]] != [c.token_ids for c in expected[0]]

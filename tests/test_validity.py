@@ -18,25 +18,28 @@ from PIL import Image
 
 from ireasoner.app.cli import main
 from ireasoner.method.answers import majority
-from ireasoner.method.types import Completion, Episode, Question, Trajectory, UsageError
+from ireasoner.method.recipe import Recipe
+from ireasoner.method.types import Episode, Part, Question, Solution, Trajectory, UsageError
 from ireasoner.playground import world
+from ireasoner.playground.truth import WorldTruth
 from ireasoner.studies.perturbations import PERTURBATIONS
 from ireasoner.studies.validity import (
     SAMPLE,
     Group,
-    claims,
     exact,
     measures,
     pair_validity,
     partial_correlation,
-    print_validity,
     read_groups,
     sensitivity,
+    sentences,
     statistics,
+    step_agreement,
+    tables,
     validity,
 )
 from ireasoner.training.config import Config, dump_config, resolve
-from ireasoner.training.recorder import Recorder, episode_record
+from ireasoner.training.recorder import Recorder
 from models import load
 
 NAN = float("nan")
@@ -51,16 +54,19 @@ def group(
     words: Sequence[float] = (),
 ) -> Group:
     count = len(keys)
-    answers = tuple((key or "").rpartition(":")[2] for key in keys)
+    said = steps or ((),) * count
     return Group(
         question=("image.png", question),
         keys=tuple(keys),
-        answers=answers,
-        steps=tuple(map(tuple, steps)) if steps else ((),) * count,
+        solutions=tuple(solution(key, own) for key, own in zip(keys, said, strict=True)),
         words=np.array(words or [5.0] * count),
         truth=np.array(truth or [NAN] * count, dtype=np.float64),
         recorded=np.full(count, NAN),
     )
+
+
+def solution(answer: str | None, steps: Sequence[str]) -> Solution:
+    return Solution(tuple(steps), answer, 5, "no answer" if answer is None else None)
 
 
 def episode(
@@ -73,27 +79,36 @@ def episode(
     """(answer, steps) for each trajectory; None is an unreadable one."""
     keys = tuple(None if s is None else s[0] for s in solutions)
     vote = majority(keys)
+    paid = parts or [0.5] * len(keys)
     return Episode(
         step=step,
         image=image,
         question=Question(question, "", None),
-        question_completion=None,
+        proposal=None,
         proposer_reward=0.0,
+        prompt="",
         trajectories=tuple(
-            Trajectory((), None, 0, "no answer")
-            if s is None
-            else Trajectory(tuple(s[1]), s[0], sum(len(text.split()) for text in s[1]), None)
-            for s in solutions
+            Trajectory(
+                text="",
+                finish_reason="stop",
+                num_tokens=1,
+                mean_sampler_logprob=0.0,
+                reasoning_steps=() if s is None else tuple(s[1]),
+                answer=key,
+                words_before_answer=0 if s is None else sum(len(text.split()) for text in s[1]),
+                problem="no answer" if s is None else None,
+                answer_key=key,
+                in_majority=key is not None and key == vote.answer,
+                reward=0.0,
+                parts={"step_agreement": Part(value=value)},
+                step_scores=(),
+            )
+            for s, key, value in zip(solutions, keys, paid, strict=True)
         ),
-        completions=(Completion("", (1,), (0.0,), "stop"),) * len(keys),
-        answer_keys=keys,
         majority_answer=vote.answer,
         majority_fraction=vote.fraction,
         answer_entropy=vote.entropy,
-        rewards=(0.0,) * len(keys),
-        reward_parts={"step_agreement": tuple(parts or [0.5] * len(keys))},
         step_weight=0.5,
-        step_scores=((),) * len(keys),
         true_answer=None,
     )
 
@@ -104,7 +119,7 @@ def write_run(run: Path, episodes: Sequence[Episode], **flags: Any) -> Config:
     recorder = Recorder.open(run)
     recorder.write_text("config.yaml", dump_config(config))
     for each in episodes:
-        recorder.episode(episode_record(each))
+        recorder.episode(each)
     return config
 
 
@@ -238,27 +253,36 @@ def test_exact_counts_the_claims_that_the_world_reads_alike() -> None:
 
 
 def test_claims_prefer_those_that_agree() -> None:
-    found = claims(group(["7", "7", "7", None], steps=[*(steps for _, steps in SAID_TWICE), ()]))
+    found = step_agreement(Recipe(), "claims")(
+        group(["7", "7", "7", None], steps=[*(steps for _, steps in SAID_TWICE), ()])
+    )
     assert found.shape == (4,)
     assert found[0] > found[2] < found[1]
     assert found[3] == 0.0
     assert ((found >= 0) & (found <= 1)).all()
+    # Whatever else a run pays for, the measure is the same.
+    otherwise = step_agreement(Recipe(reward="random", recurrence_window=128, step_weight_final=0.1), "claims")
+    assert (
+        otherwise(group(["7", "7", "7", None], steps=[*(steps for _, steps in SAID_TWICE), ()])).tolist()
+        == found.tolist()
+    )
 
 
 def test_a_run_scored_anew_from_its_texts_has_the_step_agreement_that_was_paid(
     tmp_path: Path, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ireasoner.rollouts.live import LiveEngine
+    from ireasoner.training.items import Item
     from ireasoner.training.selfplay import SelfPlay
 
     config = write_run(tmp_path, [], model="tiny", recipe="paper")
     policy, recorder = load(), Recorder.open(tmp_path)
     play = SelfPlay(policy, LiveEngine(policy), config)
-    for each in play.play(1, [(f"{i}.png", image) for i, image in enumerate(pictures)]).episodes:
-        recorder.episode(episode_record(each))
+    for each in play.play(1, [Item(f"{i}.png", image) for i, image in enumerate(pictures)]).episodes:
+        recorder.episode(each)
     notes: list[str] = []
     embedding = measures(config, notes, truth=False)["embedding"]
-    groups = list(read_groups(tmp_path, config, {}))
+    groups = list(read_groups(tmp_path, config))
     assert groups
     assert not notes
     assert any(g.recorded.any() for g in groups)
@@ -370,12 +394,12 @@ def test_any_text_is_edited_into_another_or_not_at_all(steps: list[str], edit: s
 def test_sensitivity_edits_one_trajectory_of_the_majority_in_its_group() -> None:
     texts = [["Red is at 7.", "Blue is at 3."], ["Red is at 7.", "Blue is at 3."], ["Maybe."]]
     sample = [replace(group(["a", "a", "b"], steps=texts), question=(f"{i}.png", "")) for i in range(40)]
-    untouched = sample[0].steps
+    untouched = sample[0].solutions
 
     def length(g: Group) -> np.ndarray:
-        assert sum(a != b for a, b in zip(g.steps, untouched, strict=True)) <= 1
-        assert g.steps[2] == ("Maybe.",)
-        return np.array([-len(steps) / 10 for steps in g.steps])
+        assert sum(a != b for a, b in zip(g.solutions, untouched, strict=True)) <= 1
+        assert g.solutions[2] == solution("b", ["Maybe."])
+        return np.array([-len(s.reasoning_steps) / 10 for s in g.solutions])
 
     found = sensitivity(sample, {"length": length, "blind": lambda g: np.zeros(3)})
     assert found["step inserted"]["length"]["edited"] <= 40  # some donors have nothing new
@@ -395,9 +419,7 @@ def test_sensitivity_edits_one_trajectory_of_the_majority_in_its_group() -> None
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_truer_trajectory_earns_more_of_claims_and_of_the_oracle(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_truer_trajectory_earns_more_of_claims_and_of_the_oracle(tmp_path: Path) -> None:
     run = tmp_path / "run"
     lies = [("7", steps) if i != 2 else ("7", ["The red bar reaches 9."]) for i, (_, steps) in enumerate(SAID_TWICE)]
     episodes = [
@@ -409,7 +431,7 @@ def test_the_truer_trajectory_earns_more_of_claims_and_of_the_oracle(
     known = {"image.png": RED_AND_BLUE, "two.png": RED_AND_BLUE}
     write_truth(Path(config.images).with_name("images_played.truth.jsonl"), known)
     report = validity(run)
-    assert [g.truth.tolist() for g in read_groups(run, config, known, (2, 2))] == [[1.0, 1.0, 0.0]]
+    assert [g.truth.tolist() for g in read_groups(run, config, WorldTruth(known), (2, 2))] == [[1.0, 1.0, 0.0]]
     assert (report["groups"], report["trajectories"], report["readable"], report["with_truth"]) == (3, 10, 9, 6)
     (note,) = report["notes"]
     assert "embedding" in note
@@ -419,17 +441,20 @@ def test_the_truer_trajectory_earns_more_of_claims_and_of_the_oracle(
     assert rates["claims"]["rate"] == rates["exact"]["rate"] == 1.0
     assert all((found["pairs"], found["questions"]) == (4, 2) for found in rates.values())
     assert list(report["sensitivity"]["negated"]) == ["claims"]
-    print_validity(report)
-    printed = capsys.readouterr().out
-    assert "truer" in printed
-    assert "25.0 [0.0, 50.0]" in printed
+    (_, rows), _ = tables(report)
+    assert rows[0] == ["", "claims", "recorded", "exact"]
+    assert "truer" in rows[1][0]
+    assert rows[1][2] == "25.0 [0.0, 50.0]"
+    assert "pairs: 4 of 2 questions" in sentences(report)
     elsewhere = write_truth(tmp_path / "truth.jsonl", {"two.png": RED_AND_BLUE})
     assert validity(run, elsewhere)["with_truth"] == 3
     assert validity(run, steps=(2, 3))["groups"] == 2
 
 
 def test_a_torn_last_line_and_unreadable_questions_are_passed_over(tmp_path: Path) -> None:
-    write_run(tmp_path, [episode(SAID_TWICE), replace(episode([]), question=Question("", "", "no question"))])
+    write_run(
+        tmp_path, [episode(SAID_TWICE), episode([]).model_copy(update={"question": Question("", "", "no question")})]
+    )
     whole = validity(tmp_path)
     with (tmp_path / "episodes.jsonl").open("a") as file:
         file.write('{"step": 3, "image": "torn')
@@ -459,18 +484,19 @@ def test_what_the_user_can_put_right_is_one_sentence(tmp_path: Path, capsys: pyt
     assert "is not a run directory" in told(tmp_path)
     write_run(run, [])
     assert "no readable trajectory: nothing to measure" in told(run)
-    Recorder.open(run).episode(episode_record(episode([None, None])))
+    Recorder.open(run).episode(episode([None, None]))
     assert "no readable trajectory" in told(run)
-    Recorder.open(run).episode(episode_record(episode(SAID_TWICE, step=4)))
+    Recorder.open(run).episode(episode(SAID_TWICE, step=4))
     assert "in these steps" in told(run, "--steps", 5, 9)
     assert "FIRST not after LAST" in told(run, "--steps", 3, 2)
-    assert "less than 1" in told(run, "--steps", 0, 2)
+    assert "from 1 on" in told(run, "--steps", 0, 2)
     assert "cannot read the truth" in told(run, "--truth", tmp_path / "none.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"image": "image.png", "picture": {"family": "faces"}}\n')
     assert "does not hold lines of image and picture" in told(run, "--truth", tmp_path / "bad.jsonl")
     other = write_truth(tmp_path / "other.jsonl", {"other.png": RED_AND_BLUE})
     assert "says nothing of" in told(run, "--truth", other)
-    Recorder.open(run).episode({"step": 5, "image": "image.png"})
+    with (run / "episodes.jsonl").open("a") as file:
+        file.write('{"step": 5, "image": "image.png"}\n')
     assert "a record of step 5 is no episode" in told(run)
     with pytest.raises(UsageError):
         validity(run)

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,13 +18,14 @@ from ireasoner.app.cli import main
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
 from ireasoner.model.forward import completion_hidden
-from ireasoner.model.inputs import build_prompts, encode_images
+from ireasoner.model.inputs import build_prompts
 from ireasoner.model.policy import Policy
 from ireasoner.playground import dataset
-from ireasoner.rollouts.live import uniforms
+from ireasoner.rollouts import vllm
+from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.vllm import VllmEngine, VllmError
 from ireasoner.studies.doctor import fill_adapters
-from models import load
+from models import load, padded, requests, sample
 
 QUESTIONS = ("Which bar is the tallest?", "Is red more than blue?", "Where?")
 
@@ -42,17 +42,16 @@ def engine(policy: Policy) -> VllmEngine:
     return VllmEngine(policy, "tiny", 512)
 
 
-def ask(policy: Policy, images: list[Image.Image]) -> Any:
+def asking(policy: Policy, images: list[Image.Image], seeds: tuple[int, ...] = (1, 2, 3)) -> list[Request]:
     sized = [images[0], images[1].resize((112, 56)), images[2].resize((56, 28))]
-    return build_prompts(policy, encode_images(policy, sized), [solver_messages("{question}", q) for q in QUESTIONS])
+    return requests(policy, sized, [solver_messages("{question}", q) for q in QUESTIONS], seeds)
 
 
-def gap(policy: Policy, prompts: Any, groups: list[list[Completion]], role: Role | None) -> float:
+def gap(policy: Policy, asked: list[Request], groups: list[list[Completion]], role: Role | None) -> float:
     """Most that vLLM's log-probabilities differ from those that an update computes."""
+    prompts = build_prompts(policy, [r.image for r in asked], [r.messages for r in asked])
     flat = [c for group in groups for c in group]
-    longest = max(len(c.token_ids) for c in flat)
-    ids = torch.tensor([[*c.token_ids, *[policy.pad_token] * (longest - len(c.token_ids))] for c in flat])
-    mask = torch.tensor([[i < len(c.token_ids) for i in range(longest)] for c in flat])
+    ids, mask = padded(policy, [c.token_ids for c in flat])
     with torch.no_grad():
         logprobs = policy.output_layer(completion_hidden(policy, prompts, ids, mask, role)).log_softmax(-1)
     found = logprobs.gather(-1, ids[mask][:, None])[:, 0]
@@ -62,36 +61,36 @@ def gap(policy: Policy, prompts: Any, groups: list[list[Completion]], role: Role
 @pytest.mark.parametrize("role", [None, *ROLES])
 def test_logprobs_are_the_learners(policy: Policy, engine: VllmEngine, pictures: list[Image.Image], role: Role | None):
     """Both adapters and the backbone; prompts of different length, images of different size."""
-    prompts = ask(policy, pictures)
-    groups = engine.sample(prompts, role, uniforms([[1], [2], [3]], 4, 32))
+    asked = asking(policy, pictures)
+    groups = sample(engine, asked, role, 4, 32)
     assert [len(group) for group in groups] == [4, 4, 4]
-    assert gap(policy, prompts, groups, role) < 1e-4
+    assert gap(policy, asked, groups, role) < 1e-4
     assert len({c.token_ids for group in groups for c in group}) > 6  # samples, not one answer
     for c in (c for group in groups for c in group):
         assert (c.finish_reason == "stop") == (c.token_ids[-1] in policy.end_tokens)
         assert len(c.token_ids) == len(c.logprobs) <= 32
     others = {None: "solver", "solver": "proposer", "proposer": None}
-    assert gap(policy, prompts, groups, others[role]) > 1e-2  # type: ignore[arg-type]
+    assert gap(policy, asked, groups, others[role]) > 1e-2  # type: ignore[arg-type]
 
 
 def test_seeds_decide(policy: Policy, engine: VllmEngine, pictures: list[Image.Image]):
-    prompts, draws = ask(policy, pictures), uniforms([[1], [2], [3]], 2, 32)
-    first, again = (engine.sample(prompts, "solver", draws) for _ in range(2))
+    asked = asking(policy, pictures)
+    first, again = (sample(engine, asked, "solver", 2, 32) for _ in range(2))
     assert [[c.token_ids for c in g] for g in first] == [[c.token_ids for c in g] for g in again]
-    greedy = engine.sample(prompts, "solver", np.zeros((3, 1, 32)), temperature=0)
-    assert gap(policy, prompts, greedy, "solver") < 1e-4
-    held = engine.sample(prompts, "solver", draws, min_tokens=32)
+    greedy = sample(engine, asked, "solver", 1, 32, temperature=0)
+    assert gap(policy, asked, greedy, "solver") < 1e-4
+    held = sample(engine, asked, "solver", 2, 32, min_tokens=32)
     assert {len(c.token_ids) for group in held for c in group} == {32}
 
 
 def test_an_update_is_served_only_after_it_was_handed_over(
     policy: Policy, engine: VllmEngine, pictures: list[Image.Image]
 ):
-    prompts, draws = ask(policy, pictures), uniforms([[4], [5], [6]], 2, 32)
+    asked = asking(policy, pictures, (4, 5, 6))
     fill_adapters(policy, 0.1, seed=2)
-    assert gap(policy, prompts, engine.sample(prompts, "solver", draws), "solver") > 1e-2
+    assert gap(policy, asked, sample(engine, asked, "solver", 2, 32), "solver") > 1e-2
     engine.refresh()
-    assert gap(policy, prompts, engine.sample(prompts, "solver", draws), "solver") < 1e-4
+    assert gap(policy, asked, sample(engine, asked, "solver", 2, 32), "solver") < 1e-4
     fill_adapters(policy, 0.1, seed=1)
     engine.refresh()
 
@@ -99,10 +98,14 @@ def test_an_update_is_served_only_after_it_was_handed_over(
 def test_a_prompt_that_is_read_otherwise_is_refused(
     policy: Policy, engine: VllmEngine, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ):
-    prompts = ask(policy, pictures)
-    prompts.text["input_ids"][0, -1] = 7
+    def changed(*arguments: Any) -> Any:
+        prompts = build_prompts(*arguments)
+        prompts.text["input_ids"][0, -1] = 7
+        return prompts
+
+    monkeypatch.setattr(vllm, "build_prompts", changed)
     with pytest.raises(VllmError, match="reads a prompt as"):
-        engine.sample(prompts, "solver", uniforms([[1], [2], [3]], 2, 8))
+        sample(engine, asking(policy, pictures), "solver", 2, 8)
 
 
 def test_a_run(tmp_path: Path):

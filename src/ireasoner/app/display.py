@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -87,7 +86,6 @@ class Display:
             console=self.console,
         )
         self.task = self.progress.add_task("training", total=config.schedule.steps)
-        self.first_step, self.training_seconds = 1, 0.0
 
     def __enter__(self) -> Display:
         if self.live:
@@ -111,7 +109,6 @@ class Display:
         self.console.print(Text(message), soft_wrap=self.live is None)
 
     def on_start(self, config: Config, first_step: int) -> None:
-        self.first_step = first_step
         self.progress.update(self.task, completed=first_step - 1)
         self.say(
             f"{config.model} on {config.images}: recipe {config.recipe.name}, preset {config.preset}, "
@@ -128,88 +125,17 @@ class Display:
 
     def on_step(self, step: int, metrics: Mapping[str, float], episodes: Sequence[Episode]) -> None:
         numbers = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in SHOWN.items() if name in metrics)
-        seconds = metrics.get("time/step_seconds", 0.0)
-        self.training_seconds += seconds
-        if seconds:
+        self.progress.update(self.task, completed=step, description="training")
+        if seconds := metrics.get("time/step_seconds", 0.0):
             numbers += f"  {sum(len(e.trajectories) for e in episodes) / seconds:.3g} trajectories/s"
         if self.live:
-            self.progress.update(self.task, completed=step, description="training")
             lines = [Text(vote_line(episode), no_wrap=True, overflow="ellipsis") for episode in episodes[:4]]
             self.live.update(Group(self.progress, Text(numbers), *lines))
             return
-        steps = self.config.schedule.steps
-        per_step = self.training_seconds / (step - self.first_step + 1)
-        minutes, seconds = divmod(int(per_step * (steps - step)), 60)
-        self.say(f"step {step}/{steps}  {numbers}  {per_step:.1f} s/step, {minutes}:{seconds:02d} left")
+        left = TimeRemainingColumn().render(self.progress.tasks[0])
+        self.say(f"step {step}/{self.config.schedule.steps}  {numbers}  {seconds:.1f} s, {left} left")
         if step % 5 == 1:
             self.say(f"    {vote_line(episodes[0])}")
-
-
-class JobDisplay:
-    """Progress of one long job of many parts: a bar on a terminal, else a line now and then; with the time left.
-
-    Work is counted in units of equal length, such as training steps.
-    """
-
-    def __init__(self, total: float, quiet_seconds: float = 30.0) -> None:
-        self.total, self.done, self.quiet_seconds = total, 0.0, quiet_seconds
-        self.console = Console(highlight=False)
-        columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[left]}")
-        self.progress = Progress(*columns, console=self.console, transient=True) if self.console.is_terminal else None
-        self.task = self.progress.add_task("", total=total, left="") if self.progress else None
-        self.started = self.told = time.monotonic()
-
-    def __enter__(self) -> JobDisplay:
-        if self.progress:
-            self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.progress:
-            self.progress.stop()
-
-    def say(self, message: str) -> None:
-        """One line that stays."""
-        self.console.print(Text(message), soft_wrap=self.progress is None)
-
-    def hear(self, call: str, details: tuple[Any, ...]) -> None:
-        """What a `Relay` in another process was told."""
-        {"say": self.say, "skip": self.skip, "work": self.work}[call](*details)
-
-    def skip(self, units: float) -> None:
-        """Some of the work was there already."""
-        self.total -= units
-
-    def work(self, what: str, units: float = 1.0) -> None:
-        """Some of the work was done just now."""
-        self.done += units
-        now = time.monotonic()
-        seconds = int((now - self.started) / self.done * max(0.0, self.total - self.done)) if self.done else 0
-        left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
-        if self.progress and self.task is not None:
-            self.progress.update(self.task, description=what, completed=self.done, total=self.total, left=left)
-        elif now - self.told >= self.quiet_seconds:
-            self.told = now
-            self.say(f"{what}, {left}")
-
-
-class Relay(JobDisplay):
-    """A job's display in another process: shows nothing and hands on what it is told, for `JobDisplay.hear`."""
-
-    def __init__(self, tell: Callable[[tuple[str, tuple[Any, ...]]], None]) -> None:
-        super().__init__(0)
-        self.tell = tell
-
-    def say(self, message: str) -> None:
-        self.tell(("say", (message,)))
-
-    def skip(self, units: float) -> None:
-        self.tell(("skip", (units,)))
-
-    def work(self, what: str, units: float = 1.0) -> None:
-        self.tell(("work", (what, units)))
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
@@ -251,14 +177,6 @@ def _two_lines(cell: str) -> str:
     """`+1.0 [+0.5, +1.5]` and `1.0 ±0.5` with what they are sure of below them."""
     value, bracket, ends = cell.partition(" [")
     return f"{value}\n[{ends.replace(' ', '').replace('+', '')}" if bracket else cell.replace(" ±", "\n±")
-
-
-def prior_line(prior: Mapping[str, float]) -> str:
-    """What always giving the most frequent answer would reach."""
-    return (
-        f"Answer prior: always the most frequent answer {100 * prior['overall']:.1f} %, by the question's first two "
-        f"words {100 * prior['by_first_words']:.1f} % (an upper bound for a blind guesser: it reads these labels)"
-    )
 
 
 def _cell(values: Mapping[str, float]) -> str:

@@ -25,7 +25,7 @@ class Recipe(Options):
     """Rewards, advantages and the pull towards the reference. The defaults are the paper's (arXiv 2601.05877)."""
 
     name: str = "paper"
-    """Name of a recipe, or a YAML file of recipe options."""
+    """Name of a recipe, or a YAML file of recipe options (default)."""
     reward: str = "agreement"
     """What a readable trajectory earns: agreement on answers and reasoning steps (agreement, the paper's), 1 for the
     majority answer (discrete), a random number (random, a control), 1 for being readable (format, a control), 1 for

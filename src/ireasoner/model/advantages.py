@@ -1,4 +1,4 @@
-"""From rewards to advantages. A baseline is read once and moved once in each step."""
+"""From rewards to advantages. A baseline is read once and then moved once in each step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MovingBaseline:
     value: float | None = None
 
     def advantages(self, rewards_B: Tensor) -> Tensor:
-        """A = r − b with b as it stood before this batch, then b moves once by the batch mean; the same shape."""
+        """A = r − b, with b from before this batch, in the same shape; then b moves once, towards the batch's mean."""
         mean = rewards_B.sum().item() / rewards_B.numel()
         if self.value is None:
             self.value = mean
@@ -29,13 +29,13 @@ class MovingBaseline:
 
 
 def leave_one_out_advantages(rewards_GN: Tensor) -> Tensor:
-    """RLOO: each trajectory against the mean of the others of its group, A_i = r_i − mean_{j≠i} r_j.
+    """RLOO: each trajectory against the mean of the others in its group, A_i = r_i − mean_{j≠i} r_j.
 
     Args:
         rewards_GN: [groups, N], N ≥ 2.
 
     Raises:
-        ValueError: groups of one, which have no others.
+        ValueError: groups of one trajectory, which have no others.
     """
     count = rewards_GN.shape[-1]
     if count < 2:
@@ -44,7 +44,7 @@ def leave_one_out_advantages(rewards_GN: Tensor) -> Tensor:
 
 
 def spread(advantages: Tensor) -> float:
-    """Standard deviation of a step's advantages: 0 means that the step teaches nothing."""
+    """Standard deviation of a step's advantages. 0 means that the step teaches nothing."""
     count = advantages.numel()
     mean, square = advantages.sum().item() / count, advantages.square().sum().item() / count
-    return math.sqrt(max(square - mean**2, 0.0))
+    return math.sqrt(max(square - mean**2, 0.0))  # rounding can make a variance of 0 negative

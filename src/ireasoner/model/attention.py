@@ -1,15 +1,16 @@
 """Decoding several completions of one prompt, whose keys and values are kept once and read once for all of them.
 
 Repeating a prompt's cache for each of its N completions costs N times the memory, and N times the bytes that are read
-for every token. Here the queries of all completions of a prompt meet its keys in one
-matrix product, and each completion's own keys in another; one softmax runs over both. Same mathematics; plugged in
-through transformers' `AttentionInterface`.
+for every token. Here the queries of all completions of a prompt meet its keys in one matrix product, and each
+completion's own keys in another; one softmax runs over both. That is the same mathematics. It is plugged in through
+transformers' `AttentionInterface`.
 
-Nothing in a step of decoding depends on how far it has come but the numbers in tensors: own keys and values have their
-places from the start, and a step's place is in a tensor too. So a step can be captured once and replayed (engines).
+A step of decoding must be the same work on the same memory every time, so that it can be captured as a CUDA graph and
+replayed (`ireasoner.rollouts.live`). So room for a completion's own keys and values is allocated at the start, and how
+far decoding has come stands in a tensor.
 
-Shape suffixes: B prompts, M most completions of one, R rows (completions), K key-value heads, G query heads for each,
-P prompt positions, T own positions, W width of a head.
+Shape suffixes: B prompts, M the largest number of completions of one prompt, R rows (completions), K key-value heads,
+G query heads for each, P prompt positions, T own positions, W width of a head.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ from transformers.cache_utils import DynamicLayer
 
 NAME = "ireasoner_shared_prompt"
 MORE = ("softcap", "s_aux", "position_bias")  # what some families ask of attention beyond softmax and product
-_active: list[SharedCache] = []  # whose keys the attention function reads: an attention module knows its layer only
+_active: list[
+    SharedCache
+] = []  # the last one is read by `shared_attention`, which gets a layer's number, not its cache
 
 
 class SharedLayer(DynamicLayer):
-    """One layer's cache: the prompts' keys and values [B, K, P, W]; the rows' own [R, K, T, W] as `keys`, `values`.
+    """One layer's cache: the prompts' keys and values [B, K, P, W], and the rows' own [R, K, T, W] (`keys`, `values`).
 
-    Keys are in float32 at least: scores in bfloat16 would be off by 1/64 and more where they are large; fused kernels
-    keep them in float32 too.
+    Keys are in float32 at least, because scores in bfloat16 would be off by 1/64 and more where they are large. Fused
+    kernels keep scores in float32, too.
     """
 
-    keys: Tensor  # type: ignore[assignment]  # from the start
+    keys: Tensor  # type: ignore[assignment]  # never None here
     values: Tensor  # type: ignore[assignment]
 
     def __init__(self, prompt_keys: Tensor, prompt_values: Tensor, rows: int, at: Tensor, room: int) -> None:
@@ -48,12 +51,12 @@ class SharedLayer(DynamicLayer):
         )
         self.is_initialized = True
 
-    def get_seq_length(self) -> Tensor:  # type: ignore[override]  # as transformers' own static layers
-        """Prompt positions and own."""
+    def get_seq_length(self) -> Tensor:  # type: ignore[override]  # transformers' static layers return a tensor, too
+        """The number of positions so far: the prompt's and a row's own."""
         return self.prompt_keys.shape[-2] + self.at[0]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """One more position of every row, in its place."""
+        """Write one more position of every row in its place; returns all places."""
         self.keys.index_copy_(2, self.at, key_states.to(self.keys.dtype))
         self.values.index_copy_(2, self.at, value_states)
         return self.keys, self.values
@@ -67,29 +70,33 @@ class SharedCache(Cache):
         mask_BP: 1 at real tokens of the prompts.
         count: completions of each prompt, neighbours together.
         room: own positions that a completion may take.
-        fixed: attend to all places, those ahead masked, so that every step is the same work on the same memory.
+        fixed: attend to all places, with those ahead masked, so that every step is the same work on the same memory.
     """
 
     def __init__(self, prompts: Cache, mask_BP: Tensor, count: int, room: int, fixed: bool) -> None:
         self.at = mask_BP.new_zeros(1, dtype=torch.long)  # the own position that comes next
-        self.used = None if fixed else 1  # how many places are looked at
+        self.used = None if fixed else 1  # attention reads this many places; None: all
         rows = len(mask_BP) * count
         layers: list[Any] = [SharedLayer(layer.keys, layer.values, rows, self.at, room) for layer in prompts.layers]  # type: ignore[union-attr, arg-type]
         super().__init__(layers=layers)
         self.padding_BP = ~mask_BP.bool()
-        self.ahead_T = torch.arange(room, device=mask_BP.device) > 0
+        self.places_T = torch.arange(room, device=mask_BP.device)
+        self.ahead_T = self.places_T > 0
         self._arrange(torch.arange(len(mask_BP), device=mask_BP.device).repeat_interleave(count))
 
     def advance(self) -> None:
-        """To the next own position: after each forward pass."""
+        """Go to the next own position; must be called after each forward pass."""
         self.at += 1
         if self.used is None:
-            self.ahead_T.logical_and_(torch.arange(len(self.ahead_T), device=self.at.device) > self.at)
+            self.ahead_T.copy_(self.places_T > self.at)
         else:
             self.used += 1
 
     def _arrange(self, prompt_R: Tensor) -> None:
-        """Rows in order of their prompts, side by side in a [B, M] grid; what is left of it points at row 0."""
+        """Place the rows in a [B, M] grid, side by side with those of the same prompt.
+
+        Where a prompt has fewer than M rows, the grid's places are filled with row 0, whose results are not used.
+        """
         self.prompt_R = prompt_R
         counts_B = torch.bincount(prompt_R, minlength=len(self.padding_BP))
         starts_B = counts_B.cumsum(0) - counts_B
@@ -101,7 +108,7 @@ class SharedCache(Cache):
         self.full = len(prompt_R) == len(self.row_BM)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep these rows, in rising order; prompts that lose all of theirs are dropped too."""
+        """Keep these rows, in rising order. Prompts that lose all of their rows are dropped, too."""
         left_B, prompt_R = torch.unique(self.prompt_R[beam_idx], return_inverse=True)
         for layer in self.layers:
             assert isinstance(layer, SharedLayer)
@@ -112,7 +119,7 @@ class SharedCache(Cache):
         self._arrange(prompt_R)
 
     def to_grid(self, rows: Tensor) -> Tensor:
-        """[R, K, X, W] to [B, K, M·X, W]."""
+        """[R, K, X, W] to [B, K, M·X, W]: what the rows of a prompt ask becomes one matrix."""
         grid = rows if self.full else rows[self.row_BM]
         grid = grid.view(len(self.padding_BP), self.most, *rows.shape[1:])
         return grid.transpose(1, 2).flatten(2, 3)
@@ -132,7 +139,10 @@ def shared_attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer: query [R, K·G, 1, W], own keys and values [R, K, T, W]; [R, 1, K·G, W].
+    """The attention function that transformers calls in each layer while `attending` to a shared cache.
+
+    It gets queries [R, K·G, 1, W] and the rows' own keys and values [R, K, T, W], and returns [R, 1, K·G, W]. The mask
+    is not used: the cache knows what is padding.
 
     Raises:
         NotImplementedError: the model's attention is more than softmax and product.
@@ -143,10 +153,10 @@ def shared_attention(
     layer = cache.layers[module.layer_idx]  # type: ignore[index]
     assert isinstance(layer, SharedLayer)
     rows, heads, length, width = query.shape
-    assert length == 1  # one place in the cache
+    assert length == 1  # decoding runs one token at a time
     key, value = key[:, :, : cache.used], value[:, :, : cache.used]
     key_heads, own = key.shape[1], key.shape[2]
-    # The query heads of one key head, and in the grid the rows of one prompt, are more queries to the same keys.
+    # The G query heads of a key head are G queries to the same keys; in the grid, the rows of a prompt are so as well.
     query = (query.to(key.dtype) * (width**-0.5 if scaling is None else scaling)).reshape(rows, key_heads, -1, width)
     to_prompt = cache.to_grid(query) @ layer.prompt_keys.transpose(-1, -2)
     to_prompt = to_prompt.masked_fill(cache.padding_BP[:, None, None], -torch.inf)
@@ -163,7 +173,7 @@ AttentionInterface.register(NAME, shared_attention)
 
 @contextmanager
 def attending(decoder: PreTrainedModel, cache: Cache) -> Iterator[None]:
-    """Forward passes of the language model inside attend to this cache, if it is a shared one."""
+    """Let the language model's forward passes inside attend to this cache, if it is a `SharedCache`."""
     if not isinstance(cache, SharedCache):
         yield
         return

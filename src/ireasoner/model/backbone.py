@@ -1,4 +1,4 @@
-"""Where models come from: the backbone, its processor and device, and which of its layers can be adapted."""
+"""Where models come from: the backbone, its processor, its device, and the layers of it that can be adapted."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class ModelError(UsageError):
 
 
 def resolve_model(model: str) -> str:
-    """Where the files are: 'tiny' ships with the package, anything else is a folder or a hub id."""
+    """The folder or hub id of a model. 'tiny' ships with the package; anything else is a folder or a hub id already."""
     return str(TINY_MODEL) if model == "tiny" else model
 
 
 def load_backbone(model: str, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
-    """The plain model, frozen, in eval mode; safetensors only, and none of its own code.
+    """Load a model without adapters, frozen, in eval mode; from safetensors only, and without running code it brings.
 
     Raises:
         ModelError: no such model, no vision, or an architecture that does not continue its prompt.
@@ -42,21 +42,19 @@ def load_backbone(model: str, dtype: str = "float32", device: str = "cpu") -> Pr
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             raise ModelError(f"{model} is a {config.model_type} model: a model for images and text is needed")
         backbone: Any = AutoModelForImageTextToText.from_pretrained(  # type: ignore[call-arg]
-            path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the model {model!r}: {' '.join(str(error).split())[:300]}") from None
     if config.is_encoder_decoder or backbone.get_output_embeddings() is None:
         raise ModelError(f"{model} is a {config.model_type} model: one that continues its prompt is needed")
-    if not hasattr(backbone.base_model, "get_image_features"):
-        raise ModelError(
-            f"{model} is a {config.model_type} model: one that reads image features in its prompt is needed"
-        )
+    if not hasattr(backbone.base_model, "get_image_features"):  # of whatever class the checkpoint names
+        raise ModelError(f"{model} is a {config.model_type} model: one with image features in its prompt is needed")
     return backbone.requires_grad_(False).eval().to(device)
 
 
 def load_model_processor(model: str, max_image_tokens: int | None = None) -> Any:
-    """The processor of 'tiny', a folder or a hub id.
+    """Load the processor of 'tiny', a folder or a hub id.
 
     Raises:
         ModelError: there is none that can be used.
@@ -68,28 +66,23 @@ def load_model_processor(model: str, max_image_tokens: int | None = None) -> Any
 
 
 def resolve_device(device: str) -> str:
-    """'auto' is the first GPU if there is one.
+    """The device that is meant; 'auto' is the first GPU if there is one, else the CPU.
 
     Raises:
         ModelError: no such device here.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        wanted = None
-    if wanted is None or wanted.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ModelError(f"no device {device!r}: use auto, cpu, cuda or cuda:N")
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise ModelError(
-            f"device {device} was asked for, but torch sees {torch.cuda.device_count()} GPUs: use --device cpu"
-        )
+    count = torch.cuda.device_count()
+    if device != "cpu" and int(device.removeprefix("cuda").removeprefix(":") or 0) >= count:
+        raise ModelError(f"device {device} was asked for, but torch sees {count} GPUs: use --device cpu")
     return device
 
 
 def module_name(root: torch.nn.Module, module: torch.nn.Module) -> str:
-    """What `module` is called below `root`."""
+    """The name of `module` below `root`."""
     return next(name for name, found in root.named_modules() if found is module)
 
 
@@ -97,7 +90,7 @@ def language_targets(backbone: PreTrainedModel, targets: Sequence[str] = ()) -> 
     """A pattern for PEFT that matches linear layers of the language model, and nothing else.
 
     Args:
-        targets: their names, or the ends of them; empty: all.
+        targets: names of layers, or the ends of names; empty: all layers.
 
     Raises:
         ModelError: a target that matches nothing.

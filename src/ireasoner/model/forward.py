@@ -1,7 +1,9 @@
 """Forward passes of a policy: prompts, and completions behind prompts that are computed once for their whole group.
 
-Shape suffixes: B prompts, N trajectories of each, P prompt positions (left-padded), C completion positions
-(right-padded), T packed positions, D width.
+README.md in this folder explains how completions share a prompt, why that is exact, and what happens where it is not.
+
+Shape suffixes: B prompts, R rows, one for each completion (those of one prompt are neighbours), P prompt positions
+(left-padded), C completion positions (right-padded), T packed positions, D width of the model.
 """
 
 from __future__ import annotations
@@ -18,18 +20,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ireasoner.method.types import Role
-from ireasoner.model.attention import SharedCache, attending
+from ireasoner.model.attention import SharedCache
 from ireasoner.model.backbone import ModelError
-from ireasoner.model.inputs import Prompts, joined
+from ireasoner.model.inputs import Prompts, join_features
 from ireasoner.model.policy import Policy
 
 
 @dataclass
 class Prefix:
-    """Prompts after the forward pass: their cache, and what the first completion token needs."""
+    """Prompts after their forward pass: the cache, and what is needed to go on behind them."""
 
     cache: Cache
     mask_BP: Tensor
@@ -37,186 +38,219 @@ class Prefix:
     next_position_B: Tensor
 
     def select(self, rows: Tensor) -> Prefix:
-        """Some of the rows, or some of them several times; the cache is changed in place."""
-        self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # for every kind of layer: index_select along the batch
-        return Prefix(self.cache, self.mask_BP[rows], self.last_hidden_BD[rows], self.next_position_B[rows])
+        """Keep some of the rows, or repeat some of them. The cache is changed in place."""
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # works for every kind of cache layer
+        return self._rows(self.cache, rows)
 
     def repeat(self, count: int, *, room: int | None = None, fixed: bool = False) -> Prefix:
-        """Every prompt `count` times over, neighbours together.
+        """Repeat every prompt `count` times, neighbours together.
 
-        Its cache is repeated too; or kept once for all, with `room` for so many further positions of each (`fixed`: as
-        in `SharedCache`).
+        Args:
+            count: completions of each prompt.
+            room: keep the prompts' cache once for all their completions, with room for this many further positions of
+                each. None: repeat the cache.
+            fixed: see `SharedCache`.
         """
         rows = torch.arange(len(self.mask_BP), device=self.mask_BP.device).repeat_interleave(count)
         if room is None:
             return self.select(rows)
-        cache = SharedCache(self.cache, self.mask_BP, count, room, fixed)
+        return self._rows(SharedCache(self.cache, self.mask_BP, count, room, fixed), rows)
+
+    def _rows(self, cache: Cache, rows: Tensor) -> Prefix:
         return Prefix(cache, self.mask_BP[rows], self.last_hidden_BD[rows], self.next_position_B[rows])
 
 
-def read(
-    policy: Policy, prompts: Prompts, cache: Cache | None = None, written: tuple[Tensor, Tensor] | None = None
+def new_cache(policy: Policy) -> DynamicCache:
+    """An empty cache with the kinds of layers that the language model needs."""
+    return DynamicCache(config=policy.backbone.config.get_text_config(decoder=True))
+
+
+def run_backbone(
+    policy: Policy, prompts: Prompts, cache: Cache | None = None, completions: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The model's own forward pass over prompts, image features handed to it; gradients flow if they are enabled.
+    """Run the model's own forward pass over prompts, with the image features that were computed before.
 
     Args:
         prompts: B prompts.
-        cache: filled, if given.
-        written: ids and mask [B, C] of right-padded completions behind the prompts.
+        cache: is filled, if given.
+        completions: ids and mask [B, C] of right-padded completions that follow the prompts.
 
     Returns:
-        Hidden states [B, P + C, D] under whichever adapter is active, and the text positions [B, P + C] used.
+        Hidden states [B, P + C, D] under whichever adapter is active, and the text positions [B, P + C] that were used.
     """
     start, embeddings = prompts.mask_BP.shape[1], None
-    if written is not None:
-        ids_BC, mask_BC = written
-        embeddings = policy.backbone.get_input_embeddings()(ids_BC)
-        # Nothing keeps a model from writing its image token; that must not be taken for the place of an image.
-        signs = [*policy.processor.image_token_ids, policy.backbone.config.to_dict().get("image_token_id", -1)]
-        is_image = torch.isin(ids_BC, torch.tensor(signs, device=policy.device))
-        prompts = prompts.followed_by(ids_BC.masked_fill(is_image, policy.pad_token), mask_BC)
+    if completions is not None:
+        embeddings = policy.backbone.get_input_embeddings()(completions[0])
+        prompts = prompts.followed_by(_without_image_tokens(policy, completions[0]), completions[1])
     text_positions = (prompts.mask_BP.cumsum(-1) - 1).clamp(min=0)
     used: list[Tensor] = []
 
-    def place(decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        # Models with positions of their own (M-RoPE) have made them by now; all others would count the padding.
+    def before_decoder(decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        # Models with positions of several dimensions (M-RoPE) have computed them from the mask by now. The others
+        # would count padding, and a token's position would depend on what else is in its batch.
         if kwargs.get("position_ids") is None or kwargs["position_ids"].ndim == 2:
             kwargs["position_ids"] = text_positions
         used.append(kwargs["position_ids"])
-        if embeddings is not None:
+        if embeddings is not None:  # of the completions as they are, image tokens among them
             kwargs["inputs_embeds"] = torch.cat([kwargs["inputs_embeds"][:, :start], embeddings], dim=1)
         return args, kwargs
 
-    features = joined([image.features for image in prompts.images])
-    extras = {name: torch.cat([extra[name] for extra in prompts.extras]) for name in prompts.extras[0]}
-    looked: list[bool] = []
-
-    def handed_over(*_: Any, **__: Any) -> SimpleNamespace:
-        looked.append(True)
-        return SimpleNamespace(**features)
-
-    hook = policy.decoder.register_forward_pre_hook(place, with_kwargs=True)
-    policy.base.get_image_features = handed_over
+    hook = policy.decoder.register_forward_pre_hook(before_decoder, with_kwargs=True)
     try:
-        output = policy.base(
-            **prompts.text,
-            **extras,
-            pixel_values=torch.zeros(1, device=policy.device),  # only its presence is looked at
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        with _features_at_hand(policy, prompts):
+            output = policy.base(
+                **prompts.text,
+                **{name: torch.cat([extra[name] for extra in prompts.extras]) for name in prompts.extras[0]},
+                pixel_values=torch.zeros(1, device=policy.device),  # models only look whether there are any
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
     finally:
-        del policy.base.get_image_features  # the class's own again
         hook.remove()
-    if not looked:
-        raise ModelError(f"{policy.backbone.config.model_type} models do not ask for their image features by that name")
-    positions = used[0] if used[0].ndim == 2 else used[0][-1]
+    positions = used[0] if used[0].ndim == 2 else used[0][-1]  # in text, all dimensions are the same
     return output.last_hidden_state, positions
 
 
+def _without_image_tokens(policy: Policy, ids_BC: Tensor) -> Tensor:
+    """Completion tokens with padding in place of image tokens, which a model may write: no image belongs there."""
+    image_tokens = [*policy.processor.image_token_ids, policy.backbone.config.to_dict().get("image_token_id", -1)]
+    return ids_BC.masked_fill(torch.isin(ids_BC, torch.tensor(image_tokens, device=policy.device)), policy.pad_token)
+
+
+@contextmanager
+def _features_at_hand(policy: Policy, prompts: Prompts) -> Iterator[None]:
+    """Let the model's `get_image_features` return the features of these prompts, so that no image is seen twice.
+
+    Raises:
+        ModelError: the model's forward pass did not call it.
+    """
+    features = join_features([image.features for image in prompts.images])
+    calls: list[bool] = []
+
+    def get_image_features(*_: Any, **__: Any) -> SimpleNamespace:
+        calls.append(True)
+        return SimpleNamespace(**features)
+
+    policy.base.get_image_features = get_image_features  # an attribute of the instance hides the class's method
+    try:
+        yield
+    finally:
+        del policy.base.get_image_features
+    if not calls:
+        raise ModelError(f"{policy.backbone.config.model_type} models do not ask for their image features by that name")
+
+
 def prefill(policy: Policy, prompts: Prompts) -> Prefix:
-    """Run the prompts, once, under whichever adapter is active; gradients flow if they are enabled."""
+    """Run the prompts, once, under whichever adapter is active. Gradients flow if they are enabled."""
     cache = new_cache(policy)
-    hidden, positions = read(policy, prompts, cache)
+    hidden, positions = run_backbone(policy, prompts, cache)
     return Prefix(cache, prompts.mask_BP, hidden[:, -1], positions[:, -1] + 1)
 
 
-def extend(policy: Policy, prefix: Prefix, ids_BC: Tensor, mask: Tensor | None, first_position_B: Tensor) -> Tensor:
-    """Hidden states [B, C, D] of more tokens after a prefix; the prefix's cache grows by them.
-
-    To be called within `attending` to that cache.
+def run_decoder(policy: Policy, cache: Cache, ids_RC: Tensor, mask: Tensor | None, positions_RC: Tensor) -> Tensor:
+    """Run more tokens through the language model, behind those in a cache, which grows by them.
 
     Args:
-        prefix: what was run before.
-        ids_BC: the tokens.
-        mask: [B, cached + C], 1 at real tokens; None: a shared cache knows them.
-        first_position_B: the position of each row's first new token.
+        policy: under whichever adapter is active.
+        cache: of R rows. If it is a `SharedCache`, this must be called within `attending` to it.
+        ids_RC: the tokens.
+        mask: [R, cached + C], 1 at real tokens, or [R, 1, C, cached + C], to be added to the attention scores. None:
+            the cache is a `SharedCache`, which knows what is padding.
+        positions_RC: the tokens' positions in the text.
+
+    Returns:
+        Hidden states [R, C, D].
     """
-    positions = first_position_B[:, None] + torch.arange(ids_BC.shape[1], device=ids_BC.device)
     return policy.decoder(
-        input_ids=ids_BC,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=prefix.cache,
-        use_cache=True,
+        input_ids=ids_RC, attention_mask=mask, position_ids=positions_RC, past_key_values=cache, use_cache=True
     ).last_hidden_state
 
 
-def completion_hidden(policy: Policy, prompts: Prompts, ids_BC: Tensor, mask_BC: Tensor, role: Role | None) -> Tensor:
-    """Hidden states that predict each completion token, the prompt run once for all trajectories of its group.
+def completion_hidden(policy: Policy, prompts: Prompts, ids_RC: Tensor, mask_RC: Tensor, role: Role | None) -> Tensor:
+    """Hidden states that predict each completion token. Each prompt is run once for all of its completions.
 
     Args:
         prompts: B prompts.
-        ids_BC: [B·N, C] completion token ids, the N of one prompt together, right-padded.
-        mask_BC: True at completion tokens.
-        role: whose adapter, or None for the reference.
+        ids_RC: completion token ids, the same number for each prompt, right-padded to the longest.
+        mask_RC: True at completion tokens.
+        role: whose adapter; None: the reference.
 
     Returns:
-        [completion tokens, D], row by row, aligned with `ids_BC[mask_BC]`.
+        [completion tokens, D], row by row, aligned with `ids_RC[mask_RC]`.
     """
     if not policy.shares_prompts:
-        return plain_completion_hidden(policy, prompts, ids_BC, mask_BC, role)
+        return plain_completion_hidden(policy, prompts, ids_RC, mask_RC, role)
+    count = len(ids_RC) // len(prompts)
     with policy.acting_as(role), _recomputing(policy):
         prefix = prefill(policy, prompts)
-        if policy.shares_attention:
-            return _packed_hidden(policy, prefix, ids_BC, mask_BC)
-        prefix = prefix.repeat(len(ids_BC) // len(prompts))
-        # The last token is predicted, never read: its own hidden state predicts nothing that was sampled.
-        mask = torch.cat([prefix.mask_BP, mask_BC[:, :-1].to(prefix.mask_BP.dtype)], dim=1)
-        hidden = prefix.last_hidden_BD[:, None]
-        if ids_BC.shape[1] > 1:
-            hidden = torch.cat([hidden, extend(policy, prefix, ids_BC[:, :-1], mask, prefix.next_position_B)], dim=1)
-    return hidden[mask_BC]
+        # The prompt's last token predicts the first completion token, and each token the one behind it. The last one
+        # predicts nothing that was sampled, and is not run.
+        hidden = [prefix.last_hidden_BD.repeat_interleave(count, dim=0)[:, None]]
+        if mask_RC.shape[1] > 1:
+            run = packed_hidden if policy.shares_attention else _repeated_hidden
+            hidden.append(run(policy, prefix, ids_RC[:, :-1], mask_RC[:, 1:]))
+    return torch.cat(hidden, dim=1)[mask_RC]
 
 
-def _packed_hidden(policy: Policy, prefix: Prefix, ids_BC: Tensor, mask_BC: Tensor) -> Tensor:
-    """As `completion_hidden`: the completions of a prompt one behind another, kept apart by the attention mask.
+def _repeated_hidden(policy: Policy, prefix: Prefix, ids_RC: Tensor, mask_RC: Tensor) -> Tensor:
+    """As `packed_hidden`, with a copy of the prompt's cache for each completion."""
+    prefix = prefix.repeat(len(ids_RC) // len(prefix.mask_BP))
+    mask = torch.cat([prefix.mask_BP, mask_RC.to(prefix.mask_BP.dtype)], dim=1)
+    positions_RC = prefix.next_position_B[:, None] + torch.arange(ids_RC.shape[1], device=ids_RC.device)
+    return run_decoder(policy, prefix.cache, ids_RC, mask, positions_RC)
 
-    So the prompt's cache is neither repeated nor are completions padded to the longest. T: packed positions.
+
+def packed_hidden(policy: Policy, prefix: Prefix, ids_RC: Tensor, mask_RC: Tensor) -> Tensor:
+    """Run completions behind their prompts, all of one prompt one after another in a single row.
+
+    So the prompt's cache is not repeated, and completions are not padded to the longest. The attention mask keeps them
+    apart: a token sees its prompt and the earlier tokens of its own completion.
+
+    Args:
+        prefix: B prompts.
+        ids_RC: the tokens.
+        mask_RC: True at those that are to be run, at least one.
+
+    Returns:
+        Hidden states [R, C, D]; 0 where `mask_RC` is False.
     """
-    prompts, width = len(prefix.mask_BP), ids_BC.shape[1] - 1
-    read_BX = mask_BC[:, 1:].reshape(prompts, -1)  # all but a completion's last token, which nothing follows
-    order_BT = read_BX.logical_not().sort(dim=1, stable=True).indices[:, : int(read_BX.sum(1).max())]
-    used_BT, row_BT, place_BT = read_BX.gather(1, order_BT), order_BT // max(width, 1), order_BT % max(width, 1)
-    before = (row_BT[:, :, None] == row_BT[:, None]) & (place_BT[:, :, None] >= place_BT[:, None])
-    seen = [prefix.mask_BP.bool()[:, None].expand(-1, order_BT.shape[1], -1), before & used_BT[:, None]]
+    prompts, longest = len(prefix.mask_BP), ids_RC.shape[1]
+    # A prompt's completions as one line of places; real tokens are sorted to its front, which keeps their order, and
+    # the padding behind the longest line is cut off.
+    real = mask_RC.reshape(prompts, -1)
+    place_BT = real.logical_not().sort(dim=1, stable=True).indices[:, : int(real.sum(1).max())]
+    real_BT = real.gather(1, place_BT)
+    completion_BT, offset_BT = place_BT // longest, place_BT % longest
+    same_BTT = completion_BT[:, :, None] == completion_BT[:, None]
+    earlier_BTT = offset_BT[:, :, None] >= offset_BT[:, None]
+    prompt_BTP = prefix.mask_BP.bool()[:, None].expand(-1, place_BT.shape[1], -1)
+    visible = torch.cat([prompt_BTP, same_BTT & earlier_BTT & real_BT[:, None]], dim=2)[:, None]
     mask = torch.zeros((), dtype=policy.backbone.dtype, device=policy.device)
-    mask = mask.masked_fill(~torch.cat(seen, 2)[:, None], torch.finfo(mask.dtype).min)
-    table = prefix.last_hidden_BD
-    if order_BT.shape[1]:
-        hidden_BTD = policy.decoder(
-            input_ids=ids_BC[:, :-1].reshape(prompts, -1).gather(1, order_BT),
-            attention_mask=mask,
-            position_ids=prefix.next_position_B[:, None] + place_BT,
-            past_key_values=prefix.cache,
-            use_cache=True,
-        ).last_hidden_state
-        table = torch.cat([table, hidden_BTD.flatten(0, 1)])
-    # Where each token's predecessor stands in the table: the prompt's end, or its place in the pack.
-    starts_B = prompts + order_BT.shape[1] * torch.arange(prompts, device=policy.device)
-    packed_BX = torch.zeros_like(read_BX, dtype=torch.long).scatter_(
-        1, order_BT, starts_B[:, None] + torch.arange(order_BT.shape[1], device=policy.device)
-    )
-    first = torch.arange(prompts, device=policy.device).repeat_interleave(len(ids_BC) // prompts)[:, None]
-    return table[torch.cat([first, packed_BX.view(len(ids_BC), width)], 1)[mask_BC]]
+    mask = mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
+    ids_BT = ids_RC.reshape(prompts, -1).gather(1, place_BT)
+    # Positions count from the prompt's end in each completion, as if it were alone.
+    hidden_BTD = run_decoder(policy, prefix.cache, ids_BT, mask, prefix.next_position_B[:, None] + offset_BT)
+    hidden_RCD = hidden_BTD.new_zeros(*ids_RC.shape, hidden_BTD.shape[-1])
+    hidden_RCD[mask_RC] = hidden_BTD[real_BT]  # both in the same order: prompt, completion, offset
+    return hidden_RCD
 
 
 def plain_completion_hidden(
-    policy: Policy, prompts: Prompts, ids_BC: Tensor, mask_BC: Tensor, role: Role | None
+    policy: Policy, prompts: Prompts, ids_RC: Tensor, mask_RC: Tensor, role: Role | None
 ) -> Tensor:
-    """The same by the model's own forward pass over every whole sequence: slower, and right for any attention."""
-    count = len(ids_BC) // len(prompts)
+    """As `completion_hidden`, by the model's own forward pass over whole sequences: slower, right for any model."""
+    count = len(ids_RC) // len(prompts)
     whole = prompts[[row for row in range(len(prompts)) for _ in range(count)]]
     with policy.acting_as(role), _recomputing(policy):
-        hidden, _ = read(policy, whole, written=(ids_BC[:, :-1], mask_BC[:, :-1]))
-    return hidden[:, prompts.mask_BP.shape[1] - 1 :][mask_BC]
+        hidden, _ = run_backbone(policy, whole, completions=(ids_RC[:, :-1], mask_RC[:, :-1]))
+    return hidden[:, prompts.mask_BP.shape[1] - 1 :][mask_RC]
 
 
 @contextmanager
 def _recomputing(policy: Policy) -> Iterator[None]:
-    """Forward passes inside keep each layer's input only, if gradients and checkpointing are on.
+    """Inside, the language model's layers are checkpointed, if the policy says so and gradients are enabled.
 
-    transformers' own checkpointing turns the cache off, through which completions share their prompt.
+    transformers' own checkpointing cannot be used: it turns off the cache, through which completions see their prompt.
     """
     layers = list(policy.decoder.layers) if policy.gradient_checkpointing and torch.is_grad_enabled() else []
     for index, layer in enumerate(layers):
@@ -225,76 +259,18 @@ def _recomputing(policy: Policy) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            del layer.forward  # the class's own again
-
-
-def new_cache(policy: Policy) -> DynamicCache:
-    return DynamicCache(config=policy.backbone.config.get_text_config(decoder=True))
-
-
-@torch.no_grad()
-def can_share_attention(policy: Policy) -> bool:
-    """Whether packed completions, and decoding from a shared cache, give what repeated caches give: tried out."""
-    if any(type(layer) is not DynamicLayer for layer in new_cache(policy).layers):
-        return False  # windows and states
-    ids_BC = torch.arange(5, 21, device=policy.device).view(4, 4)  # two completions of each of two prompts
-    prompts = ids_BC[::2]
-    mask = torch.ones_like(prompts)
-    mask[0, 0] = 0
-    positions = mask.cumsum(1)
-
-    def prefill() -> Prefix:
-        cache = new_cache(policy)
-        hidden = policy.decoder(
-            input_ids=prompts, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        return Prefix(cache, mask, hidden[:, -1], positions[:, -1] + 1)
-
-    repeated, shared = prefill().repeat(2), prefill().repeat(2, room=3)
-    whole = torch.cat([repeated.mask_BP, torch.ones_like(ids_BC)], 1)
-    expected = extend(policy, repeated, ids_BC[:, :-1], whole[:, :-1], repeated.next_position_B)
-    try:
-        packed = _packed_hidden(policy, prefill(), ids_BC, torch.ones_like(ids_BC, dtype=torch.bool))
-        steps = []
-        with attending(policy.decoder, shared.cache):
-            for t in range(3):
-                steps.append(extend(policy, shared, ids_BC[:, t : t + 1], None, shared.next_position_B + t))
-                shared.cache.advance()  # type: ignore[attr-defined]
-    except torch.OutOfMemoryError:  # a RuntimeError too, and says nothing about the model
-        raise
-    except (RuntimeError, AssertionError):  # attention of another kind: shapes do not fit
-        return False
-    # Each layer rounds anew, and independent errors add up like the square root of their number. Measured in
-    # bfloat16 on random models of 3 to 80 layers: 0.2 to 0.8 times eps times this root (0.008 to 0.04 of the norm);
-    # if padding is seen, 0.19 of the norm and more. In float32 the sums within a product round as well.
-    limit = max(1.5 * torch.finfo(policy.backbone.dtype).eps * len(policy.decoder.layers) ** 0.5, 1e-4)
-    gaps = [packed.view(4, 4, -1)[:, 1:] - expected, torch.cat(steps, 1) - expected]
-    return all(bool(gap.float().norm() < limit * expected.float().norm()) for gap in gaps)
-
-
-@torch.no_grad()
-def check_output_layer(policy: Policy) -> None:
-    """Some models do more to their logits than the output layer does (caps, scales): refuse them."""
-    ids = torch.tensor([[policy.end_tokens[0]]], device=policy.device)
-    logits = policy.backbone(input_ids=ids).logits
-    ours = policy.output_layer(policy.base(input_ids=ids).last_hidden_state)
-    if not torch.allclose(logits.float(), ours.float(), atol=1e-3):
-        kind = policy.backbone.config.model_type
-        raise ModelError(f"{kind} models change their logits after the output layer, which is not supported")
+            del layer.forward  # the class's own method shows again
 
 
 def _checkpointed(
-    forward: Callable[..., Tensor],
-    index: int,
-    hidden: Tensor,
-    *args: Any,
-    past_key_values: Any = None,
-    **kwargs: Any,
+    forward: Callable[..., Tensor], index: int, hidden: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
 ) -> Tensor:
-    """A decoder layer's forward pass under activation checkpointing: computing it again leaves the cache as it was.
+    """The forward pass of the decoder layer with this index, under activation checkpointing.
 
-    What the backward pass would call holds the cache as it was before the layer, never what the layer made of it: that
-    would hold the backward pass in turn, and a forward pass that is never followed by one would never be freed.
+    The layer runs again in the backward pass and must find the cache as it was: with keys and values added twice, it
+    would attend to too much. So each run works on a copy of the cache from before the layer, and only the first run's
+    cache layer is put into the real one. `run` keeps no reference to the real cache: that holds what the layer made,
+    which holds the graph, which holds `run`, and such a circle is not freed when no backward pass comes.
     """
     if past_key_values is None:
         return checkpoint(forward, hidden, *args, use_reentrant=False, **kwargs)

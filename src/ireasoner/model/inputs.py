@@ -1,4 +1,4 @@
-"""What a policy reads: images after the vision tower, prompts before the language model, and prompts after it.
+"""What a policy reads: images after the vision tower, and prompts as the tensors of the model's processor.
 
 Shape suffixes: B prompts, P prompt positions (left-padded), C completion positions (right-padded), D width.
 """
@@ -25,14 +25,17 @@ _INNER = ("last_hidden_state", "hidden_states", "attentions")  # of the vision t
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image after the processor and the frozen vision tower, each of which saw it once."""
+    """An image after the processor and the frozen vision tower, each of which saw it once.
+
+    `features` is what the model's `get_image_features` returned, by name: the features, not the states behind them.
+    """
 
     seen: SeenImage
-    features: Any  # what the model's `get_image_features` returned, features alone
+    features: dict[str, Any]
 
     @property
     def pooled(self) -> Tensor:
-        """The features that stand at the image tokens: [tokens, D]."""
+        """The features that take the places of the image tokens: [tokens, D]."""
         pooled = self.features["pooler_output"]
         pooled = torch.cat(list(pooled)) if isinstance(pooled, list | tuple) else pooled
         return pooled.reshape(-1, pooled.shape[-1])
@@ -40,11 +43,13 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Left-padded prompts, one image each, as the processor wrote them; the same for every adapter.
+    """Left-padded prompts with one image each. They are the same for every adapter.
 
-    `text` holds [B, P] tensors by their names in the model's forward pass, `extras` one mapping for each row of what
-    that pass wants to know about the image beside its features (grids, sizes), `texts` the prompts before their images
-    took their places, for engines that read text.
+    Attributes:
+        texts: the prompts before images took their places, for engines that read text.
+        text: tensors [B, P] by their names in the model's forward pass.
+        images: one of each prompt.
+        extras: for each prompt, what the forward pass reads of its image beside the features (grids, sizes).
     """
 
     texts: tuple[str, ...]
@@ -57,7 +62,7 @@ class Prompts:
 
     def __getitem__(self, rows: slice | Sequence[int]) -> Prompts:
         index = list(range(len(self))[rows] if isinstance(rows, slice) else rows)
-        used = self.mask_BP[index].any(0).int().argmax()  # columns before it would be padding alone
+        used = self.mask_BP[index].any(0).int().argmax()  # the columns before it are padding in all of these rows
         return Prompts(
             tuple(self.texts[i] for i in index),
             {name: tensor[index, used:] for name, tensor in self.text.items()},
@@ -71,16 +76,16 @@ class Prompts:
         return self.text["attention_mask"]
 
     def followed_by(self, ids_BC: Tensor, mask_BC: Tensor) -> Prompts:
-        """The same with right-padded text behind them."""
+        """The same prompts with right-padded text behind them."""
         more = {"input_ids": ids_BC, "attention_mask": mask_BC}
-        zeros = torch.zeros_like(ids_BC)
+        zeros = torch.zeros_like(ids_BC)  # token type 0 is text
         text = {n: torch.cat([t, more.get(n, zeros).to(t.dtype)], dim=1) for n, t in self.text.items()}
         return replace(self, text=text)
 
 
 @torch.no_grad()
 def encode_images(policy: Policy, images: Sequence[Image.Image]) -> list[EncodedImage]:
-    """Each image through the processor and the vision tower, once, on its own: no other image changes anything."""
+    """Run each image through the processor and the vision tower, once and alone: no other image changes anything."""
     wanted = inspect.signature(policy.base.get_image_features).parameters
     encoded = []
     for image in images:
@@ -95,37 +100,36 @@ def encode_images(policy: Policy, images: Sequence[Image.Image]) -> list[Encoded
 
 
 def build_prompts(policy: Policy, images: Sequence[EncodedImage], messages: Sequence[list[dict[str, Any]]]) -> Prompts:
-    """Chat messages, one image each, as left-padded prompts.
+    """Chat messages, with one image each, as left-padded prompts.
 
     Raises:
         ValueError: a prompt whose text holds image tokens of its own.
     """
     token = policy.processor.image_token
-    taken = inspect.signature(policy.base.forward).parameters
+    parameters = inspect.signature(policy.base.forward).parameters
     rendered = tuple(render(policy.processor, chat) for chat in messages)
     texts, extras = [], []
     for image, text in zip(images, rendered, strict=True):
         if text.count(token) != 1:
             raise ValueError(f"a prompt must hold exactly one image, not {text.count(token)}")
         inputs = image.seen.inputs(text)
-        texts.append({name: inputs[name][0] for name in inputs if is_text(name)})
-        # Pixels were seen already; how large the image is may still decide on positions.
-        extra = [n for n in inputs if n in taken and not is_text(n) and not n.startswith("pixel")]
+        texts.append({name: inputs[name][0] for name in inputs if _is_text(name)})
+        # The vision tower has seen the pixels; the image's size may still decide on positions.
+        extra = [n for n in inputs if n in parameters and not _is_text(n) and not n.startswith("pixel")]
         extras.append({name: inputs[name].to(policy.device) for name in extra})
-    padding = {"input_ids": policy.pad_token}
-    batch = {
-        name: pad_sequence([text[name] for text in texts], True, padding.get(name, 0), padding_side="left").to(
-            policy.device
-        )
-        for name in texts[0]
-    }
+    batch = {}
+    for name in texts[0]:
+        padding = policy.pad_token if name == "input_ids" else 0
+        rows = pad_sequence([text[name] for text in texts], True, padding, padding_side="left")
+        batch[name] = rows.to(policy.device)
     return Prompts(rendered, batch, tuple(images), tuple(extras))
 
 
 def embed_texts(policy: Policy, texts: Sequence[str], max_tokens: int) -> NDArray[np.float64]:
-    """Normalised mean of the backbone's input embeddings of each text's tokens, no special tokens: [texts, D].
+    """Normalised means of the backbone's input embeddings over each text's first tokens, special ones left out.
 
-    An empty text is a row of zeros.
+    Returns:
+        [texts, D]; an empty text is a row of zeros.
     """
     table = policy.backbone.get_input_embeddings().weight
     rows = np.zeros((len(texts), table.shape[1]))
@@ -137,22 +141,23 @@ def embed_texts(policy: Policy, texts: Sequence[str], max_tokens: int) -> NDArra
     return rows
 
 
-def is_text(name: str) -> bool:
-    return name in ("input_ids", "attention_mask") or name.endswith("token_type_ids")
-
-
-def joined(features: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The features of several images as the vision tower would return them for all at once."""
+def join_features(features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The features of several images, as the vision tower would return them if it saw all of them at once."""
 
     def join(values: Sequence[Any]) -> Any:
         if isinstance(values[0], Tensor):
             return torch.cat(list(values))
         return [each for value in values for each in value]
 
-    # Pooled features come image by image; anything else in a list comes layer by layer, and in each image by image.
+    # A list of pooled features has an entry for each image. Any other list has one for each layer, and each of those
+    # holds the images.
     return {
         name: join([f[name] for f in features])
         if name == "pooler_output" or isinstance(first, Tensor)
         else [join(layer) for layer in zip(*(f[name] for f in features), strict=True)]
         for name, first in features[0].items()
     }
+
+
+def _is_text(name: str) -> bool:
+    return name in ("input_ids", "attention_mask") or name.endswith("token_type_ids")

@@ -1,6 +1,6 @@
 """Log-probabilities, exact KL and the REINFORCE loss, over completion tokens only and in bounded memory.
 
-Shape suffixes: T completion tokens of a batch laid end to end, V vocabulary, D width, B trajectories, C completion
+Shape suffixes: T completion tokens of a batch laid end to end, V vocabulary, D width, R trajectories, C completion
 positions (padded).
 """
 
@@ -36,25 +36,25 @@ def token_statistics(
     """Statistics of each completion token from the hidden states that predict it.
 
     KL(policy ‖ reference) = Σ_v π (log π − log π_ref), exact over the vocabulary. Gradients flow through `hidden_TD`;
-    logits are recomputed in the backward pass chunk by chunk, so that memory does not grow with T · V.
+    logits are computed again in the backward pass chunk by chunk, so that memory does not grow with T · V.
 
     Args:
         hidden_TD: final hidden states of the policy at the positions before each token.
-        reference_hidden_TD: the same of the reference, without gradient.
+        reference_hidden_TD: those of the reference, without gradient.
         tokens_T: the sampled token ids.
         output_layer: hidden states to logits over V; the same for policy and reference.
-        chunk_logits: most logits to hold at once.
+        chunk_logits: the largest number of logits to hold at once.
     """
 
     def of_chunk(hidden: Tensor, reference_hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs_V = output_layer(hidden).float().log_softmax(-1)
+        logprobs_TV = output_layer(hidden).float().log_softmax(-1)
         with torch.no_grad():
-            reference_V = output_layer(reference_hidden).float().log_softmax(-1)
-        probabilities_V = logprobs_V.exp()
-        kl = (probabilities_V * (logprobs_V - reference_V)).sum(-1)
+            reference_TV = output_layer(reference_hidden).float().log_softmax(-1)
+        probabilities_TV = logprobs_TV.exp()
+        kl_T = (probabilities_TV * (logprobs_TV - reference_TV)).sum(-1)
         with torch.no_grad():
-            entropy = -(probabilities_V * logprobs_V).sum(-1)
-        return logprobs_V.gather(-1, tokens[:, None])[:, 0], kl, entropy
+            entropy_T = -(probabilities_TV * logprobs_TV).sum(-1)
+        return logprobs_TV.gather(-1, tokens[:, None])[:, 0], kl_T, entropy_T
 
     with torch.no_grad():
         vocabulary = output_layer(hidden_TD[:1].detach()).shape[-1]
@@ -66,17 +66,15 @@ def token_statistics(
     return TokenStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
-def trajectory_means(values_T: Tensor, mask_BC: Tensor) -> Tensor:
-    """Mean over each trajectory's own tokens: values at the True positions of `mask_BC`, row by row; returns [B]."""
-    values_BC = torch.zeros(mask_BC.shape, dtype=values_T.dtype, device=values_T.device).masked_scatter(
-        mask_BC, values_T
-    )
-    return values_BC.sum(-1) / mask_BC.sum(-1)
+def trajectory_means(values_T: Tensor, mask_RC: Tensor) -> Tensor:
+    """The mean [R] over each trajectory's own tokens, of values that stand row by row at True positions of the mask."""
+    zeros_RC = torch.zeros(mask_RC.shape, dtype=values_T.dtype, device=values_T.device)
+    return zeros_RC.masked_scatter(mask_RC, values_T).sum(-1) / mask_RC.sum(-1)
 
 
-def reinforce_loss(logprobs_B: Tensor, kl_B: Tensor, advantages_B: Tensor, kl_coef: float) -> Tensor:
+def reinforce_loss(logprobs_R: Tensor, kl_R: Tensor, advantages_R: Tensor, kl_coef: float) -> Tensor:
     """Σ_i [A_i · (−log π)_i + β · KL_i], from per-trajectory token means; divide by the number of trajectories."""
-    return (-advantages_B * logprobs_B + kl_coef * kl_B).sum()
+    return (-advantages_R * logprobs_R + kl_coef * kl_R).sum()
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, rate: float = 0.1) -> float:

@@ -8,7 +8,7 @@ from ireasoner.method.recipe import Count, NonNegative, Options, Positive
 
 
 class BackboneOptions(Options):
-    """How the backbone is held in memory and where adapters are put on it."""
+    """How the backbone is held in memory, and where adapters are put on it."""
 
     max_image_tokens: Count = 1280
     """Images are scaled down to at most so many tokens, where the model's processor scales by area."""
@@ -25,7 +25,7 @@ class BackboneOptions(Options):
 
 
 class OptimizerOptions(Options):
-    """One role's AdamW, and how large a piece of a batch it takes at a time."""
+    """AdamW of one role, and how many tokens an update takes at a time."""
 
     learning_rate: Positive = 1e-6
     """AdamW learning rate, constant."""

@@ -1,8 +1,8 @@
 """The processes of a run: one, unless `accelerate launch` started several.
 
-Every process holds the whole model and plays its own share of each step's images; what was written and the adapters'
-gradients are exchanged, so that all know the same episodes and take the same step. What they send each other is JSON
-and tensors.
+Every process holds the whole model and plays its own share of each step's images. Completions and the adapters'
+gradients are exchanged, so that all processes know the same episodes and take the same optimizer step. They exchange
+nothing but tensors; what is not a number is sent as the bytes of JSON, never as a pickle.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from ireasoner.model.backbone import resolve_device
 
 
 class LostProcessError(UsageError):
-    """Another process of the run does not answer; the message says what to do."""
+    """Another process of the run does not answer; the message says what to do.
+
+    Every method of `Processes` that exchanges something may raise it.
+    """
 
 
 class Processes:
@@ -32,7 +35,7 @@ class Processes:
     Args:
         index: its number; process 0 writes the run directory.
         count: how many there are.
-        device: where tensors lie that are exchanged.
+        device: where the tensors lie that are exchanged.
     """
 
     def __init__(self, index: int = 0, count: int = 1, device: torch.device | None = None) -> None:
@@ -48,11 +51,7 @@ class Processes:
         return list(range(self.index, total, self.count))
 
     def gather(self, items: Sequence[Any], total: int) -> list[Any]:
-        """What all processes made of their `share(total)`, in order; items are JSON.
-
-        Raises:
-            LostProcessError: a process has ended.
-        """
+        """Results of all processes in order, each of which did its `share(total)`; items must be JSON."""
         if self.count == 1:
             return list(items)
         text = torch.frombuffer(bytearray(json.dumps(list(items)).encode("ascii")), dtype=torch.uint8).to(self.device)
@@ -64,51 +63,53 @@ class Processes:
         return [shares[i % self.count][i // self.count] for i in range(total)]
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes of a tensor that each has, the same bits for all.
-
-        Raises:
-            LostProcessError: a process has ended.
-        """
+        """The sum of all processes' tensors, the same bits in each process."""
         if self.count == 1:
             return values
         with _boundary():
             return reduce(values.to(self.device), "sum").to(values.device)  # type: ignore[union-attr]
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Make the gradients of these parameters the sums over all processes, in one exchange."""
+        """Replace the gradients of these parameters by their sums over all processes, in one exchange."""
         if self.count == 1:
             return
-        trained = list(parameters)
-        for parameter in trained:  # a process without groups has no gradient yet
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        gradients = [p.grad for p in trained if p.grad is not None]
+        gradients = []
+        for parameter in parameters:
+            if parameter.grad is None:  # a process without groups has no gradient yet
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
         flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
     def maximum(self, value: float) -> float:
-        """The largest of the processes' values, or NaN if one is."""
+        """The largest of the processes' values, or NaN if one is NaN."""
         return torch.tensor(self.gather([value], self.count)).max().item()
 
     def any(self, value: bool) -> bool:
-        """Whether it is so in any process; a point that none passes before all have come to it."""
+        """Whether the value is true in any process. No process returns before all have called this."""
         return bool(self.sum(torch.tensor([float(value)])).item() > 0)
 
     def wait(self) -> None:
-        """Return when all processes have come here."""
+        """Return when all processes have called this."""
         self.any(True)
 
 
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
-    """This process among those that were started with it, for a run on `device` ('auto', 'cpu', 'cuda' or 'cuda:N')."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # the launcher's word for how many it started
+    """Join the processes that were started with this one, for a run on `device` ('auto', 'cpu', 'cuda' or 'cuda:N').
+
+    Raises:
+        UsageError: a GPU by its number for several processes, or processes that do not find each other.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))  # set by the launcher
+    if started == 1:
         yield Processes()
         return
     if ":" in device:
         raise UsageError(f"--device {device} names one GPU, and several processes were started: use auto, cpu or cuda")
     state = PartialState(cpu=resolve_device(device) == "cpu")
-    if state.num_processes != int(os.environ["WORLD_SIZE"]):
+    if state.num_processes != started:
         raise UsageError("the processes that were started did not find each other: name --device cpu or cuda")
     try:
         yield Processes(state.process_index, state.num_processes, state.device)
@@ -118,11 +119,12 @@ def joined(device: str) -> Iterator[Processes]:
 
 @contextmanager
 def _boundary() -> Iterator[None]:
+    """Turn what torch.distributed raises when a process is gone into a `LostProcessError`."""
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError too, and no peer's doing
+    except torch.OutOfMemoryError:  # a RuntimeError too, but no other process's doing
         raise
-    except RuntimeError as error:  # what torch.distributed raises if a peer is gone, whatever the backend
+    except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise LostProcessError(
             "another process of this run has ended or cannot be reached: what is saved is safe; start as many as you "

@@ -1,13 +1,11 @@
 """A policy: the frozen backbone with a `proposer` and a `solver` adapter on its language model.
 
-Any image-text-to-text model of transformers will do: prompts are read by the model's own forward pass on its own
-processor's tensors, with the image features, once made, handed to it; completions go through its language model.
-`loading` makes a policy, `inputs` turns images and messages into what it reads, `forward` runs it.
+Any image-text-to-text model of transformers will do. `loading` makes a policy, `inputs` turns images and messages into
+what it reads, `forward` runs it.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,30 +22,18 @@ from ireasoner.model.processors import scales_by_area
 
 
 class Policy:
-    """The parts of a loaded model. `ireasoner.model.loading` decides on the attributes that are set there.
+    """The parts of a loaded model; `ireasoner.model.loading` makes it and sets `shares_prompts` and `shares_attention`.
 
     Args:
         backbone: the model of transformers that `model` wraps.
-        model: PEFT's, with both adapters.
+        model: PEFT's model, with both adapters.
         processor: the backbone's own.
-        targets: the pattern of the layers that LoRA is on.
-        gradient_checkpointing: keep only each layer's input for the backward pass and compute the rest again.
-        limits_images: whether a limit on image tokens was asked for.
+        gradient_checkpointing: keep only each layer's input for the backward pass, and compute the rest again.
     """
 
-    def __init__(
-        self,
-        backbone: Any,  # transformers annotates less than it offers
-        model: PeftModel,
-        processor: Any,
-        targets: str,
-        *,
-        gradient_checkpointing: bool = False,
-        limits_images: bool = False,
-    ) -> None:
-        self.backbone, self.model, self.processor, self.targets = backbone, model, processor, targets
+    def __init__(self, backbone: Any, model: PeftModel, processor: Any, gradient_checkpointing: bool = False) -> None:
+        self.backbone, self.model, self.processor = backbone, model, processor
         self.gradient_checkpointing = gradient_checkpointing
-        self.ignores_limit = limits_images and not scales_by_area(processor)
         self.base: Any = backbone.base_model  # all but the output layer
         self.decoder: Any = backbone.get_decoder()  # the language model
         self.device: torch.device = backbone.device
@@ -56,12 +42,12 @@ class Policy:
         self.end_tokens: tuple[int, ...] = tuple(ends) if isinstance(ends, list) else (ends,)
         pad = processor.tokenizer.pad_token_id
         self.pad_token: int = self.end_tokens[0] if pad is None else pad
-        # Whether completions may share their prompt's cache in an update, and its attention as well.
+        # Whether completions may share their prompt's cache in an update, and also its attention (README.md).
         self.shares_prompts = self.shares_attention = False
 
     @contextmanager
     def acting_as(self, role: Role | None) -> Iterator[None]:
-        """Forward passes inside run under this role's adapter, or under none: the reference."""
+        """Run the forward passes inside under this role's adapter; None: under no adapter, as the reference."""
         if role is None:
             with self.model.disable_adapter():
                 yield
@@ -78,15 +64,15 @@ class Policy:
         return self.backbone.get_output_embeddings()(hidden)
 
     def describe(self) -> str:
-        """What is trained, and a limit that has no effect, in a sentence."""
-        pattern = re.compile(self.targets)
-        layers = [n for n, m in self.model.named_modules() if "lora_A" in dict(m.named_children())]
-        layers = [name.removeprefix("base_model.model.") for name in layers]
-        kinds = sorted({match[1] for name in layers if (match := pattern.fullmatch(name))})
-        count = sum(p.numel() for p in self.parameters("solver").values())
-        tower = module_name(self.backbone, self.decoder)
-        said = f"LoRA on {len(layers)} layers of {tower} ({', '.join(kinds)}): {count:,} parameters a role"
-        if self.ignores_limit:
+        """A sentence on what is trained, and on a limit of image tokens that has no effect."""
+        parameters = self.parameters("solver")
+        layers = [name.partition(".lora_A.")[0] for name in parameters if ".lora_A." in name]
+        kinds = sorted({name.rpartition(".")[2] for name in layers})
+        said = (
+            f"LoRA on {len(layers)} layers of {module_name(self.backbone, self.decoder)} ({', '.join(kinds)}): "
+            f"{sum(p.numel() for p in parameters.values()):,} parameters a role"
+        )
+        if not scales_by_area(self.processor):
             said += "; max_image_tokens has no effect: the model's processor decides how many tokens an image takes"
         return said
 

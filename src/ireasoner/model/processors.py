@@ -1,9 +1,8 @@
-"""One place that decides how images and text become tensors, with torchvision or without it.
+"""How images and text become tensors, whether or not torchvision is installed.
 
-Most of transformers' processors for vision-language models want a video processor, which wants torchvision. Images
-alone need neither, so the model's own processor class is built without one. The image processor is the Pillow one in
-every case: it and torchvision's differ by up to 0.25 in pixel values, and a run must not depend on what happens to be
-installed.
+Most processors of vision-language models require a video processor, which requires torchvision. Images alone need
+neither, so the model's own processor class is built without one. The image processor is always the one on Pillow: it
+and torchvision's differ by up to 0.25 in pixel values, and a run must not depend on what happens to be installed.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from transformers import (
 
 
 def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """The processor class, for images and text only: None will do for its processors of video and sound."""
+    """The processor class for images and text only: its processors of video and sound may be None."""
 
     class ImageTextProcessor(processor_class):  # type: ignore[misc, valid-type]
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -36,13 +35,13 @@ def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]
 
 
 def load_processor(model: str | Path, max_image_tokens: int | None = None, *, raise_limit: bool = False) -> Any:
-    """The processor of an image-text-to-text model, from a folder or a hub id, without a video processor.
+    """Load the processor of an image-text-to-text model from a folder or a hub id, without its video processor.
 
     Args:
         model: a folder or a hub id.
-        max_image_tokens: images are scaled down until they take at most so many tokens, where the model's processor
-            scales images by area (Qwen's do; others fix the number, or cut tiles); None: the model's own limit.
-        raise_limit: `max_image_tokens` may also lie above the model's own limit.
+        max_image_tokens: images are scaled down until they take at most so many tokens, if the model's processor
+            scales images by area (Qwen's do; others fix the number, or cut tiles). None: the model's own limit.
+        raise_limit: let `max_image_tokens` lie above the model's own limit, which holds otherwise.
 
     Raises:
         OSError: no such model, or one without a processor.
@@ -69,7 +68,7 @@ def load_processor(model: str | Path, max_image_tokens: int | None = None, *, ra
 
 
 def scales_by_area(processor: Any) -> bool:
-    """Whether `max_image_tokens` has an effect: the edges of the processor's `size` are areas in pixels."""
+    """Whether `max_image_tokens` has an effect: whether the edges in the processor's `size` are areas in pixels."""
     images = processor.image_processor
     return "merge_size" in images.to_dict() and "longest_edge" in dict(images.size)
 
@@ -83,10 +82,10 @@ def _limit(images: Any, max_image_tokens: int, raise_limit: bool) -> None:
 
 
 class SeenImage:
-    """An image with a processor that looks at it once: every prompt about it reuses what it saw.
+    """An image with a processor that processes it once; every prompt about the image reuses the result.
 
     Args:
-        processor: of the model; it is left as it was.
+        processor: the model's; it is not changed.
         image: any picture.
     """
 
@@ -97,10 +96,10 @@ class SeenImage:
         self.processor.image_processor = _Once(processor.image_processor)
 
     def inputs(self, text: str) -> BatchFeature:
-        """The processor's own tensors for one text with one image in it, batch size 1.
+        """The processor's tensors for one text that holds the image once, with batch size 1.
 
-        The text is a rendered chat template: special tokens are in it, none are added. A text is read once: what is
-        sampled from is read again for the update.
+        The text is a rendered chat template, so that no special tokens are added. The tensors are kept, because the
+        prompt that is sampled from is needed again for the update.
         """
         if text not in self._read:
             made = self.processor(images=[self.image], text=[text], add_special_tokens=False, return_tensors="pt")
@@ -109,7 +108,7 @@ class SeenImage:
 
 
 class _Once:
-    """An image processor that works on its first call and answers later ones with the same tensors."""
+    """An image processor that works on its first call, and returns the same tensors on later ones."""
 
     def __init__(self, image_processor: Any) -> None:
         self._image_processor, self._made = image_processor, None
@@ -124,8 +123,8 @@ class _Once:
 
 
 def render(processor: Any, chat: list[dict[str, Any]]) -> str:
-    """Chat messages as the model's template writes them, up to where its answer begins; images not yet expanded."""
-    # The tokenizer's method: some processors' own wants a video processor for the same text.
+    """Chat messages as text in the model's template, up to where its answer begins, with one token for each image."""
+    # The tokenizer's method, because that of some processors requires a video processor for the same text.
     return processor.tokenizer.apply_chat_template(
         chat, chat_template=processor.chat_template, tokenize=False, add_generation_prompt=True
     )

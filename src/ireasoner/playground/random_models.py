@@ -1,7 +1,8 @@
-"""Models of a real size and class with random weights: to time and to fit, where nothing can be downloaded.
+"""Models of a real size and class with random weights, to measure time and memory where nothing can be downloaded.
 
-`random-7b` has Qwen2.5-VL-7B-Instruct's exact architecture (its published config.json), `random-25m` the same class at
-a size for CPUs. Both use the tiny LMM's processor: its token ids are a small part of their vocabularies.
+`random-7b` has the exact architecture of Qwen2.5-VL-7B-Instruct (its published config.json), and `random-25m` is the
+same class at a size for CPUs. Both use the processor of the tiny model: its token ids are a small part of their
+vocabularies.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-SHAPES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "random-25m": {
         "text_config": {
             "vocab_size": 4096,
@@ -59,11 +60,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(shape: str, like: str, dtype: torch.dtype, device: str) -> Qwen2_5_VLForConditionalGeneration:
-    """A model of a shape, its weights drawn on `device`, its special tokens those of the model in the folder `like`."""
+def build(size: str, like: str, dtype: torch.dtype, device: str) -> Qwen2_5_VLForConditionalGeneration:
+    """Build a frozen model in eval mode.
+
+    Args:
+        size: of `SIZES`.
+        like: folder of the model whose special tokens it has.
+        dtype: of its weights.
+        device: where they are drawn, so that a large model never lies in this process's memory.
+    """
     reference = AutoConfig.from_pretrained(like)
     tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    config = Qwen2_5_VLConfig(**SHAPES[shape], **{name: getattr(reference, name) for name in tokens})
+    config = Qwen2_5_VLConfig(**SIZES[size], **{name: getattr(reference, name) for name in tokens})
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config.text_config, name, getattr(reference.text_config, name))
     torch.manual_seed(0)
@@ -76,4 +84,4 @@ def build(shape: str, like: str, dtype: torch.dtype, device: str) -> Qwen2_5_VLF
         torch.set_default_dtype(before)
     model.generation_config.eos_token_id = reference.text_config.eos_token_id
     model.generation_config.pad_token_id = reference.text_config.pad_token_id
-    return model
+    return model.requires_grad_(False).eval()

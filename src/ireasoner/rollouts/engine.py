@@ -20,7 +20,7 @@ class Request:
 
 
 class Engine(Protocol):
-    """Samples completions under a role's adapter, from the whole distribution."""
+    """Samples completions under a role's adapter, from the model's whole distribution (no top-k, no top-p)."""
 
     def sample(
         self,
@@ -32,18 +32,18 @@ class Engine(Protocol):
         temperature: float = 1.0,
         min_tokens: int = 0,
     ) -> list[list[Completion]]:
-        """N completions of each request.
+        """Sample n completions of each request.
 
         Args:
             requests: what to complete.
             role: whose adapter; None: the backbone alone.
             n: completions of each request.
-            max_tokens: longest completion.
+            max_tokens: the length at which a completion is cut off.
             temperature: 0 is greedy.
             min_tokens: the end token is not sampled before so many tokens (for benchmarks at equal lengths).
         """
         ...
 
     def refresh(self) -> None:
-        """Take over the policy's adapters as they are now: called after every change of them."""
+        """Take over the policy's adapters as they are now; called after every change of them."""
         ...

@@ -1,11 +1,12 @@
-"""Sampling on the live policy: every completion of a call in one batched decode, each prompt computed once.
+"""Sampling from the live policy: every completion of a call in one batched decode, each prompt computed once.
 
 A token is drawn by inverting the cumulative distribution at a uniform number that comes from the request's own seed. So
-what a completion says depends on its own seed and, apart from rounding, never on what else is in the batch.
+a completion depends on its own seed and, apart from rounding, never on what else is in the batch.
 
 One token of a large model takes thousands of small kernels, which Python launches more slowly than a GPU runs them. On
-a GPU the decoding step is therefore captured once as a CUDA graph and replayed: nothing in it asks the GPU for a value,
-and whatever changes from token to token lies in tensors whose memory stays in place.
+a GPU the decoding step is therefore captured once as a CUDA graph and replayed. A replay runs the same kernels on the
+same memory, so nothing in a step may ask the GPU for a value, and whatever changes from token to token lies in tensors
+whose memory stays in place.
 
 Shape suffixes: B prompts, N completions of each, R rows of the shrinking batch, C tokens of a completion, V vocabulary.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from ireasoner.method.seeds import uniforms
 from ireasoner.method.types import Completion, Role
 from ireasoner.model.attention import SharedCache, attending
-from ireasoner.model.forward import Prefix, extend, prefill
+from ireasoner.model.forward import Prefix, prefill, run_decoder
 from ireasoner.model.inputs import build_prompts
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Request
@@ -33,8 +34,7 @@ from ireasoner.rollouts.engine import Request
 class LiveEngine:
     """Samples from the policy's own weights.
 
-    `capture` turns a decoding step that has run once into a function that repeats it; None where steps are not
-    captured.
+    `capture` turns a decoding step that has run once into a function that repeats it; None: steps are not captured.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -44,7 +44,7 @@ class LiveEngine:
             self.capture = partial(cuda_graph, torch.cuda.Stream(policy.device))
 
     def refresh(self) -> None:
-        """Nothing to do: it samples from the live policy."""
+        """Nothing to do: the policy that is sampled from is the one that is trained."""
 
     @torch.no_grad()
     def sample(
@@ -57,20 +57,16 @@ class LiveEngine:
         temperature: float = 1.0,
         min_tokens: int = 0,
     ) -> list[list[Completion]]:
-        """N completions of each request, as `Engine.sample` says.
+        """Sample n completions of each request, as described in `Engine.sample`.
 
         The log-probabilities are those of the distribution that was sampled from; at temperature 0, where nothing is
         sampled, those at temperature 1.
         """
         policy = self.policy
         prompts = build_prompts(policy, [r.image for r in requests], [r.messages for r in requests])
-        draws = (
-            uniforms([r.seed for r in requests], n, max_tokens)
-            if temperature
-            else np.zeros((len(requests), n, max_tokens))
-        )
+        draws = uniforms([r.seed for r in requests], n, max_tokens)
         captures = self.capture is not None and policy.shares_attention  # other caches move to new memory as they grow
-        room = max_tokens - 1 if policy.shares_attention else None
+        room = max_tokens - 1 if policy.shares_attention else None  # the last token is drawn and not run
         with policy.acting_as(role):
             prefix = prefill(policy, prompts).repeat(n, room=room, fixed=captures)
             decoding = _Decoding(policy, prefix, draws, temperature, min_tokens)
@@ -81,24 +77,24 @@ class LiveEngine:
 
     def _run(self, decoding: _Decoding, max_tokens: int, captures: bool) -> None:
         decoding.draw(decoding.prefix.last_hidden_BD)
-        again: Callable[[], None] | None = None  # the captured step; None until a step of this batch size has run
+        captured: Callable[[], None] | None = None  # captured decoding step; None until a step of this batch size ran
         for _ in range(max_tokens - 1):
             left = int((~decoding.done).sum())
             if left == 0:
                 return
-            # A finished row costs as much as any other, so they are dropped in batches; more rarely where the smaller
-            # batch has to be captured anew.
+            # A finished row costs as much as any other, so finished rows are dropped in batches; more rarely where the
+            # smaller batch has to be captured anew.
             if left <= (0.5 if captures else 0.75) * len(decoding.rows):
                 decoding.drop_finished()
-                again = None
-            if again is not None:
-                again()
+                captured = None
+            if captured is not None:
+                captured()
             else:
                 decoding.step()
-                again = self._captured(decoding.step) if captures else decoding.step
+                captured = self._captured(decoding.step) if captures else None
 
     def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
-        """The captured form of a step that has run once, or the step itself where capturing has failed before."""
+        """The captured form of a step that has run once, or the step itself once capturing has failed."""
         if self.capture is None:
             return step
         try:
@@ -112,13 +108,13 @@ class LiveEngine:
 
 
 class _Decoding:
-    """One batched decode in progress: what has been drawn so far, and the rows that still go on.
+    """One batched decode in progress: what has been drawn so far, and the rows that are not finished.
 
     Args:
         policy: acts under the role that samples.
         prefix: the prompts, repeated for their completions.
         uniforms_BNC: numbers in [0, 1) that the tokens are drawn with.
-        temperature, min_tokens: as for `Engine.sample`.
+        temperature, min_tokens: as in `Engine.sample`.
     """
 
     def __init__(
@@ -134,7 +130,7 @@ class _Decoding:
         self.ends = torch.tensor(policy.end_tokens, device=device)
         self.rows = torch.arange(total, device=device)  # which completion each row of the shrinking batch is
         self.done = torch.zeros(total, dtype=torch.bool, device=device)
-        self.t = torch.zeros(1, dtype=torch.long, device=device)  # the token being drawn: a tensor, to be captured
+        self.t = torch.zeros(1, dtype=torch.long, device=device)  # the token being drawn; a tensor, for the capture
         self.mask = None if isinstance(prefix.cache, SharedCache) else prefix.mask_BP
 
     def draw(self, hidden: Tensor) -> None:
@@ -142,8 +138,8 @@ class _Decoding:
         logits, t = self.policy.output_layer(hidden).float(), self.t
         if self.min_tokens:
             logits = torch.where(t < self.min_tokens, logits.index_fill(1, self.ends, -torch.inf), logits)
-        # Finished rows draw too, and what stands behind their end is cut off later. Selecting the others by a mask
-        # would make the host wait for the GPU at every token.
+        # Finished rows draw as well, and what comes behind their end is cut off later: to select the others, the host
+        # would have to wait for the GPU at every token.
         chosen, chosen_logprobs = _draw(logits, self.uniforms[self.rows, t], self.temperature)
         self.tokens[self.rows, t], self.logprobs[self.rows, t] = chosen, chosen_logprobs
         ended = torch.isin(chosen, self.ends) & ~self.done
@@ -154,30 +150,28 @@ class _Decoding:
         """Run the tokens drawn last and draw the next ones."""
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        last, cache = self.tokens[self.rows, self.t][:, None], self.prefix.cache
-        hidden = extend(self.policy, self.prefix, last, self.mask, self.prefix.next_position_B + self.t)[:, 0]
+        cache, last = self.prefix.cache, self.tokens[self.rows, self.t][:, None]
+        positions = (self.prefix.next_position_B + self.t)[:, None]
+        hidden = run_decoder(self.policy, cache, last, self.mask, positions)
         self.t.add_(1)
         if isinstance(cache, SharedCache):
             cache.advance()
-        self.draw(hidden)
+        self.draw(hidden[:, 0])
 
     def drop_finished(self) -> None:
-        """Go on with the unfinished rows alone."""
+        """Continue with the unfinished rows only."""
         keep = (~self.done).nonzero()[:, 0]
         self.prefix, self.rows, self.done = self.prefix.select(keep), self.rows[keep], self.done[keep]
         self.mask = None if self.mask is None else self.mask[keep]
 
     def completions(self) -> list[Completion]:
         """What was written, in the order of the prompts."""
-        found = []
         columns = zip(self.tokens.tolist(), self.logprobs.tolist(), self.lengths.tolist(), strict=True)
-        for ids, logprobs, length in columns:
-            found.append(completion(self.policy, ids[:length], logprobs[:length]))
-        return found
+        return [completion(self.policy, ids[:length], logprobs[:length]) for ids, logprobs, length in columns]
 
 
 def completion(policy: Policy, ids: Sequence[int], logprobs: Sequence[float]) -> Completion:
-    """Sampled token ids as a `Completion`; its text is without the end token."""
+    """Sampled token ids as a `Completion`, whose text is without the end token."""
     stopped = ids[-1] in policy.end_tokens
     text = policy.processor.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
     return Completion(text, tuple(ids), tuple(logprobs), "stop" if stopped else "length")
@@ -187,14 +181,14 @@ def cuda_graph(stream: torch.cuda.Stream, step: Callable[[], None]) -> Callable[
     """Capture a step as a CUDA graph, whose replay launches all of its kernels at once.
 
     Args:
-        stream: of the device on which the step works; always the same one, since cuBLAS keeps a workspace for each.
+        stream: of the device on which the step works; always the same one, because cuBLAS keeps a workspace for each.
         step: has run before, so that nothing in it happens for the first time while it is captured.
 
     Raises:
         RuntimeError: the step waits for the host somewhere.
     """
     graph = torch.cuda.CUDAGraph()
-    # Thread-local, so that other threads may go on meanwhile: NCCL's watchdog asks the GPU what is done.
+    # Thread-local, so that other threads may use the GPU meanwhile: NCCL's watchdog asks it what is done.
     with torch.cuda.device(stream.device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         step()
     return graph.replay

@@ -1,8 +1,8 @@
-"""Sampling on vLLM, beside the learner in one process: both roles as LoRA adapters, handed over after each update.
+"""Sampling with vLLM, in the learner's process: both roles as LoRA adapters, handed over after each update.
 
-vLLM computes with kernels of its own, and in the backbone's precision (adapters too): what it says a token's
-log-probability was and what the learner computes differ by rounding, which every step logs as `sampler_gap`. Its
-sampling is seeded for each completion, but a resumed run draws the same only as far as vLLM's batches are the same.
+vLLM has kernels of its own, and computes adapters in the backbone's precision, too. So its log-probability of a token
+differs from the learner's by rounding, which every step logs as `sampler_gap`. Each completion has its own seed, but a
+resumed run draws the same tokens only as far as vLLM makes the same batches.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import completion
 
-# Of a GPU that the learner shares: its own copy of the weights, activations and logits need the rest.
+# The share of a GPU's memory that vLLM may take. The learner's own copy of the weights, activations and logits need the
+# rest.
 GPU_SHARE = 0.45
 
 
 class VllmError(UsageError):
-    """vLLM is missing or cannot serve this model as the learner sees it; the message says why."""
+    """vLLM is missing, or cannot serve this model as the learner sees it; the message says why."""
 
 
 class VllmEngine:
-    """An engine (`ireasoner.rollouts.engine`) that samples on vLLM.
+    """An engine (`ireasoner.rollouts.engine`) that samples with vLLM.
 
     Args:
-        policy: whose adapters are served; `model` is the same backbone.
-        model: 'tiny', a folder or a hub id.
-        longest: most tokens of a prompt and its completion together.
+        policy: whose adapters are served.
+        model: the policy's backbone: 'tiny', a folder or a hub id.
+        longest: the largest number of tokens of a prompt and its completion together.
 
     Raises:
         VllmError: vLLM is not installed, or does not serve the model.
@@ -45,7 +46,9 @@ class VllmEngine:
 
     def __init__(self, policy: Policy, model: str, longest: int) -> None:
         on_gpu = policy.device.type == "cuda"
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process: no worker to lose
+        os.environ.setdefault(
+            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+        )  # its engine in this process: no worker can be lost
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         try:
             from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
@@ -65,7 +68,7 @@ class VllmEngine:
                 max_model_len=longest,
                 limit_mm_per_prompt={"image": 1},
                 enable_mm_embeds=True,
-                generation_config="vllm",  # not the checkpoint's: it may ask for top-k or a repetition penalty
+                generation_config="vllm",  # not the checkpoint's, which may ask for top-k or a repetition penalty
                 **options,
             )
         except (ValueError, RuntimeError, NotImplementedError) as error:
@@ -77,7 +80,7 @@ class VllmEngine:
         return self._adapters / str(self.version)
 
     def refresh(self) -> None:
-        """Serve the policy's adapters as they are now, under a new version: vLLM keeps what it has read by its path."""
+        """Serve the policy's adapters as they are now, as a new version: vLLM does not read the same path twice."""
         before = self._folder
         self.version += 1
         self.policy.save_adapters(self._folder)
@@ -93,24 +96,24 @@ class VllmEngine:
         temperature: float = 1.0,
         min_tokens: int = 0,
     ) -> list[list[Completion]]:
-        """N completions of each request, as `Engine.sample` says.
+        """Sample n completions of each request, as described in `Engine.sample`.
 
         The log-probabilities are those at temperature 1, whatever the temperature.
 
         Raises:
-            VllmError: vLLM refuses a prompt, or reads it in another way than the learner does.
+            VllmError: vLLM refuses a prompt, or reads it differently from the learner.
         """
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
         prompts = build_prompts(self.policy, [r.image for r in requests], [r.messages for r in requests])
         asked: list[Any] = []
         params: list[Any] = []
         for row, request in enumerate(requests):
             ids = self.policy.processor.tokenizer(prompts.texts[row], add_special_tokens=False)["input_ids"]
+            prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": _image(prompts, row)}}
+            # One vLLM request for each completion, so that each has its own seed; vLLM caches what they share.
             for number in uniforms([request.seed], n, max_tokens)[0, :, 0]:
-                # One vLLM request for each completion, so that each has its own seed; vLLM keeps the prompt they share.
-                asked.append({"prompt_token_ids": ids, "multi_modal_data": {"image": _image(prompts, row)}})
+                asked.append({**prompt})
                 params.append(
                     SamplingParams(
                         temperature=temperature,
@@ -122,17 +125,22 @@ class VllmEngine:
                         detokenize=False,
                     )
                 )
-        adapter = None
-        if role is not None:
-            number = self.version * len(ROLES) + ROLES.index(role)
-            adapter = LoRARequest(f"{role}-{self.version}", number, str(self._folder / role))
         try:
-            answers = self.llm.generate(asked, params, lora_request=adapter, use_tqdm=False)
-        except ValueError as error:  # above all, a prompt longer than `longest` leaves room for
+            answers = self.llm.generate(asked, params, lora_request=self._adapter(role), use_tqdm=False)
+        except ValueError as error:  # usually a prompt that is too long for `longest`
             raise VllmError(f"vLLM refuses a prompt: {' '.join(str(error).split())[:300]}") from error
         self._check_prompts(prompts, [answer.prompt_token_ids for answer in answers[::n]])
         flat = [self._completion(answer.outputs[0]) for answer in answers]
         return [flat[i : i + n] for i in range(0, len(flat), n)]
+
+    def _adapter(self, role: Role | None) -> Any:
+        """How vLLM is asked for the newest version of a role's adapter."""
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+        if role is None:
+            return None
+        number = self.version * len(ROLES) + ROLES.index(role)  # a number of its own for each version
+        return LoRARequest(f"{role}-{self.version}", number, str(self._folder / role))
 
     def _check_prompts(self, prompts: Prompts, read: Sequence[Sequence[int]]) -> None:
         for row, theirs in enumerate(read):
@@ -140,7 +148,7 @@ class VllmEngine:
             if list(theirs) != ours:
                 raise VllmError(
                     f"vLLM reads a prompt as {len(theirs)} tokens that the learner reads as {len(ours)}: its processor "
-                    "treats images otherwise; leave out --engine vllm for this model"
+                    "treats images differently; leave out --engine vllm for this model"
                 )
 
     def _completion(self, output: Any) -> Completion:
@@ -149,7 +157,7 @@ class VllmEngine:
 
 
 def _image(prompts: Prompts, row: int) -> Any:
-    """The image as vLLM takes it: our features where a grid says all about them, as for Qwen's, else the picture."""
+    """The image for vLLM: our features if all they need is a grid, as Qwen's models do; otherwise the picture."""
     image, extras = prompts.images[row], prompts.extras[row]
     if set(image.features) == {"pooler_output"} and set(extras) == {"image_grid_thw"}:
         return {"image_embeds": image.pooled, **extras}

@@ -1,4 +1,4 @@
-"""What the arms of an ablation come to: the numbers of `ablation.json`, and these as tables, spreadsheet and figure."""
+"""The results of an ablation: the numbers in `ablation.json`, and these as tables, CSV and a figure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ireasoner.training.recorder import read_records
+from ireasoner.training.recorder import read_episodes
 from ireasoner.training.statistics import plus_minus, resampled_means
 
 # By measure: how it is headed, what it is multiplied by, its decimals.
@@ -42,15 +42,13 @@ def summarize(arms: Mapping[str, Columns], distinct: Mapping[str, Sequence[float
         distinct: by arm, the share of distinct questions of each seed.
     """
     checked = all("true_steps" in columns for columns in arms.values())
-    shown = [
-        name for name in next(iter(arms.values())) if name != "true_steps" and (checked or name != "checkable_steps")
-    ]
-    shown += ["step_truth"] if checked else []
-    by_seed = {arm: _with_truth({name: v.mean(1) for name, v in columns.items()}) for arm, columns in arms.items()}
-    draws = {
-        arm: _with_truth(dict(zip(columns, resampled_means(np.stack(list(columns.values()))).T, strict=True)))
-        for arm, columns in arms.items()
-    }
+    steps = {"true_steps"} if checked else {"true_steps", "checkable_steps"}
+    shown = [name for name in next(iter(arms.values())) if name not in steps] + ["step_truth"] * checked
+    by_seed, draws = {}, {}
+    for arm, columns in arms.items():
+        resampled = resampled_means(np.stack(list(columns.values())))
+        draws[arm] = _with_truth(dict(zip(columns, resampled.T, strict=True)))
+        by_seed[arm] = _with_truth({name: values.mean(1) for name, values in columns.items()})
     void = {arm: checked and steps_fell(columns, arms["base"]) for arm, columns in arms.items()}
 
     def change(arm: str, reference: str, name: str) -> list[float] | None:
@@ -78,9 +76,9 @@ def summarize(arms: Mapping[str, Columns], distinct: Mapping[str, Sequence[float
 
 def distinct_questions(run: Path) -> float | None:
     """Different readable question texts for each question that was proposed in the last quarter of a run."""
-    asked = [(r["step"], r["question"]) for r in read_records(run / "episodes.jsonl") if r["question_completion"]]
+    asked = [(episode.step, episode.question) for episode in read_episodes(run) if episode.proposal]
     late = [question for step, question in asked if step > 0.75 * asked[-1][0]]
-    texts = {" ".join(question["text"].lower().split()) for question in late if question["well_formed"]}
+    texts = {" ".join(question.text.lower().split()) for question in late if question.well_formed}
     return len(texts) / len(late) if late else None
 
 
@@ -102,27 +100,24 @@ def score_rows(result: Mapping[str, Any]) -> Rows:
     """Every arm's measures, mean ± 95 % interval over seeds; heads first."""
     shown = [name for name in COLUMNS if name in result["measures"]]
     rows = [["", *(COLUMNS[name][0] for name in shown)]]
-    for arm, found in result["arms"].items():
-        cells = []
-        for name in shown:
-            _, scale, decimals = COLUMNS[name]
-            mean, half = found["mean"].get(name), found["plus_minus"].get(name)
-            if mean is None:
-                cells.append("void" if name == "step_truth" and found["void"] else "")
-            else:
-                cells.append(
-                    f"{scale * mean:.{decimals}f}" + ("" if half is None else f" ±{scale * half:.{decimals}f}")
-                )
-        rows.append([arm, *cells])
-    return rows
+    return rows + [[arm, *(_score(found, name) for name in shown)] for arm, found in result["arms"].items()]
+
+
+def _score(found: Mapping[str, Any], name: str) -> str:
+    """One cell of an arm's row of scores."""
+    _, scale, decimals = COLUMNS[name]
+    if name not in found["mean"]:
+        return "void" if name == "step_truth" and found["void"] else ""
+    mean, half = found["mean"][name], found["plus_minus"][name]
+    return f"{scale * mean:.{decimals}f}" + ("" if half is None else f" ±{scale * half:.{decimals}f}")
 
 
 def difference_rows(result: Mapping[str, Any], reference: str) -> Rows:
     """Every other arm minus the reference, in percentage points with 95 % intervals; heads first."""
     rows = [["", *(COLUMNS[name][0] for name in _compared(result))]]
     for arm in _others(result, reference):
-        changes = [result["arms"][arm]["minus"][reference][name] for name in _compared(result)]
-        rows.append([arm, *("void" if change is None else _change(change) for change in changes)])
+        changes = result["arms"][arm]["minus"][reference]
+        rows.append([arm, *(_change(changes[name]) for name in _compared(result))])
     return rows
 
 
@@ -135,17 +130,14 @@ def _others(result: Mapping[str, Any], reference: str) -> list[str]:
     return [arm for arm in result["arms"] if arm not in (reference, "base") and (reference == "base" or arm != COOLED)]
 
 
-def _change(values: Sequence[float]) -> str:
-    mean, low, high = (100 * x for x in values)
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+def _change(values: Sequence[float] | None) -> str:
+    return "void" if values is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in values))
 
 
 def blank_rows(result: Mapping[str, Any]) -> Rows:
     """What is answered when every image is replaced by a gray one; heads first."""
-    rows = [["images blanked", *(COLUMNS[name][0] for name in DIFFERENCES[:4])]]
-    for arm, means in result["blank"].items():
-        rows.append([arm, *(f"{100 * means[name]:.1f}" for name in DIFFERENCES[:4])])
-    return rows
+    rows = [["images blanked", *DIFFERENCES[:4]]]
+    return rows + [[arm, *(f"{100 * m[name]:.1f}" for name in DIFFERENCES[:4])] for arm, m in result["blank"].items()]
 
 
 def legend(result: Mapping[str, Any]) -> str:
@@ -172,12 +164,10 @@ def legend(result: Mapping[str, Any]) -> str:
 
 def tables(result: Mapping[str, Any]) -> list[tuple[str, Rows]]:
     """Every table with its title, in reading order."""
-    found = [("Scores", score_rows(result))]
-    for reference in result["references"]:
-        if _others(result, reference):
-            title = f"Minus {reference}: percentage points, paired 95 % interval over seeds and questions"
-            found.append((title, difference_rows(result, reference)))
-    return [*found, ("Without looking: every image gray, seed 0", blank_rows(result))]
+    what = "percentage points, paired 95 % interval over seeds and questions"
+    minus = [(f"Minus {r}: {what}", difference_rows(result, r)) for r in result["references"] if _others(result, r)]
+    blank = ("Without looking: every image gray, seed 0", blank_rows(result))
+    return [("Scores", score_rows(result)), *minus, blank]
 
 
 def markdown(result: Mapping[str, Any], prior: str) -> str:
@@ -208,8 +198,7 @@ def draw_differences(result: Mapping[str, Any], target: Path) -> None:
     """`ablation.png`: each arm's difference from each reference with its interval, a panel for each measure."""
     from matplotlib.figure import Figure
 
-    shown = _compared(result)
-    blocks = {r: arms for r in result["references"] if (arms := _others(result, r))}
+    shown, blocks = _compared(result), {r: arms for r in result["references"] if (arms := _others(result, r))}
     if not blocks:
         return
     heights = [len(arms) + 2.2 for arms in blocks.values()]
@@ -219,24 +208,27 @@ def draw_differences(result: Mapping[str, Any], target: Path) -> None:
         part.suptitle(f"minus {reference}, percentage points with 95 % intervals (logarithmic beyond ±10)", fontsize=11)
         axes = part.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
         for axis, name in zip(axes, shown, strict=True):
-            axis.axvline(0, color="0.6", linewidth=1)
-            for row, arm in enumerate(arms):
-                change = result["arms"][arm]["minus"][reference][name]
-                if change is None:
-                    axis.text(0, row, " void", color="0.4", va="center", fontsize=9)
-                    continue
-                mean, low, high = (100 * x for x in change)
-                color = "tab:green" if low > 0 else "tab:red" if high < 0 else "0.35"
-                axis.plot([low, high], [row, row], color=color, linewidth=2, solid_capstyle="butt")
-                axis.plot(mean, row, "o", color=color, markersize=5)
-            axis.set_xscale("symlog", linthresh=10, linscale=1.2)  # beside the controls, the rest would be one dot
-            axis.set_xticks([-40, -5, 0, 5, 40], ["−40", "−5", "0", "5", "40"])
-            axis.set_yticks(range(len(arms)), arms)
-            axis.set_ylim(len(arms) - 0.4, -0.6)
-            axis.grid(axis="x", color="0.9")
-            axis.set_axisbelow(True)
-            axis.tick_params(labelsize=9, length=0)
             axis.set_title(COLUMNS[name][0], fontsize=10)
-            for side in ("top", "right", "left"):
-                axis.spines[side].set_visible(False)
+            _draw_panel(axis, {arm: result["arms"][arm]["minus"][reference][name] for arm in arms})
     figure.savefig(target, dpi=130)
+
+
+def _draw_panel(axis: Any, changes: Mapping[str, Sequence[float] | None]) -> None:
+    """One measure: a row for each arm, green where it is surely better, red where it is surely worse."""
+    axis.axvline(0, color="0.6", linewidth=1)
+    for row, change in enumerate(changes.values()):
+        if change is None:
+            axis.text(0, row, " void", color="0.4", va="center", fontsize=9)
+            continue
+        mean, low, high = (100 * x for x in change)
+        color = "tab:green" if low > 0 else "tab:red" if high < 0 else "0.35"
+        axis.plot([low, high], [row, row], color=color, linewidth=2, solid_capstyle="butt")
+        axis.plot(mean, row, "o", color=color, markersize=5)
+    axis.set_xscale("symlog", linthresh=10, linscale=1.2)  # beside the controls, the rest would be one dot
+    axis.set_xticks([-40, -5, 0, 5, 40], ["−40", "−5", "0", "5", "40"])
+    axis.set_yticks(range(len(changes)), list(changes))
+    axis.set_ylim(len(changes) - 0.4, -0.6)
+    axis.grid(axis="x", color="0.9")
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=9, length=0)
+    axis.spines[["top", "right", "left"]].set_visible(False)

@@ -1,26 +1,23 @@
-"""One training step, phase by phase: ours, the plain path and the published procedure, on one checkpoint.
+"""One training step, phase by phase: as `train` does it (*ours*) and without sharing prompts (*plain*), on one model.
 
-All sides write completions of the same forced length, and none has a proposer update in the timed step (it comes every
-fifth). Repetitions are interleaved; medians are reported.
+All sides write completions of the same forced length, and no side has a proposer update in the timed step, since one
+comes every fifth step only. The sides take turns, and medians over the repetitions are reported.
 
-*plain* does our work batched, without sharing prompts: each of a group's trajectories has a prefill and a cache of its
-own, which the model's own attention reads, and the update runs every whole sequence by the model's own forward pass.
+*plain* does the same work batched but shares nothing: each trajectory of a group has its own prefill and its own cache,
+which the model's own attention reads, and the update runs the model's own forward pass over every whole sequence.
 
-*published* keeps the structure of the authors' code: for each image the processor and `generate` run once for the
-question and once for each trajectory, one sample at a time; then each trajectory has an update of its own, for which
-the processor runs twice more, policy and reference run over the whole sequence (without the image, as published), and
-the log-softmax covers every position.
-
-Floors: a phase cannot take less than its arithmetic at this machine's measured matrix-product rate, nor, when decoding,
-less than reading the language model's weights and the cache once a token at its measured copy rate.
+Floors: a phase cannot be faster than its arithmetic at the rate of matrix products measured on this machine. Decoding
+must also read the language model's weights and the cache once for each token, at the measured rate of copying.
 """
 
 from __future__ import annotations
 
+import functools
+import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,185 +25,197 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ireasoner.method import rewards
-from ireasoner.method.seeds import uniforms
-from ireasoner.method.texts import parse_trajectory, proposer_messages, solver_messages
-from ireasoner.method.types import Completion
-from ireasoner.model.backbone import resolve_device
-from ireasoner.model.inputs import Prefix, Prompts, build_prompts, embed_texts, encode_images
+from ireasoner.method.scoring import Context, score_group
+from ireasoner.method.texts import proposer_messages, solver_messages
+from ireasoner.model.backbone import TINY_MODEL, resolve_device
+from ireasoner.model.forward import prefill
+from ireasoner.model.inputs import Prompts, build_prompts, encode_images
 from ireasoner.model.learner import Learner
+from ireasoner.model.loading import load_policy, make_policy
 from ireasoner.model.policy import Policy
-from ireasoner.model.processors import render
-from ireasoner.playground import world
-from ireasoner.playground.random_models import SHAPES
+from ireasoner.model.processors import load_processor
+from ireasoner.playground import random_models, world
+from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import Config, resolve
 
 QUESTION_TOKENS = 20
 QUESTION = "What is the value of the red bar?"
-SOLVE = ("prefill", "decode")  # the two halves of what the published procedure does in one `generate`
+PHASES = ("encode images", "propose", "prefill", "decode", "solve", "read and reward", "update")  # as tables show them
+aten: Any = torch.ops.aten
+CPU_ATTENTION = {  # torch counts the operations of the GPU's fused attention only
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
 
 
 class Phases:
-    """Seconds by phase, on a device whose work may still be running when a call returns."""
+    """What each phase of a step took, by a clock: seconds, or anything else that adds up, such as operations.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, defaultdict[str, float](float)
-        self.flops = defaultdict[str, float](float)
-        self.counter: FlopCounterMode | None = None  # counting slows, so that what is counted is not timed
+    A GPU may still be working when a call returns, so a clock must wait for it (`clock_of`).
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.took = clock, defaultdict[str, float](float)
 
     @contextmanager
     def timed(self, name: str, within: str | None = None) -> Iterator[None]:
-        """Add to a phase; where it lies `within` another, take it from that one."""
-        counted = self.counter.get_total_flops() if self.counter else 0
-        started = self._now()
+        """Add what happens inside to a phase; where this lies inside another phase, `within`, take it off that one."""
+        began = self.clock()
         yield
-        took = self._now() - started
-        more = self.counter.get_total_flops() - counted if self.counter else 0
-        for phase, sign in ((name, 1), (within, -1)):
-            if phase:
-                self.seconds[phase] += sign * took
-                self.flops[phase] += sign * more
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        took = self.clock() - began
+        self.took[name] += took
+        if within:
+            self.took[within] -= took
 
     @property
     def total(self) -> float:
-        return sum(self.seconds.values())
+        """The sum of all phases."""
+        return sum(self.took.values())
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """A clock in seconds for work on this device."""
+
+    def after_the_gpu() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return after_the_gpu if device.type == "cuda" else time.perf_counter
+
+
+Side = Callable[[Phases, Sequence[Image.Image]], None]  # plays and updates one step on these images
 
 
 class Bench:
-    """One model at one group size and length; `ours`, `plain` and `published` each play and update one step."""
+    """A model, and the size of its steps: `ours` and `plain` each play and update one step.
 
-    def __init__(self, policy: Policy, config: Config, tokens: int) -> None:
+    Args:
+        policy: the model.
+        config: recipe, prompts and group size.
+        tokens: forced length of every solver completion.
+        image_tokens: of each picture, about; None: a small picture's (the tiny model's 9, else 144).
+    """
+
+    def __init__(self, policy: Policy, config: Config, tokens: int = 40, image_tokens: int | None = None) -> None:
         self.policy, self.config, self.tokens = policy, config, tokens
+        self.image_tokens = image_tokens or (None if config.model == "tiny" else 144)
         self.engine = LiveEngine(policy)
-        self.cache_bytes = 0.0  # of one position of one row
+        self.steps = 0  # seeds the draws: equal texts would be scored from a cache
+
+    def pictures(self, count: int) -> list[Image.Image]:
+        """The images of a step, from the playground's world."""
+        rng = np.random.default_rng(0)
+        drawn = [world.draw(world.sample_picture(rng), world.sample_style("chalk", rng), rng) for _ in range(count)]
+        if self.image_tokens is None:
+            return drawn
+        side = 28 * round(self.image_tokens**0.5)  # Qwen2.5-VL has a token for each 28 x 28 pixels
+        return [image.resize((side, side)) for image in drawn]
 
     def learner(self) -> Learner:
-        return Learner(self.policy, "solver", learning_rate=1e-6, tokens_per_batch=self.config.tokens_per_batch)
+        """A new learner of the solver, with so low a learning rate that the model stays as it is."""
+        options = self.config.optimizer.model_copy(update={"learning_rate": 1e-6})
+        return Learner(self.policy, "solver", self.config.recipe, options)
 
     def ours(self, phases: Phases, images: Sequence[Image.Image]) -> None:
-        """As `train` does it."""
-        self._step(phases, images, shared=True)
+        """A step as `train` does it."""
+        self._step(phases, images, copies=1)
 
     def plain(self, phases: Phases, images: Sequence[Image.Image]) -> None:
-        """The same without sharing prompts."""
-        self._step(phases, images, shared=False)
-
-    def _step(self, phases: Phases, images: Sequence[Image.Image], shared: bool) -> None:
-        policy, config, count = self.policy, self.config, self.config.group_size
-        learner, prefill = self.learner(), policy.prefill
+        """The same step without sharing prompts."""
+        policy = self.policy
         shares = policy.shares_prompts, policy.shares_attention
-        policy.shares_prompts, policy.shares_attention = (shared and share for share in shares)
+        policy.shares_prompts = policy.shares_attention = False
+        self._step(phases, images, copies=self.config.sampling.group_size)
+        policy.shares_prompts, policy.shares_attention = shares
 
-        def timed_prefill(prompts: Prompts) -> Prefix:
-            with phases.timed("prefill", within="decode"):
-                prefix = prefill(prompts)
-            rows, width = prompts.mask_BP.shape
-            self.cache_bytes = sum(x.keys.nbytes + x.values.nbytes for x in prefix.cache.layers) / rows / width  # type: ignore[union-attr]
-            return prefix
-
+    def _step(self, phases: Phases, images: Sequence[Image.Image], copies: int) -> None:
+        """A step that samples each group from `copies` requests, each of which has its own prefill."""
+        policy, sampling, engine, learner = self.policy, self.config.sampling, self.engine, self.learner()
+        count, ask = sampling.group_size, proposer_messages(sampling.proposer_prompt)
+        solve = solver_messages(sampling.solver_prompt, QUESTION)
+        self.steps += 1
         with phases.timed("encode images"):
             encoded = encode_images(policy, images)
         with phases.timed("propose"):
-            prompts = build_prompts(policy, encoded, [proposer_messages(config.proposer_prompt)] * len(images))
-            draws = uniforms([[0, i] for i in range(len(images))], 1, QUESTION_TOKENS)
-            self.engine.sample(prompts, "proposer", draws, min_tokens=QUESTION_TOKENS)
-        with phases.timed("decode"):
-            prompts = build_prompts(policy, encoded, [solver_messages(config.solver_prompt, QUESTION)] * len(images))
-            draws = uniforms([[1, i] for i in range(len(images))], count, self.tokens)
-            asked = prompts
-            if not shared:
-                asked = prompts[[i for i in range(len(images)) for _ in range(count)]]
-                draws = draws.reshape(-1, 1, self.tokens)
-            policy.prefill = timed_prefill  # type: ignore[method-assign]
-            sampled = self.engine.sample(asked, "solver", draws, min_tokens=self.tokens)
-            del policy.prefill  # the class's own again
-            flat = [completion for group in sampled for completion in group]
+            asked = [Request(image, ask, (self.steps, i)) for i, image in enumerate(encoded)]
+            engine.sample(asked, "proposer", max_tokens=QUESTION_TOKENS, min_tokens=QUESTION_TOKENS)
+        with phases.timed("decode"), self._prefill_timed(phases):
+            asked = [Request(e, solve, (self.steps, i, k)) for i, e in enumerate(encoded) for k in range(copies)]
+            drawn = engine.sample(asked, "solver", n=count // copies, max_tokens=self.tokens, min_tokens=self.tokens)
+            flat = [completion for group in drawn for completion in group]
             groups = [flat[i : i + count] for i in range(0, len(flat), count)]
         with phases.timed("read and reward"):
-            earned = [self._reward([completion.text for completion in group]) for group in groups]
+            earned = [self.reward([completion.text for completion in group]) for group in groups]
         with phases.timed("update"):
-            learner.update(prompts, groups, earned)
-        policy.shares_prompts, policy.shares_attention = shares
+            prompts = build_prompts(policy, encoded, [solve] * len(images))
+            advantages = learner.advantages(earned)
+            learner.update(prompts, groups, advantages, advantages.numel())
 
-    def _reward(self, texts: Sequence[str]) -> list[float]:
-        trajectories = [parse_trajectory(text) for text in texts]
-        keys = [text[:2] for text in texts]  # forced text has no answers; any key costs the same
-        outcome = rewards.outcome_rewards(keys, [t.words_before_answer for t in trajectories])
-        agreement = rewards.step_agreement_rewards(keys, [embed_texts(self.policy, [text] * 3, 64) for text in texts])
-        return rewards.solver_rewards(outcome, agreement, 0.5).tolist()
+    @contextmanager
+    def _prefill_timed(self, phases: Phases) -> Iterator[None]:
+        """Time prefill apart from the phase `decode`, within which it runs.
 
-    def published(self, phases: Phases, images: Sequence[Image.Image]) -> None:
-        """The published procedure, one image after another."""
-        policy, config = self.policy, self.config
-        learner = self.learner()
-        ask = render(policy.processor, proposer_messages(config.proposer_prompt))
-        solve = render(policy.processor, solver_messages(config.solver_prompt, QUESTION))
-        for image in images:
-            with phases.timed("propose"), policy.acting_as("proposer"):
-                self._generate(image, ask, QUESTION_TOKENS)
-            with phases.timed("solve"), policy.acting_as("solver"):
-                group = [self._generate(image, solve, self.tokens) for _ in range(config.group_size)]
-            with phases.timed("read and reward"):
-                earned = self._reward([completion.text for completion in group])
-            for completion, reward in zip(group, earned, strict=True):
-                with phases.timed("update"):
-                    self._published_update(learner, image, solve, completion, reward)
+        Only prefill calls the model as a whole; a step of decoding calls its language model.
+        """
+        base = self.policy.base
+        forward = base.forward
 
-    def _generate(self, image: Image.Image, text: str, length: int) -> Completion:
-        processor = self.policy.processor
-        inputs = processor(images=[image], text=[text], return_tensors="pt").to(self.policy.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.policy.backbone.dtype)
-        with torch.no_grad():
-            output = self.policy.model.generate(
-                **inputs, do_sample=True, temperature=1.0, top_p=1.0, min_new_tokens=length, max_new_tokens=length
-            )
-        ids = output[0, inputs["input_ids"].shape[1] :].tolist()
-        return Completion(processor.tokenizer.decode(ids, skip_special_tokens=True), tuple(ids), (), "length")
+        @functools.wraps(forward)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with phases.timed("prefill", within="decode"):
+                return forward(*args, **kwargs)
 
-    def _published_update(
-        self, learner: Learner, image: Image.Image, prompt: str, completion: Completion, reward: float
-    ) -> None:
-        policy = self.policy
-        inputs = policy.processor(images=[image], text=[prompt], return_tensors="pt")
-        policy.processor(images=[image], text=[prompt + completion.text], return_tensors="pt")
-        # Its tokens would be read from that text again; the sampled ones keep the lengths of all sides equal.
-        ids = torch.cat([inputs["input_ids"], torch.tensor([completion.token_ids])], 1).to(policy.device)
-        seen, targets = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids[:, 1:]
-        with policy.acting_as("solver"):
-            logprobs = policy.model(**seen).logits[:, :-1].float().log_softmax(-1)
-        with torch.no_grad(), policy.acting_as(None):
-            reference = policy.model(**seen).logits[:, :-1].float().log_softmax(-1)
-        written = torch.arange(targets.shape[1], device=policy.device)[None] >= inputs["input_ids"].shape[1] - 1
-        kl = (logprobs.exp() * (logprobs - reference)).sum(-1)[written].mean()
-        nll = -logprobs.gather(-1, targets[..., None])[..., 0][written].mean()
-        (reward * nll + learner.kl_coef * kl).backward()
-        torch.nn.utils.clip_grad_norm_(learner.parameters.values(), learner.max_grad_norm)
-        learner.optimizer.step()
-        learner.optimizer.zero_grad(set_to_none=True)
+        base.forward = timed
+        try:
+            yield
+        finally:
+            del base.forward  # the class's own again
 
-    def floors(self, counted: Phases, images: int, prompt_tokens: int, ceilings: dict[str, float]) -> dict[str, float]:
-        """Least seconds of our phases on this machine, from their arithmetic and, for decoding, from what is read."""
-        least = {name: flops / ceilings["flops_per_second"] for name, flops in counted.flops.items()}
-        head = self.policy.backbone.get_output_embeddings().weight
-        embeddings = self.policy.backbone.get_input_embeddings().weight
-        weights = sum(p.nbytes for p in self.policy.decoder.parameters() if p is not embeddings) + head.nbytes
-        rows = images * self.config.group_size
-        steps = self.tokens - 1  # the first token comes from the prefill
-        positions = images * prompt_tokens * steps + rows * sum(range(1, steps + 1))  # a prompt's, once for its group
-        cache = self.cache_bytes * positions
-        read = (weights * steps + cache) / ceilings["bytes_per_second"]
-        return {**least, "decode": max(least.get("decode", 0.0), read)}
+    def reward(self, texts: Sequence[str]) -> list[float]:
+        """What the texts of one group earn by the config's recipe, read as readable trajectories."""
+        context = Context(step_weight=self.config.recipe.step_weight_final, recent_claims=())
+        return [*score_group(QUESTION, [readable(text) for text in texts], self.config.recipe, context).rewards]
+
+
+def readable(text: str) -> str:
+    """A readable trajectory of three reasoning steps, from the words of a text.
+
+    Completions of a forced length seldom end as readable ones do, and unreadable ones would cost nothing to reward.
+    """
+    words = text.replace("<", " ").replace(">", " ").split()
+    third = len(words) // 3 + 1
+    steps = [f"Step {i + 1}: {' '.join(words[i * third : (i + 1) * third])}" for i in range(3)]
+    return "\n".join(["<think>", *steps, "</think>", "<answer>7</answer>"])
+
+
+def load_bench(
+    model: str, tokens: int = 40, group_size: int | None = None, image_tokens: int | None = None, device: str = "auto"
+) -> Bench:
+    """Load 'tiny', a size of `random_models`, a folder or a hub id; the rest as for `Bench`.
+
+    Raises:
+        ModelError: the model or the device cannot be used.
+    """
+    device, is_random = resolve_device(device), model in random_models.SIZES
+    flags: dict[str, Any] = {"model": model, "images": "."}
+    if group_size:
+        flags["group_size"] = group_size
+    if is_random and device == "cpu":
+        flags["dtype"] = "float32"
+    config = resolve(flags)
+    config = config.changed(max_image_tokens=max(image_tokens or 0, config.backbone.max_image_tokens))
+    options = config.backbone
+    if not is_random:
+        return Bench(load_policy(model, options, device=device), config, tokens, image_tokens)
+    backbone = random_models.build(model, str(TINY_MODEL), getattr(torch, options.dtype), device)
+    processor = load_processor(TINY_MODEL, options.max_image_tokens, raise_limit=True)
+    return Bench(make_policy(backbone, processor, options), config, tokens, image_tokens)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -216,202 +225,161 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     source = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
-    def best(work: Callable[[], Any], repetitions: int = 5) -> float:
-        found = []
-        for _ in range(repetitions):
-            phases = Phases(device)
-            with phases.timed("work"):
-                work()
-            found.append(phases.total)
-        return min(found)
+    def best(statement: str) -> float:
+        timer = Timer(
+            statement, globals={"a": a, "source": source, "target": target}, num_threads=torch.get_num_threads()
+        )
+        return min(timer.timeit(1).mean for _ in range(5))
 
     return {
-        "flops_per_second": 2 * size**3 / best(lambda: a @ a),
-        "bytes_per_second": 2 * source.nbytes / best(lambda: target.copy_(source)),
+        "flops_per_second": 2 * size**3 / best("a @ a"),
+        "bytes_per_second": 2 * source.nbytes / best("target.copy_(source)"),
     }
-
-
-def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    batch, heads, length, width = query
-    return 2 * batch * heads * length * key[2] * (width + value[3])
-
-
-def _cpu_attention_backward(
-    _: Any, query: Any, key: Any, value: Any, *__: Any, out_shape: Any = None, **___: Any
-) -> int:
-    return _cpu_attention(query, key, value) * 5 // 2  # five products of that size where forward has two
-
-
-# torch counts the GPU's fused attention only.
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
-}
 
 
 def reset_peak(device: torch.device) -> None:
     """Begin to measure peak memory anew."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     elif (control := Path("/proc/self/clear_refs")).exists():
         control.write_text("5")
 
 
 def peak_bytes(device: torch.device) -> float | None:
-    """Most memory held since then, weights included: of the GPU, else of the process; None where that is not known."""
+    """Most memory held since `reset_peak`, weights included: of the GPU, else of the process; None: not known here."""
     if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated())
+        return float(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return float(line.split()[1]) * 1024
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return float(found[1]) * 1024 if found else None
 
 
-def bench(
-    model: str,
-    images_per_step: Sequence[int],
-    *,
-    sides: Sequence[str] = ("ours", "plain", "published"),
-    tokens: int = 40,
-    group_size: int | None = None,
-    image_tokens: int | None = None,
-    repetitions: int = 5,
-    device: str = "auto",
+def measure(
+    bench: Bench, sides: Mapping[str, Side], images_per_step: Sequence[int], repetitions: int = 5
 ) -> dict[str, Any]:
-    """Measure and print; returns what was measured, ready for JSON.
+    """Time the sides, by name, at each size of a step; returns what was measured, ready for JSON.
 
-    Args:
-        model: 'tiny', 'random-25m', 'random-7b', a folder or a hub id.
-        images_per_step: batch sizes to measure.
-        sides: of "ours", "plain" and "published".
-        tokens: forced length of every solver completion.
-        group_size: trajectories of a question; None: the preset's.
-        image_tokens: of each picture, about; None: a small picture's (the tiny model's 9, else 144).
-        repetitions: of each measurement, the sides in turn; medians are reported.
+    Where one of them is called "ours", the others are compared with it, and it with what the machine allows.
     """
-    place = torch.device(resolve_device(device))
-    flags: dict[str, Any] = {"model": model, "images": "."}
-    if model in SHAPES and place.type == "cpu":
-        flags["dtype"] = "float32"
-    if group_size:
-        flags["group_size"] = group_size
-    config = resolve(flags)
-    policy = Policy(
-        config.model,
-        max_image_tokens=max(image_tokens or 0, config.max_image_tokens),
-        dtype=config.dtype,
-        device=str(place),
-    )
-    result: dict[str, Any] = {
-        "model": model,
-        "device": torch.cuda.get_device_name() if place.type == "cuda" else "cpu",
+    device, config = bench.policy.device, bench.config
+    limits = ceilings(device, bench.policy.backbone.dtype)
+    return {
+        "model": config.model,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "dtype": config.dtype,
-        "tokens": tokens,
-        "group_size": config.group_size,
-        "ceilings": ceilings(place, policy.backbone.dtype),
-        "sizes": [],
+        "dtype": config.backbone.dtype,
+        "tokens": bench.tokens,
+        "group_size": config.sampling.group_size,
+        "ceilings": limits,
+        "sizes": [_measure_size(bench, sides, size, repetitions, limits) for size in images_per_step],
     }
-    runner = Bench(policy, config, tokens)
-    rng = np.random.default_rng(0)
-    for size in images_per_step:
-        images = [world.draw(world.sample_picture(rng), world.sample_style("chalk", rng), rng) for _ in range(size)]
-        if image_tokens or model != "tiny":
-            side = 28 * round((image_tokens or 144) ** 0.5)  # 28 pixels a token, along each side, in Qwen2.5-VL
-            images = [image.resize((side, side)) for image in images]
-        result["sizes"].append(_measure(runner, images, sides, repetitions, result["ceilings"]))
-    _show(result)
-    return result
 
 
-def _measure(
-    runner: Bench, images: Sequence[Image.Image], sides: Sequence[str], repetitions: int, limits: dict[str, float]
+def _measure_size(
+    bench: Bench, sides: Mapping[str, Side], size: int, repetitions: int, limits: Mapping[str, float]
 ) -> dict[str, Any]:
-    device, size = runner.policy.device, len(images)
-    trajectories = size * runner.config.group_size
+    policy, sampling, images = bench.policy, bench.config.sampling, bench.pictures(size)
+    trajectories = size * sampling.group_size
     runs: dict[str, list[Phases]] = {name: [] for name in sides}
     peaks: dict[str, float | None] = {}
     for repetition in range(repetitions + 1):
-        for name in sides:
-            phases = Phases(device)
-            reset_peak(device)
-            getattr(runner, name)(phases, images)
+        for name, side in sides.items():
+            phases = Phases(clock_of(policy.device))
+            reset_peak(policy.device)
+            side(phases, images)
             if repetition:  # the first is a warm-up
                 runs[name].append(phases)
-                peaks[name] = peak_bytes(device)
-    encoded = encode_images(runner.policy, images[:1])
-    prompt = build_prompts(runner.policy, encoded, [solver_messages(runner.config.solver_prompt, QUESTION)])
-    row: dict[str, Any] = {"images_per_step": size, "image_tokens": len(encoded[0].pooled)}
-    row["prompt_tokens"] = prompt.mask_BP.shape[1]
+                peaks[name] = peak_bytes(policy.device)
+    found: dict[str, dict[str, Any]] = {}
     for name, repeated in runs.items():
-        seconds = {k: statistics.median(p.seconds[k] for p in repeated) for k in repeated[0].seconds}
-        if set(SOLVE) <= set(seconds):
-            seconds["solve"] = statistics.median(sum(p.seconds[k] for k in SOLVE) for p in repeated)
+        seconds = {phase: statistics.median(p.took[phase] for p in repeated) for phase in repeated[0].took}
+        if "prefill" in seconds:
+            seconds["solve"] = statistics.median(p.took["prefill"] + p.took["decode"] for p in repeated)
         whole = statistics.median(p.total for p in repeated)
-        row[name] = {"seconds": seconds, "step_seconds": whole, "trajectories_per_second": trajectories / whole}
-        row[name]["tokens_per_second"] = trajectories * runner.tokens / seconds["solve"]
-        row[name]["peak_bytes"] = peaks[name]
+        found[name] = {
+            "seconds": seconds,
+            "step_seconds": whole,
+            "trajectories_per_second": trajectories / whole,
+            "tokens_per_second": trajectories * bench.tokens / seconds["solve"],
+            "peak_bytes": peaks[name],
+        }
         if name != "ours" and "ours" in runs:
-            pairs = zip(repeated, runs["ours"], strict=True)
-            row[name]["times_ours"] = _spread([theirs.total / ours.total for theirs, ours in pairs])
-            both = [k for k in seconds if k in row["ours"]["seconds"]]
-            row[name]["times_ours_by_phase"] = {k: seconds[k] / row["ours"]["seconds"][k] for k in both}
-    if "ours" in runs:
-        counted = Phases(device)
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-            counted.counter = counter
-            runner.ours(counted, images)
-        floors = runner.floors(counted, size, row["prompt_tokens"], limits)
-        row["ours"]["flops"] = dict(counted.flops)
-        row["ours"]["floor_seconds"] = floors
-    return row
+            ratios = [p.total / ours.total for p, ours in zip(repeated, runs["ours"], strict=True)]
+            found[name]["times_ours"] = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    encoded = encode_images(policy, images[:1])
+    prompt = build_prompts(policy, encoded, [solver_messages(sampling.solver_prompt, QUESTION)])
+    if "ours" in found:
+        found["ours"] |= _floors(bench, images, prompt, limits)
+    row = {"images_per_step": size, "image_tokens": len(encoded[0].pooled), "prompt_tokens": prompt.mask_BP.shape[1]}
+    return {**row, "sides": found}
 
 
-def _spread(ratios: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+def _floors(
+    bench: Bench, images: Sequence[Image.Image], prompt: Prompts, limits: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """The operations in each phase of our step, and the fewest seconds that this machine needs for them.
+
+    `prompt` is the solver's prompt of one image.
+    """
+    policy, length = bench.policy, prompt.mask_BP.shape[1]
+    capture, bench.engine.capture = bench.engine.capture, None  # the counter does not see into a captured step
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        bench.ours(counted := Phases(counter.get_total_flops), images)
+    bench.engine.capture = capture
+    least = {phase: flops / limits["flops_per_second"] for phase, flops in counted.took.items()}
+    with torch.no_grad():
+        layers: Any = prefill(policy, prompt).cache.layers
+    per_position = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / length
+    steps = bench.tokens - 1  # the first token comes from the prefill
+    # At each step a prompt's cache is read once for its whole group, and each trajectory's own tokens so far.
+    rows = len(images) * bench.config.sampling.group_size
+    positions = len(images) * length * steps + rows * sum(range(1, steps + 1))
+    head, embeddings = (
+        get().weight for get in (policy.backbone.get_output_embeddings, policy.backbone.get_input_embeddings)
+    )
+    weights = sum(p.nbytes for p in policy.decoder.parameters() if p is not embeddings) + head.nbytes
+    read = (weights * steps + per_position * positions) / limits["bytes_per_second"]
+    return {"flops": dict(counted.took), "floor_seconds": {**least, "decode": max(least["decode"], read)}}
 
 
-def _show(result: dict[str, Any]) -> None:
-    console = Console(highlight=False)
-    console.width = max(console.width, 100)
+def heading(result: Mapping[str, Any]) -> str:
+    """What was measured, and on what."""
     limits = result["ceilings"]
-    console.print(
+    return (
         f"{result['model']}, {result['dtype']}, on {result['device']} ({result['threads']} threads; matrix product "
         f"{limits['flops_per_second'] / 1e9:.0f} GFLOP/s, copy {limits['bytes_per_second'] / 1e9:.1f} GB/s), groups of "
-        f"{result['group_size']}, completions of {result['tokens']} tokens",
-        soft_wrap=True,
+        f"{result['group_size']}, completions of {result['tokens']} tokens"
     )
-    for row in result["sizes"]:
-        sides = [name for name in ("ours", "plain", "published") if name in row]
-        title = f"{row['images_per_step']} images a step, {row['image_tokens']} tokens each, prompts of "
-        table = Table(title=f"{title}{row['prompt_tokens']}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("", *sides):
-            table.add_column(name, justify="left" if not name else "right")
-        if "ours" in sides:
-            table.add_column("ours / floor", justify="right")
-        phases = ["encode images", "propose", *SOLVE, "solve", "read and reward", "update"]
-        for phase in phases:
-            cells = [_seconds(row, name, phase) for name in sides]
-            floor = row["ours"]["floor_seconds"].get(phase) if "ours" in sides else None
-            if floor:
-                cells.append(f"{row['ours']['seconds'][phase] / floor:.1f}")
-            table.add_row(phase, *cells)
-        table.add_row("whole step", *(_seconds(row, name, None) for name in sides))
-        table.add_row("trajectories/s", *(f"{row[name]['trajectories_per_second']:.2f}" for name in sides))
-        table.add_row("tokens/s, solving", *(f"{row[name]['tokens_per_second']:.0f}" for name in sides))
-        if all(row[name]["peak_bytes"] for name in sides):
-            table.add_row("peak memory, MiB", *(f"{row[name]['peak_bytes'] / 2**20:.0f}" for name in sides))
-        console.print(table)
 
 
-def _seconds(row: dict[str, Any], name: str, phase: str | None) -> str:
-    """Seconds, and how many times ours they are."""
-    side = row[name]
-    if phase is None:
-        text, spread = f"{side['step_seconds']:.2f} s", side.get("times_ours")
-        return text + (f" ({spread['median']:.1f}x [{spread['low']:.1f}, {spread['high']:.1f}])" if spread else "")
-    if phase not in side["seconds"]:
-        return ""
-    ratio = side.get("times_ours_by_phase", {}).get(phase)
-    return f"{side['seconds'][phase]:.3f} s" + (f" ({ratio:.1f}x)" if ratio else "")
+def table(row: Mapping[str, Any]) -> tuple[str, list[list[str]]]:
+    """The title and the rows of a table for one size of a step: seconds, and how many times ours they are."""
+    sides = row["sides"]
+    ours = sides.get("ours", {"seconds": {}, "floor_seconds": {}})
+
+    def cell(name: str, phase: str) -> str:
+        seconds = sides[name]["seconds"].get(phase)
+        if seconds is None:
+            return ""
+        compared = name != "ours" and phase in ours["seconds"]
+        return f"{seconds:.3f} s" + (f" ({seconds / ours['seconds'][phase]:.1f}x)" if compared else "")
+
+    def whole(side: Mapping[str, Any]) -> str:
+        times = side.get("times_ours")
+        compared = f" ({times['median']:.1f}x [{times['low']:.1f}, {times['high']:.1f}])" if times else ""
+        return f"{side['step_seconds']:.2f} s{compared}"
+
+    rows = [["", *sides, "ours / floor"]]
+    for phase in PHASES:
+        floor = ours["floor_seconds"].get(phase)
+        rows.append(
+            [phase, *(cell(name, phase) for name in sides), f"{ours['seconds'][phase] / floor:.1f}" if floor else ""]
+        )
+    rows.append(["whole step", *map(whole, sides.values()), ""])
+    last = {"trajectories_per_second": ("trajectories/s", 1, 2), "tokens_per_second": ("tokens/s, solving", 1, 0)}
+    last["peak_bytes"] = ("peak memory, MiB", 2**20, 0)
+    for key, (label, unit, digits) in last.items():
+        if all(side[key] is not None for side in sides.values()):
+            rows.append([label, *(f"{side[key] / unit:.{digits}f}" for side in sides.values()), ""])
+    size = f"{row['images_per_step']} images a step, {row['image_tokens']} tokens each"
+    return f"{size}, prompts of {row['prompt_tokens']} tokens", rows

@@ -1,95 +1,78 @@
-"""Is it true of this model, on this machine, what training takes for granted? Each check with its verdict and figure.
+"""Does what training takes for granted hold for this model on this machine? One finding for each check.
 
-The faults are those measured in the published code (numbers as in the README's table): an update that is blind to the
+The faults are those measured in the published code, numbered as in the README's table: an update that is blind to the
 image, a reference that is the live policy, a role that never trains, a sampler that draws from another distribution
-than the one that is trained, LoRA outside the language model. Pictures and completions are made up on the spot: what
-is checked is how the parts fit, which does not depend on what the model knows.
+than the one that is trained, LoRA outside the language model. Pictures and completions are made up: the checks are
+about how the parts fit together, which does not depend on what the model knows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from ireasoner.method.seeds import uniforms
+from ireasoner.method.recipe import Recipe
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
 from ireasoner.model.backbone import load_backbone, load_model_processor
 from ireasoner.model.forward import completion_hidden
 from ireasoner.model.inputs import Prompts, build_prompts, encode_images
 from ireasoner.model.learner import Learner
+from ireasoner.model.loading import load_policy
 from ireasoner.model.loss import token_statistics
+from ireasoner.model.options import BackboneOptions, OptimizerOptions
 from ireasoner.model.policy import Policy
 from ireasoner.model.processors import render
-from ireasoner.playground import world
+from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
 
 QUESTIONS = ("Which bar is the tallest?", "Is the red bar taller than the blue one, or can that not be told?")
+CHATS = [solver_messages("{question}", question) for question in QUESTIONS]
 COMPLETION = "<think>\nStep 1: The red bar reaches 7.\n</think>\n<answer>red</answer>"
-REWARDS = [[1.0, 0.0], [0.0, 1.0]]
+ADVANTAGES = [[1.0, -1.0], [-1.0, 1.0]]  # of two completions for each question
 TOKENS = 24  # of each sampled completion
-FILLS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)  # spreads of the made-up adapters, until they say something
-SPEAKING_KL = 0.05  # nats a token: adapters that say something
+SPREADS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)  # of made-up adapters, tried until they change what the model says
+CLEAR_KL = 0.05  # nats a token: adapters that clearly change what the model says
 EXACT = 1e-4  # nats: what is computed from the same logits, whatever the precision of the backbone
+# How far two ways of computing the same number may differ by rounding, in the backbone's precision:
+LOGPROB_LIMITS = {"float32": 1e-4, "bfloat16": 0.1}  # mean difference of log-probabilities over tokens, in nats
+KL_LIMITS = {"float32": 1e-3, "bfloat16": 0.25}  # difference of KL divergences, as a share of them
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what must hold, whether it does, and the figure that says so."""
+    """One check: what must hold, whether it does, and the figure that shows it."""
 
     name: str
     passed: bool
     figure: str
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """How far two ways of computing one number may lie apart: rounding, by the backbone's precision.
-
-    `logprob` for the mean over tokens of the difference, in nats; `kl` for KL, as a share of it.
-    """
-
-    logprob: float
-    kl: float
-
-
-TOLERANCES = {"float32": Tolerance(1e-4, 1e-3), "bfloat16": Tolerance(0.1, 0.25)}
-
-
 def pictures(size: int = 336) -> list[Image.Image]:
-    """Two pictures of the playground's world that differ in what they show and in nothing else."""
-    rng = np.random.default_rng(0)
-    drawn = [world.draw(world.sample_picture(rng, "bars"), world.sample_style("chalk", rng), rng) for _ in range(2)]
-    return [image.resize((size, size)) for image in drawn]
+    """Two pictures of a red and a blue bar, which differ in the heights of the bars alone."""
+    width, drawn = size // 5, []
+    for red, blue in ((0.7, 0.3), (0.2, 0.9)):
+        pixels = np.full((size, size, 3), 255, dtype=np.uint8)
+        pixels[round(size * (1 - red)) :, width : 2 * width] = (200, 30, 30)
+        pixels[round(size * (1 - blue)) :, 3 * width : 4 * width] = (30, 30, 200)
+        drawn.append(Image.fromarray(pixels))
+    return drawn
 
 
-@torch.no_grad()
-def plain_logprobs(model: Any, processor: Any, image: Image.Image, question: str, ids: Sequence[int]) -> Tensor:
-    """Log-probabilities [len(ids), V] of a completion by one forward pass of the whole model: no code of ours."""
-    text = render(processor, solver_messages("{question}", question))
-    inputs = processor(images=[image], text=[text], add_special_tokens=False, return_tensors="pt").to(model.device)
-    extra = torch.tensor([list(ids)], device=model.device)
-    length = inputs["input_ids"].shape[1]
-    for name in [n for n in inputs if n == "attention_mask" or n.endswith("token_type_ids")]:
-        added = torch.full_like(extra, int(name == "attention_mask"))
-        inputs[name] = torch.cat([inputs[name], added], 1)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], extra], 1)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    return model(**inputs).logits[0, length - 1 : -1].float().log_softmax(-1)
-
-
-def examine(model: str, *, dtype: str = "float32", device: str = "cpu") -> Iterator[Finding]:
-    """Check a model, one finding after another; it is loaded twice, one after the other, and nothing is written.
+def examine(model: str, *, dtype: Literal["float32", "bfloat16"] = "float32", device: str = "cpu") -> Iterator[Finding]:
+    """Check a model, one finding after another. It is loaded twice, one after the other, and nothing is written.
 
     Args:
         model: 'tiny', a folder or a hub id.
-        dtype: of the backbone, "float32" or "bfloat16".
+        dtype: of the backbone.
+        device: 'cpu', 'cuda' or 'cuda:N'.
 
     Raises:
         ModelError: the model cannot be used at all.
@@ -98,18 +81,36 @@ def examine(model: str, *, dtype: str = "float32", device: str = "cpu") -> Itera
     ids = processor.tokenizer(COMPLETION, add_special_tokens=False)["input_ids"]
     images = pictures()
     frozen = plain_logprobs(load_backbone(model, dtype, device), processor, images[0], QUESTIONS[0], ids)
-    policy, limits = Policy(model, dtype=dtype, device=device), TOLERANCES[dtype]
+    policy = load_policy(model, BackboneOptions(dtype=dtype), device=device)
+    encoded = encode_images(policy, images)
+    prompts = build_prompts(policy, encoded, CHATS[:1] * 2)  # the same question about both pictures
+    requests = [Request(encoded[i], CHATS[i], (i,)) for i in range(2)]
     yield what_is_trainable(policy)
-    yield equal_to_the_model(policy, images[0], ids, frozen, limits)
-    yield reference(policy, images[0], ids, frozen, limits)
-    yield sight(policy, images, ids)
-    yield sampler_and_learner(policy, images, limits)
+    yield equal_to_the_model(policy, prompts[:1], ids, frozen, LOGPROB_LIMITS[dtype])
+    yield reference(policy, prompts[:1], ids, frozen, KL_LIMITS[dtype])
+    yield sight(policy, prompts, ids)
+    yield sampler_and_learner(policy, requests, LOGPROB_LIMITS[dtype])
     for role in ROLES:
-        yield training_of(policy, role, images)
+        yield training_of(policy, role, requests)
+
+
+@torch.no_grad()
+def plain_logprobs(model: Any, processor: Any, image: Image.Image, question: str, ids: Sequence[int]) -> Tensor:
+    """Log-probabilities [len(ids), V] of a completion, by one forward pass of the whole model: no code of ours."""
+    text = render(processor, solver_messages("{question}", question))
+    inputs = processor(images=[image], text=[text], add_special_tokens=False, return_tensors="pt").to(model.device)
+    completion = torch.tensor([list(ids)], device=model.device)
+    length = inputs["input_ids"].shape[1]
+    for name in [n for n in inputs if n == "attention_mask" or n.endswith("token_type_ids")]:
+        added = torch.full_like(completion, int(name == "attention_mask"))
+        inputs[name] = torch.cat([inputs[name], added], 1)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], completion], 1)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    return model(**inputs).logits[0, length - 1 : -1].float().log_softmax(-1)
 
 
 def what_is_trainable(policy: Policy) -> Finding:
-    """Fault 7: LoRA on the language model, on nothing else, and nothing else trainable."""
+    """Fault 7: LoRA is on layers of the language model only, and nothing else is trainable."""
     tower = {id(module) for module in policy.decoder.modules()}
     adapted = [m for m in policy.model.modules() if "lora_A" in dict(m.named_children())]
     outside = sum(id(module) not in tower for module in adapted)
@@ -119,64 +120,64 @@ def what_is_trainable(policy: Policy) -> Finding:
     return Finding("only the language model is trainable", bool(adapted) and not outside and not strangers, figure)
 
 
-def _hidden(policy: Policy, image: Image.Image, ids: Sequence[int], role: Role | None) -> Tensor:
-    """Hidden states [T, D] that predict a completion, by the path that an update takes."""
-    prompts = build_prompts(policy, encode_images(policy, [image]), [solver_messages("{question}", QUESTIONS[0])])
-    ids_BC = torch.tensor([list(ids)], device=policy.device)
-    return completion_hidden(policy, prompts, ids_BC, torch.ones_like(ids_BC, dtype=torch.bool), role)
+def _hidden(
+    policy: Policy, prompt: Prompts, texts: Sequence[Sequence[int]], role: Role | None
+) -> tuple[Tensor, Tensor]:
+    """The hidden states [T, D] from which an update predicts the tokens of a prompt's completions; these tokens [T]."""
+    ids_NC = pad_sequence([torch.tensor([*ids]) for ids in texts], True, policy.pad_token).to(policy.device)
+    lengths_N = torch.tensor([len(ids) for ids in texts], device=policy.device)
+    mask_NC = torch.arange(ids_NC.shape[1], device=policy.device) < lengths_N[:, None]
+    return completion_hidden(policy, prompt, ids_NC, mask_NC, role), ids_NC[mask_NC]
 
 
 def _logprobs(policy: Policy, hidden: Tensor) -> Tensor:
     return policy.output_layer(hidden).float().log_softmax(-1)
 
 
-def equal_to_the_model(
-    policy: Policy, image: Image.Image, ids: Sequence[int], frozen: Tensor, limits: Tolerance
-) -> Finding:
-    """What we compute, the prompt shared and the image seen once, is what the model computes on the whole sequence."""
-    with torch.no_grad():
-        difference = _logprobs(policy, _hidden(policy, image, ids, None)) - frozen
-    gap = difference[torch.arange(len(ids)), list(ids)].abs().mean().item()
-    shared = (
-        "shared among completions" if policy.shares_prompts else "not shared in the update (the model keeps states)"
-    )
-    figure = f"log-probabilities differ by {gap:.1e} nats a token (limit {limits.logprob:g}); prompts are {shared}"
-    return Finding("log-probabilities are the model's own", gap <= limits.logprob, figure)
+@torch.no_grad()
+def equal_to_the_model(policy: Policy, prompt: Prompts, ids: Sequence[int], frozen: Tensor, limit: float) -> Finding:
+    """Sharing the prompt and encoding the image once gives what the model computes on the whole sequence."""
+    hidden, tokens = _hidden(policy, prompt, [ids], None)
+    gap = (_logprobs(policy, hidden) - frozen).gather(-1, tokens[:, None]).abs().mean().item()
+    shared = "shared among completions"
+    if not policy.shares_prompts:
+        shared = "not shared in the update (the model keeps states)"
+    figure = f"log-probabilities differ by {gap:.1e} nats a token (limit {limit:g}); prompts are {shared}"
+    return Finding("log-probabilities are the model's own", gap <= limit, figure)
 
 
-def reference(policy: Policy, image: Image.Image, ids: Sequence[int], frozen: Tensor, limits: Tolerance) -> Finding:
-    """Fault 2: KL to the reference equals KL to a copy that was loaded apart, under adapters that say something."""
+@torch.no_grad()
+def reference(policy: Policy, prompt: Prompts, ids: Sequence[int], frozen: Tensor, limit: float) -> Finding:
+    """Fault 2: KL to the reference equals KL to a copy that was loaded separately, under adapters that change much."""
     kl, expected = 0.0, 0.0
-    for spread in FILLS:
+    for spread in SPREADS:
         fill_adapters(policy, spread)
-        tokens = torch.tensor(list(ids), device=policy.device)
-        with torch.no_grad():
-            hidden, unadapted = (_hidden(policy, image, ids, role) for role in ("solver", None))
-            kl = token_statistics(hidden, unadapted, tokens, policy.output_layer).kl_T.mean().item()
-            logprobs = _logprobs(policy, hidden)
-            expected = (logprobs.exp() * (logprobs - frozen)).sum(-1).mean().item()
-        if expected > SPEAKING_KL:
+        (hidden, tokens), (unadapted, _) = (_hidden(policy, prompt, [ids], role) for role in ("solver", None))
+        kl = token_statistics(hidden, unadapted, tokens, policy.output_layer).kl_T.mean().item()
+        logprobs = _logprobs(policy, hidden)
+        expected = (logprobs.exp() * (logprobs - frozen)).sum(-1).mean().item()
+        if expected > CLEAR_KL:
             break
     figure = f"KL {kl:.4f} nats a token, to a copy loaded apart {expected:.4f}"
-    passed = expected > SPEAKING_KL and abs(kl - expected) <= limits.kl * expected
+    passed = expected > CLEAR_KL and abs(kl - expected) <= limit * expected
     return Finding("the reference is the frozen model", passed, figure)
 
 
+@torch.no_grad()
 def fill_adapters(policy: Policy, spread: float, seed: int = 0) -> None:
-    """Adapters as if trained: fresh ones change nothing, and half of each would get no gradient."""
+    """Make adapters as if trained: B matrices from N(0, spread²). Fresh ones are 0, and A would get no gradient."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in policy.model.named_parameters():
-            if "lora_B" in name:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
+    for name, tensor in policy.model.named_parameters():
+        if "lora_B" in name:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
 
 
-def sight(policy: Policy, images: Sequence[Image.Image], ids: Sequence[int]) -> Finding:
-    """Fault 1: another image, same question and completion: other log-probabilities and another gradient."""
+def sight(policy: Policy, prompts: Prompts, ids: Sequence[int]) -> Finding:
+    """Fault 1: with another image, the same question and completion have other log-probabilities and gradients."""
     found = []
-    for image in images:
-        chosen = torch.tensor(list(ids), device=policy.device)[:, None]
-        logprobs = _logprobs(policy, _hidden(policy, image, ids, "solver")).gather(-1, chosen)
+    for row in range(len(prompts)):
+        hidden, tokens = _hidden(policy, prompts[row : row + 1], [ids], "solver")
+        logprobs = _logprobs(policy, hidden).gather(-1, tokens[:, None])
         logprobs.sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in policy.parameters("solver").values() if p.grad is not None])
         policy.model.zero_grad(set_to_none=True)
@@ -190,47 +191,40 @@ def sight(policy: Policy, images: Sequence[Image.Image], ids: Sequence[int]) -> 
     return Finding("the update sees the image", moved > 1e-3 and turned > 1e-3, figure)
 
 
-def _groups(policy: Policy, role: Role, images: Sequence[Image.Image]) -> tuple[Prompts, list[list[Completion]]]:
-    prompts = build_prompts(
-        policy, encode_images(policy, images), [solver_messages("{question}", q) for q in QUESTIONS]
-    )
-    draws = uniforms([[i] for i in range(len(images))], len(REWARDS[0]), TOKENS)
-    return prompts, LiveEngine(policy).sample(prompts, role, draws)
+def _sample(policy: Policy, role: Role, requests: Sequence[Request]) -> tuple[Prompts, list[list[Completion]]]:
+    prompts = build_prompts(policy, [request.image for request in requests], CHATS)
+    return prompts, LiveEngine(policy).sample(requests, role, n=len(ADVANTAGES[0]), max_tokens=TOKENS)
 
 
-def sampler_and_learner(policy: Policy, images: Sequence[Image.Image], limits: Tolerance) -> Finding:
-    """Fault 4: the log-probabilities that samples were drawn with are those that the update computes.
+@torch.no_grad()
+def sampler_and_learner(policy: Policy, requests: Sequence[Request], limit: float) -> Finding:
+    """Fault 4: samples were drawn with the log-probabilities that the update computes.
 
-    Two figures, since rounding hides in the first what a top-k or a penalty does: hidden states of sampler and learner
-    may differ as far as the precision lets them; tokens are drawn from the softmax of the logits and nothing else.
+    Two figures, because rounding hides in the first what a top-k or a penalty does: hidden states of sampler and
+    learner differ as far as the precision lets them, while tokens must be drawn from the softmax of the logits exactly.
     """
-    prompts, groups = _groups(policy, "solver", images)
+    prompts, groups = _sample(policy, "solver", requests)
     gaps = []
     for row, group in enumerate(groups):
-        longest = max(len(c.token_ids) for c in group)
-        ids = torch.tensor([[*c.token_ids, *[policy.pad_token] * (longest - len(c.token_ids))] for c in group])
-        mask = torch.tensor([[i < len(c.token_ids) for i in range(longest)] for c in group])
-        ids, mask = ids.to(policy.device), mask.to(policy.device)
-        with torch.no_grad():
-            hidden = completion_hidden(policy, prompts[row : row + 1], ids, mask, "solver")
-            logprobs = _logprobs(policy, hidden).gather(-1, ids[mask][:, None])[:, 0]
-        gaps.append((logprobs.cpu() - torch.tensor([p for c in group for p in c.logprobs])).abs())
+        hidden, tokens = _hidden(policy, prompts[row : row + 1], [c.token_ids for c in group], "solver")
+        logprobs = _logprobs(policy, hidden).gather(-1, tokens[:, None])[:, 0].cpu()
+        gaps.append((logprobs - torch.tensor([p for c in group for p in c.logprobs])).abs())
     gap, most = torch.cat(gaps).mean().item(), torch.cat(gaps).max().item()
-    bent = max(_bent(policy, prompts[row : row + 1]) for row in range(len(prompts)))
+    off = max(_off_softmax(policy, request) for request in requests)
     figure = f"over {len(torch.cat(gaps))} sampled tokens log-probabilities differ by {gap:.1e} nats a token "
-    figure += f"(limit {limits.logprob:g}), {most:.1e} at most; "
-    figure += f"from the softmax of their own logits by {bent:.1e} (limit {EXACT:g})"
-    return Finding("sampler and learner agree", gap <= limits.logprob and bent <= EXACT, figure)
+    figure += f"(limit {limit:g}), {most:.1e} at most; "
+    figure += f"from the softmax of their own logits by {off:.1e} (limit {EXACT:g})"
+    return Finding("sampler and learner agree", gap <= limit and off <= EXACT, figure)
 
 
-def _bent(policy: Policy, prompt: Prompts) -> float:
-    """Between the log-probabilities of one completion's tokens and the softmax of the logits that they were drawn from.
+def _off_softmax(policy: Policy, request: Request) -> float:
+    """The largest difference, in nats, of a completion's log-probabilities from the softmax of the very logits used.
 
-    In nats, at most. Sampler and learner have different hidden states in bfloat16, and rounding there is as large as
-    what top-k 50 does. With one row in the batch the logits of every step are known, and nothing is rounded in between.
+    With one completion in the batch, the logits of every step can be watched, and nothing is rounded in between.
     """
     seen: list[Tensor] = []
-    output_layer = policy.output_layer
+    output_layer, engine = policy.output_layer, LiveEngine(policy)
+    engine.capture = None  # a captured step would call no Python, and nothing could be watched
 
     def watched(hidden: Tensor) -> Tensor:
         logits = output_layer(hidden)
@@ -238,29 +232,30 @@ def _bent(policy: Policy, prompt: Prompts) -> float:
         return logits
 
     policy.output_layer = watched  # type: ignore[method-assign]
-    ((completion,),) = LiveEngine(policy).sample(prompt, "solver", uniforms([[0]], 1, TOKENS))
+    ((completion,),) = engine.sample([request], "solver", max_tokens=TOKENS)
     del policy.output_layer  # the class's own again
     expected = torch.cat(seen).float().log_softmax(-1).cpu()
     expected = expected[torch.arange(len(expected)), list(completion.token_ids)]
     return (expected - torch.tensor(completion.logprobs)).abs().max().item()
 
 
-def training_of(policy: Policy, role: Role, images: Sequence[Image.Image]) -> Finding:
+def training_of(policy: Policy, role: Role, requests: Sequence[Request]) -> Finding:
     """Fault 3: one update of a role moves all of its own tensors and nothing else."""
-    prompts, groups = _groups(policy, role, images)
-    own = set(policy.parameters(role))
-    before = _fingerprints(policy)
-    Learner(policy, role, learning_rate=1e-4, weight_decay=0.0, advantage="rloo").update(prompts, groups, REWARDS)
+    prompts, groups = _sample(policy, role, requests)
+    own, before = set(policy.parameters(role)), _fingerprints(policy)
+    learner = Learner(policy, role, Recipe(), OptimizerOptions(learning_rate=1e-4, weight_decay=0.0))
+    advantages = torch.tensor(ADVANTAGES)
+    learner.update(prompts, groups, advantages, advantages.numel())
     after = _fingerprints(policy)
     moved = {name for name in before if before[name] != after[name]}
     figure = f"{len(moved & own)} of {len(own)} own tensors moved, {len(moved - own)} others"
     return Finding(f"the {role} trains, and only it", moved == own, figure)
 
 
+@torch.no_grad()
 def _fingerprints(policy: Policy) -> dict[str, tuple[float, float]]:
-    """Sum and norm of every tensor: what an update changes, it changes in these."""
-    with torch.no_grad():
-        return {
-            name: (p.sum(dtype=torch.float64).item(), torch.linalg.vector_norm(p, dtype=torch.float64).item())
-            for name, p in policy.model.named_parameters()
-        }
+    """Sum and norm of every tensor: an update that changes a tensor changes these."""
+    return {
+        name: (p.sum(dtype=torch.float64).item(), torch.linalg.vector_norm(p, dtype=torch.float64).item())
+        for name, p in policy.model.named_parameters()
+    }

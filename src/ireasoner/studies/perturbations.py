@@ -1,8 +1,8 @@
 """Edits of ordinary English reasoning steps that change what a trajectory claims, and one that does not.
 
-An edit takes a trajectory's steps, a random generator and the steps of another question's trajectories; it returns the
-edited steps, or None where it does not apply. One step is edited, drawn among those that the edit changes. They are
-rules over a table of words: an edited sentence may be clumsy, but says something else.
+An edit takes a trajectory's steps, a random generator and the steps of another question's trajectories. It returns the
+edited steps, or None where it does not apply. One step is edited, drawn among those that the edit can change. The edits
+are rules over a table of words: an edited sentence may be clumsy, but it says something else.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Steps = tuple[str, ...]
 Perturbation = Callable[[Steps, np.random.Generator, Sequence[str]], Steps | None]
 
 _FLAGS = re.IGNORECASE | re.ASCII
-_NUMBER_WORDS = [  # a number is exchanged for another of its line
+_NUMBER_WORDS = [  # a number word is replaced by another one of the same line
     line.split()
     for line in (
         "two three four five six seven eight nine",
@@ -24,7 +24,7 @@ _NUMBER_WORDS = [  # a number is exchanged for another of its line
         "twenty thirty forty fifty sixty seventy eighty ninety",
     )
 ]
-_NUMBER = re.compile(  # digits that are no part of a name (B2) or an ordinal (2nd)
+_NUMBER = re.compile(  # digits that are not part of a name (B2) or of an ordinal (2nd)
     rf"(?<![A-Za-z_\d])\d+(?!\d|st\b|nd\b|rd\b|th\b)|\b(?:{'|'.join(word for row in _NUMBER_WORDS for word in row)})\b",
     _FLAGS,
 )
@@ -37,12 +37,12 @@ _OPPOSITE: dict[str, str] = {}
 for _a, _b in (pair.replace("_", " ").split("/") for pair in _PAIRS.split()):
     _OPPOSITE.setdefault(_a, _b)
     _OPPOSITE.setdefault(_b, _a)
-_RELATION = re.compile(  # not "most of", "no longer", "left over", nor the right angle, answer or moment
+_RELATION = re.compile(  # but not "most of", "no longer", "left over", "right angle", "right answer", "right now"
     rf"(?<!\bno )\b(?!(?:most|least) of\b)(?:{'|'.join(_OPPOSITE)})\b"
     r"(?! over\b|[ -](?:angle|triangle|answer|option|choice|now|away))",
     _FLAGS,
 )
-# What denies; the name of the group that matches is put in its place, or nothing.
+# Negations: a match is replaced by the name of the group that matches, or by nothing.
 _DENIAL = re.compile(
     r"\b(?P<can>can(?:not|['’]t))\b|\b(?P<will>won['’]t)\b|(?<=\w)n['’]t\b|\bnot "
     r"|\b(?P<some>no)(?=body\b|thing\b| one\b)|\b(?P<a>no)(?= (?!longer|more|less|fewer|later)[a-z])",
@@ -95,7 +95,7 @@ def _replace_one(pattern: re.Pattern[str], other: Callable[[str], str], step: st
 
 
 def _put(m: re.Match[str], words: str) -> str:
-    """The text with other words in the place of a match, which keep its capital."""
+    """The text with a match replaced by other words, which begin with a capital letter if the match did."""
     first = words[:1].upper() if m[0][:1].isupper() else words[:1]
     return m.string[: m.start()] + first + words[1:] + m.string[m.end() :]
 

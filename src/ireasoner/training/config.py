@@ -37,8 +37,8 @@ class SamplingOptions(Options):
     max_solution_tokens: Count = 256
     """Longest solver completion."""
     solution_form: Form = "tags"
-    """Where a solver's text gives its answer: <think>…</think><answer>…</answer> (tags), a last \\boxed{…} (boxed),
-    or a last line 'Answer: …' (answer-line)."""
+    """Where a solver's text gives its answer: in tags, as <think>…</think><answer>…</answer>; in a last \\boxed{…}; or
+    on a last line, as 'Answer: …'."""
     proposer_prompt: str = PROPOSER_PROMPT
     """What the proposer is told."""
     solver_prompt: str = Field(default_factory=lambda options: SOLVER_PROMPTS[options["solution_form"]])
@@ -88,7 +88,7 @@ class Config(Options):
     model: str
     """Folder or hub id of an image-text-to-text model; 'tiny' is the one that ships here."""
     preset: str = "7b"
-    """Name of a preset, or a YAML file of preset options."""
+    """Name of a preset, or a YAML file of preset options (7b; tiny for the model tiny)."""
     seed: NonNegativeInt = 0
     """Seed of all random draws."""
     labels: Path | None = None
@@ -124,6 +124,10 @@ class Config(Options):
         values = self.model_dump()
         return {name: values[group][field] if group else values[field] for name, (group, field) in PATHS.items()}
 
+    def changed(self, **options: Any) -> Config:
+        """A copy with other values of some options, by their own names. Raises `ConfigError` as `config_of` does."""
+        return config_of({**self.flat(), **options}).model_copy(update={"reward_sha256": self.reward_sha256})
+
 
 # The group of each option ("" for those of no group) and its name there. The option `recipe` is the name of a recipe.
 GROUPS = {
@@ -155,7 +159,7 @@ def config_of(options: Mapping[str, Any]) -> Config:
     try:
         return Config(**values)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(explain(error)) from None
 
 
 def names(kind: Literal["recipes", "presets"]) -> list[str]:
@@ -215,7 +219,7 @@ def load_config(path: Path) -> Config:
     except FileNotFoundError:
         raise ConfigError(f"{path.parent} is not a run directory: it has no {path.name}") from None
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from None
+        raise ConfigError(f"{path}: {explain(error)}") from None
     except (yaml.YAMLError, TypeError, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
@@ -227,8 +231,7 @@ def dump_config(config: Config) -> str:
 
 def conflicts(stored: Config, flags: Mapping[str, Any]) -> list[str]:
     """A sentence about each flag that differs from a stored config. Such flags cannot be given to a resumed run."""
-    kept = stored.flat()
-    given = config_of({**kept, **flags}).flat()
+    kept, given = stored.flat(), stored.changed(**flags).flat()
     return [f"{name} is {kept[name]} in the run, not {given[name]}" for name in flags if given[name] != kept[name]]
 
 
@@ -236,7 +239,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring = 2, 200  # with YAML aliases, a few lines can expand to a value of any size
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     """Pydantic's errors in one line, with the options by their own names."""
     parts = []
     for item in error.errors():

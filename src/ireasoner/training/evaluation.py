@@ -93,6 +93,12 @@ class Scores:
             "step_truth": self.step_truth,
         }
 
+    def per_question(self) -> dict[str, list[Any]]:
+        """Every value of every question, by name, ready for JSON; without reasoning steps that nobody could check."""
+        columns = {name: values for name, values in vars(self).items() if isinstance(values, np.ndarray)}
+        found = {name: values.tolist() for name, values in {**self.measures, **columns}.items()}
+        return {**found, "greedy_texts": list(self.greedy_texts)}
+
 
 def load_questions(path: Path, limit: int | None = None, truth: StepTruth | None = None) -> list[LabelledQuestion]:
     """Read JSONL lines of `image`, `question`, `answer`; image paths are relative to the file's own folder.
@@ -247,6 +253,14 @@ def answer_prior(questions: Sequence[LabelledQuestion]) -> dict[str, float]:
         by_words[tuple(q.question.lower().split()[:2])][key] += 1
     right = {"overall": max(every.values()), "by_first_words": sum(max(c.values()) for c in by_words.values())}
     return {name: count / len(questions) for name, count in right.items()}
+
+
+def prior_line(prior: Mapping[str, float]) -> str:
+    """What `answer_prior` found, as a sentence."""
+    return (
+        f"Answer prior: always the most frequent answer {100 * prior['overall']:.1f} %, by the question's first two "
+        f"words {100 * prior['by_first_words']:.1f} % (an upper bound for a blind guesser: it reads these labels)"
+    )
 
 
 def evaluate_target(

@@ -1,0 +1,531 @@
+"""The commands. Each reads its options, calls a room and shows what it says; heavy rooms are imported on use."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import webbrowser
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
+
+from ireasoner.app.command import Command
+from ireasoner.method.recipe import Count
+from ireasoner.method.types import UsageError
+from ireasoner.training import config as configs
+
+PROGRAM = "ireasoner"
+Style = Literal["chalk", "varied", "plain"]
+Split = Literal["validation", "test"]
+Seed = Annotated[int, Field(ge=0)]
+SCALE = ("preset", "device", *(name for name in configs.PRESET_OPTIONS if name != "eval_questions"))
+
+
+def _writable(path: Path) -> Path:
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written")
+    return path
+
+
+Writable = Annotated[Path, AfterValidator(_writable)]  # found out now rather than after hours of work
+
+
+class Train(Command):
+    """Self-evolve a model on a folder of unlabeled images, or continue a run."""
+
+    model_config = ConfigDict(extra="allow")  # the options of a run, which `resolve` checks
+    summary: ClassVar = "self-evolve a model on a folder of images"
+    out: Path | None = None
+    """The run directory to write."""
+    resume: Path | None = None
+    """Continue the run in this directory."""
+
+    @classmethod
+    def training_options(cls) -> dict[str, Sequence[str]]:
+        special = (*configs.RECIPE_OPTIONS, *configs.PRESET_OPTIONS)
+        return {
+            "run": [name for name in configs.PATHS if name not in special],
+            "scale (a preset sets these)": configs.PRESET_OPTIONS,
+            "rewards, advantages, KL (a recipe sets these)": configs.RECIPE_OPTIONS,
+        }
+
+    def run(self) -> int:
+        flags = _absolute(self.model_extra or {})
+        if self.resume is not None:
+            if self.out is not None:
+                raise UsageError("--resume RUN continues RUN in place: leave out --out")
+            config = configs.load_config(self.resume / "config.yaml")
+            if differing := configs.conflicts(config, flags):
+                raise UsageError(f"cannot resume with other options: {'; '.join(differing)}")
+            return _follow(config, self.resume, resuming=True, trusts_reward="reward" in flags)
+        missing = [name for name in ("images", "model") if name not in flags] + ["out"] * (self.out is None)
+        if missing or self.out is None:
+            raise UsageError(f"train needs {', '.join('--' + name for name in missing)} (or --resume RUN)")
+        return _follow(configs.resolve(flags), self.out, resuming=False)
+
+
+class Demo(Command):
+    """Write a folder of unlabeled pictures, self-evolve the tiny model that ships here on it, and show its accuracy on
+    held-out questions before and after."""
+
+    summary: ClassVar = "watch the tiny model improve itself, in minutes, on a CPU"
+    out: Path = Path("runs/demo")
+    """The run directory to write."""
+    recipe: str = "default"
+    """Name of a recipe, or a YAML file."""
+    style: Style = "chalk"
+    """How the pictures are drawn."""
+    seed: Seed = 0
+    """Seed of training."""
+    steps: Count | None = None
+    """Training steps (as many as the preset says)."""
+
+    def run(self) -> int:
+        from ireasoner.playground import dataset
+
+        data = self.out / "data"
+        flags = {
+            "images": str((data / "unlabeled").absolute()),
+            "eval_data": str((data / "test" / "test.jsonl").absolute()),
+            "eval_questions": 512,
+            "model": "tiny",
+            "recipe": self.recipe,
+            "seed": self.seed,
+            **({"steps": self.steps} if self.steps else {}),
+        }
+        config = configs.resolve(flags)
+        if (self.out / "config.yaml").exists():
+            if differing := configs.conflicts(configs.load_config(self.out / "config.yaml"), flags):
+                problem = f"{self.out} holds a run with other options ({'; '.join(differing)})"
+                raise UsageError(f"{problem}: choose another --out")
+            finished = (self.out / "summary.json").exists()
+            state = ", finished: choose another --out for a new one" if finished else ": going on"
+            print(f"{self.out} holds this run{state}.")
+            return _follow(config, self.out, resuming=True)
+        print(f"Drawing 512 unlabeled pictures into {data}/unlabeled and 512 held-out questions into {data}/test.")
+        try:
+            dataset.write_unlabeled(data / "unlabeled", 512, self.style)
+            dataset.write_questions(data / "test", 512, self.style)
+        except OSError as error:
+            raise UsageError(f"cannot write to {data}: {error.strerror}") from None
+        return _follow(config, self.out, resuming=False)
+
+
+class Eval(Command):
+    """Greedy, mean@1, maj@5 and pass@5 accuracy with 95 % intervals on labelled questions."""
+
+    summary: ClassVar = "held-out accuracy of a run or a model; two are compared on the same questions"
+    positional: ClassVar = ("models",)
+    models: list[str]
+    """Run, checkpoint or model; of two, the second is compared with the first."""
+    data: Path
+    """JSONL of image, question, answer."""
+    limit: Count | None = None
+    """Use the first so many questions."""
+    preset: str | None = None
+    """Preset for plain models: prompts and lengths (7b; tiny for the tiny model)."""
+    temperature: Annotated[float, Field(ge=0, lt=100)] = 1.0
+    """Temperature of the sampled answers."""
+    seed: Seed = 0
+    """Seed of the sampled answers."""
+    device: str = "auto"
+    """One of auto, cpu, cuda and cuda:N."""
+    blank: bool = False
+    """Show gray images instead of the true ones: how much is answered unseen?"""
+    json_file: Annotated[Writable | None, Field(alias="json")] = None
+    """Write the results here too, also question by question."""
+
+    def run(self) -> int:
+        if len(self.models) > 2:
+            raise UsageError("eval takes one run or model, or two to compare")
+        from ireasoner.app.display import evaluation_table, print_text, quiet_libraries
+
+        quiet_libraries()
+        from ireasoner.playground.truth import step_truth
+        from ireasoner.training.evaluation import answer_prior, evaluate_target, load_questions, prior_line
+        from ireasoner.training.recorder import write_json
+
+        questions = load_questions(self.data, self.limit, step_truth)
+        names = [f"{target}, images blanked" if self.blank else target for target in self.models]
+        scores = [
+            evaluate_target(
+                target,
+                questions,
+                preset=self.preset,
+                temperature=self.temperature,
+                seed=self.seed,
+                device=self.device,
+                blank=self.blank,
+                truth=step_truth,
+            )
+            for target in self.models
+        ]
+        result = evaluation_table(names, scores)
+        columns = [found.per_question() for found in scores]
+        result["per_question"] = columns[0] if len(columns) == 1 else {"before": columns[0], "after": columns[1]}
+        if self.blank:
+            result["answer_prior"] = answer_prior(questions)
+            print_text(prior_line(result["answer_prior"]))
+        _write_json(self.json_file, write_json(result))
+        return 0
+
+
+class Ablate(Command):
+    """Train every recipe under every seed, score all of them and the base on the same held-out questions, and write
+    OUT/ablation.md, .csv, .png and .json. Stopped, it goes on with: ireasoner ablate OUT. More recipes or seeds may be
+    named later; what OUT holds is not made again."""
+
+    model_config = ConfigDict(extra="allow")  # scale, which `settle` checks
+    summary: ClassVar = "recipes x seeds beside the base and the controls: one table with intervals"
+    positional: ClassVar = ("out",)
+    out: Path
+    """Folder to write, or to go on in."""
+    recipes: list[str] | None = None
+    """Names or YAML files (paper outcome-only answers-only random-reward default)."""
+    seeds: Count | None = None
+    """Runs of each recipe, seeds 0 to N - 1 (5)."""
+    quick: bool = False
+    """2 seeds, 256 questions, 24 steps, 2 jobs: 8 minutes on two CPU cores."""
+    cooled: bool = False
+    """One more control: the base sampled as confidently as the first recipe."""
+    jobs: Count | None = None
+    """Arms that run at a time, sharing the cores (1)."""
+    questions: Count | None = None
+    """Held-out questions, at most (512)."""
+    style: Style | None = None
+    """How the embedded world is drawn (chalk)."""
+    split: Split | None = None
+    """Which of the embedded world's questions (test)."""
+    model: str | None = None
+    """A folder, a hub id, or 'tiny' (tiny)."""
+    images: Path | None = None
+    """Folder of your own unlabeled images; needs --data."""
+    data: Path | None = None
+    """JSONL of your own held-out questions: image, question, answer."""
+    labels: Path | None = None
+    """JSONL of labelled questions on your images, for the oracle."""
+
+    @classmethod
+    def training_options(cls) -> dict[str, Sequence[str]]:
+        return {"scale (a preset sets these; the same for every arm)": SCALE}
+
+    def run(self) -> int:
+        from ireasoner.app.display import print_table, print_text, quiet_libraries
+
+        quiet_libraries()
+        from ireasoner.studies.ablate import QUICK, QUICK_JOBS, Settings, ablate, settle
+        from ireasoner.studies.ablation_tables import legend, tables
+        from ireasoner.training.evaluation import prior_line
+
+        own = {name: getattr(self, name) for name in self.model_fields_set if name not in (self.model_extra or {})}
+        flags = _absolute({name: str(value) if isinstance(value, Path) else value for name, value in own.items()})
+        given: dict[str, Any] = {name: value for name, value in flags.items() if name in Settings.model_fields}
+        given["training"] = dict(self.model_extra or {})
+        if self.recipes:
+            known = configs.names("recipes")
+            given["recipes"] = [
+                r if r in known or not Path(r).is_file() else str(Path(r).absolute()) for r in self.recipes
+            ]
+        jobs = self.jobs or (QUICK_JOBS if self.quick else 1)
+        if self.quick:
+            given = {**QUICK, **given, "training": {**QUICK["training"], **given["training"]}}
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup, SIGHUP stays ignored
+                signal.signal(number, signal.default_int_handler)  # interrupt as Ctrl-C does
+        out = self.out.absolute()
+        try:
+            result = ablate(out, settle(out, given), jobs)
+        except OSError as error:
+            raise UsageError(f"the ablation in {self.out} cannot go on: {error}") from None
+        except KeyboardInterrupt:
+            more = f" --jobs {jobs}" if jobs > 1 else ""
+            print(f"Stopped and saved. Continue with: {PROGRAM} ablate {self.out}{more}")
+            return 130
+        for title, rows in tables(result):
+            print_table(title, rows)
+        print_text(prior_line(result["answer_prior"]))
+        print_text(legend(result))
+        print(f"Written: {self.out}/ablation.md, ablation.csv, ablation.png, ablation.json")
+        return 0
+
+
+class View(Command):
+    """Show a run on a local page: is it working, what does it ask and answer, how do the reasoning steps agree, how did
+    it change, what ran. Follows a run that goes on. Ctrl-C ends it."""
+
+    summary: ClassVar = "look at a run in the browser, while it goes or afterwards"
+    positional: ClassVar = ("run_dir",)
+    run_dir: Path
+    """A run directory, finished or not."""
+    truth: Path | None = None
+    """What is true of the images, as playground writes it, to mark wrong majorities (what lies in RUN)."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port on 127.0.0.1 (0: any that is free)."""
+    no_browser: bool = False
+    """Only print the address."""
+
+    def run(self) -> int:
+        from ireasoner.page.server import serve
+
+        def ready(address: str) -> None:
+            print(f"{self.run_dir}: {address}   (Ctrl-C ends it)", flush=True)
+            # Where there is no desktop, a browser would be one of text, in this very terminal.
+            if not self.no_browser and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)):
+                webbrowser.open(address)
+
+        with suppress(KeyboardInterrupt):  # how a viewer ends
+            serve(self.run_dir, self.port, ready, _find_truth(self.run_dir, self.truth))
+        return 0
+
+
+class Report(Command):
+    """Write the page about a run, with its pictures, as one HTML file that needs nothing else."""
+
+    summary: ClassVar = "write that page as one file that can be mailed"
+    positional: ClassVar = ("run_dir",)
+    run_dir: Path
+    """A run directory, finished or not."""
+    truth: Path | None = None
+    """What is true of the images, as playground writes it, to mark wrong majorities (what lies in RUN)."""
+    out: Writable | None = None
+    """The file to write (RUN/report.html)."""
+
+    def run(self) -> int:
+        from ireasoner.page import write_report
+
+        try:
+            path = write_report(self.run_dir, self.out, _find_truth(self.run_dir, self.truth))
+        except OSError as error:
+            raise UsageError(f"the report could not be written: {error}") from None
+        print(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+        return 0
+
+
+class Runs(Command):
+    """List the runs in a folder and below it, the latest last."""
+
+    summary: ClassVar = "list runs with their state and results"
+    positional: ClassVar = ("folder",)
+    folder: Path = Path("runs")
+    """Where to look."""
+
+    def run(self) -> int:
+        from ireasoner.app.display import plain, print_table
+        from ireasoner.page.overview import overview
+
+        rows = overview(self.folder)
+        if len(rows) == 1:
+            print(f"No run in {self.folder}. Start one with: {PROGRAM} demo")
+            return 0
+        print_table(f"Runs in {plain(str(self.folder))}", [[plain(cell) for cell in row] for row in rows])
+        return 0
+
+
+class Validity(Command):
+    """Of a run's trajectories with the same answer, does the one with the truer reasoning steps have the higher step
+    agreement; what does it say beyond answer agreement; and what do edits of a reasoning step do to it?"""
+
+    summary: ClassVar = "is step agreement worth being a reward? from a run's episodes, without training"
+    positional: ClassVar = ("run_dir",)
+    run_dir: Path
+    """A run directory, finished or not; it is only read."""
+    truth: Path | None = None
+    """Lines of image and picture, as playground writes them (FOLDER.truth.jsonl beside the run's images)."""
+    steps: tuple[int, int] | None = None
+    """Training steps to read (all)."""
+    json_file: Annotated[Writable | None, Field(alias="json")] = None
+    """Write the results here too."""
+
+    def run(self) -> int:
+        if self.steps and not 1 <= self.steps[0] <= self.steps[1]:
+            raise UsageError("--steps takes FIRST and LAST, from 1 on, FIRST not after LAST")
+        from ireasoner.app.display import plain, print_table, print_text, quiet_libraries
+
+        quiet_libraries()
+        from ireasoner.studies.validity import sentences, tables, validity
+        from ireasoner.training.recorder import write_json
+
+        report = validity(self.run_dir, self.truth, self.steps)
+        for sentence in sentences(report):
+            print_text(plain(sentence, 300))
+        for title, rows in tables(report):
+            print_table(title, rows)
+        _write_json(self.json_file, write_json(report))
+        return 0
+
+
+class Doctor(Command):
+    """Check a model, in about a minute: that the update sees the image, that the reference is the frozen model, that
+    each role trains and only it, that sampler and learner agree, that only the language model is trainable. Each check
+    comes with its figure; the exit code is 1 if one fails. Nothing is written."""
+
+    summary: ClassVar = "is what training takes for granted true of this model, on this machine?"
+    positional: ClassVar = ("model",)
+    model: str
+    """A folder, a hub id, or 'tiny'."""
+    device: str = "auto"
+    """One of auto, cpu, cuda and cuda:N."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the backbone (bfloat16 on a GPU, float32 on a CPU)."""
+
+    def run(self) -> int:
+        from ireasoner.app.display import print_finding, quiet_libraries
+
+        quiet_libraries()
+        from ireasoner.model.backbone import resolve_device
+        from ireasoner.studies.doctor import examine
+
+        device = resolve_device(self.device)
+        dtype = self.dtype or ("float32" if device == "cpu" else "bfloat16")
+        print(f"{self.model} in {dtype} on {device}")
+        failed = 0
+        for finding in examine(self.model, dtype=dtype, device=device):
+            print_finding(finding)
+            failed += not finding.passed
+        print(
+            f"{failed} of the checks failed: do not train on this." if failed else "All is as training takes it to be."
+        )
+        return 1 if failed else 0
+
+
+class Bench(Command):
+    """Time one training step as train does it (ours) and the same work without shared prompts (plain), on one model,
+    with completions of a forced length and in turns; beside it, what this machine's arithmetic and memory allow."""
+
+    summary: ClassVar = "time one training step by phases, with and without shared prompts"
+    model: str = "tiny"
+    """A folder, a hub id, 'tiny', or a size with random weights: 'random-25m', 'random-7b'."""
+    sides: tuple[Literal["ours", "plain"], ...] = ("ours", "plain")
+    """What to time."""
+    group_size: Annotated[int, Field(ge=2)] | None = None
+    """Trajectories of a question (the preset's)."""
+    image_tokens: Count | None = None
+    """Tokens of each picture, about (a small picture's)."""
+    images_per_step: tuple[Count, ...] = (1, 16)
+    """Batch sizes to measure."""
+    tokens: Annotated[int, Field(ge=2)] = 40
+    """Tokens of each solver completion."""
+    repetitions: Count = 5
+    """Repetitions of each measurement."""
+    device: str = "auto"
+    """One of auto, cpu, cuda and cuda:N."""
+    json_file: Annotated[Writable | None, Field(alias="json")] = None
+    """Write the results here too."""
+
+    def run(self) -> int:
+        from ireasoner.app.display import print_table, print_text, quiet_libraries
+
+        quiet_libraries()
+        from ireasoner.studies.bench import heading, load_bench, measure, table
+        from ireasoner.training.recorder import write_json
+
+        bench = load_bench(self.model, self.tokens, self.group_size, self.image_tokens, self.device)
+        known = {"ours": bench.ours, "plain": bench.plain}
+        result = measure(bench, {name: known[name] for name in self.sides}, self.images_per_step, self.repetitions)
+        print_text(heading(result))
+        for row in result["sizes"]:
+            print_table(*table(row))
+        _write_json(self.json_file, write_json(result))
+        return 0
+
+
+class Playground(Command):
+    """Write unlabeled pictures (OUT/unlabeled) and held-out questions (OUT/SPLIT) of the embedded world."""
+
+    summary: ClassVar = "write the embedded world's pictures and questions as files"
+    positional: ClassVar = ("out",)
+    out: Path
+    """Folder to write."""
+    style: Style = "chalk"
+    """How the pictures are drawn."""
+    images: Count = 512
+    """Unlabeled pictures."""
+    questions: Count = 512
+    """Labelled questions."""
+    split: Split = "test"
+    """Which split the questions are of."""
+    items: tuple[int, int] = (2, 4)
+    """Items in a picture, at least and at most."""
+    seed: Seed = 0
+    """Seed of the pictures."""
+
+    def run(self) -> int:
+        from ireasoner.playground import dataset
+
+        if not 2 <= self.items[0] <= self.items[1] <= 6:
+            raise UsageError("--items takes LEAST and MOST between 2 and 6")
+        try:
+            unlabeled = self.out / "unlabeled"
+            dataset.write_unlabeled(unlabeled, self.images, self.style, self.seed, self.items)
+            folder = self.out / self.split
+            path = dataset.write_questions(folder, self.questions, self.style, self.split, self.seed, self.items)
+        except OSError as error:
+            raise UsageError(f"cannot write to {self.out}: {error.strerror}") from None
+        print(f"Unlabeled pictures: {unlabeled}   labelled questions: {path}")
+        return 0
+
+
+COMMANDS: dict[str, type[Command]] = {
+    command.__name__.lower(): command
+    for command in (Train, Demo, Eval, Ablate, View, Report, Runs, Validity, Doctor, Bench, Playground)
+}
+
+
+def _absolute(flags: dict[str, Any]) -> dict[str, Any]:
+    """The same with paths from the root, for a run may be resumed from another folder."""
+    paths = {name for name in ("images", "labels", "eval_data", "data") if flags.get(name) is not None}
+    paths |= {name for name in ("model",) if name in flags and Path(flags[name]).is_dir()}
+    paths |= {name for name in ("reward",) if ".py:" in flags.get(name, "")}
+    return {name: str(Path(value).absolute()) if name in paths else value for name, value in flags.items()}
+
+
+def _write_json(path: Path | None, text: str) -> None:
+    if path is not None:
+        path.write_text(text, "utf-8")
+
+
+def _find_truth(run: Path, file: Path | None = None) -> Any:
+    """How the page learns what is true of a run's images: from a file, or from what the playground left in the run."""
+    from ireasoner.playground.truth import read_truth, truth_beside
+
+    if file is None:
+        return lambda config: truth_beside(config.images, within=run)
+    return lambda config: read_truth(file)
+
+
+def _follow(config: configs.Config, out: Path, *, resuming: bool, trusts_reward: bool = False) -> int:
+    """Run or resume with a display; the exit code."""
+    from ireasoner.app.display import Display, quiet_libraries, results_table
+    from ireasoner.page import write_report
+
+    quiet_libraries()
+    from ireasoner.playground.truth import step_truth
+    from ireasoner.training import loop
+
+    def go(observer: Any = None) -> loop.Outcome:
+        if resuming:
+            return loop.resume(config, out, observer, step_truth, trusts_reward=trusts_reward)
+        return loop.start(config, out, observer, step_truth)
+
+    if os.environ.get("RANK", "0") != "0":  # another of the run's processes shows and writes
+        outcome = go()
+        return 0 if outcome.complete else 130
+    with Display(config, out) as display:
+        outcome = go(display.observer())
+        if outcome.complete:
+            try:
+                write_report(out, find_truth=_find_truth(out))
+            except OSError as error:  # the run itself is safe by now
+                raise UsageError(f"the run is complete, but its report could not be written: {error}") from None
+    if not outcome.complete:
+        print(f"Stopped after step {outcome.step}, saved. Continue with: {PROGRAM} train --resume {out}")
+        return 130
+    if outcome.summary and outcome.summary["before"]:
+        results_table(outcome.summary)
+    print(f"Run directory: {out}   adapters: {out}/solver, {out}/proposer")
+    print(f"Look at it: {PROGRAM} view {out}   or open {out}/report.html")
+    return 0
