@@ -11,20 +11,20 @@ RESAMPLES = 10_000
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, 1 to 9 degrees of freedom
 
 
-def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
+def interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
     """The mean of `values` [questions] with its 95 % percentile bootstrap interval: mean, low, high."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     weights = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES)
     low, high = np.quantile(weights @ values / len(values), [0.025, 0.975])
     return float(values.mean()), float(low), float(high)
 
 
-def resampled_means(values_KSQ: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
+def resampled_means(values_KSQ: NDArray[np.float64]) -> NDArray[np.float64]:
     """Bootstrap means of K models over S seeds and Q questions, both resampled with replacement: [RESAMPLES, K].
 
-    The draws depend only on S, Q and `seed`, so that the means of different models are paired.
+    The draws depend only on S and Q, so that the means of different models are paired.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     models, seeds, questions = values_KSQ.shape
     found = np.empty((RESAMPLES, models))
     for rows in np.array_split(np.arange(RESAMPLES), 20):  # in parts, because all weights at once take much memory
@@ -35,9 +35,9 @@ def resampled_means(values_KSQ: NDArray[np.float64], seed: int = 0) -> NDArray[n
     return found
 
 
-def paired_interval(differences_SQ: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
+def paired_interval(differences_SQ: NDArray[np.float64]) -> tuple[float, float, float]:
     """Mean, low and high of a difference [seeds, questions], with seeds and questions resampled."""
-    low, high = np.quantile(resampled_means(differences_SQ[None], seed), [0.025, 0.975])
+    low, high = np.quantile(resampled_means(differences_SQ[None]), [0.025, 0.975])
     return float(differences_SQ.mean()), float(low), float(high)
 
 
