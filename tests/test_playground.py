@@ -266,11 +266,40 @@ def test_a_picture_survives_its_record(picture: Picture):
 
 
 @pytest.mark.parametrize(
-    "record", [{}, {"family": "oil", "values": [], "objects": []}, {"family": "bars", "values": 3}]
+    "record",
+    [
+        {},
+        {"family": "oil", "values": [], "objects": []},
+        {"family": "bars", "values": 3},
+        {"family": "bars"},
+        {"family": "bars", "values": [["red", float("inf")]]},
+        {"family": "bars", "values": [["red", 3], ["red", 4]]},
+        {"family": "scene", "objects": [["red", "circle", "nowhere"]]},
+        {"family": "sign", "objects": []},
+        ["bars"],
+        None,
+    ],
 )
 def test_a_bad_record_is_an_error(record: dict):
-    with pytest.raises((KeyError, TypeError, ValueError)):
+    with pytest.raises(ValueError, match=r"Picture|there is no such"):
         world.picture_from_record(record)
+
+
+@given(
+    st.sampled_from(world.FAMILIES),
+    st.lists(st.tuples(st.text() | st.sampled_from(world.COLORS), st.integers()), max_size=3),
+    st.lists(st.tuples(st.text(), st.text() | st.just("cross"), st.text() | st.sampled_from(world.CELLS)), max_size=3),
+)
+@settings(deadline=None)
+def test_a_record_is_refused_or_its_picture_can_be_asked_about(family: world.Family, values: list, objects: list):
+    try:
+        picture = world.picture_from_record({"family": family, "values": values, "objects": objects})
+    except ValueError:
+        return
+    for question in world.questions(picture):
+        world.solve(picture, question.text)
+        for step in question.steps:
+            world.step_truth(picture, step)
 
 
 @given(pictures())
@@ -515,16 +544,16 @@ def test_pretraining_examples_are_well_formed_and_of_all_three_tasks():
 
 
 def test_the_tiny_preset_speaks_as_in_pretraining_and_leaves_room_for_true_answers():
-    config = resolve({"images": "/x", "model": "tiny"})
-    assert (config.proposer_prompt, config.solver_prompt) == (tiny.PROPOSER_PROMPT, tiny.SOLVER_PROMPT)
+    sampling = resolve({"images": "/x", "model": "tiny"}).sampling
+    assert (sampling.proposer_prompt, sampling.solver_prompt) == (tiny.PROPOSER_PROMPT, tiny.SOLVER_PROMPT)
     tokenizer = load_processor(TINY_MODEL).tokenizer
     asked = [question for picture in some(150, seed=8) for question in world.questions(picture)]
     ends = [
         text + "<|im_end|>" for question in asked for text in (tiny.solver_text(question), tiny.proposer_text(question))
     ]
     lengths = np.array([len(ids) for ids in tokenizer(ends)["input_ids"]]).reshape(-1, 2)
-    assert lengths[:, 0].max() <= config.max_solution_tokens
-    assert lengths[:, 1].max() <= config.max_question_tokens
+    assert lengths[:, 0].max() <= sampling.max_solution_tokens
+    assert lengths[:, 1].max() <= sampling.max_question_tokens
     assert tokenizer.decode(tokenizer(ends[0])["input_ids"]) == ends[0]
 
 
