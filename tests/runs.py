@@ -154,7 +154,7 @@ def played_run(path: Path, recipe: str = "default", steps: int = 4, images_per_s
     (path / "checkpoints" / f"step-{steps:06d}").mkdir(parents=True)
 
 
-def _solution(asked: world.Question, rng: np.random.Generator) -> str:
+def _solution(asked: world.WorldQuestion, rng: np.random.Generator) -> str:
     """A solver's text about a question: true, with colours exchanged, with a false answer, or unreadable."""
     kind = rng.integers(6)
     steps = [step.replace("red", "blue") if kind == 1 else step for step in asked.steps]

@@ -194,10 +194,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_text_takes_bounded_time(text: str) -> None:
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert similarity(text, text) == 1.0
     assert 0.0 <= similarity(text, "7 is more than 3 " * 99) <= 1.0
-    assert time.perf_counter() - begun < 1.0  # measured: under 0.02
+    assert time.process_time() - begun < 2.0  # measured: under 0.02
 
 
 # --- the judge: pairs not written by the author of the rules ---------------------------------------------------------

@@ -266,11 +266,40 @@ def test_a_picture_survives_its_record(picture: Picture):
 
 
 @pytest.mark.parametrize(
-    "record", [{}, {"family": "oil", "values": [], "objects": []}, {"family": "bars", "values": 3}]
+    "record",
+    [
+        {},
+        {"family": "oil", "values": [], "objects": []},
+        {"family": "bars", "values": 3},
+        {"family": "bars"},
+        {"family": "bars", "values": [["red", float("inf")]]},
+        {"family": "bars", "values": [["red", 3], ["red", 4]]},
+        {"family": "scene", "objects": [["red", "circle", "nowhere"]]},
+        {"family": "sign", "objects": []},
+        ["bars"],
+        None,
+    ],
 )
 def test_a_bad_record_is_an_error(record: dict):
-    with pytest.raises((KeyError, TypeError, ValueError)):
+    with pytest.raises(ValueError, match=r"Picture|there is no such"):
         world.picture_from_record(record)
+
+
+@given(
+    st.sampled_from(world.FAMILIES),
+    st.lists(st.tuples(st.text() | st.sampled_from(world.COLORS), st.integers()), max_size=3),
+    st.lists(st.tuples(st.text(), st.text() | st.just("cross"), st.text() | st.sampled_from(world.CELLS)), max_size=3),
+)
+@settings(deadline=None)
+def test_a_record_is_refused_or_its_picture_can_be_asked_about(family: world.Family, values: list, objects: list):
+    try:
+        picture = world.picture_from_record({"family": family, "values": values, "objects": objects})
+    except ValueError:
+        return
+    for question in world.questions(picture):
+        world.solve(picture, question.text)
+        for step in question.steps:
+            world.step_truth(picture, step)
 
 
 @given(pictures())

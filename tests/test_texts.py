@@ -694,9 +694,9 @@ def test_hostile_text_of_100_kb_is_read_in_linear_time(unit: str) -> None:
     wholes += (f"Step 1: a\n{text}\nAnswer: 7", f"Step 1: a\nAnswer: {text}", f"Step 1: a\nAnswer:\n7{text}")
     calls += [partial(parse_trajectory, whole, "stop", form) for whole in wholes for form in ALL_FORMS]
     for call in calls:
-        begun = time.perf_counter()
+        begun = time.process_time()  # of this process alone, whatever else the machine does
         call()
-        assert time.perf_counter() - begun < 0.5  # measured: under 0.06; quadratic time would take minutes
+        assert time.process_time() - begun < 5.0  # measured: under 0.06; quadratic time would take minutes
     assert not parse_trajectory(text).well_formed
     assert not parse_question(text).well_formed
 

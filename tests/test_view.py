@@ -166,7 +166,7 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path, capsys: pytest.Captur
             ("view", str(tmp_path / "nowhere")): "is not a run directory",
             ("view", str(tmp_path / "bad")): "this run cannot be shown",
             ("view", str(run), "--port", str(port), "--no-browser"): f"port {port} cannot be used",
-            ("view", str(run), "--port", "70000"): "is not a port",
+            ("view", str(run), "--port", "70000"): "port: input should be less than or equal to 65535",
             ("view", str(run), "--truth", str(tmp_path / "none")): "cannot read the truth",
             ("view", str(run), "--truth", str(tmp_path / "truth")): "does not hold lines of image and picture",
             ("report", str(tmp_path)): "is not a run directory",

@@ -26,8 +26,6 @@ if TYPE_CHECKING:  # these import torch
 
 SHOWN = {
     "reward/solver/total": "reward",
-    "reward/solver/outcome": "outcome",
-    "reward/solver/step_agreement": "step agreement",
     "reward/proposer/total": "proposer",
     "answers/majority_fraction": "majority",
     "answers/answer_entropy": "answer entropy",
@@ -124,7 +122,9 @@ class Display:
             self.say(f"evaluated {which}: {total} held-out questions")
 
     def on_step(self, step: int, metrics: Mapping[str, float], episodes: Sequence[Episode]) -> None:
-        numbers = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in SHOWN.items() if name in metrics)
+        rewards = [name for name in metrics if name.startswith("reward/solver/")]
+        labels = {name: name.rpartition("/")[2].replace("_", " ") for name in rewards} | SHOWN
+        numbers = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in labels.items() if name in metrics)
         self.progress.update(self.task, completed=step, description="training")
         if seconds := metrics.get("time/step_seconds", 0.0):
             numbers += f"  {sum(len(e.trajectories) for e in episodes) / seconds:.3g} trajectories/s"

@@ -112,7 +112,9 @@ def joined(device: str) -> Iterator[Processes]:
     if state.num_processes != started:
         raise UsageError("the processes that were started did not find each other: name --device cpu or cuda")
     try:
-        yield Processes(state.process_index, state.num_processes, state.device)
+        # On CPUs, accelerate numbers the device by the process ("cpu:1"); there is only one CPU device.
+        own = torch.device("cpu") if resolve_device(device) == "cpu" else state.device
+        yield Processes(state.process_index, state.num_processes, own)
     finally:
         state.destroy_process_group()
 

@@ -1,8 +1,4 @@
-"""The world as ordinary files: a folder of unlabeled images, and held-out labelled questions beside their images.
-
-Splits draw their pictures from seeds of their own, so that no picture of one is meant for another; pre-training uses
-`tiny.PRETRAINING_SEED`.
-"""
+"""The world as ordinary files: a folder of unlabeled images, and held-out labeled questions beside their images."""
 
 from __future__ import annotations
 
@@ -12,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ireasoner.method.types import UsageError
 from ireasoner.playground import world
 
+# Each split draws from a seed of its own, and pre-training from another (`tiny.PRETRAINING_SEED`): with one seed for
+# all, the model would be tested on the very pictures that it trained on.
 SPLIT_SEEDS = {"unlabeled": 1, "validation": 2, "test": 3}
 
 
@@ -22,7 +21,7 @@ def write_unlabeled(
 ) -> Path:
     """Write `count` images and nothing about them; returns the folder.
 
-    What is true of them goes beside the folder, to `<folder>.truth.jsonl`, for whoever measures and not for training.
+    The truth about them goes beside the folder, to `truth_path(folder)`: it is for measurements, not for training.
     """
     rng = np.random.default_rng([SPLIT_SEEDS["unlabeled"], seed])
     rows = []
@@ -44,17 +43,22 @@ def truth_path(folder: Path) -> Path:
 def load_truth(folder: Path) -> dict[str, world.Picture]:
     """The pictures behind a folder that `write_unlabeled` wrote, by image name; empty where nothing is known."""
     path = truth_path(folder)
-    return read_truth(path) if path.exists() else {}
+    return read_pictures(path) if path.exists() else {}
 
 
-def read_truth(path: Path) -> dict[str, world.Picture]:
-    """The pictures in a file of truth, by image name.
+def read_pictures(path: Path) -> dict[str, world.Picture]:
+    """The pictures in a file that `write_unlabeled` left beside a folder, by image name.
 
     Raises:
-        OSError, KeyError, TypeError, ValueError, RecursionError: it cannot be read or is no such file.
+        UsageError: it cannot be read, or is no such file.
     """
-    rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
-    return {row["image"]: world.picture_from_record(row["picture"]) for row in rows}
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
+        return {row["image"]: world.picture_from_record(row["picture"]) for row in rows}
+    except OSError as error:
+        raise UsageError(f"cannot read the truth in {path}: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise UsageError(f"{path} does not hold lines of image and picture, as the playground writes them") from None
 
 
 def write_questions(

@@ -1,7 +1,7 @@
-"""Somebody else's test: the `easy-vqa` package from PyPI (MIT, not ours) as files.
+"""A test that somebody else made: the `easy-vqa` package from PyPI (MIT) as ordinary files.
 
-`python -m ireasoner.playground.easyvqa OUT` writes its 4,000 training images to OUT/unlabeled, without a word about
-them, and its 9,673 test questions with their images to OUT/test. Its training labels are never read.
+`python -m ireasoner.playground.easyvqa OUT` writes its 4,000 training images, without their labels, to OUT/unlabeled,
+and its 9,673 test questions with their images to OUT/test.
 """
 
 from __future__ import annotations
@@ -16,21 +16,16 @@ from ireasoner.method.types import UsageError
 from ireasoner.playground import dataset
 
 
-def package_data() -> Path:
-    """The folder of the installed package's images and questions; nothing of the package is executed.
+def write(out: Path) -> Path:
+    """Write the unlabeled images and the labeled test; returns the test's JSONL file.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: the package is not installed.
     """
-    spec = importlib.util.find_spec("easy_vqa")
+    spec = importlib.util.find_spec("easy_vqa")  # finds its files without running its code
     if spec is None or not spec.submodule_search_locations:
         raise UsageError("the easy-vqa package is not installed: pip install easy-vqa")
-    return Path(spec.submodule_search_locations[0]) / "data"
-
-
-def write(out: Path) -> Path:
-    """Write the unlabeled pool and the labelled test; returns the test's JSONL file."""
-    data = package_data()
+    data = Path(spec.submodule_search_locations[0]) / "data"
     shutil.copytree(data / "train" / "images", out / "unlabeled", dirs_exist_ok=True)
     shutil.copytree(data / "test" / "images", out / "test" / "images", dirs_exist_ok=True)
     rows = json.loads((data / "test" / "questions.json").read_text("utf-8"))
@@ -41,6 +36,6 @@ def write(out: Path) -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write easy-vqa's unlabeled images and labelled test as files.")
+    parser = argparse.ArgumentParser(description="Write easy-vqa's unlabeled images and labeled test as files.")
     parser.add_argument("out", type=Path)
-    print(f"Labelled test questions: {write(parser.parse_args().out)}")
+    print(f"Labeled test questions: {write(parser.parse_args().out)}")
