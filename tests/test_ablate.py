@@ -26,6 +26,7 @@ from PIL import Image
 
 from ireasoner.app.cli import build_parser, main
 from ireasoner.app.display import Display, print_table
+from ireasoner.app.targets import evaluate_target
 from ireasoner.method.types import Episode, Proposal, Question, UsageError
 from ireasoner.playground import dataset, world
 from ireasoner.studies import ablate
@@ -42,7 +43,7 @@ from ireasoner.studies.ablation_tables import (
     tables,
 )
 from ireasoner.training.config import names, resolve
-from ireasoner.training.evaluation import evaluate_target, load_questions
+from ireasoner.training.labelled import load_questions
 from ireasoner.training.recorder import writer_lock
 from ireasoner.training.statistics import paired_interval
 

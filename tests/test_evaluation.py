@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ireasoner.app.targets import evaluate_target
 from ireasoner.method.texts import parse_trajectory, solver_messages
 from ireasoner.method.types import UsageError
 from ireasoner.model.policy import Policy
@@ -18,18 +19,9 @@ from ireasoner.playground import dataset, world
 from ireasoner.playground.truth import step_truth
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import SamplingOptions
-from ireasoner.training.evaluation import (
-    MEASURES,
-    DataError,
-    LabelledQuestion,
-    Scores,
-    answer_prior,
-    compare,
-    evaluate,
-    evaluate_target,
-    load_questions,
-)
+from ireasoner.training.evaluation import MEASURES, Scores, compare, evaluate
 from ireasoner.training.items import ImageError, load_image
+from ireasoner.training.labelled import DataError, LabelledQuestion, answer_prior, load_questions
 from ireasoner.training.statistics import interval, paired_interval, plus_minus, resampled_means
 from models import load, requests
 

@@ -19,8 +19,8 @@ from ireasoner.model.processors import load_processor
 from ireasoner.playground import dataset, easyvqa, tiny, wording, world
 from ireasoner.playground.world import Picture
 from ireasoner.training.config import resolve
-from ireasoner.training.evaluation import load_questions
 from ireasoner.training.items import ImagePool
+from ireasoner.training.labelled import load_questions
 
 STYLES = ("plain", "varied", "chalk")
 

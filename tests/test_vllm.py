@@ -39,7 +39,7 @@ def policy() -> Policy:
 
 @pytest.fixture(scope="module")
 def engine(policy: Policy) -> VllmEngine:
-    return VllmEngine(policy, "tiny", 512)
+    return VllmEngine.load(policy, "tiny", 512)
 
 
 def asking(policy: Policy, images: list[Image.Image], seeds: tuple[int, ...] = (1, 2, 3)) -> list[Request]:

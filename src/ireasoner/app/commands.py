@@ -145,8 +145,9 @@ class Eval(Command):
         from ireasoner.app.display import evaluation_table, print_text, quiet_libraries
 
         quiet_libraries()
+        from ireasoner.app.targets import evaluate_target
         from ireasoner.playground.truth import step_truth
-        from ireasoner.training.evaluation import answer_prior, evaluate_target, load_questions, prior_line
+        from ireasoner.training.labelled import answer_prior, load_questions, prior_line
         from ireasoner.training.recorder import write_json
 
         questions = load_questions(self.data, self.limit, step_truth)
@@ -219,7 +220,7 @@ class Ablate(Command):
         quiet_libraries()
         from ireasoner.studies.ablate import QUICK, QUICK_JOBS, Settings, ablate, settle
         from ireasoner.studies.ablation_tables import legend, tables
-        from ireasoner.training.evaluation import prior_line
+        from ireasoner.training.labelled import prior_line
 
         own = {name: getattr(self, name) for name in self.model_fields_set if name not in (self.model_extra or {})}
         flags = _absolute({name: str(value) if isinstance(value, Path) else value for name, value in own.items()})

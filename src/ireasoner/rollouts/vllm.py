@@ -33,33 +33,40 @@ class VllmError(UsageError):
 
 
 class VllmEngine:
-    """An engine (`ireasoner.rollouts.engine`) that samples with vLLM.
+    """An engine (`ireasoner.rollouts.engine`) that samples with vLLM. Made by `VllmEngine.load`.
 
     Args:
         policy: whose adapters are served.
-        model: the policy's backbone: 'tiny', a folder or a hub id.
-        longest: the largest number of tokens of a prompt and its completion together.
-
-    Raises:
-        VllmError: vLLM is not installed, or does not serve the model.
+        llm: vLLM's engine, which serves the policy's backbone.
+        adapters: a folder for the adapters that are handed over.
     """
 
-    def __init__(self, policy: Policy, model: str, longest: int) -> None:
-        on_gpu = policy.device.type == "cuda"
-        os.environ.setdefault(
-            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
-        )  # its engine in this process: no worker can be lost
+    def __init__(self, policy: Policy, llm: Any, adapters: Path) -> None:
+        self.policy, self.llm, self.version = policy, llm, 0
+        self._adapters = adapters
+
+    @classmethod
+    def load(cls, policy: Policy, model: str, longest: int) -> VllmEngine:
+        """Load the backbone into vLLM, in this process, and hand the adapters over.
+
+        Args:
+            policy: whose adapters are served.
+            model: the policy's backbone: 'tiny', a folder or a hub id.
+            longest: the largest number of tokens of a prompt and its completion together.
+
+        Raises:
+            VllmError: vLLM is not installed, or does not serve the model.
+        """
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, no worker can be lost
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         try:
             from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
         except ImportError:
             raise VllmError("--engine vllm needs vLLM: pip install vllm, or leave the option out") from None
-        self.policy, self.version = policy, 0
-        self._adapters = Path(tempfile.mkdtemp(prefix="ireasoner-"))
-        weakref.finalize(self, shutil.rmtree, self._adapters, ignore_errors=True)
+        on_gpu = policy.device.type == "cuda"
         options: dict[str, Any] = {"gpu_memory_utilization": GPU_SHARE} if on_gpu else {"enforce_eager": True}
         try:
-            self.llm = LLM(
+            llm = LLM(
                 model=resolve_model(model),
                 dtype=str(policy.backbone.dtype).removeprefix("torch."),
                 enable_lora=True,
@@ -73,7 +80,11 @@ class VllmEngine:
             )
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise VllmError(f"vLLM cannot serve {model}: {' '.join(str(error).split())[:300]}") from error
-        self.refresh()
+        adapters = Path(tempfile.mkdtemp(prefix="ireasoner-"))
+        engine = cls(policy, llm, adapters)
+        weakref.finalize(engine, shutil.rmtree, adapters, ignore_errors=True)
+        engine.refresh()
+        return engine
 
     @property
     def _folder(self) -> Path:

@@ -33,8 +33,9 @@ from ireasoner.playground.truth import step_truth
 from ireasoner.studies import ablation_tables as report
 from ireasoner.training.config import PRESET_OPTIONS, Config, dump_config, load_config, names, resolve
 from ireasoner.training.custom_reward import names_a_file
-from ireasoner.training.evaluation import MEASURES, answer_prior, load_questions, prior_line
+from ireasoner.training.evaluation import MEASURES
 from ireasoner.training.items import ImagePool
+from ireasoner.training.labelled import answer_prior, load_questions, prior_line
 from ireasoner.training.recorder import replace_file, write_json
 from ireasoner.training.state import load_labels
 

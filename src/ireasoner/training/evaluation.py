@@ -1,16 +1,9 @@
-"""Held-out accuracy with intervals, how much of it needs the image, and paired comparisons on the same questions.
-
-Labels are read here and nowhere else but in the oracle recipe.
-"""
+"""Held-out accuracy with intervals, how much of it needs the image, and paired comparisons on the same questions."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,48 +12,31 @@ from PIL import Image
 
 from ireasoner.method.answers import answer_key, majority
 from ireasoner.method.texts import parse_trajectory, solver_messages
-from ireasoner.method.types import Completion, Form, Role, UsageError
+from ireasoner.method.types import Completion, Form, Role
 from ireasoner.model.inputs import encode_images
-from ireasoner.model.loading import load_policy
 from ireasoner.model.parallel import Processes
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.rollouts.live import LiveEngine
-from ireasoner.training.checkpoints import verify_checkpoint
-from ireasoner.training.config import SamplingOptions, load_config, resolve
+from ireasoner.training.config import SamplingOptions
 from ireasoner.training.items import load_image
+from ireasoner.training.labelled import LabelledQuestion, StepTruth
 from ireasoner.training.statistics import RESAMPLES, interval
 
-SAMPLES = 5
+SAMPLES = 5  # of each question, for mean@1, maj@5 and pass@5
 MEASURES = ("greedy", "mean@1", f"maj@{SAMPLES}", f"pass@{SAMPLES}")
 TRUTH = ("checkable_steps", "true_steps")
 GRAY = (128, 128, 128)
 
 
-StepTruth = Callable[[Mapping[str, Any], str], bool | None]  # of a question's `picture` and a reasoning step
-
-
-class DataError(UsageError):
-    """A labelled data set cannot be used; the message names the file and the line."""
-
-
-@dataclass(frozen=True)
-class LabelledQuestion:
-    """One held-out question; `image` is an absolute path, `picture` what whoever drew the image says of it."""
-
-    image: Path
-    question: str
-    answer: str
-    picture: Mapping[str, Any] | None = None
-
-
 @dataclass(frozen=True)
 class Scores:
-    """How one model did on Q questions; every array runs parallel to them.
+    """How one model did on Q questions: arrays [Q].
 
-    `measures` lie in [0, 1]. The others are means over a question's sampled trajectories: the readable share, tokens,
-    and how many reasoning steps can be checked against the picture and are true of it; None unless every question has
-    its picture. Steps of unreadable trajectories do not count.
+    `measures` lie in [0, 1], `answer_entropy` is in nats. The others are means over the sampled trajectories of a
+    question: the share that could be read (`well_formed`), their `tokens`, and how many of their reasoning steps can be
+    checked (`checkable_steps`) and are true (`true_steps`). The last two are None unless every question has a picture;
+    unreadable trajectories count for nothing in them.
     """
 
     measures: dict[str, NDArray[np.float64]]
@@ -100,55 +76,6 @@ class Scores:
         return {**found, "greedy_texts": list(self.greedy_texts)}
 
 
-def load_questions(path: Path, limit: int | None = None, truth: StepTruth | None = None) -> list[LabelledQuestion]:
-    """Read JSONL lines of `image`, `question`, `answer`; image paths are relative to the file's own folder.
-
-    An object in `picture` is what whoever drew the image says of it; `truth`, if given, must be able to read it. Other
-    keys are passed over.
-
-    Raises:
-        DataError: a missing file, a line that is not such an object, or an image that is not there.
-    """
-    if limit is not None and limit < 1:
-        raise DataError(f"a limit of {limit} leaves no question of {path}")
-    found = []
-    try:
-        lines = path.read_text("utf-8").split("\n")  # splitlines would also break at U+2028, which JSON allows
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-            texts = [row[name] for name in ("image", "question", "answer")]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise DataError(f"{where}: needs an object with image, question and answer") from None
-        if not all(isinstance(text, str) for text in texts[:2]) or not isinstance(texts[2], str | int | float):
-            raise DataError(f"{where}: image and question must be text, answer text or a number")
-        if special := re.search(r"<\|\w+\|>", texts[1]):
-            raise DataError(f"{where}: the question holds the special token {special[0]}")
-        try:
-            image = (path.parent / texts[0]).resolve()
-            if not image.is_file():
-                raise ValueError
-        except (OSError, ValueError):
-            raise DataError(f"{where}: no image {texts[0][:100]!r}") from None
-        picture = row.get("picture")
-        if truth is not None and isinstance(picture, dict):
-            try:
-                truth(picture, "")
-            except (KeyError, TypeError, ValueError):
-                raise DataError(f"{where}: an object in picture must be a record of the embedded world") from None
-        found.append(LabelledQuestion(image, texts[1], str(texts[2]), picture if isinstance(picture, dict) else None))
-        if len(found) == limit:
-            break
-    if not found:
-        raise DataError(f"{path} holds no questions")
-    return found
-
-
 def evaluate(
     policy: Policy,
     questions: Sequence[LabelledQuestion],
@@ -164,18 +91,23 @@ def evaluate(
     processes: Processes | None = None,
     engine: Engine | None = None,
 ) -> Scores:
-    """Greedy, mean@1, maj@5 and pass@5 accuracy of a role (None: the backbone alone), and what its samples are like.
+    """Measure greedy, mean@1, maj@5 and pass@5 accuracy, and what the samples are like.
 
-    An unreadable or truncated answer is wrong. Sampling is seeded by (seed, question number), so two models meet the
-    same random numbers.
+    An unreadable or truncated answer is wrong. Sampling is seeded by (seed, question number), so that two models are
+    compared under the same random numbers.
 
     Args:
+        policy: the model.
+        questions: what it is asked.
+        role: whose adapter is measured; None: the backbone alone.
         sampling: the solver's prompt, the form of its text and its longest completion.
+        seed: of the sampled answers.
         temperature: of the sampled answers.
+        batch_size: questions that are sampled together; the scores do not depend on it.
         blank: show a uniformly gray image of the same size instead of each image.
         truth: says whether a reasoning step about a question is true; None: steps are not checked.
-        on_progress: called with questions done and their total.
-        processes: who scores along, each its share of the questions; all have the scores.
+        on_progress: called with the number of questions done and their total.
+        processes: the processes that share the questions; all of them get all scores.
         engine: who samples; None: the live policy.
 
     Raises:
@@ -209,7 +141,7 @@ def evaluate(
 def _score(
     question: LabelledQuestion, single: Completion, group: Sequence[Completion], form: Form, truth: StepTruth | None
 ) -> dict[str, float]:
-    """One question's row: what the greedy completion and the samples are worth."""
+    """The values of one question by name, from its greedy completion and its samples."""
     true_key = answer_key(question.answer, question.question)
     best, *read = (parse_trajectory(c.text, c.finish_reason, form) for c in (single, *group))
     greedy, *keys = (None if s.answer is None else answer_key(s.answer, question.question) for s in (best, *read))
@@ -228,8 +160,8 @@ def _score(
 def compare(before: Scores, after: Scores) -> dict[str, dict[str, float]]:
     """Paired differences after − before on the same questions, by measure.
 
-    Each has a 95 % bootstrap interval over questions and a two-sided sign-flip p-value (chance of a mean difference at
-    least as large if before and after were exchangeable question by question).
+    Each has its mean, a 95 % bootstrap interval over questions, and a two-sided p-value by random sign flips: the
+    chance of a mean difference at least as large if before and after were exchangeable for every question.
     """
     found = {}
     for name in MEASURES:
@@ -239,73 +171,3 @@ def compare(before: Scores, after: Scores) -> dict[str, dict[str, float]]:
         extreme = np.abs(signs @ difference / len(difference)) >= abs(mean) - 1e-12
         found[name] = {"mean": mean, "low": low, "high": high, "p": float((extreme.sum() + 1) / (RESAMPLES + 1))}
     return found
-
-
-def answer_prior(questions: Sequence[LabelledQuestion]) -> dict[str, float]:
-    """Accuracy of always giving the most frequent answer: to all questions, or to those with the same first two words.
-
-    It reads the labels that it is measured on: an upper bound for whoever guesses by such a rule without looking.
-    """
-    every, by_words = Counter[str](), defaultdict[tuple[str, ...], Counter[str]](Counter)
-    for q in questions:
-        key = answer_key(q.answer, q.question)
-        every[key] += 1
-        by_words[tuple(q.question.lower().split()[:2])][key] += 1
-    right = {"overall": max(every.values()), "by_first_words": sum(max(c.values()) for c in by_words.values())}
-    return {name: count / len(questions) for name, count in right.items()}
-
-
-def prior_line(prior: Mapping[str, float]) -> str:
-    """What `answer_prior` found, as a sentence."""
-    return (
-        f"Answer prior: always the most frequent answer {100 * prior['overall']:.1f} %, by the question's first two "
-        f"words {100 * prior['by_first_words']:.1f} % (an upper bound for a blind guesser: it reads these labels)"
-    )
-
-
-def evaluate_target(
-    target: str,
-    questions: Sequence[LabelledQuestion],
-    *,
-    preset: str | None = None,
-    temperature: float = 1.0,
-    seed: int = 0,
-    device: str = "auto",
-    blank: bool = False,
-    truth: StepTruth | None = None,
-) -> Scores:
-    """Scores of a finished run, of a checkpoint of any run (`RUN/checkpoints/step-000040`), or of a plain model.
-
-    Of a run it is the trained solver, under the run's own prompt and length.
-
-    Args:
-        preset: for a plain model: where prompt and lengths come from; 'tiny' for the model 'tiny', else '7b'.
-        blank: gray images instead of the true ones.
-
-    Raises:
-        ModelError, ConfigError: the target is none of these.
-        UsageError: the run is not finished, or the checkpoint is damaged.
-    """
-    adapters = Path(target)
-    is_checkpoint = re.fullmatch(r"step-\d+", adapters.name) is not None
-    run = adapters.resolve().parent.parent if is_checkpoint else adapters
-    is_run = (run / "config.yaml").is_file()
-    if is_run:
-        config = load_config(run / "config.yaml")
-        if is_checkpoint and (problem := verify_checkpoint(adapters)):
-            held = ", ".join(sorted(path.name for path in adapters.resolve().parent.glob("step-*")))
-            raise UsageError(f"the checkpoint {adapters} cannot be used: {problem}; there are {held}")
-        if not (adapters / "solver").is_dir():
-            raise UsageError(
-                f"{run} is not finished: score one of its checkpoints, or go on: ireasoner train --resume {run}"
-            )
-    else:
-        flags = {"model": target, "images": ".", **({"preset": preset} if preset else {})}
-        config = resolve(flags)
-    policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
-    if is_run:
-        policy.load_adapters(adapters)
-    role: Role | None = "solver" if is_run else None
-    return evaluate(
-        policy, questions, role, config.sampling, seed=seed, temperature=temperature, blank=blank, truth=truth
-    )

@@ -21,8 +21,8 @@ from ireasoner.model.parallel import joined
 from ireasoner.training.closing import evaluate_role, finish, versions
 from ireasoner.training.config import Config, dump_config
 from ireasoner.training.custom_reward import load_reward, names_a_file
-from ireasoner.training.evaluation import StepTruth
 from ireasoner.training.items import Item
+from ireasoner.training.labelled import StepTruth
 from ireasoner.training.metrics import play_metrics
 from ireasoner.training.probes import blank_survival, probe
 from ireasoner.training.recorder import Recorder, write_json, writer_lock

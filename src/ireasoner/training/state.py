@@ -27,8 +27,8 @@ from ireasoner.rollouts.engine import Engine
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.checkpoints import newest_checkpoint, save_checkpoint
 from ireasoner.training.config import Config
-from ireasoner.training.evaluation import LabelledQuestion, StepTruth, load_questions
 from ireasoner.training.items import ImagePool, Item, content_hash
+from ireasoner.training.labelled import LabelledQuestion, StepTruth, load_questions
 from ireasoner.training.recorder import Recorder, read_episodes, read_records
 from ireasoner.training.selfplay import SelfPlay
 from ireasoner.training.watch import Alarm, Signals, Watch
@@ -162,7 +162,7 @@ def open_engine(config: Config, policy: Policy, processes: Processes) -> Engine:
     # The longest sequence that vLLM has to hold: image, prompt, question, solution, and 128 for the chat template.
     prompt = max(len(tokenizer(text)["input_ids"]) for text in (sampling.proposer_prompt, sampling.solver_prompt))
     written = sampling.max_question_tokens + sampling.max_solution_tokens
-    return VllmEngine(policy, config.model, config.backbone.max_image_tokens + prompt + written + 128)
+    return VllmEngine.load(policy, config.model, config.backbone.max_image_tokens + prompt + written + 128)
 
 
 def load_labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, str]]]:

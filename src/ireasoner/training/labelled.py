@@ -1,0 +1,110 @@
+"""Labelled questions: a JSONL file of `image`, `question` and `answer`, for evaluation and for the recipe `oracle`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ireasoner.method.answers import answer_key
+from ireasoner.method.types import UsageError
+
+# Whether a reasoning step is true of what the field `picture` of a labelled question describes; None: not known.
+StepTruth = Callable[[Mapping[str, Any], str], bool | None]
+
+
+class DataError(UsageError):
+    """A labelled data set cannot be used; the message names the file and the line."""
+
+
+@dataclass(frozen=True)
+class LabelledQuestion:
+    """A question about an image with its true answer.
+
+    `image` is an absolute path; `picture` is a description of the image by whoever drew it, if the file holds one.
+    """
+
+    image: Path
+    question: str
+    answer: str
+    picture: Mapping[str, Any] | None = None
+
+
+def load_questions(path: Path, limit: int | None = None, truth: StepTruth | None = None) -> list[LabelledQuestion]:
+    """Read a file of labelled questions.
+
+    Args:
+        path: JSONL of `image` (a path relative to the file), `question`, `answer` (text or a number) and, if known,
+            `picture` (an object). Other keys are ignored.
+        limit: read only so many questions.
+        truth: must be able to read every `picture`.
+
+    Raises:
+        DataError: the file is missing, a line is no such object, or an image is not there.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"a limit of {limit} leaves no question of {path}")
+    try:
+        lines = path.read_text("utf-8").split("\n")  # splitlines would also break at U+2028, which JSON allows
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            found.append(_question(line, path.parent, f"{path}, line {number}", truth))
+        if len(found) == limit:
+            break
+    if not found:
+        raise DataError(f"{path} holds no questions")
+    return found
+
+
+def _question(line: str, folder: Path, where: str, truth: StepTruth | None) -> LabelledQuestion:
+    try:
+        row = json.loads(line)
+        name, question, answer = (row[key] for key in ("image", "question", "answer"))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DataError(f"{where}: needs an object with image, question and answer") from None
+    if not isinstance(name, str) or not isinstance(question, str) or not isinstance(answer, str | int | float):
+        raise DataError(f"{where}: image and question must be text, answer text or a number")
+    if special := re.search(r"<\|\w+\|>", question):
+        raise DataError(f"{where}: the question holds the special token {special[0]}")
+    try:
+        image = (folder / name).resolve()
+        if not image.is_file():
+            raise ValueError
+    except (OSError, ValueError):
+        raise DataError(f"{where}: no image {name[:100]!r}") from None
+    picture = row.get("picture") if isinstance(row.get("picture"), dict) else None
+    if truth is not None and picture is not None:
+        try:
+            truth(picture, "")
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{where}: an object in picture must be a record of the embedded world") from None
+    return LabelledQuestion(image, question, str(answer), picture)
+
+
+def answer_prior(questions: Sequence[LabelledQuestion]) -> dict[str, float]:
+    """Accuracy of always giving the most frequent answer: `overall`, or `by_first_words`, per first two words.
+
+    It reads the labels that it is measured on, so it is an upper bound for guessing by such a rule without looking.
+    """
+    every, by_words = Counter[str](), defaultdict[tuple[str, ...], Counter[str]](Counter)
+    for q in questions:
+        key = answer_key(q.answer, q.question)
+        every[key] += 1
+        by_words[tuple(q.question.lower().split()[:2])][key] += 1
+    right = {"overall": max(every.values()), "by_first_words": sum(max(c.values()) for c in by_words.values())}
+    return {name: count / len(questions) for name, count in right.items()}
+
+
+def prior_line(prior: Mapping[str, float]) -> str:
+    """What `answer_prior` found, as a sentence."""
+    return (
+        f"Answer prior: always the most frequent answer {100 * prior['overall']:.1f} %, by the question's first two "
+        f"words {100 * prior['by_first_words']:.1f} % (an upper bound for a blind guesser: it reads these labels)"
+    )
