@@ -20,7 +20,7 @@ from statistics import fmean
 from ireasoner.method.memory import ClaimMemory
 from ireasoner.method.scoring import Context, ScoredGroup, score_group, step_weight
 from ireasoner.method.seeds import PROPOSE, SOLVE, draw_seed
-from ireasoner.method.texts import parse_question, proposer_messages, solver_messages
+from ireasoner.method.texts import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.method.types import Completion, Question
 from ireasoner.model.inputs import EncodedImage, build_prompts, embed_texts, encode_images
 from ireasoner.model.learner import Learner
@@ -68,11 +68,12 @@ def train(config: Config, out: Path) -> None:
             for i, group in zip(asked, scored, strict=True):
                 worth[i] = group.proposer_reward
             # Update: the solver at every step, the proposer at every fifth.
-            learned = {}
+            learned: dict[str, dict[str, float]] = {}
             if groups:
                 learned["solver"] = update(policy, solver, solving, groups, [list(group.rewards) for group in scored])
             if config.recipe.train_proposer and step % config.schedule.proposer_every == 0:
                 learned["proposer"] = update(policy, proposer, asking, proposals, [[reward] for reward in worth])
+            engine.refresh()
             # Record.
             rewards = [reward for group in scored for reward in group.rewards]
             record = {
@@ -136,10 +137,14 @@ def score(
 ) -> list[ScoredGroup]:
     """What each group earned: agreement on the answer, and on what leads to it."""
     recipe = config.recipe
+    form = config.sampling.solution_form
+    for i, group in zip(asked, groups, strict=True):  # all of the step's groups are remembered before any is scored
+        memory.add(items[i].name, [parse_trajectory(c.text, c.finish_reason, form) for c in group])
     scored = []
     for i, group in zip(asked, groups, strict=True):
         context = Context(
-            form=config.sampling.solution_form,
+            image=items[i].name,
+            form=form,
             finish_reasons=[c.finish_reason for c in group],
             step_weight=step_weight(recipe, step, config.schedule.steps),
             embed=lambda texts: embed_texts(policy, texts, recipe.max_step_tokens),
@@ -147,8 +152,6 @@ def score(
             seed=(config.seed, step, i),
         )
         scored.append(score_group(questions[i].text, [c.text for c in group], recipe, context))
-    for i, each in zip(asked, scored, strict=True):
-        memory.add(items[i].name, each.group.solutions)
     return scored
 
 

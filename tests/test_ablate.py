@@ -30,7 +30,7 @@ from ireasoner.app.targets import evaluate_target
 from ireasoner.method.types import Episode, Proposal, Question, UsageError
 from ireasoner.playground import dataset, world
 from ireasoner.studies import ablate
-from ireasoner.studies.ablate import ArmsProgress, Settings, arm_config, arm_names, settle, train_command
+from ireasoner.studies.ablate import ArmsProgress, Settings, _check_run, arm_config, arm_names, settle, train_command
 from ireasoner.studies.ablation_tables import (
     csv_text,
     difference_rows,
@@ -42,7 +42,8 @@ from ireasoner.studies.ablation_tables import (
     summarize,
     tables,
 )
-from ireasoner.training.config import names, resolve
+from ireasoner.training.config import dump_config, names, resolve
+from ireasoner.training.custom_reward import sha256_of
 from ireasoner.training.labelled import load_questions
 from ireasoner.training.recorder import writer_lock
 from ireasoner.training.statistics import paired_interval
@@ -671,3 +672,24 @@ def test_a_job_that_is_killed_ends_the_ablation_with_a_message(
     text = mistake(capsys, own / "out", *own_arms(own, 1), "--jobs", "2")
     assert "base-0 was killed (signal 9; out of memory? try fewer --jobs)" in text
     assert [process.poll() for process in started] == [-signal.SIGKILL, -signal.SIGTERM]
+
+
+def test_a_folder_of_somebody_elses_sets_the_scale_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Its settings must not smuggle in what a recipe sets: a reward is code."""
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')\n")
+    (tmp_path / "settings.json").write_text(Settings(training={"reward": f"{tmp_path}/evil.py:fn"}).model_dump_json())
+    assert "does not take: reward" in mistake(capsys, tmp_path, "--recipes", "default")
+
+
+def test_arms_of_one_reward_have_one_file(tmp_path: Path):
+    (tmp_path / "own.py").write_text("def fn(group, context):\n    return [0.0] * len(group.texts)\n")
+    (tmp_path / "own.yaml").write_text("reward: own.py:fn\n")
+    settings = Settings(recipes=(str(tmp_path / "own.yaml"),))
+    config = arm_config(tmp_path, settings, settings.recipes[0], 0)
+    (tmp_path / "own-0").mkdir()
+    stored = config.model_copy(update={"reward_sha256": sha256_of(config)})
+    (tmp_path / "own-0" / "config.yaml").write_text(dump_config(stored))
+    _check_run(tmp_path / "own-0", config)
+    (tmp_path / "own.py").write_text("def fn(group, context):\n    return [1.0] * len(group.texts)\n")
+    with pytest.raises(UsageError, match=r"own\.py:fn has changed"):
+        _check_run(tmp_path / "own-0", config)

@@ -113,6 +113,11 @@ def test_the_solvers_prompt_is_the_forms_unless_it_is_given(form: str):
     assert given.sampling.solver_prompt == "{question}!"
 
 
+def test_another_form_takes_its_own_prompt_and_not_the_presets():
+    assert resolve({**NEEDED, "solution_form": "boxed"}).sampling.solver_prompt == SOLVER_PROMPTS["boxed"]
+    assert resolve({**NEEDED, "solution_form": "tags"}).sampling.solver_prompt == "{question}"  # the tiny preset's
+
+
 @pytest.mark.parametrize("reward", ["my_rewards.py:fn", "/some where/r.py:_fn2"])
 def test_a_reward_may_be_a_function_in_a_file(reward: str):
     assert resolve({**NEEDED, "reward": reward}).recipe.reward == reward
@@ -297,6 +302,12 @@ def test_a_config_of_another_make_is_refused(tmp_path: Path, text: str, named: s
         load_config(tmp_path / "config.yaml")
     assert "config.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_named_pipe_is_no_config(tmp_path: Path):
+    os.mkfifo(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        load_config(tmp_path / "config.yaml")
 
 
 def test_a_binary_config_is_refused(tmp_path: Path):

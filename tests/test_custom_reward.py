@@ -132,6 +132,20 @@ def test_what_is_wrong_with_it_is_said_in_a_sentence(
     assert error.count("\n") == 1
 
 
+def test_the_file_is_a_module_like_others(place: Path):
+    """It may hold dataclasses, and import a file that lies beside it."""
+    (place / "helping.py").write_text("def help_out(n):\n    return [0.5] * n\n")
+    (place / "other.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from helping import help_out\n"
+        "@dataclass\nclass Weight:\n    value: float = 1.0\n"
+        "def fn(group, context):\n    return help_out(len(group.texts))\n"
+    )
+    function, _ = load_reward(resolve({"images": "pool", "model": "tiny", "reward": f"{place}/other.py:fn"}))
+    assert callable(function)
+
+
 def test_a_file_that_is_not_there_is_named(place: Path):
     config = resolve({"images": "pool", "model": "tiny", "reward": "nowhere.py:fn"})
     with pytest.raises(RewardError, match="cannot read the reward file"):

@@ -21,6 +21,7 @@ from ireasoner.method.types import ROLES, UsageError
 from ireasoner.model import parallel as processes
 from ireasoner.model.parallel import LostProcessError, Processes
 from ireasoner.playground import dataset
+from ireasoner.training.recorder import read_records
 
 LAUNCH = [
     *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"),
@@ -286,3 +287,18 @@ def test_a_device_with_a_number_is_refused_for_several_processes(monkeypatch: py
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="--device cuda:0 names one GPU"), processes.joined("cuda:0"):
         pass
+
+
+def test_a_reward_of_ones_own_is_computed_once_and_shared(place: Path, tmp_path: Path):
+    """It may not give the same number twice; here it gives the number of the process that asks."""
+    (tmp_path / "own.py").write_text(
+        "import os\ndef fn(group, context):\n    return [1.0 + int(os.environ['RANK'])] * len(group.texts)\n"
+    )
+    out = place / "own-reward"
+    done = run(LAUNCH, *options(place, steps="1", reward=f"{tmp_path}/own.py:fn"), "--out", out)
+    assert done.returncode == 0, done.stderr
+    episodes = list(read_records(out / "episodes.jsonl"))
+    for i, episode in enumerate(episodes):
+        paid = {t["reward"] for t in episode["trajectories"] if t["problem"] is None}
+        assert paid <= {1.0 + i % 2}
+    assert any(episode["trajectories"] for episode in episodes)

@@ -418,3 +418,15 @@ def test_a_file_is_replaced_and_never_written_through_a_link(tmp_path: Path) -> 
 def test_the_recorder_imports_no_torch() -> None:
     code = "import sys, ireasoner.training.recorder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "images", "checkpoints", "solver"])
+def test_a_run_does_not_write_through_links(tmp_path: Path, name: str) -> None:
+    """A run directory may come from somebody else."""
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    run.mkdir()
+    victim.write_text("dear to me") if "." in name else victim.mkdir()
+    (run / name).symlink_to(victim)
+    with pytest.raises(RunDirectoryError, match=rf"{name} is a link"):
+        Recorder.open(run)
+    assert victim.read_text() == "dear to me" if "." in name else list(victim.iterdir()) == []

@@ -488,6 +488,7 @@ def test_a_reward_of_ones_own_is_paid_and_recorded_under_its_own_names():
     def fn(group: Group, context: Context) -> dict[str, list[float | None]]:
         assert group.question == QUESTION
         assert group.answer_keys == ("number:7", "number:7", "number:3", None)
+        assert group.texts == (*PLAIN, "nothing")
         return {"short": [0.5, 0.25, None, 9.0], "sure": [1.0, 1.0, 0.0, 9.0]}
 
     scored = own(fn, step_weight=0.5, embed=lambda texts: np.ones((len(texts), 2)) / 2**0.5, recent_claims=[])
@@ -516,12 +517,41 @@ def test_a_reward_of_ones_own_may_be_plain_numbers():
         (None, "a number for each text"),
         (7, "a number for each text"),
         ({"a": [0.0] * 4, "b": [0.0] * 3}, "3 numbers as b"),
+        ("1234", "a number for each text"),
+        ({0.0, 1.0, 2.0, 3.0}, "a number for each text"),
+        ({"outcome": [0.0] * 4}, "none of .*outcome"),
+        ({"total": [0.0] * 4}, "total"),
+        ({}, "name at least one"),
     ],
 )
 def test_a_reward_of_ones_own_that_cannot_be_is_named(given: Any, named: str):
     with pytest.raises(RewardError, match=named) as caught:
         own(lambda group, context: given)
     assert "my_rewards.py:fn" in str(caught.value)
+
+
+def test_an_error_in_a_reward_of_ones_own_is_named():
+    with pytest.raises(RewardError, match=r"my_rewards\.py:fn failed: ZeroDivisionError"):
+        own(lambda group, context: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("texts", "context", "named"),
+    [
+        ("one text", {}, "a group of texts"),
+        (PLAIN, {"finish_reasons": ["stop"]}, "1 entries for 3 texts"),
+        (PLAIN, {"step_weight": 2.0}, "between 0 and 1"),
+        (PLAIN, {"step_weight": math.nan}, "between 0 and 1"),
+    ],
+)
+def test_odd_inputs_are_named(texts: Any, context: dict[str, Any], named: str):
+    with pytest.raises(RewardError, match=named):
+        score_group(QUESTION, texts, Recipe(reward="format"), Context(**context))
+
+
+def test_texts_may_come_one_by_one():
+    scored = score_group(QUESTION, (text for text in PLAIN), Recipe(reward="format"))  # type: ignore[arg-type]
+    assert scored.rewards == (1.0, 1.0, 1.0)
 
 
 def test_a_reward_in_a_file_is_not_opened_by_scoring():

@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from ireasoner.method import seeds
+from ireasoner.method.scoring import Context, Group
 from ireasoner.method.types import Completion, Episode
 from ireasoner.model.inputs import build_prompts
 from ireasoner.model.policy import Policy
@@ -216,6 +217,26 @@ def test_records_of_an_episode_do_not_change(policy: Policy, pictures: list[Imag
     with pytest.raises(ValidationError, match="frozen"):
         episode.proposer_reward = 1.0
     assert episode.model_copy(update={"proposer_reward": 1.0}).proposer_reward == 1.0
+
+
+def test_a_reward_of_ones_own_gets_what_self_play_knows(policy: Policy, pictures: list[Image.Image]):
+    heard: list[tuple[Group, Context]] = []
+
+    def fn(group: Group, context: Context) -> list[float]:
+        heard.append((group, context))
+        return [0.25] * len(group.texts)
+
+    config = config_of(reward="mine.py:fn", solution_form="tags")
+    play = SelfPlay(policy, LiveEngine(policy), config, reward=fn).play(3, named(pictures[:3]))
+    solved = [e for e in play.episodes if e.trajectories]
+    assert len(heard) == len(solved) > 0
+    for (group, context), episode, completions in zip(heard, solved, play.solver.groups, strict=True):
+        assert (context.image, context.form) == (episode.image, "tags")
+        assert group.texts == tuple(t.text for t in episode.trajectories)
+        assert context.finish_reasons == [t.finish_reason for t in episode.trajectories]
+        assert context.logprobs == [c.logprobs for c in completions]
+        assert context.seed is not None
+        assert episode.rewards == tuple(0.25 * t.well_formed for t in episode.trajectories)
 
 
 def test_an_episode_reads_back_as_it_was_written(policy: Policy, pictures: list[Image.Image]):

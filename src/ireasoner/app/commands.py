@@ -1,4 +1,7 @@
-"""The commands. Each reads its options, calls a room and shows what it says; heavy rooms are imported on use."""
+"""The commands. Each checks its options, calls the package and prints the result.
+
+Modules that need torch are imported when a command runs, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -192,7 +195,7 @@ class Ablate(Command):
     quick: bool = False
     """2 seeds, 256 questions, 24 steps, 2 jobs: 8 minutes on two CPU cores."""
     cooled: bool = False
-    """One more control: the base sampled as confidently as the first recipe."""
+    """Add a control: the base, sampled at the temperature at which its answer entropy equals the first recipe's."""
     jobs: Count | None = None
     """Arms that run at a time, sharing the cores (1)."""
     questions: Count | None = None
@@ -234,7 +237,7 @@ class Ablate(Command):
         jobs = self.jobs or (QUICK_JOBS if self.quick else 1)
         if self.quick:
             given = {**QUICK, **given, "training": {**QUICK["training"], **given["training"]}}
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGTERM,) if sys.platform == "win32" else (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup, SIGHUP stays ignored
                 signal.signal(number, signal.default_int_handler)  # interrupt as Ctrl-C does
         out = self.out.absolute()
@@ -263,7 +266,7 @@ class View(Command):
     run_dir: Path
     """A run directory, finished or not."""
     truth: Path | None = None
-    """What is true of the images, as playground writes it, to mark wrong majorities (what lies in RUN)."""
+    """Truth about the images, as playground writes it, to mark wrong majorities (the file inside RUN, if any)."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port on 127.0.0.1 (0: any that is free)."""
     no_browser: bool = False
@@ -291,7 +294,7 @@ class Report(Command):
     run_dir: Path
     """A run directory, finished or not."""
     truth: Path | None = None
-    """What is true of the images, as playground writes it, to mark wrong majorities (what lies in RUN)."""
+    """Truth about the images, as playground writes it, to mark wrong majorities (the file inside RUN, if any)."""
     out: Writable | None = None
     """The file to write (RUN/report.html)."""
 
@@ -327,10 +330,11 @@ class Runs(Command):
 
 
 class Validity(Command):
-    """Of a run's trajectories with the same answer, does the one with the truer reasoning steps have the higher step
-    agreement; what does it say beyond answer agreement; and what do edits of a reasoning step do to it?"""
+    """Test, on a run's episodes, whether step agreement prefers the truer of two trajectories with the same answer,
+    what it adds to answer agreement, and how it reacts to edited reasoning steps. The run is only read; its model is
+    loaded for the token embeddings."""
 
-    summary: ClassVar = "is step agreement worth being a reward? from a run's episodes, without training"
+    summary: ClassVar = "test whether step agreement is worth being a reward, without training"
     positional: ClassVar = ("run_dir",)
     run_dir: Path
     """A run directory, finished or not; it is only read."""
@@ -361,10 +365,11 @@ class Validity(Command):
 
 class Doctor(Command):
     """Check a model, in about a minute: that the update sees the image, that the reference is the frozen model, that
-    each role trains and only it, that sampler and learner agree, that only the language model is trainable. Each check
-    comes with its figure; the exit code is 1 if one fails. Nothing is written."""
+    updating a role changes that role's adapter and nothing else, that sampler and learner agree, and that only the
+    language model is trainable. Each check comes with its figure; the exit code is 1 if one fails. Nothing is
+    written."""
 
-    summary: ClassVar = "is what training takes for granted true of this model, on this machine?"
+    summary: ClassVar = "check that this model can be trained correctly on this machine"
     positional: ClassVar = ("model",)
     model: str
     """A folder, a hub id, or 'tiny'."""
@@ -387,15 +392,14 @@ class Doctor(Command):
         for finding in examine(self.model, dtype=dtype, device=device):
             print_finding(finding)
             failed += not finding.passed
-        print(
-            f"{failed} of the checks failed: do not train on this." if failed else "All is as training takes it to be."
-        )
+        print(f"{failed} of the checks failed: do not train on this." if failed else "All checks passed.")
         return 1 if failed else 0
 
 
 class Bench(Command):
     """Time one training step as train does it (ours) and the same work without shared prompts (plain), on one model,
-    with completions of a forced length and in turns; beside it, what this machine's arithmetic and memory allow."""
+    with completions of a fixed length, in turns. Also prints the limits that this machine's compute and memory
+    bandwidth set."""
 
     summary: ClassVar = "time one training step by phases, with and without shared prompts"
     model: str = "tiny"
@@ -481,7 +485,7 @@ def _absolute(flags: dict[str, Any]) -> dict[str, Any]:
     paths = {name for name in ("images", "labels", "eval_data", "data") if flags.get(name) is not None}
     paths |= {name for name in ("model",) if name in flags and Path(flags[name]).is_dir()}
     paths |= {name for name in ("reward",) if ".py:" in flags.get(name, "")}
-    return {name: str(Path(value).absolute()) if name in paths else value for name, value in flags.items()}
+    return {name: os.path.abspath(value) if name in paths else value for name, value in flags.items()}
 
 
 def _write_json(path: Path | None, text: str) -> None:

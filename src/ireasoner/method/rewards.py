@@ -64,7 +64,10 @@ def length_factors(words_before_answer: Sequence[int], *, length_penalty: float,
 
 
 def prototype_similarities(
-    answers: Answers, step_embeddings: Sequence[NDArray[np.floating]], *, max_reasoning_steps: int
+    answers: Answers,
+    step_embeddings: Sequence[NDArray[np.floating]],
+    *,
+    max_reasoning_steps: int = PAPER.max_reasoning_steps,
 ) -> list[FloatArray]:
     """How near each reasoning step is to the majority group's prototype: s_ij = (1 + cos(e_ij, μ_j))/2.
 
@@ -128,9 +131,13 @@ def step_agreement_rewards(
 
 
 def prototype_rewards(
-    answers: Answers, similarities: Sequence[FloatArray], *, density_exponent: float, position_decay: float
+    answers: Answers,
+    similarities: Sequence[FloatArray],
+    *,
+    density_exponent: float = PAPER.density_exponent,
+    position_decay: float = PAPER.position_decay,
 ) -> FloatArray:
-    """`step_agreement_rewards` of s_ij that are known already: as `prototype_similarities` gives them; array [N]."""
+    """Step agreement rewards from similarities that `prototype_similarities` has computed; array [N]."""
     rewards = np.zeros(len(answers))
     density = (len(majority(answers).members) / max(len(answers), 1)) ** density_exponent
     for i, scored in enumerate(similarities):

@@ -21,6 +21,9 @@ from ireasoner.method.rewards import FloatArray
 from ireasoner.method.texts import parse_trajectory
 from ireasoner.method.types import FinishReason, Form, Part, Solution, StepScore, UsageError
 
+# Parts of a user's own reward cannot be called like these, which metrics and records hold for every reward.
+RESERVED_PARTS = frozenset({"total", "outcome", "step_agreement"})
+
 
 class RewardError(UsageError):
     """A reward cannot be computed: the context lacks something, or the user's own function is at fault."""
@@ -28,9 +31,13 @@ class RewardError(UsageError):
 
 @dataclass(frozen=True)
 class Group:
-    """One question's trajectories as they were read, with the vote on their answers; what a reward function gets."""
+    """One question's trajectories as they were read, with the vote on their answers; what a reward function gets.
+
+    `texts` are the raw texts; empty where only readings are known.
+    """
 
     question: str
+    texts: tuple[str, ...]
     solutions: tuple[Solution, ...]
     answer_keys: tuple[str | None, ...]
     vote: Vote
@@ -47,6 +54,7 @@ class Context:
     """What a reward may need beside the texts.
 
     Args:
+        image: the name of the image that the question is about.
         form: how the texts give their answers.
         finish_reasons: of each text; None: all ended by themselves.
         step_weight: λ, the weight of step agreement.
@@ -54,10 +62,11 @@ class Context:
         recent_claims: what each of the latest groups of other images claimed (`ireasoner.method.memory`).
         logprobs: of each text's tokens, under the distribution that was sampled from.
         true_answer: what is true, for the recipe `oracle`.
-        seed: of the random reward.
+        seed: of whatever a reward draws at random; a resumed run passes the same.
         reward: the function that a recipe names as `file.py:function`.
     """
 
+    image: str | None = None
     form: Form = "tags"
     finish_reasons: Sequence[FinishReason] | None = None
     step_weight: float | None = None
@@ -92,16 +101,22 @@ def score_group(question: str, texts: Sequence[str], recipe: Recipe, context: Co
     Raises:
         RewardError: the context lacks what the recipe needs, or the recipe's own function fails.
     """
-    context = context or Context()
+    if isinstance(texts, str):
+        raise RewardError("score_group takes a group of texts, not one")
+    texts, context = tuple(texts), context or Context()
     ends: Sequence[FinishReason] = context.finish_reasons or tuple("stop" for _ in texts)
+    if len(ends) != len(texts):
+        raise RewardError(f"context.finish_reasons has {len(ends)} entries for {len(texts)} texts")
     solutions = [parse_trajectory(text, end, context.form) for text, end in zip(texts, ends, strict=True)]
-    return score_solutions(question, solutions, recipe, context)
+    return score_solutions(question, solutions, recipe, context, texts)
 
 
-def score_solutions(question: str, solutions: Sequence[Solution], recipe: Recipe, context: Context) -> ScoredGroup:
-    """As `score_group`, for texts that were read before."""
+def score_solutions(
+    question: str, solutions: Sequence[Solution], recipe: Recipe, context: Context, texts: Sequence[str] = ()
+) -> ScoredGroup:
+    """Score solutions that have already been read; `texts`, if known, are what they were read from."""
     keys = tuple(answer_key(s.answer, question) if s.answer is not None else None for s in solutions)
-    group = Group(question, tuple(solutions), keys, majority(keys))
+    group = Group(question, tuple(texts), tuple(solutions), keys, majority(keys))
     if not solutions:
         return ScoredGroup(group, (), (), (), 0.0)
     lacking = _lacking(recipe, context)
@@ -133,9 +148,11 @@ def step_weight(recipe: Recipe, step: int, total_steps: int) -> float:
 
 
 def _lacking(recipe: Recipe, context: Context) -> str | None:
-    """Which field of the context agreement would need and does not have."""
+    """The field of the context that the agreement reward needs and that is not set, or None."""
     if context.step_weight is None:
         return "step_weight"
+    if not 0 <= context.step_weight <= 1:
+        raise RewardError(f"context.step_weight is {context.step_weight}: a weight lies between 0 and 1")
     if recipe.recurrence_window and context.recent_claims is None:
         return "recent_claims"
     if recipe.step_measure == "embedding" and context.embed is None:
@@ -149,18 +166,26 @@ def _agreement(
     """The parts `outcome` and `step_agreement` of every trajectory, and what each compared reasoning step scored."""
     keys, weight = group.answer_keys, context.step_weight or 0.0
     compared = [s.reasoning_steps[: recipe.max_reasoning_steps] if s.well_formed else () for s in group.solutions]
-    # Over all steps, empty ones too: an answer behind words that fit every image must not pay in full.
+    # Of all reasoning steps, also those that claim nothing: an answer behind words that fit every image must not earn
+    # the full outcome reward.
     recurrences = [
         rewards.recurrence([claim_digest(step) for step in own], context.recent_claims or ()) for own in compared
     ]
     words = [s.words_before_answer for s in group.solutions]
+    outcome = rewards.outcome_rewards(
+        keys,
+        words,
+        exponent=recipe.outcome_exponent,
+        length_penalty=recipe.length_penalty,
+        target_words=recipe.target_words,
+    )
     factors = {
         f"share of the vote ^ {recipe.outcome_exponent:g}": rewards.vote_factors(keys, recipe.outcome_exponent),
         "length": rewards.length_factors(words, length_penalty=recipe.length_penalty, target_words=recipe.target_words),
     }
     if recipe.recurrence_window:
         factors["not said of other images"] = rewards.novelty_factors(recurrences)
-    outcome = np.prod(list(factors.values()), axis=0)
+        outcome = outcome * factors["not said of other images"]
     if recipe.step_measure == "claims":
         similarity = _claim_support(group.solutions, compared)
         scores = [s * (1.0 - f) for s, f in zip(similarity, recurrences, strict=True)]
@@ -214,15 +239,25 @@ def _other_reward(group: Group, recipe: Recipe, context: Context) -> dict[str, l
         raise RewardError(
             f"the reward {recipe.reward} lies in a file, which is not opened here: hand in context.reward"
         )
-    return _own_reward(group, recipe.reward, context.reward(group, context))
+    try:
+        given = context.reward(group, context)
+    except Exception as error:  # the function is the user's and may raise anything
+        raise RewardError(f"{recipe.reward} failed: {type(error).__name__}: {error}") from error
+    return _own_reward(group, recipe.reward, given)
 
 
 def _own_reward(group: Group, name: str, given: Any) -> dict[str, list[Part]]:
     """The parts that a user's function gave, checked; an unreadable trajectory earns nothing, whatever it was given."""
     parts = given if isinstance(given, Mapping) else {"reward": given}
+    if not parts or RESERVED_PARTS.intersection(parts):
+        raise RewardError(
+            f"{name} gave parts called {list(parts)}: name at least one, and none of {sorted(RESERVED_PARTS)}"
+        )
     found: dict[str, list[Part]] = {}
     for part, values in parts.items():
         try:
+            if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str):
+                raise TypeError
             numbers = [0.0 if value is None else float(value) for value in values]
         except (TypeError, ValueError):
             raise RewardError(f"{name} gave {values!r:.100} as {part}: it must give a number for each text") from None

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class UsageError(Exception):
-    """Something that whoever runs the program can put right: one sentence: what is wrong, where, what to do."""
+    """An error that the user can fix. Its message says in one sentence what is wrong, where, and what to do."""
 
 
 Role = Literal["proposer", "solver"]
@@ -24,7 +24,7 @@ Form = Literal["tags", "boxed", "answer-line"]
 
 
 class Truth(Protocol):
-    """What somebody knows of the images by name, for whoever measures; None where it is not known."""
+    """Ground truth about images, looked up by image name, for measuring. Methods return None where it is unknown."""
 
     def answer(self, image: str, question: str) -> str | None:
         """The true answer to a question about an image."""

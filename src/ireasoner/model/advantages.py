@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ireasoner.method.recipe import PAPER
+
 
 @dataclass
 class MovingBaseline:
@@ -15,7 +17,7 @@ class MovingBaseline:
     Starting anywhere else (at 0, say) would give identical rewards a non-zero advantage.
     """
 
-    momentum: float = 0.9
+    momentum: float = PAPER.baseline_momentum
     value: float | None = None
 
     def advantages(self, rewards_B: Tensor) -> Tensor:

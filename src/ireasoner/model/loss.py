@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ireasoner.method.recipe import PAPER
+
 # One chunk of float32 logits takes at most 2^25 x 4 bytes = 128 MiB; policy, reference and their gradients are a few
 # of these, whatever the number of tokens and the size of the vocabulary.
 CHUNK_LOGITS = 2**25
@@ -77,7 +79,7 @@ def reinforce_loss(logprobs_R: Tensor, kl_R: Tensor, advantages_R: Tensor, kl_co
     return (-advantages_R * logprobs_R + kl_coef * kl_R).sum()
 
 
-def adapt_kl_coef(kl_coef: float, kl: float, target: float, rate: float = 0.1) -> float:
+def adapt_kl_coef(kl_coef: float, kl: float, target: float, rate: float = PAPER.kl_rate) -> float:
     """β ← clip(β · exp(rate · (KL − τ)/τ), 1e-8, 1e2), after each update; a rate of 0 leaves β as it is."""
     exponent = min(rate * (kl - target) / target, 50.0)  # exp would overflow long after the clip has decided
     return min(max(kl_coef * float(torch.tensor(exponent, dtype=torch.float64).exp()), 1e-8), 1e2)

@@ -34,10 +34,16 @@ def _row(path: Path, name: str) -> tuple[float, list[str]] | None:
     try:
         if not (path / "config.yaml").is_file():  # reading a named pipe would wait for ever
             return None
-        began, config = (path / "config.yaml").stat().st_mtime, load_config(path / "config.yaml")
+        began = (path / "config.yaml").stat().st_mtime
+        try:
+            config = load_config(path / "config.yaml")
+        except ConfigError as error:
+            return (
+                (began, [name, "unreadable", "", "", "", "", str(error)]) if (path / "metrics.jsonl").exists() else None
+            )
         summary, last = read_json(path / "summary.json"), _last_metrics(path)
         state = state_of(path, summary)
-    except (ConfigError, OSError):
+    except OSError:
         return None
     step = f"{last.get('step', 0)}/{config.schedule.steps}"
     return began, [name, state, config.model, config.recipe.name, str(config.seed), step, _result(summary, last)]

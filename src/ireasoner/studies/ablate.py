@@ -32,7 +32,7 @@ from ireasoner.playground import dataset, world
 from ireasoner.playground.truth import step_truth
 from ireasoner.studies import ablation_tables as report
 from ireasoner.training.config import PRESET_OPTIONS, Config, dump_config, load_config, names, resolve
-from ireasoner.training.custom_reward import names_a_file
+from ireasoner.training.custom_reward import names_a_file, sha256_of
 from ireasoner.training.evaluation import MEASURES
 from ireasoner.training.items import ImagePool
 from ireasoner.training.labelled import answer_prior, load_questions, prior_line
@@ -100,7 +100,12 @@ def settle(out: Path, given: Mapping[str, Any]) -> Settings:
         raise UsageError(f"{settings.data} has changed since {out} was begun: choose another folder")
     if stored and (differing := _differing(_fixed(out, stored), _fixed(out, settings))):
         raise UsageError(f"{out} holds an ablation with other options ({differing}): choose another folder")
-    for recipe in () if "recipes" in given else settings.recipes:  # OUT may come from somebody else
+    # OUT may come from somebody else: it may set the scale and nothing that a recipe sets, such as code to run.
+    if strangers := set(settings.training) - {"preset", "device", *PRESET_OPTIONS}:
+        raise UsageError(
+            f"{path} holds training options that an ablation does not take: {', '.join(sorted(strangers))}"
+        )
+    for recipe in () if "recipes" in given else settings.recipes:
         if names_a_file(config := arm_config(out, settings, recipe, 0)):
             own = f"the recipe {recipe} is paid by {config.recipe.reward}"
             raise UsageError(f"{own}, whose code is run only if you say so: name the recipes again with --recipes")
@@ -190,6 +195,8 @@ def _check_run(run: Path, config: Config) -> None:
     moved = stored.changed(**{name: wanted[name] for name in ("images", "labels", "model", "device", "recipe")})
     if differing := _differing(moved.flat(), wanted):
         raise UsageError(f"{run} was trained with other options ({differing}): choose another folder")
+    if stored.reward_sha256 not in (None, sha256_of(config)):
+        raise UsageError(f"{config.recipe.reward} has changed since {run} was trained: choose another folder")
     if moved != stored and not (run / "summary.json").exists():
         replace_file(run / "config.yaml", dump_config(moved).encode())
 

@@ -80,7 +80,7 @@ def measures(config: Config, notes: list[str], *, truth: bool) -> dict[str, Meas
 
 
 def step_agreement(recipe: Recipe, by: Literal["embedding", "claims"], embed: Embed | None = None) -> Measure:
-    """What `score_group` pays for step agreement, whatever else a recipe pays and whatever other images' groups say.
+    """The step-agreement reward alone, without other parts and without the recurrence discount.
 
     Args:
         recipe: its constants.

@@ -7,6 +7,7 @@ override both. In all three an option has its own, unique name; only `config.yam
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -186,7 +187,7 @@ def _read_part(kind: Literal["recipes", "presets"], name: str, known: Sequence[s
     if strangers := sorted(map(str, set(values) - set(known))):
         raise ConfigError(f"{what} has unknown options: {', '.join(strangers)}")
     if isinstance(path, Path) and ".py:" in str(values.get("reward")):
-        values["reward"] = str(path.parent.absolute() / values["reward"])  # relative to the recipe's folder
+        values["reward"] = os.path.abspath(path.parent / values["reward"])  # relative to the recipe's folder
     return values
 
 
@@ -202,6 +203,8 @@ def resolve(flags: Mapping[str, Any]) -> Config:
     recipe = str(flags.get("recipe", "default"))
     preset = str(flags.get("preset", "tiny" if flags.get("model") == "tiny" else option("preset").default))
     parts = _read_part("presets", preset, PRESET_OPTIONS) | _read_part("recipes", recipe, RECIPE_OPTIONS)
+    if flags.get("solution_form") not in (None, parts.get("solution_form", "tags")):
+        parts.pop("solver_prompt", None)  # the preset's prompt asks for another form; the default one asks for this
     return config_of({**parts, **flags, "recipe": recipe, "preset": preset})
 
 
@@ -212,6 +215,8 @@ def load_config(path: Path) -> Config:
         ConfigError: the file is missing, or this version cannot read it.
     """
     try:
+        if path.exists() and not path.is_file():  # reading a named pipe would wait for ever
+            raise ConfigError(f"{path} cannot be read: it is not a regular file")
         values = yaml.safe_load(path.read_text("utf-8"))
         if isinstance(values, dict) and "images" in values and "format" not in values:
             raise ConfigError(f"{path} was written by ireasoner 0.1, which this version cannot read: start a new run")

@@ -86,8 +86,11 @@ def resume(
     """
     summary = out / "summary.json"
     if summary.exists():
-        found = json.loads(summary.read_text("utf-8"))
-        return Outcome(found["steps"], True, found)
+        try:
+            found = json.loads(summary.read_text("utf-8"))
+            return Outcome(found["steps"], True, found)
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunError(f"{summary} is damaged: remove it, and the run is finished anew") from None
     reward = None
     if names_a_file(config):
         name = config.recipe.reward

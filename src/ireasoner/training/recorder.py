@@ -24,7 +24,7 @@ from typing import IO, Any, Self
 from PIL import Image
 from pydantic import ValidationError
 
-from ireasoner.method.types import Episode, ProbeAnswer, UsageError
+from ireasoner.method.types import ROLES, Episode, ProbeAnswer, UsageError
 
 if sys.platform == "win32":
     import msvcrt
@@ -54,6 +54,7 @@ class Recorder:
         """Create the directory, or prepare one whose process was killed: a line that it did not finish is cut off."""
         recorder = cls(run_dir, writes=writes)
         if writes:
+            _refuse_links(run_dir)
             with _boundary(run_dir):
                 (run_dir / "images").mkdir(parents=True, exist_ok=True)
                 for path in recorder._files():
@@ -146,6 +147,17 @@ class Recorder:
             if written < len(line):
                 file.truncate(file.tell() - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _refuse_links(run_dir: Path) -> None:
+    """A run directory may come from somebody else; what is written into it must not end up elsewhere.
+
+    Raises:
+        RunDirectoryError: something that a run writes to is a link.
+    """
+    for name in (*FILES, "images", "checkpoints", *ROLES):
+        if (run_dir / name).is_symlink():
+            raise RunDirectoryError(f"{run_dir / name} is a link, but a run writes into its own directory: remove it")
 
 
 @contextmanager

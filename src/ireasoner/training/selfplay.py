@@ -10,9 +10,9 @@ import numpy as np
 
 from ireasoner.method import seeds
 from ireasoner.method.memory import ClaimMemory
-from ireasoner.method.scoring import Context, RewardFunction, ScoredGroup, score_solutions, step_weight
+from ireasoner.method.scoring import Context, RewardFunction, ScoredGroup, score_group, step_weight
 from ireasoner.method.texts import parse_question, parse_trajectory, proposer_messages, solver_messages
-from ireasoner.method.types import Completion, Episode, Proposal, Question, Sampled, Solution, Trajectory
+from ireasoner.method.types import Completion, Episode, Proposal, Question, Sampled, Trajectory
 from ireasoner.model.inputs import EncodedImage, embed_texts, encode_images
 from ireasoner.model.parallel import Processes
 from ireasoner.model.policy import Policy
@@ -85,15 +85,17 @@ class SelfPlay:
         images = dict(zip(own, encode_images(self.policy, [items[i].image for i in own]), strict=True))
         asked, proposer = self._ask(draws, images, len(items))
         solver = self._solve(draws, images, [each.question for each in asked])
-        # Completions are exchanged before they are scored: every process scores every group, and so all have the same
-        # episodes and the same memory of recent claims.
+        # Completions are exchanged before they are scored, so that every process remembers what every group claimed.
         by_episode = dict(zip(solver.episodes, solver.groups, strict=True))
         groups = self._exchange([by_episode.get(i, []) for i in own], len(items))
         form = self.config.sampling.solution_form
         solutions = [[parse_trajectory(c.text, c.finish_reason, form) for c in group] for group in groups]
         for item, group in zip(items, solutions, strict=True):
             self.memory.add(item.name, group)
-        episodes = [self._episode(draws, i, asked[i], groups[i], solutions[i]) for i in range(len(items))]
+        # Each process scores its own share and the others take over the result: a user's reward need not give the same
+        # number twice, and advantages must agree.
+        scored = [self._episode(draws, i, asked[i], groups[i]).model_dump(mode="json") for i in own]
+        episodes = [Episode.model_validate(record) for record in self.processes.gather(scored, len(items))]
         return Play(tuple(episodes), solver, proposer)
 
     def _ask(self, draws: _Draws, images: Mapping[int, EncodedImage], total: int) -> tuple[list[_Asked], RoleSamples]:
@@ -140,13 +142,15 @@ class SelfPlay:
             return replace(question, problem="an image token inside the question")
         return question
 
-    def _episode(
-        self, draws: _Draws, i: int, asked: _Asked, completions: Sequence[Completion], solutions: Sequence[Solution]
-    ) -> Episode:
+    def _episode(self, draws: _Draws, i: int, asked: _Asked, completions: Sequence[Completion]) -> Episode:
         """Score the group of item i and make its record."""
         recipe, sampling, processor = self.config.recipe, self.config.sampling, self.policy.processor
         weight = step_weight(recipe, draws.step, self.config.schedule.steps)
         context = Context(
+            image=draws.names[i],
+            form=sampling.solution_form,
+            finish_reasons=[c.finish_reason for c in completions],
+            logprobs=[c.logprobs for c in completions],
             step_weight=weight,
             embed=lambda texts: embed_texts(self.policy, texts, recipe.max_step_tokens),
             recent_claims=self.memory.of_others(draws.names[i]),
@@ -154,7 +158,7 @@ class SelfPlay:
             seed=draws.seed(i, seeds.RANDOM_REWARD),
             reward=self.reward,
         )
-        scored = score_solutions(asked.question.text, solutions, recipe, context)
+        scored = score_group(asked.question.text, [c.text for c in completions], recipe, context)
         proposal = None
         if asked.proposal:
             prompt = render(processor, proposer_messages(sampling.proposer_prompt))

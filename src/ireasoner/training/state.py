@@ -146,7 +146,10 @@ def open_run(
     )
     record_skips(run)
     if checkpoint:
-        _restore(run, checkpoint, state)
+        try:
+            _restore(run, checkpoint, state)
+        except (KeyError, TypeError, ValueError) as error:  # a checkpoint that is whole, but not a run's
+            raise RunError(f"{checkpoint} does not fit this run: {type(error).__name__}: {error}") from None
     return run, checkpoint is not None
 
 
