@@ -493,8 +493,12 @@ def test_runs_are_listed_with_state_and_result(played: Path, tmp_path: Path, cap
     (tmp_path / "other" / "config.yaml").write_text("some: thing\n")
     (tmp_path / "pipe").mkdir()
     os.mkfifo(tmp_path / "pipe" / "config.yaml")
+    old = with_metrics(new_run(tmp_path / "old")).run_dir / "config.yaml"
+    old.write_text("images: /pictures\nmodel: tiny\nsteps: 3\n")  # of version 0.1
     rows = {row[0]: row[1:] for row in overview(tmp_path)[1:]}
-    assert set(rows) == {"group/real", "\x1b[31mcut", "fresh"}
+    assert set(rows) == {"group/real", "\x1b[31mcut", "fresh", "old"}
+    assert rows["old"][0] == "unreadable"
+    assert "written by ireasoner 0.1" in rows["old"][5]
     assert rows["group/real"][:1] + rows["group/real"][4:5] == ["finished", "4/4"]
     assert re.fullmatch(r"greedy [\d.]+ → [\d.]+ % \([+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]\)", rows["group/real"][5])
     assert rows["\x1b[31mcut"][4:] == ["2/3", "reward 0.500, majority 0.700"]

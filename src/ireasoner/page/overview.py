@@ -37,10 +37,9 @@ def _row(path: Path, name: str) -> tuple[float, list[str]] | None:
         began = (path / "config.yaml").stat().st_mtime
         try:
             config = load_config(path / "config.yaml")
-        except ConfigError as error:
-            return (
-                (began, [name, "unreadable", "", "", "", "", str(error)]) if (path / "metrics.jsonl").exists() else None
-            )
+        except ConfigError as error:  # another version's run, or some other program's file
+            row = [name, "unreadable", "", "", "", "", str(error)]
+            return (began, row) if (path / "metrics.jsonl").exists() else None
         summary, last = read_json(path / "summary.json"), _last_metrics(path)
         state = state_of(path, summary)
     except OSError:
