@@ -20,7 +20,8 @@ from ireasoner.app.commands import Train
 from ireasoner.app.display import Display, evaluation_table, plain, results_table, vote_line
 from ireasoner.method.types import Episode, Part, Question, Trajectory
 from ireasoner.training.config import Config, dump_config, resolve
-from ireasoner.training.evaluation import MEASURES, Scores, compare
+from ireasoner.training.evaluation import Scores, compare
+from ireasoner.training.statistics import MEASURES
 
 COMMANDS = ("train", "demo", "eval", "ablate", "view", "report", "runs", "validity", "doctor", "bench", "playground")
 

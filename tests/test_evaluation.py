@@ -19,10 +19,10 @@ from ireasoner.playground import dataset, world
 from ireasoner.playground.truth import step_truth
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import SamplingOptions
-from ireasoner.training.evaluation import MEASURES, Scores, compare, evaluate
+from ireasoner.training.evaluation import Scores, compare, evaluate
 from ireasoner.training.items import ImageError, load_image
 from ireasoner.training.labelled import DataError, LabelledQuestion, answer_prior, load_questions
-from ireasoner.training.statistics import interval, paired_interval, plus_minus, resampled_means
+from ireasoner.training.statistics import MEASURES, interval, paired_interval, plus_minus, resampled_means
 from models import load, requests
 
 # --- intervals --------------------------------------------------------------------------------------------------------

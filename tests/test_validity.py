@@ -25,7 +25,7 @@ from ireasoner.playground.truth import WorldTruth
 from ireasoner.studies.perturbations import PERTURBATIONS
 from ireasoner.studies.validity import (
     SAMPLE,
-    Group,
+    ReadGroup,
     exact,
     measures,
     pair_validity,
@@ -52,10 +52,10 @@ def group(
     steps: Sequence[Sequence[str]] = (),
     question: str = "What is the value of the red bar?",
     words: Sequence[float] = (),
-) -> Group:
+) -> ReadGroup:
     count = len(keys)
     said = steps or ((),) * count
-    return Group(
+    return ReadGroup(
         question=("image.png", question),
         keys=tuple(keys),
         solutions=tuple(solution(key, own) for key, own in zip(keys, said, strict=True)),
@@ -170,7 +170,7 @@ def test_the_bootstrap_resamples_questions_and_repeats_itself() -> None:
 
 
 @pytest.mark.parametrize("groups", [[], [group(["a", "b"], [1.0, 0.0])]])
-def test_without_pairs_there_is_no_rate(groups: list[Group]) -> None:
+def test_without_pairs_there_is_no_rate(groups: list[ReadGroup]) -> None:
     rate, low, high, pairs, questions = pair_validity(groups, [np.zeros(2)] * len(groups))
     assert np.isnan([rate, low, high]).all()
     assert (pairs, questions) == (0, 0)
@@ -396,7 +396,7 @@ def test_sensitivity_edits_one_trajectory_of_the_majority_in_its_group() -> None
     sample = [replace(group(["a", "a", "b"], steps=texts), question=(f"{i}.png", "")) for i in range(40)]
     untouched = sample[0].solutions
 
-    def length(g: Group) -> np.ndarray:
+    def length(g: ReadGroup) -> np.ndarray:
         assert sum(a != b for a, b in zip(g.solutions, untouched, strict=True)) <= 1
         assert g.solutions[2] == solution("b", ["Maybe."])
         return np.array([-len(s.reasoning_steps) / 10 for s in g.solutions])

@@ -81,7 +81,7 @@ class Solution:
 
 # No record of ours comes near these bounds, and within them no sum overflows: a run directory may come from anywhere.
 Number = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, le=10**9)]
+Whole = Annotated[int, Field(ge=0, le=10**9)]
 
 
 class Record(BaseModel):
@@ -119,7 +119,7 @@ class Sampled(Record):
 
     text: str
     finish_reason: FinishReason
-    num_tokens: Count
+    num_tokens: Whole
     mean_sampler_logprob: Number | None
 
     @staticmethod
@@ -146,7 +146,7 @@ class Trajectory(Sampled):
 
     reasoning_steps: tuple[str, ...]
     answer: str | None
-    words_before_answer: Count
+    words_before_answer: Whole
     problem: str | None
     answer_key: str | None
     in_majority: bool
@@ -168,7 +168,7 @@ class Episode(Record):
     """
 
     schema_version: Literal[2] = 2
-    step: Count
+    step: Whole
     image: str
     thumbnail: str = ""
     question: Question
@@ -191,7 +191,7 @@ class Episode(Record):
 class ProbeAnswer(Record):
     """What the solver answered to one of the questions that are asked again and again."""
 
-    step: Count
+    step: Whole
     image: str
     thumbnail: str = ""
     question: str

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from ireasoner.method.types import Number, Record
 from ireasoner.page.run import RecordedRun
+from ireasoner.training.statistics import MEASURES
 from ireasoner.training.watch import Sign
 
 Tone = Literal["good", "bad", "unsure"]
-MEASURES = ("greedy", "mean@1", "maj@5", "pass@5")  # the first of those that were measured decides
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def comparisons(summary: Mapping[str, Any]) -> list[Comparison]:
     """Held-out accuracy in a run's `summary.json`; empty if none was measured or the file is not one of ours."""
     found = []
     try:
-        for name in [name for name in MEASURES if name in summary["difference"]]:
+        for name in [name for name in MEASURES if name in summary["difference"]]:  # the first one decides
             parts = [Interval.model_validate(summary[part][name]) for part in ("before", "after", "difference")]
             found.append(Comparison(name, int(summary["before"]["questions"]), *parts))
     except (KeyError, TypeError, ValueError, OverflowError):

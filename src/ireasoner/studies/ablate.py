@@ -33,11 +33,11 @@ from ireasoner.playground.truth import step_truth
 from ireasoner.studies import ablation_tables as report
 from ireasoner.training.config import PRESET_OPTIONS, Config, dump_config, load_config, names, resolve
 from ireasoner.training.custom_reward import names_a_file, sha256_of
-from ireasoner.training.evaluation import MEASURES
 from ireasoner.training.items import ImagePool
 from ireasoner.training.labelled import answer_prior, load_questions, prior_line
 from ireasoner.training.recorder import replace_file, write_json
 from ireasoner.training.state import load_labels
+from ireasoner.training.statistics import MEASURES
 
 UNLABELED, VALIDATION, LABELS_PER_IMAGE = 512, 128, 4
 BISECTIONS = 6

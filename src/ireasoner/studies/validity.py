@@ -39,7 +39,7 @@ NOT_FROM_TEXT = ("recorded", "exact")  # measures that cannot follow every edit 
 
 
 @dataclass(frozen=True)
-class Group:
+class ReadGroup:
     """One question and its N trajectories; arrays [N] hold NaN where something is not known.
 
     Args:
@@ -64,7 +64,7 @@ class Group:
         return [solution.reasoning_steps for solution in self.solutions]
 
 
-Measure = Callable[[Group], FloatArray]  # scores [N] in [0, 1], NaN for no score
+Measure = Callable[[ReadGroup], FloatArray]  # scores [N] in [0, 1], NaN for no score
 Embed = Callable[[Sequence[str]], NDArray[np.floating]]
 
 
@@ -90,7 +90,7 @@ def step_agreement(recipe: Recipe, by: Literal["embedding", "claims"], embed: Em
     alone = recipe.model_copy(update={"reward": "agreement", "step_measure": by, "recurrence_window": 0})
     context = Context(step_weight=1.0, embed=embed)
 
-    def measure(group: Group) -> FloatArray:
+    def measure(group: ReadGroup) -> FloatArray:
         scored = score_solutions(group.question[1], group.solutions, alone, context)
         return np.array([parts["step_agreement"].value for parts in scored.parts])
 
@@ -111,7 +111,7 @@ def embedder(config: Config) -> Embed:
     return lambda steps: np.stack([row(step) for step in steps]) if steps else np.zeros((0, 1))
 
 
-def exact(group: Group) -> FloatArray:
+def exact(group: ReadGroup) -> FloatArray:
     """An oracle: agreement on claims where two steps agree, and then wholly, if the world reads the same claim in both.
 
     Steps that the world cannot read are left out.
@@ -145,7 +145,7 @@ def _in_common(a: Sequence[object], b: Sequence[object]) -> int:
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
-def pair_validity(groups: Sequence[Group], scores: Sequence[FloatArray]) -> tuple[float, float, float, int, int]:
+def pair_validity(groups: Sequence[ReadGroup], scores: Sequence[FloatArray]) -> tuple[float, float, float, int, int]:
     """How often the truer of two trajectories of a group with the same answer has the higher score; ties count ½.
 
     Args:
@@ -217,7 +217,7 @@ def _numbered(names: Iterable[object]) -> NDArray[np.int64]:
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
 
 
-def statistics(groups: Sequence[Group], scores: Sequence[FloatArray]) -> dict[str, dict[str, float]]:
+def statistics(groups: Sequence[ReadGroup], scores: Sequence[FloatArray]) -> dict[str, dict[str, float]]:
     """What can be said about one measure, except for its sensitivity; `scores` as for `pair_validity`.
 
     `pairs` and `majority_pairs` (those with the majority answer) come from `pair_validity`. The others are correlations
@@ -257,7 +257,7 @@ def statistics(groups: Sequence[Group], scores: Sequence[FloatArray]) -> dict[st
     }
 
 
-def sensitivity(sample: Sequence[Group], measures: Mapping[str, Measure]) -> dict[str, dict[str, Any]]:
+def sensitivity(sample: Sequence[ReadGroup], measures: Mapping[str, Measure]) -> dict[str, dict[str, Any]]:
     """How measures react to each of the `PERTURBATIONS` of one trajectory, while the rest of its group stays the same.
 
     The trajectory is drawn from those with the majority answer: the paper's measure is always 0 for the others.
@@ -316,8 +316,8 @@ def validity(run: Path, truth: Path | None = None, steps: tuple[int, int] | None
     known = read_truth(truth or beside) if truth or beside.exists() else None
     scorers = measures(config, notes, truth=known is not None)
     scores: dict[str, list[FloatArray]] = {name: [] for name in scorers}
-    groups: list[Group] = []
-    sample: list[Group] = []
+    groups: list[ReadGroup] = []
+    sample: list[ReadGroup] = []
     rng, eligible = np.random.default_rng(0), 0
     for group in read_groups(run, config, known, steps):
         groups.append(replace(group, solutions=()))  # a long run's texts would fill the memory
@@ -352,7 +352,7 @@ def validity(run: Path, truth: Path | None = None, steps: tuple[int, int] | None
 
 def read_groups(
     run: Path, config: Config, truth: Truth | None = None, steps: tuple[int, int] | None = None
-) -> Iterator[Group]:
+) -> Iterator[ReadGroup]:
     """The groups of a run's episodes one by one, without those of unreadable questions; `steps` as for `validity`.
 
     Raises:
@@ -363,7 +363,7 @@ def read_groups(
             yield _group(episode, config.recipe.max_reasoning_steps, truth)
 
 
-def _group(episode: Episode, compared: int, truth: Truth | None) -> Group:
+def _group(episode: Episode, compared: int, truth: Truth | None) -> ReadGroup:
     """An episode's group, cut to the steps that were compared; its truth is of all steps."""
     written = [t.reasoning_steps if t.well_formed else () for t in episode.trajectories]
     verdicts = [[truth.step(episode.image, step) for step in own] if truth else [] for own in written]
@@ -371,7 +371,7 @@ def _group(episode: Episode, compared: int, truth: Truth | None) -> Group:
     recorded = [
         t.parts["step_agreement"].value if "step_agreement" in t.parts else np.nan for t in episode.trajectories
     ]
-    return Group(
+    return ReadGroup(
         question=(episode.image, episode.question.text),
         keys=tuple(t.answer_key for t in episode.trajectories),
         solutions=tuple(

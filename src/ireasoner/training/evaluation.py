@@ -21,10 +21,8 @@ from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import SamplingOptions
 from ireasoner.training.items import load_image
 from ireasoner.training.labelled import LabelledQuestion, StepTruth
-from ireasoner.training.statistics import RESAMPLES, interval
+from ireasoner.training.statistics import MEASURES, RESAMPLES, SAMPLES, interval
 
-SAMPLES = 5  # of each question, for mean@1, maj@5 and pass@5
-MEASURES = ("greedy", "mean@1", f"maj@{SAMPLES}", f"pass@{SAMPLES}")
 TRUTH = ("checkable_steps", "true_steps")
 GRAY = (128, 128, 128)
 

@@ -1,4 +1,4 @@
-"""95 % confidence intervals of means over seeds, over questions, and over both."""
+"""The measures of accuracy, and 95 % confidence intervals of means over seeds, over questions, and over both."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+SAMPLES = 5  # of each question, for mean@1, maj@5 and pass@5
+MEASURES = ("greedy", "mean@1", f"maj@{SAMPLES}", f"pass@{SAMPLES}")  # of accuracy, the most important first
 RESAMPLES = 10_000
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, 1 to 9 degrees of freedom
 
