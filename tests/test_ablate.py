@@ -44,6 +44,7 @@ from ireasoner.studies.ablation_tables import (
 )
 from ireasoner.training.config import dump_config, names, resolve
 from ireasoner.training.custom_reward import sha256_of
+from ireasoner.training.evaluation import EvaluationOptions
 from ireasoner.training.labelled import load_questions
 from ireasoner.training.recorder import writer_lock
 from ireasoner.training.statistics import paired_interval
@@ -486,20 +487,25 @@ def test_an_ablation_stopped_moved_resumed_and_extended(
     # The base is the backbone alone, and an arm its trained solver, each under the arm's seed.
     questions = load_questions(out / "data" / "test" / "test.jsonl")
     for target, name in (("tiny", "base-1"), (str(out / "paper-1"), "paper-1")):
-        kept, again = scores_of(out, name), evaluate_target(target, questions, seed=1, preset=str(out / "preset.yaml"))
+        kept, again = (
+            scores_of(out, name),
+            evaluate_target(target, questions, preset=str(out / "preset.yaml"), options=EvaluationOptions(seed=1)),
+        )
         assert kept["greedy_texts"] == list(again.greedy_texts)
         assert kept["mean@1"] == again.measures["mean@1"].tolist()
         assert kept["answer_entropy"] == again.answer_entropy.tolist()
     assert scores_of(out, "base-1")["greedy_texts"] != scores_of(out, "paper-1")["greedy_texts"]
     heat = json.loads((out / "cooled.json").read_text())["temperature"]
-    again = evaluate_target("tiny", questions, seed=1, preset=str(out / "preset.yaml"), temperature=heat)
+    again = evaluate_target(
+        "tiny", questions, preset=str(out / "preset.yaml"), options=EvaluationOptions(seed=1, temperature=heat)
+    )
     assert scores_of(out, f"base-1-at-{heat:.3f}")["mean@1"] == again.measures["mean@1"].tolist()
     # A run's last checkpoint is what it ended with; a damaged one is refused.
     checkpoints = out / "paper-1" / "checkpoints"
-    first = evaluate_target(str(checkpoints / "step-000001"), questions, seed=1)
+    first = evaluate_target(str(checkpoints / "step-000001"), questions, options=EvaluationOptions(seed=1))
     assert (
         first.answer_entropy.tolist()
-        != evaluate_target(str(out / "paper-1"), questions, seed=1).answer_entropy.tolist()
+        != evaluate_target(str(out / "paper-1"), questions, options=EvaluationOptions(seed=1)).answer_entropy.tolist()
     )
     (checkpoints / "step-000001" / "solver" / "adapter_config.json").write_text("{}")
     for name in ("step-000001", "step-000009"):

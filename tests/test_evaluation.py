@@ -19,7 +19,7 @@ from ireasoner.playground import dataset, world
 from ireasoner.playground.truth import step_truth
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import SamplingOptions
-from ireasoner.training.evaluation import Scores, compare, evaluate
+from ireasoner.training.evaluation import EvaluationOptions, Scores, compare, evaluate
 from ireasoner.training.items import ImageError, load_image
 from ireasoner.training.labelled import DataError, LabelledQuestion, answer_prior, load_questions
 from ireasoner.training.statistics import MEASURES, interval, paired_interval, plus_minus, resampled_means
@@ -327,10 +327,16 @@ def knowing_blindly() -> float:
 
 def test_the_tiny_model_looks_at_its_world(tiny: Policy, questions: list[LabelledQuestion]):
     told: list[tuple[int, int]] = []
+    options = EvaluationOptions(batch_size=30)
     found = evaluate(
-        tiny, questions, None, asked(96), truth=step_truth, batch_size=30,
+        tiny,
+        questions,
+        None,
+        asked(96),
+        truth=step_truth,
         on_progress=lambda done, total: told.append((done, total)),
-    )  # fmt: skip
+        options=options,
+    )
     assert told == [(30, 60), (60, 60)]
     # Not the greedy answer: the tiny LMM can look, but guesses more often than not; guesses seldom agree.
     accuracy = found.measures["maj@5"].mean()
@@ -344,9 +350,8 @@ def test_the_tiny_model_looks_at_its_world(tiny: Policy, questions: list[Labelle
 
 def test_scores_depend_on_the_seed_alone_and_not_on_the_batches(tiny: Policy, questions: list[LabelledQuestion]):
     def of(seed: int, batch_size: int) -> Scores:
-        return evaluate(
-            tiny, questions[:6], None, asked(64), truth=step_truth, seed=seed, batch_size=batch_size
-        )  # fmt: skip
+        options = EvaluationOptions(seed=seed, batch_size=batch_size)
+        return evaluate(tiny, questions[:6], None, asked(64), truth=step_truth, options=options)
 
     first, again, other = of(0, 64), of(0, 4), of(1, 64)
     assert first.greedy_texts == again.greedy_texts == other.greedy_texts  # greedy draws nothing
@@ -364,7 +369,7 @@ def test_any_right_sample_passes(tiny: Policy, questions: list[LabelledQuestion]
 
 def test_the_truth_of_steps_is_that_of_the_sampled_steps(tiny: Policy, questions: list[LabelledQuestion]):
     some = questions[:8]
-    found = evaluate(tiny, some, None, asked(64), truth=step_truth, seed=3)
+    found = evaluate(tiny, some, None, asked(64), truth=step_truth, options=EvaluationOptions(seed=3))
     chats = [solver_messages("{question}", q.question) for q in some]
     sent = requests(tiny, [load_image(q.image) for q in some], chats, [(3, i) for i in range(8)])
     groups = LiveEngine(tiny).sample(sent, None, n=5, max_tokens=64)
@@ -398,7 +403,7 @@ def test_without_every_picture_there_is_no_truth(tiny: Policy, questions: list[L
 
 def test_blank_images_tell_nothing(tiny: Policy, questions: list[LabelledQuestion]):
     same = [LabelledQuestion(q.image, "How many bars are there?", "3") for q in questions[:6]]
-    blank = evaluate(tiny, same, None, asked(64), truth=step_truth, blank=True).greedy_texts
+    blank = evaluate(tiny, same, None, asked(64), truth=step_truth, options=EvaluationOptions(blank=True)).greedy_texts
     assert len(set(blank)) == 1
     assert len(set(evaluate(tiny, same, None, asked(64), truth=step_truth).greedy_texts)) > 1
 
@@ -411,7 +416,7 @@ def test_a_truncated_answer_is_wrong(tiny: Policy, questions: list[LabelledQuest
 
 
 def test_a_cold_sample_is_the_greedy_answer(tiny: Policy, questions: list[LabelledQuestion]):
-    found = evaluate(tiny, questions[:4], None, asked(64), truth=step_truth, temperature=0.0)
+    found = evaluate(tiny, questions[:4], None, asked(64), truth=step_truth, options=EvaluationOptions(temperature=0.0))
     assert np.array_equal(found.measures["greedy"], found.measures["mean@1"])
     assert np.array_equal(found.measures["greedy"], found.measures["maj@5"])
     assert not found.answer_entropy.any()
@@ -419,7 +424,7 @@ def test_a_cold_sample_is_the_greedy_answer(tiny: Policy, questions: list[Labell
 
 def test_an_answer_that_is_the_same_in_other_words_is_right(tiny: Policy, questions: list[LabelledQuestion]):
     count = next(q for q in questions if q.question.startswith("How many"))
-    first = evaluate(tiny, [count], None, asked(64), truth=step_truth, temperature=0.0)
+    first = evaluate(tiny, [count], None, asked(64), truth=step_truth, options=EvaluationOptions(temperature=0.0))
     said = first.greedy_texts[0].partition("<answer>")[2].partition("</answer>")[0]
     again = [LabelledQuestion(count.image, count.question, f"{float(said)}")]  # "3.0" for "3"
     assert evaluate(tiny, again, None, asked(64), truth=step_truth).measures["greedy"].tolist() == [1.0]

@@ -150,22 +150,15 @@ class Eval(Command):
         quiet_libraries()
         from ireasoner.app.targets import evaluate_target
         from ireasoner.playground.truth import step_truth
+        from ireasoner.training.evaluation import EvaluationOptions
         from ireasoner.training.labelled import answer_prior, load_questions, prior_line
         from ireasoner.training.recorder import write_json
 
         questions = load_questions(self.data, self.limit, step_truth)
         names = [f"{target}, images blanked" if self.blank else target for target in self.models]
+        options = EvaluationOptions(seed=self.seed, temperature=self.temperature, blank=self.blank)
         scores = [
-            evaluate_target(
-                target,
-                questions,
-                preset=self.preset,
-                temperature=self.temperature,
-                seed=self.seed,
-                device=self.device,
-                blank=self.blank,
-                truth=step_truth,
-            )
+            evaluate_target(target, questions, options, preset=self.preset, device=self.device, truth=step_truth)
             for target in self.models
         ]
         result = evaluation_table(names, scores)

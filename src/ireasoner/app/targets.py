@@ -10,19 +10,17 @@ from ireasoner.method.types import Role, UsageError
 from ireasoner.model.loading import load_policy
 from ireasoner.training.checkpoints import verify_checkpoint
 from ireasoner.training.config import load_config, resolve
-from ireasoner.training.evaluation import Scores, evaluate
+from ireasoner.training.evaluation import EvaluationOptions, Scores, evaluate
 from ireasoner.training.labelled import LabelledQuestion, StepTruth
 
 
 def evaluate_target(
     target: str,
     questions: Sequence[LabelledQuestion],
+    options: EvaluationOptions | None = None,
     *,
     preset: str | None = None,
-    temperature: float = 1.0,
-    seed: int = 0,
     device: str = "auto",
-    blank: bool = False,
     truth: StepTruth | None = None,
 ) -> Scores:
     """Score a target on labelled questions.
@@ -32,7 +30,7 @@ def evaluate_target(
             scored under the run's own prompt and lengths; or a plain model: 'tiny', a folder or a hub id.
         questions: what it is asked.
         preset: where a plain model gets its prompt and lengths; None: tiny for the model tiny, otherwise 7b.
-        temperature, seed, blank, truth: as for `evaluate`.
+        options, truth: as for `evaluate`.
         device: where the model runs.
 
     Raises:
@@ -59,6 +57,4 @@ def evaluate_target(
     if is_run:
         policy.load_adapters(adapters)
     role: Role | None = "solver" if is_run else None
-    return evaluate(
-        policy, questions, role, config.sampling, seed=seed, temperature=temperature, blank=blank, truth=truth
-    )
+    return evaluate(policy, questions, role, config.sampling, options, truth=truth)

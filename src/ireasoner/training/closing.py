@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from ireasoner import __version__
 from ireasoner.method.types import ROLES, Role
-from ireasoner.training.evaluation import Scores, compare, evaluate
+from ireasoner.training.evaluation import EvaluationOptions, Scores, compare, evaluate
 from ireasoner.training.recorder import RunDirectoryError, write_json
 from ireasoner.training.state import Run, go_back
 
@@ -53,7 +53,7 @@ def evaluate_role(run: Run, which: str, role: Role | None) -> Scores:
         run.questions,
         role,
         run.config.sampling,
-        seed=run.config.seed,
+        EvaluationOptions(seed=run.config.seed),
         truth=run.truth,
         on_progress=lambda done, total: run.observer.on_evaluation(which, done, total),
         processes=run.processes,

@@ -28,6 +28,23 @@ GRAY = (128, 128, 128)
 
 
 @dataclass(frozen=True)
+class EvaluationOptions:
+    """How questions are asked.
+
+    Args:
+        seed: of the sampled answers.
+        temperature: of the sampled answers.
+        blank: show a uniformly gray image of the same size instead of each image.
+        batch_size: questions that are sampled together; the scores do not depend on it.
+    """
+
+    seed: int = 0
+    temperature: float = 1.0
+    blank: bool = False
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
 class Scores:
     """How one model did on Q questions: arrays [Q].
 
@@ -79,11 +96,8 @@ def evaluate(
     questions: Sequence[LabelledQuestion],
     role: Role | None,
     sampling: SamplingOptions,
+    options: EvaluationOptions | None = None,
     *,
-    seed: int = 0,
-    temperature: float = 1.0,
-    batch_size: int = 64,
-    blank: bool = False,
     truth: StepTruth | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     processes: Processes | None = None,
@@ -99,10 +113,7 @@ def evaluate(
         questions: what it is asked.
         role: whose adapter is measured; None: the backbone alone.
         sampling: the solver's prompt, the form of its text and its longest completion.
-        seed: of the sampled answers.
-        temperature: of the sampled answers.
-        batch_size: questions that are sampled together; the scores do not depend on it.
-        blank: show a uniformly gray image of the same size instead of each image.
+        options: how it is asked.
         truth: says whether a reasoning step about a question is true; None: steps are not checked.
         on_progress: called with the number of questions done and their total.
         processes: the processes that share the questions; all of them get all scores.
@@ -111,25 +122,27 @@ def evaluate(
     Raises:
         ImageError: a labelled image that cannot be decoded.
     """
-    engine = engine or LiveEngine(policy)
-    processes = processes or Processes()
+    options = options or EvaluationOptions()
+    engine, processes = engine or LiveEngine(policy), processes or Processes()
     own = processes.share(len(questions))
     found: list[tuple[dict[str, float], str]] = []
-    for first in range(0, len(own), batch_size):
-        numbers = own[first : first + batch_size]
+    for first in range(0, len(own), options.batch_size):
+        numbers = own[first : first + options.batch_size]
         batch = [questions[i] for i in numbers]
         images = [load_image(q.image) for q in batch]
-        encoded = encode_images(policy, [Image.new("RGB", image.size, GRAY) for image in images] if blank else images)
+        if options.blank:
+            images = [Image.new("RGB", image.size, GRAY) for image in images]
+        encoded = encode_images(policy, images)
         requests = [
-            Request(image, solver_messages(sampling.solver_prompt, q.question), (seed, i))
+            Request(image, solver_messages(sampling.solver_prompt, q.question), (options.seed, i))
             for image, q, i in zip(encoded, batch, numbers, strict=True)
         ]
         longest = sampling.max_solution_tokens
         best = engine.sample(requests, role, max_tokens=longest, temperature=0)
-        drawn = engine.sample(requests, role, n=SAMPLES, max_tokens=longest, temperature=temperature)
+        drawn = engine.sample(requests, role, n=SAMPLES, max_tokens=longest, temperature=options.temperature)
         for question, (single,), group in zip(batch, best, drawn, strict=True):
             found.append((_score(question, single, group, sampling.solution_form, truth), single.text))
-        on_progress(min((first + batch_size) * processes.count, len(questions)), len(questions))
+        on_progress(min((first + options.batch_size) * processes.count, len(questions)), len(questions))
     rows, texts = zip(*processes.gather(found, len(questions)), strict=True)
     names = rows[0].keys() if all(row.keys() == rows[0].keys() for row in rows) else rows[0].keys() - TRUTH
     columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in names}
