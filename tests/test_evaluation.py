@@ -22,7 +22,7 @@ from ireasoner.training.config import SamplingOptions
 from ireasoner.training.evaluation import EvaluationOptions, Scores, compare, evaluate
 from ireasoner.training.items import ImageError, load_image
 from ireasoner.training.labelled import DataError, LabelledQuestion, answer_prior, load_questions
-from ireasoner.training.statistics import MEASURES, interval, paired_interval, plus_minus, resampled_means
+from ireasoner.training.statistics import MEASURES, interval, plus_minus, resampled_means
 from models import load, requests
 
 # --- intervals --------------------------------------------------------------------------------------------------------
@@ -76,7 +76,6 @@ def test_seeds_and_questions_are_both_resampled():
         means, counts = np.unique(resampled_means(values[None]).round(9), return_counts=True)
         assert means.tolist() == [0.0, 0.5, 1.0]
         assert counts / counts.sum() == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
-        assert paired_interval(values) == (0.5, 0.0, 1.0)
 
 
 def test_two_models_are_resampled_alike():
@@ -85,9 +84,6 @@ def test_two_models_are_resampled_alike():
     apart = resampled_means(np.stack([a, b]))
     together = resampled_means((a - b)[None])[:, 0]
     assert apart[:, 0] - apart[:, 1] == pytest.approx(together)
-    mean, low, high = paired_interval(a - b)
-    assert (mean, low, high) == pytest.approx(((a - b).mean(), *np.quantile(together, [0.025, 0.975])))
-    assert paired_interval(np.full((3, 5), 0.25)) == pytest.approx((0.25, 0.25, 0.25))
 
 
 # --- without looking --------------------------------------------------------------------------------------------------

@@ -37,12 +37,6 @@ def resampled_means(values_KSQ: NDArray[np.float64]) -> NDArray[np.float64]:
     return found
 
 
-def paired_interval(differences_SQ: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Mean, low and high of a difference [seeds, questions], with seeds and questions resampled."""
-    low, high = np.quantile(resampled_means(differences_SQ[None]), [0.025, 0.975])
-    return float(differences_SQ.mean()), float(low), float(high)
-
-
 def plus_minus(by_seed: Sequence[float]) -> float | None:
     """Half the width of the 95 % interval of a mean over seeds (Student's t); None for a single seed."""
     freedom = len(by_seed) - 1
