@@ -432,6 +432,12 @@ def test_the_oracle_pays_for_the_truth(policy: Policy):
     assert pay(policy, config, texts, true_answer="three").rewards == (1.0, 1.0, 0.0, 0.0)
     with pytest.raises(RewardError, match=r"context\.true_answer"):
         pay(policy, config, texts, true_answer=None)
+    # The truth is read as the answers are: as one of the question's options.
+    options = "What colour is the bar? A) red B) blue"
+    assert pay(policy, config, [solution("blue"), solution("A")], question=options, true_answer="B").rewards == (
+        1.0,
+        0.0,
+    )
 
 
 # --- what a recipe needs, and rewards of the user's own ---------------------------------------------------------------

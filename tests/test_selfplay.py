@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from ireasoner.method import seeds
+from ireasoner.method.memory import claim_digest
 from ireasoner.method.scoring import Context, Group
 from ireasoner.method.types import Completion, Episode
 from ireasoner.model.inputs import build_prompts
@@ -237,6 +238,45 @@ def test_a_reward_of_ones_own_gets_what_self_play_knows(policy: Policy, pictures
         assert context.logprobs == [c.logprobs for c in completions]
         assert context.seed is not None
         assert episode.rewards == tuple(0.25 * t.well_formed for t in episode.trajectories)
+
+
+class Scripted:
+    """An engine that asks and answers the same of every image."""
+
+    def __init__(self, question: str, solution: str) -> None:
+        self.texts = {"proposer": question, "solver": solution}
+
+    def sample(self, requests: Sequence[Any], role: Any, *, n: int = 1, **_: Any) -> list[list[Completion]]:
+        return [[Completion(self.texts[role], (1,), (0.0,), "stop")] * n for _ in requests]
+
+    def refresh(self) -> None:
+        pass
+
+
+def test_a_group_is_scored_beside_what_was_said_of_other_images(policy: Policy, pictures: list[Image.Image]):
+    """The claims of the other images alone, in the run's own form; truncated steps look alike from their start."""
+    heard: list[Context] = []
+
+    def fn(group: Group, context: Context) -> list[float]:
+        assert group.answer_keys == ("number:3",) * 3
+        heard.append(context)
+        return [0.5] * 3
+
+    engine = Scripted("<question>How many dots are there?</question>", "Step 1: There are three dots.\n\n\\boxed{3}")
+    config = config_of(reward="mine.py:fn", solution_form="boxed")
+    config = config.model_copy(
+        update={"recipe": config.recipe.model_copy(update={"recurrence_window": 8, "max_step_tokens": 4})}
+    )
+    SelfPlay(policy, engine, config, reward=fn).play(2, named(pictures[:3]))
+    assert [context.image for context in heard] == ["0.png", "1.png", "2.png"]
+    draws = _Draws(config.seed, 2, ["0.png", "1.png", "2.png"])
+    for i, context in enumerate(heard):
+        assert context.recent_claims == [frozenset({claim_digest("There are three dots.")})] * 2
+        assert context.seed == draws.seed(i, seeds.RANDOM_REWARD)
+        assert context.embed is not None
+        same, longer, other = context.embed(["red red red red blue", "red red red red red and blue", "blue"])
+        assert np.allclose(same, longer, atol=1e-6)
+        assert not np.allclose(same, other, atol=1e-3)
 
 
 def test_an_episode_reads_back_as_it_was_written(policy: Policy, pictures: list[Image.Image]):
