@@ -26,9 +26,8 @@ from transformers.cache_utils import DynamicLayer
 
 NAME = "ireasoner_shared_prompt"
 MORE = ("softcap", "s_aux", "position_bias")  # what some families ask of attention beyond softmax and product
-_active: list[
-    SharedCache
-] = []  # the last one is read by `shared_attention`, which gets a layer's number, not its cache
+# transformers tells an attention function a layer's number and not its cache; so `attending` leaves the cache here.
+_active: list[SharedCache] = []
 
 
 class SharedLayer(DynamicLayer):
@@ -97,6 +96,8 @@ class SharedCache(Cache):
 
         Where a prompt has fewer than M rows, the grid's places are filled with row 0, whose results are not used.
         """
+        # Rows are sorted by prompt. Those of prompt b begin where those of the prompts before it end, and row r is
+        # number `within_R[r]` of its prompt.
         self.prompt_R = prompt_R
         counts_B = torch.bincount(prompt_R, minlength=len(self.padding_BP))
         starts_B = counts_B.cumsum(0) - counts_B
@@ -161,8 +162,11 @@ def shared_attention(
     to_prompt = cache.to_grid(query) @ layer.prompt_keys.transpose(-1, -2)
     to_prompt = to_prompt.masked_fill(cache.padding_BP[:, None, None], -torch.inf)
     to_own = query @ key.transpose(-1, -2)
+    # Where all places are read at every step, those that are still to be written hold zeros and must be hidden. An
+    # eager step reads only the places that are filled.
     if cache.used is None:
         to_own = to_own.masked_fill(cache.ahead_T, -torch.inf)
+    # One softmax over both: the prompt's positions and the row's own compete as they would in one cache.
     weights = torch.cat([to_prompt, cache.to_grid(to_own)], -1).softmax(-1).to(value.dtype)
     output = cache.to_rows(weights[..., :-own] @ layer.prompt_values) + cache.to_rows(weights[..., -own:]) @ value
     return output.reshape(rows, heads, length, -1).transpose(1, 2).contiguous(), None

@@ -86,9 +86,12 @@ class Learner:
             found, gap = self._backward(prompts[rows], completions, advantages_R, total)
             sums += found
             sampler_gap = sampler_gap.maximum(gap)  # unlike Python's `max`, it keeps NaN
+        # Every process divided by the number of completions of all, so that the sum is the gradient of their mean, in
+        # whatever way they were dealt out.
         self.processes.sum_gradients(self.parameters.values())
         loss, kl, entropy = self.processes.sum(sums).tolist()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm).item()
+        # One NaN would spoil the adapter and AdamW's moments for good; the step is left out, and `grad_norm` shows it.
         if math.isfinite(grad_norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -146,7 +149,8 @@ class Learner:
             if tokens([row]) <= limit:
                 rows = [*rows, row]
                 continue
-            # One group is too much already.
+            # One group is too much already: it is cut between its completions. The gradient is a sum over completions,
+            # so that where they are cut changes nothing but the memory.
             size = max((n for n in range(1, count) if tokens([row], n) <= limit), default=1)
             for first in range(0, count, size):
                 yield [row], slice(first, first + size)
