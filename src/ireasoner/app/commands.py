@@ -186,7 +186,7 @@ class Ablate(Command):
     seeds: Count | None = None
     """Runs of each recipe, seeds 0 to N - 1 (5)."""
     quick: bool = False
-    """2 seeds, 256 questions, 24 steps, 2 jobs: 8 minutes on two CPU cores."""
+    """2 seeds, 256 questions, 24 steps and 2 jobs: a first look."""
     cooled: bool = False
     """Add a control: the base, sampled at the temperature at which its answer entropy equals the first recipe's."""
     jobs: Count | None = None
