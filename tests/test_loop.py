@@ -117,6 +117,29 @@ def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_a_resumed_run_remembers_what_was_claimed_of_other_images(data: Path, tmp_path: Path):
+    scale = {"recipe": "default", "steps": "3", "probe_every": "0", "learning_rate": "3e-3"}
+    options = {name: value for name, value in flags(data, **scale).items() if name != "eval_data"}
+
+    def die(step: int, metrics: object, episodes: object) -> None:
+        if step == 2:
+            raise RuntimeError("as if killed")
+
+    start(resolve(options), tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="as if killed"):
+        start(resolve(options), tmp_path / "killed", Observer(on_step=die))
+    resume(resolve(options), tmp_path / "killed")
+    state, resumed = (
+        json.loads((tmp_path / run / "checkpoints" / "step-000003" / "state.json").read_text())
+        for run in ("whole", "killed")
+    )
+    assert len(state["memory"]) > 2, "too few groups could be read"
+    assert resumed["memory"] == state["memory"]
+    assert [e.rewards for e in read_episodes(tmp_path / "killed")] == [
+        e.rewards for e in read_episodes(tmp_path / "whole")
+    ]
+
+
 @pytest.fixture(scope="module")
 def interrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that died after the records of step 3 and before its checkpoint, with torn and stale things lying about."""

@@ -482,8 +482,12 @@ def _absolute(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_json(path: Path | None, text: str) -> None:
-    if path is not None:
+    if path is None:
+        return
+    try:
         path.write_text(text, "utf-8")
+    except OSError as error:
+        raise UsageError(f"the results cannot be written to {path}: {error}") from None
 
 
 def _find_truth(run: Path, file: Path | None = None) -> Any:

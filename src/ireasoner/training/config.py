@@ -248,7 +248,8 @@ def explain(error: ValidationError) -> str:
     """Pydantic's errors in one line, with the options by their own names."""
     parts = []
     for item in error.errors():
-        where = [str(part) for part in item["loc"] if part not in GROUPS or len(item["loc"]) == 1]
+        inside = item["loc"][1:] if item["loc"] and item["loc"][0] in GROUPS else ()  # `watch` names an option as well
+        where = [str(part) for part in inside or item["loc"]]
         name, problem = ".".join(where), item["msg"].removeprefix("Value error, ")
         if not name:  # the error of `_options_fit_together`
             parts.append(problem)
