@@ -75,6 +75,10 @@ def test_every_option_of_every_command_is_explained():
     assert tuple(commands.choices) == COMMANDS  # type: ignore[arg-type]
     for parser in commands.choices.values():  # type: ignore[union-attr]
         assert all(action.help for action in parser._actions)
+    # What a training option is when it is not given depends on the recipe and the preset; a number would mislead.
+    text = " ".join(commands.choices["train"].format_help().split())  # type: ignore[index]
+    assert "--kl-coef X" in text
+    assert "0.001)" not in text
 
 
 @pytest.mark.parametrize(
@@ -211,6 +215,7 @@ def test_a_model_that_cannot_be_used(capsys: pytest.CaptureFixture[str], place: 
         ({"steps": "many"}, "steps"),
         ({"learning-rate": "-1"}, "learning_rate"),
         ({"group-size": "1"}, "group_size"),
+        ({"watch": "maybe"}, "watch:"),
         ({"recipe": "papre"}, "papre"),
         ({"preset": "8b"}, "8b"),
         ({"recipe": "oracle"}, "--labels"),

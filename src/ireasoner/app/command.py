@@ -68,9 +68,12 @@ def parsed(command: type[Command], values: dict[str, Any]) -> Command:
 
 
 def _add(parser: Any, name: str, info: FieldInfo, *, positional: bool = False, switch: bool = True) -> None:
-    """Add one option. `switch`: a yes-or-no option takes no value."""
+    """Add one option of the command's own (`switch`: one for yes or no takes no value), or one of training's.
+
+    What the latter is when it is not given depends on the recipe and the preset, so no default is named.
+    """
     kind, name = _kind(info.annotation), info.alias or name
-    shape: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(info)}
+    shape: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(info, with_default=switch)}
     if kind is bool and switch:
         shape["action"] = "store_true"
     elif get_origin(kind) is tuple and Ellipsis not in get_args(kind):
@@ -101,9 +104,9 @@ def _metavar(kind: Any) -> str:
     return {int: "N", float: "X", bool: "{true,false}", Path: "PATH"}.get(kind, "NAME")
 
 
-def _help(info: FieldInfo) -> str:
-    """A field's docstring, with its default where the docstring does not end with one in brackets."""
+def _help(info: FieldInfo, with_default: bool) -> str:
+    """A field's docstring, if asked with its default where the docstring does not end with one in brackets."""
     text, default = " ".join((info.description or "").split()).rstrip("."), info.default
     unsaid = default is PydanticUndefined or default is None or default is False or default == () or text.endswith(")")
     shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
-    return (text if unsaid or len(shown) > 40 else f"{text} ({shown})").replace("%", "%%")
+    return (text if unsaid or not with_default or len(shown) > 40 else f"{text} ({shown})").replace("%", "%%")
