@@ -653,7 +653,7 @@ def sleepers(monkeypatch: pytest.MonkeyPatch, then: Callable[[int], None]) -> li
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*_: Any) -> subprocess.Popen[bytes]:
-        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(90)"]))
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]))
         if len(started) == 2:
             threading.Timer(0.3, then, [started[0].pid]).start()
         return started[-1]
