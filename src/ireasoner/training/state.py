@@ -70,9 +70,14 @@ class Run:
     elapsed: float = 0.0
 
     @property
+    def is_watched(self) -> bool:
+        """Whether the run may end early. A run on labels never does: there, agreement is no sign of collapse."""
+        return self.config.watch.watch and self.config.labels is None
+
+    @property
     def alarm(self) -> Alarm | None:
-        """Why the run ends early, or None. A run on labels never does: there, agreement is no sign of collapse."""
-        return self.watch.alarm if self.config.watch.watch and self.config.labels is None else None
+        """Why the run ends early, or None."""
+        return self.watch.alarm if self.is_watched else None
 
     def due(self, every: int) -> bool:
         """Whether something that happens every `every` steps (0: never) is due after this step."""
@@ -236,9 +241,9 @@ def _steps_to_return_to(run: Run) -> set[int]:
 
     The recent steps are among them because the healthy step of a later alarm may be any of them.
     """
-    config = run.config
-    if not config.watch.watch or config.labels is not None:
+    if not run.is_watched:
         return set()
+    config = run.config
     recent = range(max(0, run.step - config.watch.watch_window), run.step + 1)
     return {regular_step(config, step) for step in (*run.watch.may_return_to(), *recent)}
 
