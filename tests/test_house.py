@@ -18,13 +18,23 @@ ALLOWED = {
     "model": ("method.types", "method.recipe"),
     "rollouts": ("method", "model"),
     "training": ("method", "model", "rollouts"),
-    "page": ("method", "training.config", "training.recorder", "training.watch", "training.statistics"),
+    "page": (
+        "method",
+        "training.config",
+        "training.recorder",
+        "training.watch",
+        "training.statistics",
+        "training.advice",
+    ),
     "playground": ("method.types", "model.processors"),
     "studies": ("method", "model", "rollouts", "training", "page", "playground"),
     "app": ("method", "model", "rollouts", "training", "page", "playground", "studies"),
 }
 NO_TORCH = ("method", "page")
-LIGHT = ("training.config", "training.recorder", "training.watch", "training.statistics", "app.cli", "app.display")
+LIGHT = (
+    "training.config", "training.recorder", "training.watch", "training.statistics", "training.advice",
+    "app.cli", "app.display",
+)  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

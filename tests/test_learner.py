@@ -459,6 +459,16 @@ def test_a_step_without_a_finite_gradient_changes_no_weight(scene: Scene):
     assert teach(learner, scene.prompts, scene.groups, REWARDS)["grad_norm"] > 0
 
 
+def test_a_step_that_teaches_nothing_changes_no_weight(make_policy: MakePolicy, pictures: list[Image.Image]):
+    """The gradient of a KL of 0 is rounding, and AdamW would make a step of ordinary size out of it."""
+    scene = make_scene(make_policy(0.0), pictures)
+    before = weights(scene.policy)
+    metrics = teach(scene.learner(), scene.prompts, scene.groups, [[0.5] * 3] * 2)
+    assert metrics["kl"] == 0
+    assert metrics["grad_norm"] > 0
+    assert_same_bits(weights(scene.policy), before)
+
+
 def test_what_earns_more_grows_more_likely(scene: Scene):
     def means() -> list[float]:
         return [

@@ -47,6 +47,7 @@ from ireasoner.training.loop import resume, start
 from ireasoner.training.recorder import Recorder, read_episodes, read_records
 from ireasoner.training.state import Observer, Run, RunError, open_run
 from ireasoner.training.teaching import update
+from ireasoner.training.watch import ENDED_ITSELF
 
 # Long enough that most trajectories are readable, and a rate at which every step moves what the next one samples.
 OPTIONS = {
@@ -102,10 +103,10 @@ def run_here(*argv: str) -> tuple[int, str]:
     return code, out.getvalue()
 
 
-def complete(data: Path, out: Path, **changes: str) -> str:
+def complete(data: Path, out: Path, ends_with: int = 0, **changes: str) -> str:
     """Bring a run to its end in this process; what it printed, on one line."""
     code, printed = run_here(*command(data, out, **changes))
-    assert code == 0, printed
+    assert code == ends_with, printed
     return " ".join(printed.split())
 
 
@@ -527,7 +528,7 @@ RUIN |= {"save_every": "1", "keep_checkpoints": "1", "eval_questions": "2"}
 def ruined(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that collapsed and went back, uninterrupted."""
     out = tmp_path_factory.mktemp("ruined") / "run"
-    printed = complete(data, out, **RUIN)
+    printed = complete(data, out, ENDED_ITSELF, **RUIN)
     assert "The run ends itself and goes back to step" in printed
     return out
 
@@ -556,6 +557,39 @@ def test_a_collapsing_run_ends_itself_and_publishes_the_checkpoint_from_before(r
     assert len(metrics) == summary["steps"]
     assert metrics[0]["watch/majority_fraction"] == metrics[0]["answers/majority_fraction"]
     assert 0 <= metrics[0]["watch/blank_survival"] <= 1
+
+
+# Nothing that is cut off after so few tokens can be read.
+DEAD = {"max_solution_tokens": "6", "steps": "40", "images_per_step": "1", "group_size": "2", "blank_every": "0"}
+DEAD |= {"probe_every": "0", "save_every": "0", "eval_questions": "2", "watch_window": "50"}
+
+
+def test_a_run_that_is_dead_from_the_start_says_so_and_publishes_nothing(data: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    printed = complete(data, out, ENDED_ITSELF, **DEAD)
+    assert "Warning: hardly any solution can be read (readable 0, since step 1). Most texts of this step" in printed
+    assert "goes back to step 0: hardly any solution can be read" in printed
+    assert "max_solution_tokens is 6, not 112: solutions that are cut off cannot be read" in printed
+    assert "adapters: none" in printed
+    assert not any((out / role).exists() for role in ROLES)
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["steps"], summary["best_step"], summary["trained_roles"]) == (15, 0, [])
+    assert summary["after"] is None
+    report = (out / "report.html").read_text()
+    assert "It went wrong: hardly any solution can be read" in report
+    assert "max_solution_tokens is 6, not 112" in report
+    assert "hardly any solution can be read" in run_here("runs", str(tmp_path))[1]
+    code, said = run_here("eval", str(out), "--data", str(data / "held-out.jsonl"), "--limit", "1")
+    assert code == 0
+    assert "learned nothing and has no adapter: its model tiny is scored" in said
+
+
+def test_a_short_run_that_learned_nothing_is_not_called_healthy(data: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    printed = complete(data, out, ENDED_ITSELF, **{**DEAD, "steps": "2"})
+    assert "Nothing was learned: the solver is still the model that the run started from." in printed
+    assert "Nothing was learned" in (out / "report.html").read_text()
+    assert "nothing was learned" in run_here("runs", str(tmp_path))[1]
 
 
 def test_without_the_watch_the_same_run_goes_on(data: Path, ruined: Path, tmp_path: Path):
@@ -589,7 +623,7 @@ def test_interrupted_and_killed_it_ends_itself_at_the_same_step_in_the_same_way(
     for observer in (Observer(on_step=die), Observer(on_evaluation=die_late)):
         with pytest.raises(RuntimeError, match="as if killed"):
             resume(config, out, observer)
-    complete(data, out)
+    complete(data, out, ENDED_ITSELF)
     last = last_checkpoint(ruined)
     ours, theirs = contents(out, last), contents(ruined, last)
     assert [name for name in theirs if ours[name] != theirs[name]] == []

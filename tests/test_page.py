@@ -21,10 +21,10 @@ from ireasoner.page.gallery import average_agreement, select, stretches
 from ireasoner.page.page import IN_REPORT, Page, Query
 from ireasoner.page.run import RecordedRun
 from ireasoner.page.terms import reward_terms
-from ireasoner.page.verdict import signs, verdict
+from ireasoner.page.verdict import verdict
 from ireasoner.playground import dataset, world
 from ireasoner.playground.truth import read_truth, truth_beside
-from ireasoner.training.config import names, resolve
+from ireasoner.training.config import load_config, names, resolve
 from ireasoner.training.recorder import write_json
 from ireasoner.training.watch import Watch
 from runs import HOSTILE, METRICS, HandMade, episode, new_run, played_run, probe, unreadable, with_metrics
@@ -183,7 +183,7 @@ def test_healthy_signs_are_no_proof(tmp_path: Path):
     found = verdict(run)
     assert (found.tone, found.sentence.split(":")[0]) == ("unsure", "No sign of trouble")
     assert any("cannot tell a right consensus from a wrong one" in note for note in found.notes)
-    assert all(sign.trouble is None for sign in signs(run))
+    assert all(sign.trouble is None for sign in run.watch.signs())
 
 
 @pytest.mark.parametrize(
@@ -205,14 +205,14 @@ def test_under_labels_agreement_is_no_sign_of_trouble(tmp_path: Path):
     run = signal_run(tmp_path / "run", {"majority_fraction": 0.99}, recipe="oracle", labels="/labels.jsonl")
     assert verdict(run).tone == "unsure"
     assert "paid for true answers" in verdict(run).sentence
-    assert signs(run) == []
+    assert run.watch.signs() == []
 
 
 def test_the_page_and_the_watch_say_the_same(tmp_path: Path):
     """Of noise around a level that holds, and of agreement that is won and lost, at every tenth step."""
     rng = np.random.default_rng(0)
     recorder = new_run(tmp_path / "run", steps=200)
-    run, watch, told = RecordedRun.open(recorder.run_dir), Watch(10), set()
+    run, watch, told = RecordedRun.open(recorder.run_dir), Watch(load_config(recorder.run_dir / "config.yaml")), set()
     for step in range(1, 201):
         level = 0.6 if step < 80 else 0.9 if step < 140 else 0.55
         values = {"majority_fraction": float(np.clip(rng.normal(level, 0.1), 0, 1)), "readable": 1.0}

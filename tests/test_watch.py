@@ -5,15 +5,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ireasoner.method.types import Episode, Question, Trajectory
+from ireasoner.training.config import Config, resolve
+from ireasoner.training.floors import FLOORS, common_problem, floor_signals
 from ireasoner.training.watch import RULES, Alarm, Signals, Watch, repeated_share
 
 WINDOW = 10
 Series = list[dict[str, float | None]]
+
+
+@cache
+def config(window: int = WINDOW, **options: Any) -> Config:
+    return resolve({"model": "tiny", "images": "/pictures", "watch_window": window, **options})
+
 
 # Where the signals of the tiny model's healthy runs begin, where they end, and their noise from step to step
 # (16 images): agreement rises, entropies fall, and none of it is a failure.
@@ -63,7 +73,7 @@ def fail(run: Series, name: str, value: float, begin: int, over: int) -> Series:
 
 def watch(run: Series, window: int = WINDOW) -> tuple[Watch, int]:
     """The watch after the step at which it fired, or after the whole run; and that step."""
-    watched, step = Watch(window), 0
+    watched, step = Watch(config(window)), 0
     for step, signals in enumerate(run, 1):
         watched.observe(step, signals)
         if watched.alarm:
@@ -169,7 +179,7 @@ def test_replayed_from_its_records_it_is_the_same():
     alarm, step = fired(run)
     replayed = [json.loads(json.dumps(signals)) for signals in run]
     assert fired(replayed) == (alarm, step)
-    first, second = Watch(WINDOW), Watch(WINDOW)
+    first, second = Watch(config(WINDOW)), Watch(config(WINDOW))
     for number, signals in enumerate(run, 1):
         first.observe(number, signals)
         second.observe(number, replayed[number - 1])
@@ -178,7 +188,7 @@ def test_replayed_from_its_records_it_is_the_same():
 
 def test_where_it_may_return_to_never_moves_back():
     for seed in range(20):
-        watched, newest, kept = Watch(WINDOW), 0, {0}
+        watched, newest, kept = Watch(config(WINDOW)), 0, {0}
         for step, signals in enumerate(fail(healthy_run(seed, 90), "answer_entropy", 0.3, 45, 30), 1):
             watched.observe(step, signals)
             wanted = watched.may_return_to()
@@ -285,3 +295,109 @@ def test_a_step_without_a_readable_question_says_only_that():
 )
 def test_repeated_share(text: str, share: float):
     assert repeated_share(text) == pytest.approx(share)
+
+
+# --- floors -----------------------------------------------------------------------------------------------------------
+
+SOUND = {
+    "finite": 1.0, "readable_questions": 0.98, "readable": 0.98, "paid": 0.97, "spread": 0.2, "kl": 0.01, "moved": 0.01,
+}  # fmt: skip
+DEATHS = [
+    ("finite", 0.0, "gradients are not finite", True),
+    ("readable_questions", 0.0, "hardly any question can be read", True),
+    ("readable", 0.0, "hardly any solution can be read", True),
+    ("paid", 0.0, "every reward is zero", True),
+    ("spread", 0.0, "the rewards of a step are all the same", False),
+    ("kl", 3.0, "the model has moved very far", True),
+    ("kl", 1e-7, "the model hardly moves", False),
+    ("moved", 0.0, "the solver's adapter is as it was at the start", True),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "meaning", "ends"), DEATHS, ids=lambda x: str(x))
+@pytest.mark.parametrize("begin", [1, 16])
+@pytest.mark.parametrize("window", [10, 50])
+def test_a_dead_run_is_named_within_twenty_steps(
+    name: str, value: float, meaning: str, ends: bool, begin: int, window: int
+):
+    """From the first step on, or after a crash: long before a window of 50 has anything to compare."""
+    watched, told = Watch(config(window)), list[tuple[int, str]]()
+    for step in range(1, begin + 60):
+        values = SOUND | ({name: value} if step >= begin else {})
+        if warning := watched.observe(step, values):
+            told.append((step, warning))
+        if watched.alarm:
+            break
+    ((named, warning),) = told
+    assert named < begin + 20
+    assert meaning in warning
+    assert f"since step {begin}" in warning
+    if ends:
+        assert watched.alarm is not None
+        assert name.replace("_", " ") in watched.alarm.reason  # a small window may compare before the floor ends it
+        assert begin - 6 <= watched.alarm.healthy_step <= begin - 1
+    else:
+        assert watched.alarm is None
+    assert any(sign.signal == name and sign.trouble for sign in watched.signs())
+
+
+def test_every_floor_has_its_death():
+    assert len(FLOORS) == len(DEATHS)
+    assert all(any(meaning in floor.meaning for _, _, meaning, _ in DEATHS) for floor in FLOORS)
+
+
+def test_the_cause_is_named_and_not_its_effects():
+    watched, told = Watch(config()), list[str]()
+    for step in range(1, 16):
+        told += filter(None, [watched.observe(step, SOUND | {"readable": 0.0, "paid": 0.0, "spread": 0.0})])
+    assert told == ["Warning: hardly any solution can be read (readable 0, since step 1)."]
+    assert watched.alarm is not None
+    assert watched.alarm.reason == "hardly any solution can be read (readable 0)"
+
+
+@pytest.mark.parametrize("options", [{"watch": False}, {"recipe": "random-reward"}, {"recipe": "format-only"}], ids=str)
+def test_controls_and_unwatched_runs_are_warned_and_go_on(options: dict[str, Any]):
+    watched = Watch(config(**options))
+    told = [w for step in range(1, 80) if (w := watched.observe(step, SOUND | {"readable": 0.0}))]
+    assert len(told) == 1
+    assert watched.alarm is None
+
+
+def test_floors_hold_on_labels_and_the_comparisons_do_not():
+    under_labels = config(recipe="oracle", labels="/labels.jsonl")
+    dead, sure = Watch(under_labels), Watch(under_labels)
+    for step in range(1, 60):
+        dead.observe(step, SOUND | {"paid": 0.0})
+        sure.observe(step, SOUND | {"majority_fraction": 0.4 if step < 30 else 1.0})
+    assert dead.alarm is not None
+    assert "every reward is zero" in dead.alarm.reason
+    assert sure.alarm is None
+
+
+def test_a_floor_that_is_left_again_is_forgotten():
+    watched = Watch(config())
+    for step in range(1, 100):
+        watched.observe(step, SOUND | {"readable": 0.0 if step % 14 else 0.9})
+    assert watched.alarm is None
+    assert 98 not in watched.floors.began()
+
+
+def test_a_few_readable_texts_are_a_warning_and_no_end():
+    watched = Watch(config())
+    told = [w for step in range(1, 12) if (w := watched.observe(step, SOUND | {"readable": 0.08}))]
+    assert len(told) == 1
+    assert watched.alarm is None
+
+
+def test_floor_signals_are_what_they_say():
+    paid = episode("a.png", "How many?", [trajectory("x", "s"), trajectory("y", "s", problem="cut off")])
+    first, second = paid.trajectories
+    paid = paid.model_copy(update={"trajectories": (first.model_copy(update={"reward": 0.5}), second)})
+    unasked = episode("b.png", "", [])
+    learned = {"grad_norm/solver": math.nan, "grad_norm/proposer": 1.0, "kl/solver": 0.25, "advantage_std/solver": 0.5}
+    assert floor_signals([paid, unasked], learned, 0.125) == {
+        "readable_questions": 0.5, "paid": 0.5, "finite": 0.5, "kl": 0.25, "spread": 0.5, "moved": 0.125,
+    }  # fmt: skip
+    assert floor_signals([unasked], {}, 0.0) == {"readable_questions": 0.0, "moved": 0.0}
+    assert common_problem([paid, paid, unasked]) is None
+    assert common_problem([unasked, unasked]) == "none"

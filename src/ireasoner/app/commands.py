@@ -20,6 +20,8 @@ from ireasoner.app.command import Command
 from ireasoner.method.recipe import Count
 from ireasoner.method.types import UsageError
 from ireasoner.training import config as configs
+from ireasoner.training.advice import advice
+from ireasoner.training.watch import ENDED_ITSELF
 
 PROGRAM = "ireasoner"
 Style = Literal["chalk", "varied", "plain"]
@@ -46,6 +48,8 @@ class Train(Command):
     """The run directory to write."""
     resume: Path | None = None
     """Continue the run in this directory."""
+    max_hours: Annotated[float, Field(gt=0)] | None = None
+    """Save and stop after so many hours, as Ctrl-C does; --resume continues."""
 
     @classmethod
     def training_options(cls) -> dict[str, Sequence[str]]:
@@ -64,11 +68,13 @@ class Train(Command):
             config = configs.load_config(self.resume / "config.yaml")
             if differing := configs.conflicts(config, flags):
                 raise UsageError(f"cannot resume with other options: {'; '.join(differing)}")
-            return _follow(config, self.resume, resuming=True, trusts_reward="reward" in flags)
+            return _follow(
+                config, self.resume, resuming=True, trusts_reward="reward" in flags, max_hours=self.max_hours
+            )
         missing = [name for name in ("images", "model") if name not in flags] + ["out"] * (self.out is None)
         if missing or self.out is None:
             raise UsageError(f"train needs {', '.join('--' + name for name in missing)} (or --resume RUN)")
-        return _follow(configs.resolve(flags), self.out, resuming=False)
+        return _follow(configs.resolve(flags), self.out, resuming=False, max_hours=self.max_hours)
 
 
 class Demo(Command):
@@ -499,7 +505,14 @@ def _find_truth(run: Path, file: Path | None = None) -> Any:
     return lambda config: read_truth(file)
 
 
-def _follow(config: configs.Config, out: Path, *, resuming: bool, trusts_reward: bool = False) -> int:
+def _follow(
+    config: configs.Config,
+    out: Path,
+    *,
+    resuming: bool,
+    trusts_reward: bool = False,
+    max_hours: float | None = None,
+) -> int:
     """Run or resume with a display; the exit code."""
     from ireasoner.app.display import Display, quiet_libraries, results_table
     from ireasoner.page import write_report
@@ -510,12 +523,12 @@ def _follow(config: configs.Config, out: Path, *, resuming: bool, trusts_reward:
 
     def go(observer: Any = None) -> loop.Outcome:
         if resuming:
-            return loop.resume(config, out, observer, step_truth, trusts_reward=trusts_reward)
-        return loop.start(config, out, observer, step_truth)
+            return loop.resume(config, out, observer, step_truth, max_hours, trusts_reward=trusts_reward)
+        return loop.start(config, out, observer, step_truth, max_hours)
 
     if os.environ.get("RANK", "0") != "0":  # another of the run's processes shows and writes
         outcome = go()
-        return 0 if outcome.complete else 130
+        return 0 if outcome.complete else 130  # the first process tells how the run ended
     with Display(config, out) as display:
         outcome = go(display.observer())
         if outcome.complete:
@@ -526,8 +539,15 @@ def _follow(config: configs.Config, out: Path, *, resuming: bool, trusts_reward:
     if not outcome.complete:
         print(f"Stopped after step {outcome.step}, saved. Continue with: {PROGRAM} train --resume {out}")
         return 130
-    if outcome.summary and outcome.summary["before"]:
-        results_table(outcome.summary)
-    print(f"Run directory: {out}   adapters: {out}/solver, {out}/proposer")
+    summary = outcome.summary or {}
+    if summary.get("before") and summary.get("after"):
+        results_table(summary)
+    trained = summary.get("trained_roles", [])
+    print(f"Run directory: {out}   adapters: {', '.join(f'{out}/{role}' for role in trained) or 'none'}")
+    if "solver" not in trained:
+        print("Nothing was learned: the solver is still the model that the run started from.")
+    if ended := summary.get("stopped_early") or "solver" not in trained:
+        for sentence in advice(config):
+            print(sentence)
     print(f"Look at it: {PROGRAM} view {out}   or open {out}/report.html")
-    return 0
+    return ENDED_ITSELF if ended else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,14 +48,16 @@ def evaluate_target(
             held = ", ".join(sorted(path.name for path in adapters.resolve().parent.glob("step-*")))
             raise UsageError(f"the checkpoint {adapters} cannot be used: {problem}; there are {held}")
         if not (adapters / "solver").is_dir():
-            raise UsageError(
-                f"{run} is not finished: score one of its checkpoints, or go on: ireasoner train --resume {run}"
-            )
+            if not (run / "summary.json").exists():
+                raise UsageError(
+                    f"{run} is not finished: score one of its checkpoints, or go on: ireasoner train --resume {run}"
+                )
+            print(f"{run} learned nothing and has no adapter: its model {config.model} is scored.", file=sys.stderr)
     else:
         flags = {"model": target, "images": ".", **({"preset": preset} if preset else {})}
         config = resolve(flags)
     policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
-    if is_run:
-        policy.load_adapters(adapters)
-    role: Role | None = "solver" if is_run else None
+    role: Role | None = "solver" if is_run and (adapters / "solver").is_dir() else None
+    if role:
+        policy.load_adapters(adapters, [role])
     return evaluate(policy, questions, role, config.sampling, options, truth=truth)

@@ -92,7 +92,10 @@ class Learner:
         loss, kl, entropy = self.processes.sum(sums).tolist()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm).item()
         # One NaN would spoil the adapter and AdamW's moments for good; the step is left out, and `grad_norm` shows it.
-        if math.isfinite(grad_norm):
+        # It is left out as well where there is nothing to learn, neither from advantages nor from the KL: the gradient
+        # is then rounding alone, which AdamW would scale up to a real step.
+        teaches = kl != 0 or self.processes.any(bool(advantages_GN.any()))
+        if teaches and math.isfinite(grad_norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         metrics = {"loss": loss, "kl": kl, "token_entropy": entropy, "kl_coef": self.kl_coef, "grad_norm": grad_norm}

@@ -6,7 +6,7 @@ what it reads, `forward` runs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,13 +80,18 @@ class Policy:
         """Write `folder/proposer` and `folder/solver` as PEFT does, for `PeftModel.from_pretrained`."""
         self.model.save_pretrained(folder, selected_adapters=list(ROLES), save_embedding_layers=False)  # type: ignore[arg-type]
 
-    def load_adapters(self, folder: Path) -> None:
-        """Read back what `save_adapters` wrote.
+    def moved(self, role: Role) -> float:
+        """The largest entry of a role's matrices B, which start at 0: 0 means that the role is still the backbone."""
+        entries = [p.detach().abs().amax() for name, p in self.parameters(role).items() if ".lora_B." in name]
+        return torch.stack(entries).amax().item()
+
+    def load_adapters(self, folder: Path, roles: Sequence[Role] = ROLES) -> None:
+        """Read back what `save_adapters` wrote, for some roles or for all.
 
         Raises:
             ModelError: the adapters do not fit this backbone.
         """
-        for role in ROLES:
+        for role in roles:
             tensors = load_file(folder / role / "adapter_model.safetensors")
             expected = len(self.parameters(role))
             try:

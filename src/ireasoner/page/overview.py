@@ -49,6 +49,10 @@ def _row(path: Path, name: str) -> tuple[float, list[str]] | None:
 
 
 def _result(summary: dict[str, Any], last: dict[str, Any]) -> str:
+    if summary.get("stopped_early"):
+        return str(summary.get("reason"))
+    if "solver" not in summary.get("trained_roles", ["solver"]):
+        return "nothing was learned"
     for found in comparisons(summary):  # the first one that was measured
         before, after = found.before.percent[0], found.after.percent[0]
         mean, low, high = found.difference.percent

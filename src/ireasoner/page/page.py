@@ -25,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from ireasoner.method.types import StepScore
 from ireasoner.page import curves, gallery, terms, verdict
 from ireasoner.page.run import FindTruth, RecordedRun
-from ireasoner.training.config import ConfigError, names, resolve
+from ireasoner.training.advice import differences
 from ireasoner.training.recorder import replace_file
 
 PAGE_SIZE = 12  # episodes shown at a time
@@ -73,7 +73,7 @@ class Page:
         environment.filters |= {"shade": self._shade, "explain": self._explain}
         environment.globals |= {"run": run, "static": static}
         environment.globals |= {"curves": curves, "gallery": gallery, "terms": terms, "verdict": verdict}
-        environment.globals |= {"differences": _differences, "checkpoints": _checkpoints}
+        environment.globals |= {"differences": differences, "checkpoints": _checkpoints}
         environment.globals |= {"panel_source": self._panel_source, "thumbnail_source": self._thumbnail_source}
         self.environment = environment
 
@@ -191,22 +191,6 @@ def _ends(values: list[float | None]) -> str:
 def _stretch(steps: tuple[int, int]) -> str:
     first, last = steps
     return f"steps {first} to {last}" if last > first else f"step {first}"
-
-
-def _differences(run: RecordedRun) -> list[tuple[str, str, str]] | None:
-    """Options whose values differ from recipe and preset, except those that name the run.
-
-    None if recipe or preset is a file: a run directory may come from anywhere, so that no file it names is opened.
-    """
-    options = run.config.flat()
-    named = {name: options[name] for name in ("images", "model", "recipe", "preset", "labels")}
-    if named["recipe"] not in names("recipes") or named["preset"] not in names("presets"):
-        return None
-    try:
-        expected = resolve(named).flat()
-    except ConfigError:
-        return None
-    return [(n, str(v), str(expected[n])) for n, v in options.items() if n not in named and v != expected[n]]
 
 
 def _checkpoints(run: RecordedRun) -> list[tuple[str, str]]:

@@ -134,7 +134,7 @@ class RecordedRun:
             raise UsageError(f"this run cannot be shown: {error}") from None
         self.truth = self.find_truth(config) if self.find_truth else None
         self.config, self._identity = config, identity  # only now: after an error, the next refresh tries again
-        self.watch = Watch(self.config.watch.watch_window)
+        self.watch = Watch(self.config)
         self.summary: dict[str, Any] = {}
         self._tails = {name: _Tail(self.path / f"{name}.jsonl") for name in TAILS}
         self.metrics: list[dict[str, Any]] = self._tails["metrics"].records
@@ -219,7 +219,7 @@ class RecordedRun:
 
     def _read(self, name: str, tail: _Tail) -> None:
         if tail.restarted() and name == "metrics":
-            self.watch = Watch(self.config.watch.watch_window)
+            self.watch = Watch(self.config)
         for place, line in tail.lines():
             try:
                 tail.records.append(self._parse(name, place, json.loads(line)))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ireasoner.method.types import Number, Record
 from ireasoner.page.run import RecordedRun
+from ireasoner.training.advice import advice
 from ireasoner.training.statistics import MEASURES
 from ireasoner.training.watch import Sign
 
@@ -62,25 +63,25 @@ def comparisons(summary: Mapping[str, Any]) -> list[Comparison]:
 
 def verdict(run: RecordedRun) -> Verdict:
     """Judge a run by its accuracy where labels were given, and by the label-free signs otherwise."""
-    notes = tuple(_notes(run))
+    troubled = run.summary.get("stopped_early") or any(sign.trouble for sign in run.watch.signs())
+    notes = (*_notes(run), *(advice(run.config) if troubled else ()))
     accuracy = _judge(comparisons(run.summary))
     if run.state == "ended itself":
         last, best, reason = (run.summary.get(name) for name in ("steps", "best_step", "reason"))
         ended = f"It went wrong: {reason}. The run ended itself after step {last} and went back to step {best}."
         return Verdict("bad", f"{ended} {accuracy.sentence}" if accuracy else ended, notes)
+    if run.state == "finished" and "solver" not in run.summary.get("trained_roles", ["solver"]):
+        learned_nothing = "Nothing was learned: the solver is still the model that the run started from."
+        return Verdict("bad", learned_nothing, notes)
     if accuracy:
         return Verdict(accuracy.tone, accuracy.sentence, notes)
     if not run.metrics:
         return Verdict("unsure", "Nothing can be said yet: no step has been recorded.", notes)
-    if run.config.labels is not None:
+    found = run.watch.signs()
+    if run.config.labels is not None and not any(sign.trouble for sign in found):
         sentence = "It is paid for true answers: look at its reward, and at held-out questions."
         return Verdict("unsure", sentence, notes)
-    return _judge_signs(signs(run), run.step, notes)
-
-
-def signs(run: RecordedRun) -> list[Sign]:
-    """What the watch sees so far; empty where true answers are paid, because agreement is no warning there."""
-    return run.watch.signs() if run.config.labels is None else []
+    return _judge_signs(found, run.step, notes)
 
 
 def _judge_signs(found: Sequence[Sign], step: int, notes: tuple[str, ...]) -> Verdict:
@@ -100,7 +101,8 @@ def _judge_signs(found: Sequence[Sign], step: int, notes: tuple[str, ...]) -> Ve
 
 
 def _change(sign: Sign) -> str:
-    return f"{sign.signal.replace('_', ' ')} {sign.reference:.3g} → {sign.recent:.3g}"
+    since = "" if sign.reference is None else f"{sign.reference:.3g} → "
+    return f"{sign.signal.replace('_', ' ')} {since}{sign.recent:.3g}"
 
 
 def _notes(run: RecordedRun) -> list[str]:

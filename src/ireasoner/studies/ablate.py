@@ -38,6 +38,7 @@ from ireasoner.training.labelled import answer_prior, load_questions, prior_line
 from ireasoner.training.recorder import replace_file, write_json
 from ireasoner.training.state import load_labels
 from ireasoner.training.statistics import MEASURES
+from ireasoner.training.watch import ENDED_ITSELF
 
 UNLABELED, VALIDATION, LABELS_PER_IMAGE = 512, 128, 4
 BISECTIONS = 6
@@ -299,7 +300,7 @@ def make_scores(out: Path, jobs: Jobs, at_a_time: int, progress: ArmsProgress) -
             time.sleep(POLL_SECONDS)
             for process in [process for process in running if process.poll() is not None]:
                 name, commands = running.pop(process)
-                if process.returncode:
+                if process.returncode not in (0, ENDED_ITSELF):
                     raise UsageError(f"{name} {_failure(process.returncode, out / f'{name}.log')}")
                 if commands:
                     waiting.insert(0, (name, commands))

@@ -1,8 +1,9 @@
-"""The end of a run: return to a healthy checkpoint if it ended itself, evaluate, publish the adapters, sum up."""
+"""The end of a run: return to a healthy checkpoint if it ended itself, publish the adapters, evaluate, sum up."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -20,19 +21,24 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy
 def finish(run: Run, before: Scores | None) -> dict[str, Any]:
     """Write `solver/`, `proposer/` and `summary.json`, and return the summary.
 
+    An adapter that is as it was at the start is not published. The adapters come first: whatever happens to the
+    evaluation, they are there.
+
     Args:
         run: the run, after its last step.
         before: scores of the backbone on the held-out questions; None if there are none.
     """
     best_step = go_back(run) if run.alarm else run.step
-    after = evaluate_role(run, "after", "solver") if before is not None else None
+    trained: list[Role] = [role for role in ROLES if run.policy.moved(role) > 0]
     if run.processes.is_main:
-        _publish_adapters(run)
+        _publish_adapters(run, trained)
+    after = evaluate_role(run, "after", "solver") if before is not None and "solver" in trained else None
     summary: dict[str, Any] = {
         "steps": run.step,
         "stopped_early": run.alarm is not None,
         "reason": run.alarm.reason if run.alarm else None,
         "best_step": best_step,
+        "trained_roles": trained,
         "images": len(run.pool),
         "skipped_images": len(run.pool.skipped),
         "before": before.summary() if before else None,
@@ -66,15 +72,16 @@ def versions() -> dict[str, str]:
     return {"ireasoner": __version__, **{name: metadata.version(name) for name in PACKAGES}}
 
 
-def _publish_adapters(run: Run) -> None:
-    """Write `solver/` and `proposer/`. They are renamed when complete, so a kill leaves no half-written adapter."""
+def _publish_adapters(run: Run, trained: Sequence[Role]) -> None:
+    """Write the adapters of the trained roles. They are renamed when complete: a kill leaves no half-written one."""
     staging = run.out / ".adapters"
     shutil.rmtree(staging, ignore_errors=True)
     try:
         run.policy.save_adapters(staging)
         for role in ROLES:
             shutil.rmtree(run.out / role, ignore_errors=True)
-            (staging / role).rename(run.out / role)
+            if role in trained:
+                (staging / role).rename(run.out / role)
     except (OSError, SafetensorError) as error:
         raise RunDirectoryError(f"the adapters could not be written to {run.out}: {error}") from error
     finally:

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,12 +19,14 @@ from ireasoner.model.parallel import joined
 from ireasoner.training.closing import evaluate_role, finish, versions
 from ireasoner.training.config import Config, dump_config
 from ireasoner.training.custom_reward import load_reward, names_a_file
+from ireasoner.training.floors import common_problem, floor_signals
 from ireasoner.training.items import Item
 from ireasoner.training.labelled import StepTruth
 from ireasoner.training.metrics import play_metrics
 from ireasoner.training.probes import blank_survival, probe
 from ireasoner.training.recorder import Recorder, write_json, writer_lock
 from ireasoner.training.state import Observer, Run, RunError, open_run, record_skips, regular_step, save
+from ireasoner.training.stopping import stop_requests
 from ireasoner.training.teaching import update
 
 
@@ -39,7 +39,13 @@ class Outcome:
     summary: dict[str, Any] | None
 
 
-def start(config: Config, out: Path, observer: Observer | None = None, truth: StepTruth | None = None) -> Outcome:
+def start(
+    config: Config,
+    out: Path,
+    observer: Observer | None = None,
+    truth: StepTruth | None = None,
+    max_hours: float | None = None,
+) -> Outcome:
     """Begin a run in a new or empty directory.
 
     If the recipe names a reward of the user's own, its file is imported, which runs the code in it.
@@ -49,6 +55,7 @@ def start(config: Config, out: Path, observer: Observer | None = None, truth: St
         out: the run directory.
         observer: is told about every step, evaluation and message.
         truth: tells for the evaluation whether a reasoning step about a held-out question is true.
+        max_hours: after which it saves and stops; None: it goes on to its end.
 
     Raises:
         UsageError: something that the user named cannot be used, or the directory holds a run already.
@@ -64,7 +71,7 @@ def start(config: Config, out: Path, observer: Observer | None = None, truth: St
     if names_a_file(config):
         reward, digest = load_reward(config)
         config = config.model_copy(update={"reward_sha256": digest})
-    return _run(config, out, observer or Observer(), truth, reward)
+    return _run(config, out, observer or Observer(), truth, reward, max_hours)
 
 
 def resume(
@@ -72,13 +79,14 @@ def resume(
     out: Path,
     observer: Observer | None = None,
     truth: StepTruth | None = None,
+    max_hours: float | None = None,
     *,
     trusts_reward: bool = False,
 ) -> Outcome:
     """Continue a run from its newest sound checkpoint, so that it ends as if it had never stopped.
 
     Args:
-        config, out, observer, truth: as for `start`.
+        config, out, observer, truth, max_hours: as for `start`.
         trusts_reward: whether a reward file that the run's config names may be imported, which runs its code.
 
     Raises:
@@ -99,14 +107,19 @@ def resume(
         reward, digest = load_reward(config)
         if digest != config.reward_sha256:
             raise RunError(f"{name} has changed since {out} was started: restore the file, or start a new run")
-    return _run(config, out, observer or Observer(), truth, reward)
+    return _run(config, out, observer or Observer(), truth, reward, max_hours)
 
 
 def _run(
-    config: Config, out: Path, observer: Observer, truth: StepTruth | None, reward: RewardFunction | None
+    config: Config,
+    out: Path,
+    observer: Observer,
+    truth: StepTruth | None,
+    reward: RewardFunction | None,
+    max_hours: float | None,
 ) -> Outcome:
     with ExitStack() as stack:
-        interrupted = stack.enter_context(_interrupt_flag())
+        stop_asked = stack.enter_context(stop_requests(max_hours))
         processes = stack.enter_context(joined(config.device))
         if processes.is_main:
             stack.enter_context(writer_lock(out))
@@ -122,7 +135,7 @@ def _run(
         observer.on_start(config, run.step + 1)
         before = evaluate_role(run, "before", None) if run.questions else None
         while run.step < config.schedule.steps and run.alarm is None:
-            if processes.any(interrupted.is_set()):  # all processes must stop after the same step
+            if processes.any(stop_asked()):  # all processes must stop after the same step
                 save(run)
                 return Outcome(run.step, False, None)
             advance(run)
@@ -142,6 +155,7 @@ def advance(run: Run) -> None:
         with _timed(seconds, "update"):
             episodes, learned = update(run, play)
         record(run, items, episodes)
+    signals |= floor_signals(episodes, learned, run.policy.moved("solver"))
     metrics = {**play_metrics(episodes), **learned}
     metrics |= {f"watch/{name}": value for name, value in signals.items()}
     metrics |= {f"time/{name}_seconds": value for name, value in seconds.items()}
@@ -149,7 +163,9 @@ def advance(run: Run) -> None:
     run.elapsed += seconds["step"]
     run.observer.on_step(run.step, metrics, episodes)
 
-    run.watch.observe(run.step, signals)
+    if warning := run.watch.observe(run.step, signals):
+        problem = common_problem(episodes)
+        run.tell(warning + (f" Most texts of this step could not be read: {problem}." if problem else ""))
     if run.alarm:
         best = regular_step(run.config, run.alarm.healthy_step)
         run.tell(f"The run ends itself and goes back to step {best}: {run.alarm.reason}.")
@@ -172,28 +188,3 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - started
-
-
-@contextmanager
-def _interrupt_flag() -> Iterator[threading.Event]:
-    """A flag that the first Ctrl-C (or SIGTERM) sets; a second one ends the process as usual."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield flag
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    def set_flag(number: int, frame: object) -> None:
-        flag.set()
-        restore()
-
-    for number in previous:
-        signal.signal(number, set_flag)
-    try:
-        yield flag
-    finally:
-        restore()

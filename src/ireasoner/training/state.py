@@ -70,14 +70,9 @@ class Run:
     elapsed: float = 0.0
 
     @property
-    def is_watched(self) -> bool:
-        """Whether the run may end early. A run on labels never does: there, agreement is no sign of collapse."""
-        return self.config.watch.watch and self.config.labels is None
-
-    @property
     def alarm(self) -> Alarm | None:
         """Why the run ends early, or None."""
-        return self.watch.alarm if self.is_watched else None
+        return self.watch.alarm
 
     def due(self, every: int) -> bool:
         """Whether something that happens every `every` steps (0: never) is due after this step."""
@@ -142,7 +137,7 @@ def open_run(
         engine=engine,
         selfplay=SelfPlay(policy, engine, config, labels, reward, processes),
         learners={role: Learner(policy, role, config.recipe, config.optimizer, processes) for role in ROLES},
-        watch=Watch(config.watch.watch_window),
+        watch=Watch(config),
         signals=Signals(config.watch.watch_window * config.schedule.images_per_step),
         questions=load_questions(config.eval_data, config.schedule.eval_questions, truth) if config.eval_data else [],
         truth=truth,
@@ -241,9 +236,9 @@ def _steps_to_return_to(run: Run) -> set[int]:
 
     The recent steps are among them because the healthy step of a later alarm may be any of them.
     """
-    if not run.is_watched:
-        return set()
     config = run.config
+    if not config.watch.watch:
+        return set()
     recent = range(max(0, run.step - config.watch.watch_window), run.step + 1)
     return {regular_step(config, step) for step in (*run.watch.may_return_to(), *recent)}
 

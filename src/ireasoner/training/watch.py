@@ -3,7 +3,8 @@
 A model that learns from its own agreement becomes surer with every step, and so does a model that learns well: a single
 value says little. The watch therefore compares each signal, averaged over a window of steps, with the early steps of
 the same run. Each signal has two bounds: beyond the first it has left its healthy range, beyond the second it alarms.
-An alarm that lasts ends the run, which returns to a checkpoint from before any signal left its healthy range.
+An alarm that lasts ends the run, which returns to a checkpoint from before any signal left its healthy range. Beside
+these comparisons stand the absolute bounds of `floors`.
 
 The bounds were set outside of what healthy runs reached (docs/experiments.md). They cannot tell a right consensus from
 a wrong one. The watch depends only on recorded metrics and episodes, so a resumed run rebuilds it from its records.
@@ -22,6 +23,11 @@ from statistics import fmean
 from typing import Any
 
 from ireasoner.method.types import Episode, Trajectory
+from ireasoner.training.config import Config
+from ireasoner.training.floors import Broken, Floors
+
+ENDED_ITSELF = 3  # exit code of `train` for a run that ended itself, or that learned nothing
+CONTROLS = ("random", "format")  # rewards of controls, which are expected to teach nothing
 
 
 def _below_one(share: float) -> float:
@@ -72,11 +78,12 @@ class Sign:
     """How a rule judges the latest window of a signal, by its mean there and in the window that it is compared with.
 
     `trouble` is the rule's meaning if the signal has left its healthy range, otherwise None. `alarms` tells whether it
-    has alarmed for so long that the run should end.
+    has alarmed for so long that the run should end. For a broken floor, `reference` is None and `recent` is the last
+    value.
     """
 
     signal: str
-    reference: float
+    reference: float | None
     recent: float
     trouble: str | None
     alarms: bool
@@ -93,14 +100,21 @@ class Alarm:
 class Watch:
     """Takes the signals of one step after another and sets `alarm` when the run should end.
 
+    The first fifth of a window is ignored while the run settles, and an alarm has to last for half a window. A run on
+    labels is judged by floors alone: there, agreement is no sign of collapse. With the option `watch` off nothing ends
+    a run, and floors do not end controls.
+
     Args:
-        window: number of steps in an average. The first fifth of a window is ignored while the run settles, and an
-            alarm has to last for half a window.
+        config: of the run.
     """
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, config: Config) -> None:
+        window, watched = config.watch.watch_window, config.watch.watch
         self.window, self.settling, self.patience = window, window // 5, max(1, window // 2)
+        self.rules = RULES if config.labels is None else ()
+        self.rules_end, self.floors_end = watched, watched and config.recipe.reward not in CONTROLS
         self.alarm: Alarm | None = None
+        self.floors = Floors()
         self._step = 0
         self._series: dict[str, list[tuple[int, float]]] = defaultdict(list)  # (step, value) pairs by signal
         self._references: dict[Rule, tuple[float, float]] = {}
@@ -108,20 +122,33 @@ class Watch:
         self._alarmed: dict[Rule, int] = {}  # for how many steps in a row a signal has alarmed
         self._signs: list[Sign] = []
 
-    def observe(self, step: int, signals: Mapping[str, float | None]) -> None:
-        """Take the signals of a step. A signal that was not measured is missing, None or not finite."""
+    def observe(self, step: int, signals: Mapping[str, float | None]) -> str | None:
+        """Take the signals of a step. A signal that was not measured is missing, None or not finite.
+
+        Returns:
+            A sentence about a floor that was not yet known to be broken; of several the first, which is the cause of
+            the others. None if there is no such floor.
+        """
+        known = {broken.floor for broken in self.floors.broken()}
         self._step = step
+        self.floors.observe(step, signals)
         for name, value in signals.items():
             if step > self.settling and value is not None and math.isfinite(value):
                 self._series[name].append((step, value))
-        self._signs = [sign for rule in RULES if (sign := self._judge(rule))]
-        reasons = [
-            f"{sign.trouble} ({sign.signal.replace('_', ' ')} from {sign.reference:.3g} to {sign.recent:.3g})"
-            for sign in self._signs
-            if sign.alarms
-        ]
-        if reasons and self.alarm is None:
-            self.alarm = Alarm("; ".join(reasons), min(self.may_return_to()))
+        self._signs = [sign for rule in self.rules if (sign := self._judge(rule))]
+        if self.alarm is None:
+            self.alarm = self._find_alarm()
+        return next((_warning(broken) for broken in self.floors.broken() if broken.floor not in known), None)
+
+    def _find_alarm(self) -> Alarm | None:
+        """Why the run should end now: of broken floors the first, which is the cause of the others."""
+        if self.floors_end and (ending := [broken for broken in self.floors.broken() if broken.ends]):
+            sign = _sign(ending[0])
+            return Alarm(f"{sign.trouble} ({change(sign)})", max(0, ending[0].began - 1))
+        alarming = [sign for sign in self._signs if sign.alarms and self.rules_end]
+        if not alarming:
+            return None
+        return Alarm("; ".join(f"{sign.trouble} ({change(sign)})" for sign in alarming), min(self._before_decline()))
 
     def recall(self, record: Mapping[str, Any]) -> None:
         """Take the signals of a step from its line of `metrics.jsonl`."""
@@ -129,17 +156,20 @@ class Watch:
         self.observe(record["step"], signals)
 
     def may_return_to(self) -> set[int]:
-        """The steps whose checkpoints an alarm, now or later, may ask for.
+        """The steps whose checkpoints an alarm, now or later, may ask for."""
+        return self._before_decline() | {step - 1 for step in self.floors.began()}
 
-        These are one window before now, and one window before each signal left the healthy range that it is still
-        outside of: the window in which an excursion is noticed may hold steps that were unhealthy already.
+    def _before_decline(self) -> set[int]:
+        """One window before now, and one window before each signal left the healthy range that it is still outside of.
+
+        The window in which an excursion is noticed may hold steps that were unhealthy already.
         """
         return {max(0, step - self.window) for step in (self._step, *self._left.values())}
 
     def signs(self) -> list[Sign]:
         """Every signal that can be judged by now, each as the rule that sees most trouble in it judges it."""
         by_signal: dict[str, list[Sign]] = defaultdict(list)
-        for sign in self._signs:
+        for sign in [*map(_sign, self.floors.broken()), *self._signs]:
             by_signal[sign.signal].append(sign)
         return [max(signs, key=lambda sign: (sign.alarms, sign.trouble is not None)) for signs in by_signal.values()]
 
@@ -181,6 +211,23 @@ class Watch:
             return None
         mean = fmean(values)
         return mean, math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)
+
+
+def _warning(broken: Broken) -> str:
+    meaning = broken.floor.meaning
+    return f"Warning: {meaning} ({change(_sign(broken))}, since step {broken.began})."
+
+
+def _sign(broken: Broken) -> Sign:
+    return Sign(broken.floor.signal, None, broken.value, broken.floor.meaning, broken.ends)
+
+
+def change(sign: Sign) -> str:
+    """From where to where a signal went, in words."""
+    name = sign.signal.replace("_", " ")
+    if sign.reference is None:
+        return f"{name} {sign.recent:.3g}"
+    return f"{name} from {sign.reference:.3g} to {sign.recent:.3g}"
 
 
 class Signals:

@@ -1,0 +1,47 @@
+"""What asks a run to save and stop: Ctrl-C, the signals of a scheduler, or a limit of hours."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+# Slurm and other schedulers announce the end of a job by SIGTERM or SIGUSR1, which Windows does not have.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+@contextmanager
+def stop_requests(max_hours: float | None = None) -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether the run should save and stop now.
+
+    The first of the signals asks for that; a second one ends the process as usual.
+
+    Args:
+        max_hours: how long the run may go on from now; None: as long as it takes.
+    """
+    flag, began = threading.Event(), time.monotonic()
+
+    def asked() -> bool:
+        return flag.is_set() or (max_hours is not None and time.monotonic() - began >= 3600 * max_hours)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield asked
+        return
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def set_flag(number: int, frame: object) -> None:
+        flag.set()
+        restore()
+
+    for number in previous:
+        signal.signal(number, set_flag)
+    try:
+        yield asked
+    finally:
+        restore()
