@@ -66,10 +66,18 @@ class Train(Command):
             if self.out is not None:
                 raise UsageError("--resume RUN continues RUN in place: leave out --out")
             config = configs.load_config(self.resume / "config.yaml")
-            if differing := configs.conflicts(config, flags):
+            planned = config.schedule.steps
+            steps = config.changed(steps=flags.get("steps", planned)).schedule.steps
+            extend_to = steps if steps > planned else None
+            if differing := configs.conflicts(config, {**flags, "steps": planned} if extend_to else flags):
                 raise UsageError(f"cannot resume with other options: {'; '.join(differing)}")
             return _follow(
-                config, self.resume, resuming=True, trusts_reward="reward" in flags, max_hours=self.max_hours
+                config,
+                self.resume,
+                resuming=True,
+                trusts_reward="reward" in flags,
+                max_hours=self.max_hours,
+                extend_to=extend_to,
             )
         missing = [name for name in ("images", "model") if name not in flags] + ["out"] * (self.out is None)
         if missing or self.out is None:
@@ -512,6 +520,7 @@ def _follow(
     resuming: bool,
     trusts_reward: bool = False,
     max_hours: float | None = None,
+    extend_to: int | None = None,
 ) -> int:
     """Run or resume with a display; the exit code."""
     from ireasoner.app.display import Display, quiet_libraries, results_table
@@ -523,7 +532,8 @@ def _follow(
 
     def go(observer: Any = None) -> loop.Outcome:
         if resuming:
-            return loop.resume(config, out, observer, step_truth, max_hours, trusts_reward=trusts_reward)
+            trust = {"trusts_reward": trusts_reward, "extend_to": extend_to}
+            return loop.resume(config, out, observer, step_truth, max_hours, **trust)
         return loop.start(config, out, observer, step_truth, max_hours)
 
     if os.environ.get("RANK", "0") != "0":  # another of the run's processes shows and writes

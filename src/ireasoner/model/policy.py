@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -92,7 +93,10 @@ class Policy:
             ModelError: the adapters do not fit this backbone.
         """
         for role in roles:
-            tensors = load_file(folder / role / "adapter_model.safetensors")
+            try:
+                tensors = load_file(folder / role / "adapter_model.safetensors")
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"the adapter in {folder / role} cannot be read: {error}") from None
             expected = len(self.parameters(role))
             try:
                 result = set_peft_model_state_dict(self.model, tensors, adapter_name=role)

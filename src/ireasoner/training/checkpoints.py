@@ -45,15 +45,13 @@ def save_checkpoint(
     final = root / f"step-{step:06d}"
     temporary = root / f".tmp-{final.name}-{os.getpid()}"
     try:
-        for stale in root.glob(".tmp-step-*"):  # left by a process that was killed
-            shutil.rmtree(stale, ignore_errors=True)
+        clear_remains(root)
         temporary.mkdir(parents=True)
         write(temporary)
         _publish(temporary, final, step)
         if problem := verify_checkpoint(final):
             raise CheckpointError(f"it did not read back as written ({problem})")
-        if keep > 0:
-            _prune(root, step, keep, spare)
+        prune(root, step, keep, spare)
     except Exception as error:  # `write` belongs to the caller and may raise anything
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"saving {final} failed: {type(error).__name__}: {error}") from error
@@ -131,12 +129,33 @@ def _publish(temporary: Path, final: Path, step: int) -> None:
     _fsync(final.parent, final.parent.parent)  # the new name, and the folder of checkpoints if this is the first one
 
 
-def _prune(root: Path, step: int, keep: int, spare: Collection[int]) -> None:
-    """Remove all sound checkpoints older than `step` but the newest `keep - 1` and those of the steps in `spare`."""
-    older = [(other, path) for other, path in _newest_first(root) if other < step and verify_checkpoint(path) is None]
+def clear_remains(root: Path) -> None:
+    """Remove what a process that was killed left unfinished. Only for the process that writes the checkpoints."""
+    for stale in root.glob(".tmp-step-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def prune(root: Path, step: int, keep: int, spare: Collection[int] = ()) -> None:
+    """Remove the whole checkpoints older than `step`, but for the newest `keep - 1` and those of the steps in `spare`.
+
+    Each was verified when it was saved. To hash gigabytes of them again at every save would take longer than a step,
+    so that only the sizes of their files are looked at. With `keep` 0, all stay.
+    """
+    if keep == 0:
+        return
+    older = [(other, path) for other, path in _newest_first(root) if other < step and _is_whole(path)]
     for path in [path for other, path in older[keep - 1 :] if other not in spare]:
         # Renamed first: a half-deleted folder under its own name would look like a damaged checkpoint.
         shutil.rmtree(path.rename(root / f".tmp-{path.name}-pruned"), ignore_errors=True)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether every file of a checkpoint's manifest is there with its size; the contents are not read."""
+    try:
+        files = json.loads((path / MANIFEST).read_bytes())["files"]
+        return all((path / name).lstat().st_size == held["size"] for name, held in files.items())
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _fsync(*paths: Path) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from ireasoner import __version__
 from ireasoner.method.types import ROLES, Role
+from ireasoner.training.config import Config
 from ireasoner.training.evaluation import EvaluationOptions, Scores, compare, evaluate
 from ireasoner.training.recorder import RunDirectoryError, write_json
-from ireasoner.training.state import Run, go_back
+from ireasoner.training.state import Run, RunError, go_back, tidy_checkpoints
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pillow")
 
@@ -32,6 +35,7 @@ def finish(run: Run, before: Scores | None) -> dict[str, Any]:
     trained: list[Role] = [role for role in ROLES if run.policy.moved(role) > 0]
     if run.processes.is_main:
         _publish_adapters(run, trained)
+        tidy_checkpoints(run)
     after = evaluate_role(run, "after", "solver") if before is not None and "solver" in trained else None
     summary: dict[str, Any] = {
         "steps": run.step,
@@ -50,6 +54,23 @@ def finish(run: Run, before: Scores | None) -> dict[str, Any]:
     run.recorder.sync()
     run.recorder.write_text("summary.json", write_json(summary))
     return summary
+
+
+def finished(config: Config, out: Path) -> dict[str, Any] | None:
+    """The summary of a run that has ended; None if it has not, or if it is being extended to more steps.
+
+    Raises:
+        RunError: the summary is damaged.
+    """
+    path = out / "summary.json"
+    if not path.exists():
+        return None
+    try:
+        summary = json.loads(path.read_text("utf-8"))
+        steps, ended_itself = int(summary["steps"]), bool(summary["stopped_early"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise RunError(f"{path} is damaged: remove it, and the run is finished anew") from None
+    return summary if ended_itself or steps >= config.schedule.steps else None
 
 
 def evaluate_role(run: Run, which: str, role: Role | None) -> Scores:
@@ -75,8 +96,10 @@ def versions() -> dict[str, str]:
 def _publish_adapters(run: Run, trained: Sequence[Role]) -> None:
     """Write the adapters of the trained roles. They are renamed when complete: a kill leaves no half-written one."""
     staging = run.out / ".adapters"
-    shutil.rmtree(staging, ignore_errors=True)
     try:
+        if staging.is_symlink() or staging.is_file():
+            staging.unlink()
+        shutil.rmtree(staging, ignore_errors=True)
         run.policy.save_adapters(staging)
         for role in ROLES:
             shutil.rmtree(run.out / role, ignore_errors=True)

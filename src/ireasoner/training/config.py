@@ -102,6 +102,8 @@ class Config(Options):
     """Where to train: auto, cpu, cuda or cuda:N."""
     reward_sha256: str | None = None
     """SHA-256 of the file with the reward function, if the recipe names one of your own."""
+    planned_steps: int | None = None
+    """Steps that the run was planned for before it was extended; λ moves over these and then stays."""
     recipe: Recipe = Recipe()
     sampling: SamplingOptions = SamplingOptions()
     backbone: BackboneOptions = BackboneOptions()
@@ -127,14 +129,23 @@ class Config(Options):
 
     def changed(self, **options: Any) -> Config:
         """A copy with other values of some options, by their own names. Raises `ConfigError` as `config_of` does."""
-        return config_of({**self.flat(), **options}).model_copy(update={"reward_sha256": self.reward_sha256})
+        kept = {"reward_sha256": self.reward_sha256, "planned_steps": self.planned_steps}
+        return config_of({**self.flat(), **options}).model_copy(update=kept)
+
+    def extended(self, steps: int) -> Config:
+        """The same run, to go on to a later last step. Raises `ConfigError` if this is not later than its own."""
+        if steps <= self.schedule.steps:
+            raise ConfigError(f"a run of {self.schedule.steps} steps cannot be extended to {steps}: name a later step")
+        planned = self.planned_steps or self.schedule.steps
+        return self.changed(steps=steps).model_copy(update={"planned_steps": planned})
 
 
+UNNAMED = ("format", "reward_sha256", "planned_steps")  # in config.yaml, but no options
 # The group of each option ("" for those of no group) and its name there. The option `recipe` is the name of a recipe.
 GROUPS = {
     name: type(field.default) for name, field in Config.model_fields.items() if isinstance(field.default, Options)
 }
-PATHS = {name: ("", name) for name in Config.model_fields if name not in (*GROUPS, "format", "reward_sha256")}
+PATHS = {name: ("", name) for name in Config.model_fields if name not in (*GROUPS, *UNNAMED)}
 PATHS |= {name: (group, name) for group, options in GROUPS.items() for name in options.model_fields if name != "name"}
 PATHS["recipe"] = ("recipe", "name")
 RECIPE_OPTIONS = [name for name, (group, field) in PATHS.items() if group == "recipe" and field != "name"]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 from ireasoner.method.scoring import RewardFunction
 from ireasoner.method.types import Episode
 from ireasoner.model.parallel import joined
-from ireasoner.training.closing import evaluate_role, finish, versions
+from ireasoner.training.closing import evaluate_role, finish, finished, versions
 from ireasoner.training.config import Config, dump_config
 from ireasoner.training.custom_reward import load_reward, names_a_file
 from ireasoner.training.floors import common_problem, floor_signals
@@ -25,7 +24,16 @@ from ireasoner.training.labelled import StepTruth
 from ireasoner.training.metrics import play_metrics
 from ireasoner.training.probes import blank_survival, probe
 from ireasoner.training.recorder import Recorder, write_json, writer_lock
-from ireasoner.training.state import Observer, Run, RunError, open_run, record_skips, regular_step, save
+from ireasoner.training.state import (
+    Observer,
+    Run,
+    RunError,
+    open_run,
+    record_extension,
+    record_skips,
+    regular_step,
+    save,
+)
 from ireasoner.training.stopping import stop_requests
 from ireasoner.training.teaching import update
 
@@ -81,24 +89,23 @@ def resume(
     truth: StepTruth | None = None,
     max_hours: float | None = None,
     *,
+    extend_to: int | None = None,
     trusts_reward: bool = False,
 ) -> Outcome:
     """Continue a run from its newest sound checkpoint, so that it ends as if it had never stopped.
 
     Args:
         config, out, observer, truth, max_hours: as for `start`.
+        extend_to: a later last step than the run has so far; a finished run then goes on as well. None: its own.
         trusts_reward: whether a reward file that the run's config names may be imported, which runs its code.
 
     Raises:
         UsageError: no checkpoint can be used, or the reward file may not be imported or has changed.
     """
-    summary = out / "summary.json"
-    if summary.exists():
-        try:
-            found = json.loads(summary.read_text("utf-8"))
-            return Outcome(found["steps"], True, found)
-        except (OSError, ValueError, KeyError, TypeError):
-            raise RunError(f"{summary} is damaged: remove it, and the run is finished anew") from None
+    if extend_to is not None:
+        config = config.extended(extend_to)
+    if (summary := finished(config, out)) is not None:
+        return Outcome(summary["steps"], True, summary)
     reward = None
     if names_a_file(config):
         name = config.recipe.reward
@@ -125,7 +132,9 @@ def _run(
             stack.enter_context(writer_lock(out))
         recorder = Recorder.open(out, writes=processes.is_main)
         run, resumed = open_run(config, out, recorder, observer, processes, reward, truth)
-        if not resumed:
+        if resumed:
+            record_extension(run)
+        else:
             # `config.yaml` makes the directory a run, which is why it is written only after everything has been loaded:
             # a mistake in an option must not leave a run that cannot start.
             recorder.write_text("versions.json", write_json(versions()))

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeGuard
 
 from PIL import Image
 from pydantic import ValidationError
@@ -107,6 +107,12 @@ class Recorder:
             with _boundary(self.run_dir / name):
                 replace_file(self.run_dir / name, text.encode())
 
+    def remove(self, name: str) -> None:
+        """Remove a whole file, if it is there."""
+        if self.writes:
+            with _boundary(self.run_dir / name):
+                (self.run_dir / name).unlink(missing_ok=True)
+
     def sync(self) -> None:
         """Bring all records to the disk. A checkpoint relies on the records before it, so call this before saving."""
         for path in self._files():
@@ -117,15 +123,29 @@ class Recorder:
         """Drop the records after `step`, which a resumed run will write again, and damaged lines.
 
         Returns:
-            A sentence about each damaged line.
+            A sentence about each damaged line, and one about steps whose records are missing.
         """
         damage: list[str] = []
+        found: dict[str, set[int]] = {}
         for path in self._files():
-            kept = b"".join(line for line, record in _lines(path, damage) if record["step"] <= step)
+            lines: list[tuple[bytes, int]] = []
+            for line, record in _lines(path, damage):
+                try:
+                    if path.name == "episodes.jsonl":
+                        Episode.model_validate(record)
+                except ValidationError as error:
+                    damage.append(f"{path.name}: {_no_episode(record, error)} and was left out")
+                    continue
+                if record["step"] <= step:
+                    lines.append((line, record["step"]))
+            found[path.name] = {number for _, number in lines}
             with _boundary(path):
-                replace_file(path, kept)
+                replace_file(path, b"".join(line for line, _ in lines))
         if self.writes:
             self._read_skipped()
+            for name in ("metrics.jsonl", "episodes.jsonl"):  # these have a record of every step
+                if missing := sorted(set(range(1, step + 1)) - found.get(name, set())):
+                    damage.append(f"{name} lacks {len(missing)} of {step} steps, the first of them {missing[0]}")
         return damage
 
     def _files(self) -> list[Path]:
@@ -153,11 +173,15 @@ def _refuse_links(run_dir: Path) -> None:
     """A run directory may come from somebody else; what is written into it must not end up elsewhere.
 
     Raises:
-        RunDirectoryError: something that a run writes to is a link.
+        RunDirectoryError: something that a run writes to is a link, or is not of its kind: reading a named pipe would
+            wait for ever.
     """
     for name in (*FILES, "images", "checkpoints", *ROLES):
-        if (run_dir / name).is_symlink():
-            raise RunDirectoryError(f"{run_dir / name} is a link, but a run writes into its own directory: remove it")
+        path = run_dir / name
+        if path.is_symlink():
+            raise RunDirectoryError(f"{path} is a link, but a run writes into its own directory: remove it")
+        if path.exists() and not (path.is_file() if name in FILES else path.is_dir()):
+            raise RunDirectoryError(f"{path} is not a {'file' if name in FILES else 'folder'}: move it away")
 
 
 @contextmanager
@@ -218,9 +242,13 @@ def read_episodes(run_dir: Path) -> Iterator[Episode]:
         try:
             yield Episode.model_validate(record)
         except ValidationError as error:
-            where = ".".join(map(str, error.errors()[0]["loc"]))
-            reason = f"a record of step {record['step']} is no episode ({where}: {error.errors()[0]['msg'].lower()})"
-            raise RunDirectoryError(f"{run_dir / 'episodes.jsonl'}: {reason}") from None
+            raise RunDirectoryError(f"{run_dir / 'episodes.jsonl'}: {_no_episode(record, error)}") from None
+
+
+def _no_episode(record: Mapping[str, Any], error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"a record of step {record['step']} is no episode ({where}: {first['msg'].lower()})"
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -266,10 +294,18 @@ def _lines(path: Path, damage: list[str]) -> Iterator[tuple[bytes, dict[str, Any
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 record = None
-            if isinstance(record, dict) and type(record.get("step")) is int:
+            if is_record(record, path.name):
                 yield line, record
             else:
                 damage.append(f"{path.name}, line {number}, is not a record and was left out")
+
+
+def is_record(record: Any, name: str) -> TypeGuard[dict[str, Any]]:
+    """Whether a line of one of `FILES` holds what a run writes there."""
+    needed = {"skipped.jsonl": ("image", "reason"), "probes.jsonl": ("image", "question"), "events.jsonl": ("text",)}
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= 10**9:
+        return False
+    return all(isinstance(record.get(key), str) for key in needed.get(name, ()))
 
 
 def _plain(value: Any) -> Any:

@@ -25,13 +25,15 @@ from ireasoner.model.parallel import Processes
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Engine
 from ireasoner.rollouts.live import LiveEngine
-from ireasoner.training.checkpoints import newest_checkpoint, save_checkpoint
-from ireasoner.training.config import Config
+from ireasoner.training.checkpoints import clear_remains, newest_checkpoint, prune, save_checkpoint
+from ireasoner.training.config import Config, dump_config, load_config
 from ireasoner.training.items import ImagePool, Item, content_hash
 from ireasoner.training.labelled import LabelledQuestion, StepTruth, load_questions
 from ireasoner.training.recorder import Recorder, read_episodes, read_records
 from ireasoner.training.selfplay import SelfPlay
 from ireasoner.training.watch import Alarm, Signals, Watch
+
+CONFIG = "config.yaml"  # as in the run directory, so that nothing but a deliberate extension changes it
 
 
 class RunError(UsageError):
@@ -109,10 +111,15 @@ def open_run(
         UsageError: every checkpoint is damaged, or something that the user named cannot be used.
     """
     processes = processes or Processes()
-    checkpoint, skipped = newest_checkpoint(out / "checkpoints")
+    try:
+        checkpoint, skipped = newest_checkpoint(out / "checkpoints")
+    except OSError as error:
+        raise RunError(f"the checkpoints of {out} cannot be read: {error}") from None
     if skipped and checkpoint is None:
         raise RunError(f"every checkpoint of {out} is damaged: {skipped[0][0].name}: {skipped[0][1]}")
     state = _read_state(checkpoint) if checkpoint else {"step": 0, "elapsed": 0.0}
+    if checkpoint:
+        _check_config(config, checkpoint)
     # Steps after the checkpoint are taken again and give the same records, so theirs are dropped. Without a checkpoint
     # (a new run, or one that was killed before its first) that holds for all records, those of step 0 included.
     dropped = recorder.rewind(state["step"] if checkpoint else -1)
@@ -185,6 +192,15 @@ def load_labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, st
     return labels
 
 
+def record_extension(run: Run) -> None:
+    """If a resumed run is to go on to a later last step than before, make its directory that of the longer run."""
+    before = load_config(run.out / CONFIG).schedule.steps
+    if before < run.config.schedule.steps:
+        run.recorder.write_text(CONFIG, dump_config(run.config))
+        run.tell(f"The run is extended from {before} to {run.config.schedule.steps} steps.")
+    run.recorder.remove("summary.json")
+
+
 def record_skips(run: Run) -> None:
     """Record the images that could not be used so far, except those that are recorded already."""
     for name, reason in run.pool.skipped.items():
@@ -201,6 +217,13 @@ def save(run: Run) -> None:
         keep, spare = run.config.schedule.keep_checkpoints, _steps_to_return_to(run)
         save_checkpoint(run.out / "checkpoints", run.step, lambda folder: _write_state(run, folder), keep, spare)
     run.processes.wait()  # no process may rely on the checkpoint before it is complete
+
+
+def tidy_checkpoints(run: Run) -> None:
+    """Remove what the last save would have removed, had it not been interrupted."""
+    root = run.out / "checkpoints"
+    clear_remains(root)
+    prune(root, run.step, run.config.schedule.keep_checkpoints, _steps_to_return_to(run))
 
 
 def go_back(run: Run) -> int:
@@ -250,7 +273,24 @@ def _write_state(run: Run, folder: Path) -> None:
     for role, learner in run.learners.items():
         tensors, state["learners"][role] = learner.state()
         save_file(tensors, folder / f"optimizer-{role}.safetensors")
+    (folder / CONFIG).write_text(dump_config(run.config), "ascii")
     (folder / "state.json").write_text(json.dumps(state), "utf-8")
+
+
+def _check_config(config: Config, checkpoint: Path) -> None:
+    """Check that a run goes on with the options that its checkpoint was saved under; it may be extended.
+
+    Raises:
+        UsageError: an option was changed meanwhile, for example because a line of `config.yaml` was lost.
+    """
+    kept = load_config(checkpoint / CONFIG)
+    now, before = ({**c.flat(), "reward_sha256": c.reward_sha256} for c in (config, kept))
+    changed = [name for name in now if now[name] != before[name] and name != "steps"]
+    if now["steps"] < before["steps"]:
+        changed.append("steps")
+    if changed:
+        told = "; ".join(f"{name} is {now[name]}, and was {before[name]}" for name in changed)
+        raise RunError(f"config.yaml was changed since {checkpoint} was saved: {told}; the old one is in that folder")
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
