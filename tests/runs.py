@@ -65,8 +65,9 @@ def episode(text: str = "7", step: int = 1, question: str = "How many?", **chang
     def trajectory(agreement: float, scores: tuple[StepScore, ...], **read: Any) -> Trajectory:
         unreadable = read["problem"] is not None
         outcome = 0.0 if unreadable else share
-        factors = {"share of the vote ^ 0.7": outcome, "length": 1.0, "not said of other images": 1.0}
-        parts = {"outcome": Part(value=outcome, weight=0.5, factors=factors)}
+        factors = {"share of the vote": outcome, "length": 1.0, "not said of other images": 1.0}
+        notes = {"share of the vote": "(2/3)^0.7", "length": "words before the answer: 8"}
+        parts = {"outcome": Part(value=outcome, weight=0.5, factors=factors, notes=notes)}
         parts["step_agreement"] = Part(value=agreement, weight=0.5)
         return Trajectory(
             text=text, finish_reason="stop", num_tokens=1, mean_sampler_logprob=-1.0, in_majority=not unreadable,

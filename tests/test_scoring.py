@@ -319,6 +319,27 @@ def test_step_scores_explain_the_step_agreement(policy: Policy, recipe: str):
         assert paid.step_scores[2][0].similarity is not None
 
 
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_notes_say_what_each_factor_was_computed_from(policy: Policy, recipe: str):
+    red, blue = "The red bar reaches 7.", "The blue bar reaches 3."
+    paid = pay(
+        policy, config_of(recipe), [solution("7", red, blue), solution("7", red, blue), solution("3"), "nothing"]
+    )
+    outcome, agreement = ([parts[name] for parts in paid.parts] for name in ("outcome", "step_agreement"))
+    votes = ["(2/4)^0.7", "(2/4)^0.7", "(1/4)^0.7", "unreadable, no vote"]
+    assert [part.notes["share of the vote"] for part in outcome] == votes
+    assert outcome[0].factors["share of the vote"] == pytest.approx((2 / 4) ** 0.7)
+    assert outcome[3].notes["length"] == "words before the answer: 1"
+    assert agreement[3].notes["mean of its steps"] == "no step that counts"
+    if recipe == "default":  # of three trajectories with steps, one says both alike, and one says the first
+        assert agreement[0].notes == {"mean of its steps": "of 1.0000, 0.5000"}
+        assert agreement[0].factors == {"mean of its steps": 0.75}
+    else:
+        weighed = "of 1.0000 (weight 1), 1.0000 (weight 0.8607)"
+        assert agreement[0].notes == {"share of the majority": "(2/4)^0.7", "mean of its steps": weighed}
+        assert agreement[2].notes["mean of its steps"] == "no step that counts"  # outside the majority
+
+
 @pytest.mark.parametrize("recipe", [*RECIPES, "oracle"])
 @pytest.mark.parametrize("step", [1, LAST])
 def test_every_reward_is_the_sum_of_its_recorded_parts(policy: Policy, recipe: str, step: int):

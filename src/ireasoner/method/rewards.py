@@ -138,14 +138,33 @@ def prototype_rewards(
     position_decay: float = PAPER.position_decay,
 ) -> FloatArray:
     """Step agreement rewards from similarities that `prototype_similarities` has computed; array [N]."""
-    rewards = np.zeros(len(answers))
-    density = (len(majority(answers).members) / max(len(answers), 1)) ** density_exponent
-    for i, scored in enumerate(similarities):
-        counted = np.isfinite(scored)
+    density = density_factor(answers, density_exponent)
+    return np.clip(density * step_means(similarities, position_decay), 0.0, 1.0)  # rounding may leave it just above 1
+
+
+def density_factor(answers: Answers, exponent: float) -> float:
+    """(|G|/N)^γd, the majority's share of the group, where N includes the unreadable."""
+    return (len(majority(answers).members) / max(len(answers), 1)) ** exponent
+
+
+def step_means(scores: Sequence[FloatArray], position_decay: float = 0.0) -> FloatArray:
+    """Σ_j ω_j s_ij / Σ_j ω_j over the reasoning steps that count; array [N], 0 where none does.
+
+    Args:
+        scores: s_ij, one array for each of the N trajectories; NaN for a step that does not count.
+        position_decay: δ of ω_j = exp(−δ j), j from 0; by default all steps count alike.
+    """
+    means = np.zeros(len(scores))
+    for i, own in enumerate(scores):
+        counted = np.isfinite(own)
         if counted.any():
-            weights = np.exp(-position_decay * np.arange(len(scored)))[counted]
-            rewards[i] = density * np.average(scored[counted], weights=weights)
-    return np.clip(rewards, 0.0, 1.0)  # rounding may leave a cosine just above 1
+            means[i] = np.average(own[counted], weights=position_weights(len(own), position_decay)[counted])
+    return means
+
+
+def position_weights(count: int, position_decay: float) -> FloatArray:
+    """ω_j = exp(−δ j) of the first `count` reasoning steps, j from 0."""
+    return np.exp(-position_decay * np.arange(count))
 
 
 def leave_one_out_similarities(step_embeddings: Sequence[NDArray[np.floating]]) -> list[FloatArray]:
@@ -187,9 +206,12 @@ def claim_agreement_rewards(
     Returns:
         Array [N].
     """
-    scores = [s * (1.0 - f) for s, f in zip(support, recurrence, strict=True)]
-    counted = [score[np.isfinite(score)] for score in scores]
-    return np.array([float(score.mean()) if len(score) else 0.0 for score in counted])
+    return step_means(claim_scores(support, recurrence))
+
+
+def claim_scores(support: Sequence[NDArray[np.float64]], recurrence: Sequence[NDArray[np.float64]]) -> list[FloatArray]:
+    """s_ij (1 − f_ij) of each reasoning step, as in `claim_agreement_rewards`."""
+    return [s * (1.0 - f) for s, f in zip(support, recurrence, strict=True)]
 
 
 def recurrence(claims: Sequence[str], others: Sequence[frozenset[str]]) -> FloatArray:

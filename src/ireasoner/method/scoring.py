@@ -6,9 +6,11 @@ field of which is optional; a recipe that needs a missing one says so.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,33 +173,30 @@ def _agreement(
     recurrences = [
         rewards.recurrence([claim_digest(step) for step in own], context.recent_claims or ()) for own in compared
     ]
-    words = [s.words_before_answer for s in group.solutions]
-    outcome = rewards.outcome_rewards(
-        keys,
-        words,
-        exponent=recipe.outcome_exponent,
-        length_penalty=recipe.length_penalty,
-        target_words=recipe.target_words,
-    )
-    factors = {
-        f"share of the vote ^ {recipe.outcome_exponent:g}": rewards.vote_factors(keys, recipe.outcome_exponent),
-        "length": rewards.length_factors(words, length_penalty=recipe.length_penalty, target_words=recipe.target_words),
-    }
+    words, votes = [s.words_before_answer for s in group.solutions], Counter(keys)
+    vote, power = rewards.vote_factors(keys, recipe.outcome_exponent), f"^{recipe.outcome_exponent:g}"
+    shares = ["unreadable, no vote" if key is None else f"({votes[key]}/{len(keys)}){power}" for key in keys]
+    length = rewards.length_factors(words, length_penalty=recipe.length_penalty, target_words=recipe.target_words)
+    outcome = [
+        _Factor("share of the vote", vote, shares),
+        _Factor("length", length, [f"words before the answer: {n}" for n in words]),
+    ]
     if recipe.recurrence_window:
-        factors["not said of other images"] = rewards.novelty_factors(recurrences)
-        outcome = outcome * factors["not said of other images"]
+        outcome.append(_Factor("not said of other images", rewards.novelty_factors(recurrences)))
     if recipe.step_measure == "claims":
-        similarity = _claim_support(group.solutions, compared)
-        scores = [s * (1.0 - f) for s, f in zip(similarity, recurrences, strict=True)]
-        agreement = rewards.claim_agreement_rewards(similarity, recurrences)
+        similarity, decay = _claim_support(group.solutions, compared), 0.0
+        scores = rewards.claim_scores(similarity, recurrences)
+        agreement = []
     else:
         assert context.embed is not None
-        embedded = [context.embed(own) for own in compared]
+        embedded, decay = [context.embed(own) for own in compared], recipe.position_decay
         similarity = rewards.leave_one_out_similarities(embedded)
         scores = rewards.prototype_similarities(keys, embedded, max_reasoning_steps=recipe.max_reasoning_steps)
-        agreement = rewards.prototype_rewards(
-            keys, scores, density_exponent=recipe.density_exponent, position_decay=recipe.position_decay
-        )
+        density = rewards.density_factor(keys, recipe.density_exponent)
+        share = f"({len(group.vote.members)}/{len(keys)})^{recipe.density_exponent:g}"
+        agreement = [_Factor("share of the majority", np.full(len(keys), density), [share] * len(keys))]
+    means = rewards.step_means(scores, decay)
+    agreement.append(_Factor("mean of its steps", means, [_mean_note(own, decay) for own in scores]))
     explained = tuple(
         tuple(
             StepScore(similarity=alike, recurrence=said, score=score)
@@ -205,8 +204,15 @@ def _agreement(
         )
         for s, r, x in zip(similarity, recurrences, scores, strict=True)
     )
-    parts = {"outcome": _parts(outcome, 1.0 - weight, factors), "step_agreement": _parts(agreement, weight)}
-    return parts, explained
+    return {"outcome": _products(outcome, 1.0 - weight), "step_agreement": _products(agreement, weight)}, explained
+
+
+def _mean_note(scores: FloatArray, position_decay: float) -> str:
+    """The scores of a trajectory's steps that count, with their weights in the mean if these differ."""
+    weights = rewards.position_weights(len(scores), position_decay)
+    counted = [(s, w) for s, w in zip(scores.tolist(), weights.tolist(), strict=True) if s == s]
+    shown = [f"{s:.4f} (weight {w:.4g})" if position_decay else f"{s:.4f}" for s, w in counted]
+    return f"of {', '.join(shown)}" if shown else "no step that counts"
 
 
 def _claim_support(solutions: Sequence[Solution], compared: Sequence[Sequence[str]]) -> list[FloatArray]:
@@ -269,13 +275,28 @@ def _own_reward(group: Group, name: str, given: Any) -> dict[str, list[Part]]:
     return found
 
 
-def _parts(values: FloatArray, weight: float = 1.0, factors: Mapping[str, FloatArray] | None = None) -> list[Part]:
-    """One part of every trajectory."""
-    columns = {name: column.tolist() for name, column in (factors or {}).items()}
-    return [
-        Part(value=value, weight=weight, factors={name: column[i] for name, column in columns.items()})
-        for i, value in enumerate(values.tolist())
-    ]
+def _parts(values: FloatArray) -> list[Part]:
+    """A part of every trajectory that is paid in full."""
+    return [Part(value=value) for value in values.tolist()]
+
+
+class _Factor(NamedTuple):
+    """A factor of every trajectory's part [N], with a note for each (or none)."""
+
+    name: str
+    values: FloatArray
+    notes: Sequence[str] = ()
+
+
+def _products(factors: Sequence[_Factor], weight: float) -> list[Part]:
+    """The parts of N trajectories that are products of factors."""
+    parts = []
+    for i in range(len(factors[0].values)):
+        own = {factor.name: float(factor.values[i]) for factor in factors}
+        notes = {factor.name: factor.notes[i] for factor in factors if factor.notes}
+        value = min(math.prod(own.values()), 1.0)  # rounding may leave a cosine just above 1
+        parts.append(Part(value=value, weight=weight, factors=own, notes=notes))
+    return parts
 
 
 def _or_none(values: FloatArray) -> list[float | None]:

@@ -106,12 +106,14 @@ class StepScore(Record):
 class Part(Record):
     """One part of a reward, which is the sum of its parts' `weight` times `value`.
 
-    `factors`, by name, multiply to the value; empty where the value is not a product.
+    `factors`, by name, multiply to the value; empty where the value is not a product. `notes` say in words, by the same
+    names, what a factor was computed from, such as "(3/5)^0.7".
     """
 
     value: Number
     weight: Number = 1.0
     factors: dict[str, Number] = {}
+    notes: dict[str, str] = {}
 
 
 class Sampled(Record):
