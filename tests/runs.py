@@ -172,20 +172,13 @@ def _embed(texts: Any) -> np.ndarray:
 
 
 def _episode(step: int, image: str, thumbnail: str, asked: str, texts: list[str], scored: ScoredGroup) -> Episode:
-    vote, mean = scored.group.vote, sum(scored.rewards) / len(texts)
+    vote, mean = scored.vote, sum(scored.rewards) / len(texts)
     trajectories = tuple(
         Trajectory(
             text=text, finish_reason="stop", num_tokens=len(text.split()), mean_sampler_logprob=-0.5,
-            reasoning_steps=solution.reasoning_steps, answer=solution.answer, problem=solution.problem,
-            words_before_answer=solution.words_before_answer, answer_key=key, in_majority=i in vote.members,
-            reward=reward, parts=parts, step_scores=scores, advantage=reward - mean,
+            advantage=earned.reward - mean, **dict(earned),
         )
-        for i, (text, solution, key, reward, parts, scores) in enumerate(
-            zip(
-                texts, scored.group.solutions, scored.group.answer_keys, scored.rewards, scored.parts,
-                scored.step_scores, strict=True,
-            )
-        )
+        for text, earned in zip(texts, scored.trajectories, strict=True)
     )  # fmt: skip
     return Episode(
         step=step, image=image, thumbnail=thumbnail, question=Question(asked, "It can be seen.", None),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from ireasoner.method.memory import claim_digest
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.rewards import FloatArray
 from ireasoner.method.texts import parse_trajectory
-from ireasoner.method.types import FinishReason, Form, Part, Solution, StepScore, UsageError
+from ireasoner.method.types import FinishReason, Form, Part, ScoredTrajectory, Solution, StepScore, UsageError
 
 # Parts of a user's own reward cannot be called like these, which metrics and records hold for every reward.
 RESERVED_PARTS = frozenset({"total", "outcome", "step_agreement"})
@@ -82,13 +82,16 @@ class Context:
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """A group with what each trajectory earned; all sequences run parallel to the texts."""
+    """The vote of a group, what each trajectory earned, in the order of the texts, and what the proposer earned."""
 
-    group: Group
-    rewards: tuple[float, ...]
-    parts: tuple[dict[str, Part], ...]
-    step_scores: tuple[tuple[StepScore, ...], ...]
+    vote: Vote
+    trajectories: tuple[ScoredTrajectory, ...]
     proposer_reward: float
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        """What each trajectory earned."""
+        return tuple(t.reward for t in self.trajectories)
 
 
 def score_group(question: str, texts: Sequence[str], recipe: Recipe, context: Context | None = None) -> ScoredGroup:
@@ -120,22 +123,32 @@ def score_solutions(
     keys = tuple(answer_key(s.answer, question) if s.answer is not None else None for s in solutions)
     group = Group(question, tuple(texts), tuple(solutions), keys, majority(keys))
     if not solutions:
-        return ScoredGroup(group, (), (), (), 0.0)
+        return ScoredGroup(group.vote, (), 0.0)
+    columns: dict[str, list[Part]] = {}
+    step_scores: list[tuple[StepScore, ...]] = [()] * len(keys)
     lacking = _lacking(recipe, context)
-    if recipe.reward == "agreement":
-        if lacking:
-            raise RewardError(f"the reward of the recipe {recipe.name!r} needs context.{lacking}")
-        parts, step_scores = _agreement(group, recipe, context)
-    else:
-        # Agreement is recorded beside other rewards where it can be known, but nothing is paid for it.
-        known, step_scores = ({}, ((),) * len(keys)) if lacking else _agreement(group, recipe, context)
-        unpaid = {name: [part.model_copy(update={"weight": 0.0}) for part in own] for name, own in known.items()}
-        parts = {**unpaid, **_other_reward(group, recipe, context)}
-    by_trajectory = tuple({name: own[i] for name, own in parts.items()} for i in range(len(keys)))
-    earned = tuple(sum(part.weight * part.value for part in own.values()) for own in by_trajectory)
+    if lacking and recipe.reward == "agreement":
+        raise RewardError(f"the reward of the recipe {recipe.name!r} needs context.{lacking}")
+    if not lacking:  # beside other rewards, agreement is recorded where it can be known, but nothing is paid for it
+        columns, step_scores = _agreement(group, recipe, context)
+    if recipe.reward != "agreement":
+        columns |= _other_reward(group, recipe, context)
+    trajectories = []
+    for i, solution in enumerate(solutions):
+        parts = {name: column[i] for name, column in columns.items()}
+        trajectories.append(
+            ScoredTrajectory(
+                **asdict(solution),
+                answer_key=keys[i],
+                in_majority=i in group.vote.members,
+                reward=sum(part.weight * part.value for part in parts.values()),
+                parts=parts,
+                step_scores=step_scores[i],
+            )
+        )
     worth = rewards.proposer_reward(group.vote.entropy, target=recipe.target_entropy, width=recipe.entropy_width)
     # Of fewer than two readable answers nothing can be said about the question.
-    return ScoredGroup(group, earned, by_trajectory, step_scores, worth if group.vote.readable >= 2 else 0.0)
+    return ScoredGroup(group.vote, tuple(trajectories), worth if group.vote.readable >= 2 else 0.0)
 
 
 def step_weight(recipe: Recipe, step: int, total_steps: int) -> float:
@@ -164,55 +177,64 @@ def _lacking(recipe: Recipe, context: Context) -> str | None:
 
 def _agreement(
     group: Group, recipe: Recipe, context: Context
-) -> tuple[dict[str, list[Part]], tuple[tuple[StepScore, ...], ...]]:
+) -> tuple[dict[str, list[Part]], list[tuple[StepScore, ...]]]:
     """The parts `outcome` and `step_agreement` of every trajectory, and what each compared reasoning step scored."""
-    keys, weight = group.answer_keys, context.step_weight or 0.0
     compared = [s.reasoning_steps[: recipe.max_reasoning_steps] if s.well_formed else () for s in group.solutions]
     # Of all reasoning steps, also those that claim nothing: an answer behind words that fit every image must not earn
     # the full outcome reward.
     recurrences = [
         rewards.recurrence([claim_digest(step) for step in own], context.recent_claims or ()) for own in compared
     ]
-    words, votes = [s.words_before_answer for s in group.solutions], Counter(keys)
-    vote, power = rewards.vote_factors(keys, recipe.outcome_exponent), f"^{recipe.outcome_exponent:g}"
-    shares = ["unreadable, no vote" if key is None else f"({votes[key]}/{len(keys)}){power}" for key in keys]
-    length = rewards.length_factors(words, length_penalty=recipe.length_penalty, target_words=recipe.target_words)
-    outcome = [
-        _Factor("share of the vote", vote, shares),
-        _Factor("length", length, [f"words before the answer: {n}" for n in words]),
-    ]
-    if recipe.recurrence_window:
-        outcome.append(_Factor("not said of other images", rewards.novelty_factors(recurrences)))
+    outcome = _outcome_factors(group, recipe, recurrences)
     if recipe.step_measure == "claims":
-        similarity, decay = _claim_support(group.solutions, compared), 0.0
-        scores = rewards.claim_scores(similarity, recurrences)
-        agreement = []
+        similarities, decay, agreement = _claim_support(group.solutions, compared), 0.0, []
+        scores = rewards.claim_scores(similarities, recurrences)
     else:
         assert context.embed is not None
         embedded, decay = [context.embed(own) for own in compared], recipe.position_decay
-        similarity = rewards.leave_one_out_similarities(embedded)
+        similarities = rewards.leave_one_out_similarities(embedded)
+        keys, exponent, members = group.answer_keys, recipe.density_exponent, len(group.vote.members)
         scores = rewards.prototype_similarities(keys, embedded, max_reasoning_steps=recipe.max_reasoning_steps)
-        density = rewards.density_factor(keys, recipe.density_exponent)
-        share = f"({len(group.vote.members)}/{len(keys)})^{recipe.density_exponent:g}"
+        share, density = f"({members}/{len(keys)})^{exponent:g}", rewards.density_factor(keys, exponent)
         agreement = [_Factor("share of the majority", np.full(len(keys), density), [share] * len(keys))]
-    means = rewards.step_means(scores, decay)
-    agreement.append(_Factor("mean of its steps", means, [_mean_note(own, decay) for own in scores]))
-    explained = tuple(
-        tuple(
-            StepScore(similarity=alike, recurrence=said, score=score)
-            for alike, said, score in zip(_or_none(s), r.tolist(), _or_none(x), strict=True)
-        )
-        for s, r, x in zip(similarity, recurrences, scores, strict=True)
-    )
-    return {"outcome": _products(outcome, 1.0 - weight), "step_agreement": _products(agreement, weight)}, explained
+    notes = [_mean_note(own, decay) for own in scores]
+    agreement.append(_Factor("mean of its steps", rewards.step_means(scores, decay), notes))
+    weight, paid = context.step_weight or 0.0, recipe.reward == "agreement"
+    parts = {
+        "outcome": _products(outcome, (1.0 - weight) * paid),
+        "step_agreement": _products(agreement, weight * paid),
+    }
+    return parts, [_step_scores(*row) for row in zip(similarities, recurrences, scores, strict=True)]
+
+
+def _outcome_factors(group: Group, recipe: Recipe, recurrences: Sequence[FloatArray]) -> list[_Factor]:
+    """The factors of the outcome reward, as in `rewards.outcome_rewards`, and that of recurring reasoning steps."""
+    keys, exponent, votes = group.answer_keys, recipe.outcome_exponent, Counter(group.answer_keys)
+    shares = ["unreadable, no vote" if key is None else f"({votes[key]}/{len(keys)})^{exponent:g}" for key in keys]
+    words = [s.words_before_answer for s in group.solutions]
+    length = rewards.length_factors(words, length_penalty=recipe.length_penalty, target_words=recipe.target_words)
+    factors = [
+        _Factor("share of the vote", rewards.vote_factors(keys, exponent), shares),
+        _Factor("length", length, [f"words before the answer: {count}" for count in words]),
+    ]
+    if recipe.recurrence_window:
+        factors.append(_Factor("not said of other images", rewards.novelty_factors(recurrences)))
+    return factors
 
 
 def _mean_note(scores: FloatArray, position_decay: float) -> str:
     """The scores of a trajectory's steps that count, with their weights in the mean if these differ."""
     weights = rewards.position_weights(len(scores), position_decay)
-    counted = [(s, w) for s, w in zip(scores.tolist(), weights.tolist(), strict=True) if s == s]
+    counted = [(s, w) for s, w in zip(scores.tolist(), weights.tolist(), strict=True) if not math.isnan(s)]
     shown = [f"{s:.4f} (weight {w:.4g})" if position_decay else f"{s:.4f}" for s, w in counted]
     return f"of {', '.join(shown)}" if shown else "no step that counts"
+
+
+def _step_scores(similarities: FloatArray, recurrences: FloatArray, scores: FloatArray) -> tuple[StepScore, ...]:
+    """The records of one trajectory's compared steps."""
+    known, counted = ([None if math.isnan(x) else x for x in values.tolist()] for values in (similarities, scores))
+    rows = zip(known, recurrences.tolist(), counted, strict=True)
+    return tuple(StepScore(similarity=alike, recurrence=said, score=score) for alike, said, score in rows)
 
 
 def _claim_support(solutions: Sequence[Solution], compared: Sequence[Sequence[str]]) -> list[FloatArray]:
@@ -297,8 +319,3 @@ def _products(factors: Sequence[_Factor], weight: float) -> list[Part]:
         value = min(math.prod(own.values()), 1.0)  # rounding may leave a cosine just above 1
         parts.append(Part(value=value, weight=weight, factors=own, notes=notes))
     return parts
-
-
-def _or_none(values: FloatArray) -> list[float | None]:
-    """As plain floats, NaN as None."""
-    return [None if value != value else value for value in values.tolist()]

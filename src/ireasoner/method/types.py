@@ -139,8 +139,8 @@ class Proposal(Sampled):
     advantage: Number | None = None
 
 
-class Trajectory(Sampled):
-    """What the solver wrote, how it was read, and what it earned; the advantage is None where it trained nothing.
+class ScoredTrajectory(Record):
+    """How a solver's text was read, as in `Solution`, and what it earned.
 
     `answer_key` is None where the text could not be read. `step_scores` has an entry for each reasoning step that was
     compared, from the first on.
@@ -155,11 +155,16 @@ class Trajectory(Sampled):
     reward: Number
     parts: dict[str, Part]
     step_scores: tuple[StepScore, ...]
-    advantage: Number | None = None
 
     @property
     def well_formed(self) -> bool:
         return self.problem is None
+
+
+class Trajectory(ScoredTrajectory, Sampled):
+    """What the solver wrote, how it was read, and what it earned; the advantage is None where it trained nothing."""
+
+    advantage: Number | None = None
 
 
 class Episode(Record):
