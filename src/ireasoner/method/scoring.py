@@ -124,18 +124,16 @@ def score_solutions(
     group = Group(question, tuple(texts), tuple(solutions), keys, majority(keys))
     if not solutions:
         return ScoredGroup(group.vote, (), 0.0)
-    columns: dict[str, list[Part]] = {}
-    step_scores: list[tuple[StepScore, ...]] = [()] * len(keys)
+    agreement: Sequence[_Agreement] = [_Agreement({}, ())] * len(keys)
     lacking = _lacking(recipe, context)
     if lacking and recipe.reward == "agreement":
         raise RewardError(f"the reward of the recipe {recipe.name!r} needs context.{lacking}")
     if not lacking:  # beside other rewards, agreement is recorded where it can be known, but nothing is paid for it
-        columns, step_scores = _agreement(group, recipe, context)
-    if recipe.reward != "agreement":
-        columns |= _other_reward(group, recipe, context)
+        agreement = _agreement(group, recipe, context)
+    other = {} if recipe.reward == "agreement" else _other_reward(group, recipe, context)
     trajectories = []
     for i, solution in enumerate(solutions):
-        parts = {name: column[i] for name, column in columns.items()}
+        parts = agreement[i].parts | {name: Part(value=float(values[i])) for name, values in other.items()}
         trajectories.append(
             ScoredTrajectory(
                 **asdict(solution),
@@ -143,7 +141,7 @@ def score_solutions(
                 in_majority=i in group.vote.members,
                 reward=sum(part.weight * part.value for part in parts.values()),
                 parts=parts,
-                step_scores=step_scores[i],
+                step_scores=agreement[i].step_scores,
             )
         )
     worth = rewards.proposer_reward(group.vote.entropy, target=recipe.target_entropy, width=recipe.entropy_width)
@@ -175,51 +173,63 @@ def _lacking(recipe: Recipe, context: Context) -> str | None:
     return None
 
 
-def _agreement(
-    group: Group, recipe: Recipe, context: Context
-) -> tuple[dict[str, list[Part]], list[tuple[StepScore, ...]]]:
-    """The parts `outcome` and `step_agreement` of every trajectory, and what each compared reasoning step scored."""
+class _Agreement(NamedTuple):
+    """The parts `outcome` and `step_agreement` of a trajectory, and what each compared reasoning step scored."""
+
+    parts: dict[str, Part]
+    step_scores: tuple[StepScore, ...]
+
+
+def _agreement(group: Group, recipe: Recipe, context: Context) -> list[_Agreement]:
+    """The agreement of every trajectory; its parts weigh nothing if the recipe pays another reward."""
+    keys, votes, paid = group.answer_keys, Counter(group.answer_keys), recipe.reward == "agreement"
+    weight, decay = context.step_weight or 0.0, recipe.position_decay if recipe.step_measure == "embedding" else 0.0
+    similarities, recurrences, scores = _compare_steps(group, recipe, context)
+    words = [s.words_before_answer for s in group.solutions]
+    shares = rewards.vote_factors(keys, recipe.outcome_exponent)
+    lengths = rewards.length_factors(words, length_penalty=recipe.length_penalty, target_words=recipe.target_words)
+    novelties, means = rewards.novelty_factors(recurrences), rewards.step_means(scores, decay)
+    density = rewards.density_factor(keys, recipe.density_exponent)
+    density_note = f"({len(group.vote.members)}/{len(keys)})^{recipe.density_exponent:g}"
+    found = []
+    for i, key in enumerate(keys):
+        vote = "unreadable, no vote" if key is None else f"({votes[key]}/{len(keys)})^{recipe.outcome_exponent:g}"
+        length = f"words before the answer: {words[i]}"
+        outcome = {"share of the vote": (shares[i], vote), "length": (lengths[i], length)}
+        if recipe.recurrence_window:
+            outcome["not said of other images"] = (novelties[i], "")
+        agreement = {"share of the majority": (density, density_note)} if recipe.step_measure == "embedding" else {}
+        agreement["mean of its steps"] = (means[i], _mean_note(scores[i], decay))
+        parts = {
+            "outcome": _product(outcome, (1.0 - weight) * paid),
+            "step_agreement": _product(agreement, weight * paid),
+        }
+        found.append(_Agreement(parts, _step_scores(similarities[i], recurrences[i], scores[i])))
+    return found
+
+
+def _compare_steps(group: Group, recipe: Recipe, context: Context) -> tuple[list[FloatArray], ...]:
+    """Similarity, recurrence and score of each trajectory's compared steps, as `StepScore` holds them; NaN for None."""
     compared = [s.reasoning_steps[: recipe.max_reasoning_steps] if s.well_formed else () for s in group.solutions]
     # Of all reasoning steps, also those that claim nothing: an answer behind words that fit every image must not earn
     # the full outcome reward.
-    recurrences = [
-        rewards.recurrence([claim_digest(step) for step in own], context.recent_claims or ()) for own in compared
-    ]
-    outcome = _outcome_factors(group, recipe, recurrences)
+    recent = context.recent_claims or ()
+    recurrences = [rewards.recurrence([claim_digest(step) for step in own], recent) for own in compared]
     if recipe.step_measure == "claims":
-        similarities, decay, agreement = _claim_support(group.solutions, compared), 0.0, []
-        scores = rewards.claim_scores(similarities, recurrences)
-    else:
-        assert context.embed is not None
-        embedded, decay = [context.embed(own) for own in compared], recipe.position_decay
-        similarities = rewards.leave_one_out_similarities(embedded)
-        keys, exponent, members = group.answer_keys, recipe.density_exponent, len(group.vote.members)
-        scores = rewards.prototype_similarities(keys, embedded, max_reasoning_steps=recipe.max_reasoning_steps)
-        share, density = f"({members}/{len(keys)})^{exponent:g}", rewards.density_factor(keys, exponent)
-        agreement = [_Factor("share of the majority", np.full(len(keys), density), [share] * len(keys))]
-    notes = [_mean_note(own, decay) for own in scores]
-    agreement.append(_Factor("mean of its steps", rewards.step_means(scores, decay), notes))
-    weight, paid = context.step_weight or 0.0, recipe.reward == "agreement"
-    parts = {
-        "outcome": _products(outcome, (1.0 - weight) * paid),
-        "step_agreement": _products(agreement, weight * paid),
-    }
-    return parts, [_step_scores(*row) for row in zip(similarities, recurrences, scores, strict=True)]
+        support = _claim_support(group.solutions, compared)
+        return support, recurrences, rewards.claim_scores(support, recurrences)
+    assert context.embed is not None
+    embedded = [context.embed(own) for own in compared]
+    scores = rewards.prototype_similarities(group.answer_keys, embedded, max_reasoning_steps=recipe.max_reasoning_steps)
+    return rewards.leave_one_out_similarities(embedded), recurrences, scores
 
 
-def _outcome_factors(group: Group, recipe: Recipe, recurrences: Sequence[FloatArray]) -> list[_Factor]:
-    """The factors of the outcome reward, as in `rewards.outcome_rewards`, and that of recurring reasoning steps."""
-    keys, exponent, votes = group.answer_keys, recipe.outcome_exponent, Counter(group.answer_keys)
-    shares = ["unreadable, no vote" if key is None else f"({votes[key]}/{len(keys)})^{exponent:g}" for key in keys]
-    words = [s.words_before_answer for s in group.solutions]
-    length = rewards.length_factors(words, length_penalty=recipe.length_penalty, target_words=recipe.target_words)
-    factors = [
-        _Factor("share of the vote", rewards.vote_factors(keys, exponent), shares),
-        _Factor("length", length, [f"words before the answer: {count}" for count in words]),
-    ]
-    if recipe.recurrence_window:
-        factors.append(_Factor("not said of other images", rewards.novelty_factors(recurrences)))
-    return factors
+def _product(factors: Mapping[str, tuple[float, str]], weight: float) -> Part:
+    """A part that is a product of factors, each with a note or ""."""
+    values = {name: float(value) for name, (value, _) in factors.items()}
+    notes = {name: note for name, (_, note) in factors.items() if note}
+    value = min(math.prod(values.values()), 1.0)  # rounding may leave a cosine just above 1
+    return Part(value=value, weight=weight, factors=values, notes=notes)
 
 
 def _mean_note(scores: FloatArray, position_decay: float) -> str:
@@ -247,22 +257,21 @@ def _claim_support(solutions: Sequence[Solution], compared: Sequence[Sequence[st
     return support
 
 
-def _other_reward(group: Group, recipe: Recipe, context: Context) -> dict[str, list[Part]]:
-    """The parts of a reward other than agreement."""
+def _other_reward(group: Group, recipe: Recipe, context: Context) -> dict[str, FloatArray]:
+    """The parts [N] of a reward other than agreement."""
     keys = group.answer_keys
     if recipe.reward == "discrete":
-        return {"majority_answer": _parts(rewards.discrete_rewards(keys))}
+        return {"majority_answer": rewards.discrete_rewards(keys)}
     if recipe.reward == "format":
-        return {"readable": _parts(rewards.readable_rewards(keys))}
+        return {"readable": rewards.readable_rewards(keys)}
     if recipe.reward == "random":
         if context.seed is None:
             raise RewardError("a random reward needs context.seed")
-        return {"random": _parts(rewards.random_rewards(keys, np.random.default_rng(list(context.seed))))}
+        return {"random": rewards.random_rewards(keys, np.random.default_rng(list(context.seed)))}
     if recipe.reward == "oracle":
         if context.true_answer is None:
             raise RewardError("the oracle's reward needs context.true_answer")
-        true_key = answer_key(context.true_answer, group.question)
-        return {"true_answer": _parts(rewards.true_answer_rewards(keys, true_key))}
+        return {"true_answer": rewards.true_answer_rewards(keys, answer_key(context.true_answer, group.question))}
     if context.reward is None:
         raise RewardError(
             f"the reward {recipe.reward} lies in a file, which is not opened here: hand in context.reward"
@@ -274,14 +283,14 @@ def _other_reward(group: Group, recipe: Recipe, context: Context) -> dict[str, l
     return _own_reward(group, recipe.reward, given)
 
 
-def _own_reward(group: Group, name: str, given: Any) -> dict[str, list[Part]]:
+def _own_reward(group: Group, name: str, given: Any) -> dict[str, FloatArray]:
     """The parts that a user's function gave, checked; an unreadable trajectory earns nothing, whatever it was given."""
     parts = given if isinstance(given, Mapping) else {"reward": given}
     if not parts or RESERVED_PARTS.intersection(parts):
         raise RewardError(
             f"{name} gave parts called {list(parts)}: name at least one, and none of {sorted(RESERVED_PARTS)}"
         )
-    found: dict[str, list[Part]] = {}
+    found: dict[str, FloatArray] = {}
     for part, values in parts.items():
         try:
             if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str):
@@ -293,29 +302,5 @@ def _own_reward(group: Group, name: str, given: Any) -> dict[str, list[Part]]:
             raise RewardError(f"{name} gave {len(numbers)} numbers as {part} for {len(group.answer_keys)} texts")
         if not np.isfinite(numbers).all() or np.abs(numbers).max(initial=0) > 1e6:
             raise RewardError(f"{name} gave {numbers} as {part}: rewards must be finite, and at most a million")
-        found[str(part)] = _parts(rewards.readable_rewards(group.answer_keys) * numbers)
+        found[str(part)] = rewards.readable_rewards(group.answer_keys) * numbers
     return found
-
-
-def _parts(values: FloatArray) -> list[Part]:
-    """A part of every trajectory that is paid in full."""
-    return [Part(value=value) for value in values.tolist()]
-
-
-class _Factor(NamedTuple):
-    """A factor of every trajectory's part [N], with a note for each (or none)."""
-
-    name: str
-    values: FloatArray
-    notes: Sequence[str] = ()
-
-
-def _products(factors: Sequence[_Factor], weight: float) -> list[Part]:
-    """The parts of N trajectories that are products of factors."""
-    parts = []
-    for i in range(len(factors[0].values)):
-        own = {factor.name: float(factor.values[i]) for factor in factors}
-        notes = {factor.name: factor.notes[i] for factor in factors if factor.notes}
-        value = min(math.prod(own.values()), 1.0)  # rounding may leave a cosine just above 1
-        parts.append(Part(value=value, weight=weight, factors=own, notes=notes))
-    return parts
