@@ -4,6 +4,7 @@ They are those of iReasoner (arXiv 2601.05877), what the recipe `default` puts i
 in [0, 1]. `ireasoner.method.scoring` puts them together by a recipe. `answers` are canonical answer keys
 (`ireasoner.method.answers.answer_key`), one for each of the N trajectories of a group; None is an unreadable
 trajectory: it casts no vote, stays in N and earns 0. Defaults are the paper's constants, as `Recipe` states them.
+Where a reward is a product, its factors are functions of their own: scoring records each, and multiplies them.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def prototype_similarities(
         if len(reached) < 2:
             continue
         vectors = np.stack([units[i][position] for i in reached])
-        prototype = _unit_rows(vectors.mean(axis=0, keepdims=True))[0]
+        prototype = _unit_rows(vectors.mean(axis=0))
         for i, cosine in zip(reached, vectors @ prototype, strict=True):
             found[i][position] = (1.0 + cosine) / 2.0
     return found
@@ -186,7 +187,7 @@ def leave_one_out_similarities(step_embeddings: Sequence[NDArray[np.floating]]) 
             continue
         total = sum(units[i][position] for i in reached)
         for i in reached:
-            others = _unit_rows((total - units[i][position])[None])[0]
+            others = _unit_rows(total - units[i][position])
             found[i][position] = np.clip((1.0 + units[i][position] @ others) / 2.0, 0.0, 1.0)
     return found
 
@@ -235,6 +236,7 @@ def novelty_factors(recurrences: Sequence[FloatArray]) -> FloatArray:
 
 
 def _unit_rows(rows: FloatArray) -> FloatArray:
+    """Rows [..., width] with norm 1; a row of zeros stays."""
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)
     return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
 
@@ -297,4 +299,4 @@ def random_rewards(answers: Answers, rng: np.random.Generator) -> FloatArray:
 
 def true_answer_rewards(answers: Answers, true_key: str) -> FloatArray:
     """The ceiling: 1 for the true answer's key, else 0; array [N]."""
-    return np.array([float(key is not None and key == true_key) for key in answers])
+    return np.array([float(key == true_key) for key in answers])

@@ -128,8 +128,12 @@ class Sampled(Record):
     def fields_of(completion: Completion) -> dict[str, Any]:
         """What is kept of a completion, by the names of these fields."""
         mean = sum(completion.logprobs) / len(completion.logprobs) if completion.logprobs else None
-        kept = {"text": completion.text, "finish_reason": completion.finish_reason}
-        return {**kept, "num_tokens": len(completion.token_ids), "mean_sampler_logprob": mean}
+        return {
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+            "num_tokens": len(completion.token_ids),
+            "mean_sampler_logprob": mean,
+        }
 
 
 class Proposal(Sampled):
