@@ -79,7 +79,7 @@ def train(config: Config, out: Path) -> None:
             record = {
                 "step": step,
                 "reward": fmean(rewards) if rewards else 0.0,
-                "majority_fraction": fmean(group.group.vote.fraction for group in scored) if scored else 0.0,
+                "majority_fraction": fmean(group.vote.fraction for group in scored) if scored else 0.0,
                 "learned": learned,
             }
             log.write(json.dumps(record) + "\n")

@@ -65,8 +65,9 @@ def episode(text: str = "7", step: int = 1, question: str = "How many?", **chang
     def trajectory(agreement: float, scores: tuple[StepScore, ...], **read: Any) -> Trajectory:
         unreadable = read["problem"] is not None
         outcome = 0.0 if unreadable else share
-        factors = {"share of the vote ^ 0.7": outcome, "length": 1.0, "not said of other images": 1.0}
-        parts = {"outcome": Part(value=outcome, weight=0.5, factors=factors)}
+        factors = {"share of the vote": outcome, "length": 1.0, "not said of other images": 1.0}
+        notes = {"share of the vote": "(2/3)^0.7", "length": "words before the answer: 8"}
+        parts = {"outcome": Part(value=outcome, weight=0.5, factors=factors, notes=notes)}
         parts["step_agreement"] = Part(value=agreement, weight=0.5)
         return Trajectory(
             text=text, finish_reason="stop", num_tokens=1, mean_sampler_logprob=-1.0, in_majority=not unreadable,
@@ -171,20 +172,13 @@ def _embed(texts: Any) -> np.ndarray:
 
 
 def _episode(step: int, image: str, thumbnail: str, asked: str, texts: list[str], scored: ScoredGroup) -> Episode:
-    vote, mean = scored.group.vote, sum(scored.rewards) / len(texts)
+    vote, mean = scored.vote, sum(scored.rewards) / len(texts)
     trajectories = tuple(
         Trajectory(
             text=text, finish_reason="stop", num_tokens=len(text.split()), mean_sampler_logprob=-0.5,
-            reasoning_steps=solution.reasoning_steps, answer=solution.answer, problem=solution.problem,
-            words_before_answer=solution.words_before_answer, answer_key=key, in_majority=i in vote.members,
-            reward=reward, parts=parts, step_scores=scores, advantage=reward - mean,
+            advantage=earned.reward - mean, **dict(earned),
         )
-        for i, (text, solution, key, reward, parts, scores) in enumerate(
-            zip(
-                texts, scored.group.solutions, scored.group.answer_keys, scored.rewards, scored.parts,
-                scored.step_scores, strict=True,
-            )
-        )
+        for text, earned in zip(texts, scored.trajectories, strict=True)
     )  # fmt: skip
     return Episode(
         step=step, image=image, thumbnail=thumbnail, question=Question(asked, "It can be seen.", None),

@@ -348,7 +348,8 @@ def test_every_reward_is_taken_apart(recorder: HandMade):
     with_metrics(recorder).episode(episode())
     text = flat(report(recorder).text)
     assert "0.6264 = 0.5 × 0.7529 outcome + 0.5 × 0.5000 step agreement" in text
-    assert "0.7529 = 0.7529 share of the vote ^ 0.7 × 1.0000 length × 1.0000 not said of other images" in text
+    assert "0.7529 = 0.7529 share of the vote ((2/3)^0.7) × 1.0000 length (words before the answer: 8) × 1.0000" in text
+    assert "× 1.0000 not said of other images" in text
     assert "step agreement 0.5000" in text
     assert "8 words before the answer" in text
     assert "Proposer's reward 0.1250, for a vote with an entropy of 0.0000 nats" in text

@@ -374,7 +374,7 @@ def test_an_episode_explains_every_reward_and_reads_back_as_it_was(tmp_path: Pat
         "answer_key": "k",
         "in_majority": True,
         "reward": 2 / 7,
-        "parts": {"outcome": {"value": 2 / 7, "weight": 1.0, "factors": {"share": 2 / 7}}},
+        "parts": {"outcome": {"value": 2 / 7, "weight": 1.0, "factors": {"share": 2 / 7}, "notes": {}}},
         "step_scores": [{"similarity": None, "recurrence": 0.25, "score": None}],
         "advantage": 0.1 + 0.2,
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -16,9 +15,9 @@ import yaml
 from ireasoner.method import rewards
 from ireasoner.method.memory import ClaimMemory, claim_digest
 from ireasoner.method.recipe import REWARDS, Recipe
-from ireasoner.method.scoring import Context, Group, RewardError, RewardFunction, score_group, step_weight
+from ireasoner.method.scoring import Context, Group, RewardError, RewardFunction, ScoredGroup, score_group, step_weight
 from ireasoner.method.texts import parse_trajectory
-from ireasoner.method.types import Completion, FinishReason, Part, Solution, StepScore
+from ireasoner.method.types import Completion, FinishReason, Solution
 from ireasoner.model.inputs import embed_texts
 from ireasoner.model.policy import Policy
 from ireasoner.training.config import Config, names, resolve
@@ -49,23 +48,9 @@ def solution(answer: str, *steps: str) -> str:
     return f"<think>{lines}</think><answer>{answer}</answer>"
 
 
-@dataclass(frozen=True)
-class Paid:
-    """What a group earned, in the words of the tests below."""
-
-    rewards: tuple[float, ...]
-    parts: tuple[dict[str, Part], ...]
-    step_scores: tuple[tuple[StepScore, ...], ...]
-    proposer_reward: float
-    answer_keys: tuple[str | None, ...]
-    solutions: tuple[Solution, ...]
-    majority_answer: str | None
-    majority_fraction: float
-    answer_entropy: float
-
-    @property
-    def reward_parts(self) -> dict[str, list[float]]:
-        return {name: [own[name].value for own in self.parts] for name in (self.parts[0] if self.parts else ())}
+def values(paid: ScoredGroup, part: str) -> list[float]:
+    """What each trajectory has as a part of its reward."""
+    return [t.parts[part].value for t in paid.trajectories]
 
 
 def pay(
@@ -75,7 +60,7 @@ def pay(
     step: int = LAST,
     question: str = QUESTION,
     **context: Any,
-) -> Paid:
+) -> ScoredGroup:
     """`score_group` with the context that self-play would give it."""
     completions = [written(text) if isinstance(text, str) else text for text in texts]
     given: dict[str, Any] = {
@@ -86,12 +71,7 @@ def pay(
         "seed": (config.seed, step),
         **context,
     }
-    scored = score_group(question, [c.text for c in completions], config.recipe, Context(**given))
-    vote = scored.group.vote
-    return Paid(
-        scored.rewards, scored.parts, scored.step_scores, scored.proposer_reward, scored.group.answer_keys,
-        scored.group.solutions, vote.answer, vote.fraction, vote.entropy,
-    )  # fmt: skip
+    return score_group(question, [c.text for c in completions], config.recipe, Context(**given))
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -244,14 +224,14 @@ def test_rewards_of_a_group_by_hand(policy: Policy, recipe: str):
     assert paid.rewards == pytest.approx([most, few, 0.0, most, most], abs=1e-6)
     # The parts are told apart, whatever the recipe makes of them.
     density = 1.0 if recipe == "no-density" else 0.699368
-    assert paid.reward_parts["outcome"] == pytest.approx([0.699368, 0.324131, 0, 0.699368, 0.699368], abs=1e-6)
+    assert values(paid, "outcome") == pytest.approx([0.699368, 0.324131, 0, 0.699368, 0.699368], abs=1e-6)
     agreement = [1, 1, 0, 1, 1] if recipe == "default" else [density, 0, 0, density, density]
-    assert paid.reward_parts["step_agreement"] == pytest.approx(agreement, abs=1e-6)
-    assert paid.answer_keys == ("number:7", "number:3", None, "number:7", "number:7")
-    assert (paid.majority_answer, paid.majority_fraction) == ("number:7", pytest.approx(0.6))
+    assert values(paid, "step_agreement") == pytest.approx(agreement, abs=1e-6)
+    assert [t.answer_key for t in paid.trajectories] == ["number:7", "number:3", None, "number:7", "number:7"]
+    assert (paid.vote.answer, paid.vote.fraction) == ("number:7", pytest.approx(0.6))
     # H over the four readable votes, 3–1: −¾ ln ¾ − ¼ ln ¼ = 0.562335;
     # proposer: (0.562335 − 0.90)² / 0.245 = 0.114018 / 0.245 = 0.465378, e^−0.465378 = 0.627898.
-    assert paid.answer_entropy == pytest.approx(0.562335, abs=1e-6)
+    assert paid.vote.entropy == pytest.approx(0.562335, abs=1e-6)
     assert paid.proposer_reward == pytest.approx(0.627898, abs=1e-5)
 
 
@@ -275,15 +255,15 @@ def test_every_constant_of_a_recipe_reaches_its_equation(policy: Policy):
     keys = ["number:7", "number:7", "number:3"]
     words = [len(text.partition("<answer>")[0].split()) for text in texts]
     outcome = rewards.outcome_rewards(keys, words, exponent=1.3, length_penalty=0.5, target_words=4)
-    steps = [embed_texts(policy, t.reasoning_steps, max_tokens=3) for t in paid.solutions]
+    steps = [embed_texts(policy, t.reasoning_steps, max_tokens=3) for t in paid.trajectories]
     agreement = rewards.step_agreement_rewards(
         keys, steps, density_exponent=0.4, position_decay=0.9, max_reasoning_steps=2
     )
     assert 0 < agreement[0] < 0.999 * (2 / 3) ** 0.4  # the two reason differently
-    assert paid.reward_parts["outcome"] == pytest.approx(outcome)
-    assert paid.reward_parts["step_agreement"] == pytest.approx(agreement)
+    assert values(paid, "outcome") == pytest.approx(outcome)
+    assert values(paid, "step_agreement") == pytest.approx(agreement)
     assert paid.rewards == pytest.approx(0.4 * outcome + 0.6 * agreement)
-    assert paid.proposer_reward == pytest.approx(rewards.proposer_reward(paid.answer_entropy, target=0.2, width=0.5))
+    assert paid.proposer_reward == pytest.approx(rewards.proposer_reward(paid.vote.entropy, target=0.2, width=0.5))
 
 
 @pytest.mark.parametrize("recipe", ["default", "paper"])
@@ -296,8 +276,9 @@ def test_step_scores_explain_the_step_agreement(policy: Policy, recipe: str):
     ]
     config = config_of(recipe)
     paid = pay(policy, config, texts)
-    assert list(map(len, paid.step_scores)) == [3, 2, 1, 0]
-    for i, scores in enumerate(paid.step_scores):
+    assert [len(t.step_scores) for t in paid.trajectories] == [3, 2, 1, 0]
+    for i, trajectory in enumerate(paid.trajectories):
+        scores = trajectory.step_scores
         counted = [(j, s.score) for j, s in enumerate(scores) if s.score is not None]
         if recipe == "default":  # r_step = mean of s (1 − f); what repeats the answer is not counted
             assert all(s.score == pytest.approx(s.similarity * (1 - s.recurrence)) for s in scores if s.score)
@@ -309,14 +290,36 @@ def test_step_scores_explain_the_step_agreement(policy: Policy, recipe: str):
                 if counted
                 else 0
             )
-        assert paid.reward_parts["step_agreement"][i] == pytest.approx(expected)
+        assert values(paid, "step_agreement")[i] == pytest.approx(expected)
     if recipe == "default":
-        assert [s.score is None for s in paid.step_scores[0]] == [False, False, True]
+        first = paid.trajectories[0].step_scores
+        assert [s.score is None for s in first] == [False, False, True]
         # Said twice here and once there: aligned one to one, in order, so the second of the two finds its like.
-        assert [s.similarity for s in paid.step_scores[0][:2]] != [s.similarity for s in paid.step_scores[0][1:]]
+        assert [s.similarity for s in first[:2]] != [s.similarity for s in first[1:]]
     else:
-        assert [s.score for s in paid.step_scores[2]] == [None]  # outside the majority
-        assert paid.step_scores[2][0].similarity is not None
+        assert [s.score for s in paid.trajectories[2].step_scores] == [None]  # outside the majority
+        assert paid.trajectories[2].step_scores[0].similarity is not None
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_notes_say_what_each_factor_was_computed_from(policy: Policy, recipe: str):
+    red, blue = "The red bar reaches 7.", "The blue bar reaches 3."
+    paid = pay(
+        policy, config_of(recipe), [solution("7", red, blue), solution("7", red, blue), solution("3"), "nothing"]
+    )
+    outcome, agreement = ([t.parts[name] for t in paid.trajectories] for name in ("outcome", "step_agreement"))
+    votes = ["(2/4)^0.7", "(2/4)^0.7", "(1/4)^0.7", "unreadable, no vote"]
+    assert [part.notes["share of the vote"] for part in outcome] == votes
+    assert outcome[0].factors["share of the vote"] == pytest.approx((2 / 4) ** 0.7)
+    assert outcome[3].notes["length"] == "words before the answer: 1"
+    assert agreement[3].notes["mean of its steps"] == "no step that counts"
+    if recipe == "default":  # of three trajectories with steps, one says both alike, and one says the first
+        assert agreement[0].notes == {"mean of its steps": "of 1.0000, 0.5000"}
+        assert agreement[0].factors == {"mean of its steps": 0.75}
+    else:
+        weighed = "of 1.0000 (weight 1), 1.0000 (weight 0.8607)"
+        assert agreement[0].notes == {"share of the majority": "(2/4)^0.7", "mean of its steps": weighed}
+        assert agreement[2].notes["mean of its steps"] == "no step that counts"  # outside the majority
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, "oracle"])
@@ -333,13 +336,13 @@ def test_every_reward_is_the_sum_of_its_recorded_parts(policy: Policy, recipe: s
     config = config_of(recipe, target_words=9, length_penalty=0.3, target_entropy=0.6)
     truth = {"true_answer": "7"} if recipe == "oracle" else {}
     paid = pay(policy, config, texts, step, recent_claims=[frozenset({claim_digest("And more.")})], **truth)
-    for reward, parts in zip(paid.rewards, paid.parts, strict=True):
-        assert reward == pytest.approx(sum(part.weight * part.value for part in parts.values()), abs=1e-12)
-        for part in parts.values():
+    for t in paid.trajectories:
+        assert t.reward == pytest.approx(sum(part.weight * part.value for part in t.parts.values()), abs=1e-12)
+        for part in t.parts.values():
             assert not part.factors or part.value == pytest.approx(math.prod(part.factors.values()), abs=1e-12)
-        assert {"outcome", "step_agreement"} <= set(parts)  # recorded under every recipe
+        assert {"outcome", "step_agreement"} <= set(t.parts)  # recorded under every recipe
         if config.recipe.reward != "agreement":
-            assert (parts["outcome"].weight, parts["step_agreement"].weight) == (0.0, 0.0)
+            assert (t.parts["outcome"].weight, t.parts["step_agreement"].weight) == (0.0, 0.0)
 
 
 MALFORMED = {
@@ -371,12 +374,12 @@ def test_no_reward_for_malformed_empty_or_truncated_text(policy: Policy, recipe:
             for malformed in range(1, 6):
                 paid = pay(policy, config, [bad] * malformed + [good] * (5 - malformed), step)
                 assert set(paid.rewards[:malformed]) == {0.0}, what
-                assert not any(reward[i] for reward in paid.reward_parts.values() for i in range(malformed)), what
+                assert not any(part.value for t in paid.trajectories[:malformed] for part in t.parts.values()), what
                 assert min(paid.rewards[malformed:], default=0.0) >= 0.0
                 if 5 - malformed >= 2:
                     assert min(paid.rewards[malformed:]) > 0.0, what
                 # N counts the unreadable ones too: their silence is no agreement.
-                assert paid.majority_fraction == pytest.approx((5 - malformed) / 5)
+                assert paid.vote.fraction == pytest.approx((5 - malformed) / 5)
                 assert (paid.proposer_reward > 0) == (5 - malformed >= 2), what
 
 
@@ -385,7 +388,7 @@ def test_no_reward_for_a_malformed_answer_that_would_have_voted(policy: Policy, 
     """Three cut off at 7 against two readable ones at 3: the 7s cast no vote, so 3 is the majority."""
     cut = written(solution("7"), "length")
     paid = pay(policy, config_of(recipe), [cut, cut, cut, solution("3"), solution("3")])
-    assert paid.majority_answer == "number:3"
+    assert paid.vote.answer == "number:3"
     assert paid.rewards[:3] == (0.0, 0.0, 0.0)
     assert min(paid.rewards[3:]) > 0
 
@@ -402,14 +405,14 @@ def test_fewer_than_two_readable_trajectories_earn_the_proposer_nothing(policy: 
 def test_no_texts_earn_nothing(policy: Policy, recipe: str):
     """As of an unreadable question, which is not asked."""
     paid = pay(policy, config_of(recipe), [])
-    assert (paid.proposer_reward, paid.rewards, paid.solutions) == (0.0, (), ())
-    assert (paid.majority_answer, paid.majority_fraction, paid.answer_entropy) == (None, 0.0, 0.0)
+    assert (paid.proposer_reward, paid.rewards, paid.trajectories) == (0.0, (), ())
+    assert (paid.vote.answer, paid.vote.fraction, paid.vote.entropy) == (None, 0.0, 0.0)
 
 
 def test_lettered_options_of_the_question_count(policy: Policy):
     texts = [solution(answer) for answer in ("A", "A. red", "blue")]
     paid = pay(policy, config_of(), texts, 1, "Which is tallest? A) red B) blue")
-    assert paid.answer_keys == ("option:A", "option:A", "option:B")
+    assert [t.answer_key for t in paid.trajectories] == ["option:A", "option:A", "option:B"]
 
 
 def test_a_random_reward_does_not_read_the_text(policy: Policy):
@@ -464,7 +467,7 @@ def test_a_recipe_says_what_it_lacks(recipe: str, given: dict[str, Any], lacking
 def test_a_reward_that_reads_only_texts_needs_no_context(reward: str):
     scored = score_group(QUESTION, PLAIN, Recipe(reward=reward))
     assert scored.rewards == ((1.0, 1.0, 0.0) if reward == "discrete" else (1.0, 1.0, 1.0))
-    assert all(len(parts) == 1 for parts in scored.parts)  # agreement could not be known
+    assert all(len(t.parts) == 1 for t in scored.trajectories)  # agreement could not be known
 
 
 @pytest.mark.parametrize(
@@ -478,7 +481,7 @@ def test_a_reward_that_reads_only_texts_needs_no_context(reward: str):
 def test_texts_are_read_in_the_contexts_form(form: Any, text: str):
     scored = score_group(QUESTION, [text, "nothing"], Recipe(reward="format"), Context(form=form))
     assert scored.rewards == (1.0, 0.0)
-    assert scored.group.answer_keys == ("number:7", None)
+    assert [t.answer_key for t in scored.trajectories] == ["number:7", None]
     cut = score_group(QUESTION, [text], Recipe(reward="format"), Context(form=form, finish_reasons=["length"]))
     assert cut.rewards == (0.0,)
 
@@ -499,17 +502,17 @@ def test_a_reward_of_ones_own_is_paid_and_recorded_under_its_own_names():
 
     scored = own(fn, step_weight=0.5, embed=lambda texts: np.ones((len(texts), 2)) / 2**0.5, recent_claims=[])
     assert scored.rewards == (1.5, 1.25, 0.0, 0.0)  # None: nothing; unreadable: nothing, whatever was given
-    assert [{name: p.value for name, p in parts.items() if p.weight} for parts in scored.parts] == [
+    assert [{name: p.value for name, p in t.parts.items() if p.weight} for t in scored.trajectories] == [
         {"short": 0.5, "sure": 1.0}, {"short": 0.25, "sure": 1.0}, {"short": 0.0, "sure": 0.0},
         {"short": 0.0, "sure": 0.0},
     ]  # fmt: skip
-    assert scored.parts[0]["outcome"].weight == 0.0  # known, but not paid
+    assert scored.trajectories[0].parts["outcome"].weight == 0.0  # known, but not paid
 
 
 def test_a_reward_of_ones_own_may_be_plain_numbers():
     scored = own(lambda group, context: np.arange(len(group.solutions), dtype=np.float64))
     assert scored.rewards == (0.0, 1.0, 2.0, 0.0)
-    assert set(scored.parts[0]) == {"reward"}
+    assert set(scored.trajectories[0].parts) == {"reward"}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ They are those of iReasoner (arXiv 2601.05877), what the recipe `default` puts i
 in [0, 1]. `ireasoner.method.scoring` puts them together by a recipe. `answers` are canonical answer keys
 (`ireasoner.method.answers.answer_key`), one for each of the N trajectories of a group; None is an unreadable
 trajectory: it casts no vote, stays in N and earns 0. Defaults are the paper's constants, as `Recipe` states them.
+Where a reward is a product, its factors are functions of their own: scoring records each, and multiplies them.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def prototype_similarities(
         if len(reached) < 2:
             continue
         vectors = np.stack([units[i][position] for i in reached])
-        prototype = _unit_rows(vectors.mean(axis=0, keepdims=True))[0]
+        prototype = _unit_rows(vectors.mean(axis=0))
         for i, cosine in zip(reached, vectors @ prototype, strict=True):
             found[i][position] = (1.0 + cosine) / 2.0
     return found
@@ -138,14 +139,33 @@ def prototype_rewards(
     position_decay: float = PAPER.position_decay,
 ) -> FloatArray:
     """Step agreement rewards from similarities that `prototype_similarities` has computed; array [N]."""
-    rewards = np.zeros(len(answers))
-    density = (len(majority(answers).members) / max(len(answers), 1)) ** density_exponent
-    for i, scored in enumerate(similarities):
-        counted = np.isfinite(scored)
+    density = density_factor(answers, density_exponent)
+    return np.clip(density * step_means(similarities, position_decay), 0.0, 1.0)  # rounding may leave it just above 1
+
+
+def density_factor(answers: Answers, exponent: float) -> float:
+    """(|G|/N)^γd, the majority's share of the group, where N includes the unreadable."""
+    return (len(majority(answers).members) / max(len(answers), 1)) ** exponent
+
+
+def step_means(scores: Sequence[FloatArray], position_decay: float = 0.0) -> FloatArray:
+    """Σ_j ω_j s_ij / Σ_j ω_j over the reasoning steps that count; array [N], 0 where none does.
+
+    Args:
+        scores: s_ij, one array for each of the N trajectories; NaN for a step that does not count.
+        position_decay: δ of ω_j = exp(−δ j), j from 0; by default all steps count alike.
+    """
+    means = np.zeros(len(scores))
+    for i, own in enumerate(scores):
+        counted = np.isfinite(own)
         if counted.any():
-            weights = np.exp(-position_decay * np.arange(len(scored)))[counted]
-            rewards[i] = density * np.average(scored[counted], weights=weights)
-    return np.clip(rewards, 0.0, 1.0)  # rounding may leave a cosine just above 1
+            means[i] = np.average(own[counted], weights=position_weights(len(own), position_decay)[counted])
+    return means
+
+
+def position_weights(count: int, position_decay: float) -> FloatArray:
+    """ω_j = exp(−δ j) of the first `count` reasoning steps, j from 0."""
+    return np.exp(-position_decay * np.arange(count))
 
 
 def leave_one_out_similarities(step_embeddings: Sequence[NDArray[np.floating]]) -> list[FloatArray]:
@@ -167,7 +187,7 @@ def leave_one_out_similarities(step_embeddings: Sequence[NDArray[np.floating]]) 
             continue
         total = sum(units[i][position] for i in reached)
         for i in reached:
-            others = _unit_rows((total - units[i][position])[None])[0]
+            others = _unit_rows(total - units[i][position])
             found[i][position] = np.clip((1.0 + units[i][position] @ others) / 2.0, 0.0, 1.0)
     return found
 
@@ -187,9 +207,12 @@ def claim_agreement_rewards(
     Returns:
         Array [N].
     """
-    scores = [s * (1.0 - f) for s, f in zip(support, recurrence, strict=True)]
-    counted = [score[np.isfinite(score)] for score in scores]
-    return np.array([float(score.mean()) if len(score) else 0.0 for score in counted])
+    return step_means(claim_scores(support, recurrence))
+
+
+def claim_scores(support: Sequence[NDArray[np.float64]], recurrence: Sequence[NDArray[np.float64]]) -> list[FloatArray]:
+    """s_ij (1 − f_ij) of each reasoning step, as in `claim_agreement_rewards`."""
+    return [s * (1.0 - f) for s, f in zip(support, recurrence, strict=True)]
 
 
 def recurrence(claims: Sequence[str], others: Sequence[frozenset[str]]) -> FloatArray:
@@ -213,6 +236,7 @@ def novelty_factors(recurrences: Sequence[FloatArray]) -> FloatArray:
 
 
 def _unit_rows(rows: FloatArray) -> FloatArray:
+    """Rows [..., width] with norm 1; a row of zeros stays."""
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)
     return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
 
@@ -275,4 +299,4 @@ def random_rewards(answers: Answers, rng: np.random.Generator) -> FloatArray:
 
 def true_answer_rewards(answers: Answers, true_key: str) -> FloatArray:
     """The ceiling: 1 for the true answer's key, else 0; array [N]."""
-    return np.array([float(key is not None and key == true_key) for key in answers])
+    return np.array([float(key == true_key) for key in answers])

@@ -6,9 +6,11 @@ field of which is optional; a recipe that needs a missing one says so.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +21,7 @@ from ireasoner.method.memory import claim_digest
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.rewards import FloatArray
 from ireasoner.method.texts import parse_trajectory
-from ireasoner.method.types import FinishReason, Form, Part, Solution, StepScore, UsageError
+from ireasoner.method.types import FinishReason, Form, Part, ScoredTrajectory, Solution, StepScore, UsageError
 
 # Parts of a user's own reward cannot be called like these, which metrics and records hold for every reward.
 RESERVED_PARTS = frozenset({"total", "outcome", "step_agreement"})
@@ -80,13 +82,16 @@ class Context:
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """A group with what each trajectory earned; all sequences run parallel to the texts."""
+    """The vote of a group, what each trajectory earned, in the order of the texts, and what the proposer earned."""
 
-    group: Group
-    rewards: tuple[float, ...]
-    parts: tuple[dict[str, Part], ...]
-    step_scores: tuple[tuple[StepScore, ...], ...]
+    vote: Vote
+    trajectories: tuple[ScoredTrajectory, ...]
     proposer_reward: float
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        """What each trajectory earned."""
+        return tuple(t.reward for t in self.trajectories)
 
 
 def score_group(question: str, texts: Sequence[str], recipe: Recipe, context: Context | None = None) -> ScoredGroup:
@@ -118,22 +123,30 @@ def score_solutions(
     keys = tuple(answer_key(s.answer, question) if s.answer is not None else None for s in solutions)
     group = Group(question, tuple(texts), tuple(solutions), keys, majority(keys))
     if not solutions:
-        return ScoredGroup(group, (), (), (), 0.0)
+        return ScoredGroup(group.vote, (), 0.0)
+    agreement: Sequence[_Agreement] = [_Agreement({}, ())] * len(keys)
     lacking = _lacking(recipe, context)
-    if recipe.reward == "agreement":
-        if lacking:
-            raise RewardError(f"the reward of the recipe {recipe.name!r} needs context.{lacking}")
-        parts, step_scores = _agreement(group, recipe, context)
-    else:
-        # Agreement is recorded beside other rewards where it can be known, but nothing is paid for it.
-        known, step_scores = ({}, ((),) * len(keys)) if lacking else _agreement(group, recipe, context)
-        unpaid = {name: [part.model_copy(update={"weight": 0.0}) for part in own] for name, own in known.items()}
-        parts = {**unpaid, **_other_reward(group, recipe, context)}
-    by_trajectory = tuple({name: own[i] for name, own in parts.items()} for i in range(len(keys)))
-    earned = tuple(sum(part.weight * part.value for part in own.values()) for own in by_trajectory)
+    if lacking and recipe.reward == "agreement":
+        raise RewardError(f"the reward of the recipe {recipe.name!r} needs context.{lacking}")
+    if not lacking:  # beside other rewards, agreement is recorded where it can be known, but nothing is paid for it
+        agreement = _agreement(group, recipe, context)
+    other = {} if recipe.reward == "agreement" else _other_reward(group, recipe, context)
+    trajectories = []
+    for i, solution in enumerate(solutions):
+        parts = agreement[i].parts | {name: Part(value=float(values[i])) for name, values in other.items()}
+        trajectories.append(
+            ScoredTrajectory(
+                **asdict(solution),
+                answer_key=keys[i],
+                in_majority=i in group.vote.members,
+                reward=sum(part.weight * part.value for part in parts.values()),
+                parts=parts,
+                step_scores=agreement[i].step_scores,
+            )
+        )
     worth = rewards.proposer_reward(group.vote.entropy, target=recipe.target_entropy, width=recipe.entropy_width)
     # Of fewer than two readable answers nothing can be said about the question.
-    return ScoredGroup(group, earned, by_trajectory, step_scores, worth if group.vote.readable >= 2 else 0.0)
+    return ScoredGroup(group.vote, tuple(trajectories), worth if group.vote.readable >= 2 else 0.0)
 
 
 def step_weight(recipe: Recipe, step: int, total_steps: int) -> float:
@@ -160,53 +173,78 @@ def _lacking(recipe: Recipe, context: Context) -> str | None:
     return None
 
 
-def _agreement(
-    group: Group, recipe: Recipe, context: Context
-) -> tuple[dict[str, list[Part]], tuple[tuple[StepScore, ...], ...]]:
-    """The parts `outcome` and `step_agreement` of every trajectory, and what each compared reasoning step scored."""
-    keys, weight = group.answer_keys, context.step_weight or 0.0
+class _Agreement(NamedTuple):
+    """The parts `outcome` and `step_agreement` of a trajectory, and what each compared reasoning step scored."""
+
+    parts: dict[str, Part]
+    step_scores: tuple[StepScore, ...]
+
+
+def _agreement(group: Group, recipe: Recipe, context: Context) -> list[_Agreement]:
+    """The agreement of every trajectory; its parts weigh nothing if the recipe pays another reward."""
+    keys, votes, paid = group.answer_keys, Counter(group.answer_keys), recipe.reward == "agreement"
+    weight, decay = context.step_weight or 0.0, recipe.position_decay if recipe.step_measure == "embedding" else 0.0
+    similarities, recurrences, scores = _compare_steps(group, recipe, context)
+    words = [s.words_before_answer for s in group.solutions]
+    shares = rewards.vote_factors(keys, recipe.outcome_exponent)
+    lengths = rewards.length_factors(words, length_penalty=recipe.length_penalty, target_words=recipe.target_words)
+    novelties, means = rewards.novelty_factors(recurrences), rewards.step_means(scores, decay)
+    density = rewards.density_factor(keys, recipe.density_exponent)
+    density_note = f"({len(group.vote.members)}/{len(keys)})^{recipe.density_exponent:g}"
+    found = []
+    for i, key in enumerate(keys):
+        vote = "unreadable, no vote" if key is None else f"({votes[key]}/{len(keys)})^{recipe.outcome_exponent:g}"
+        length = f"words before the answer: {words[i]}"
+        outcome = {"share of the vote": (shares[i], vote), "length": (lengths[i], length)}
+        if recipe.recurrence_window:
+            outcome["not said of other images"] = (novelties[i], "")
+        agreement = {"share of the majority": (density, density_note)} if recipe.step_measure == "embedding" else {}
+        agreement["mean of its steps"] = (means[i], _mean_note(scores[i], decay))
+        parts = {
+            "outcome": _product(outcome, (1.0 - weight) * paid),
+            "step_agreement": _product(agreement, weight * paid),
+        }
+        found.append(_Agreement(parts, _step_scores(similarities[i], recurrences[i], scores[i])))
+    return found
+
+
+def _compare_steps(group: Group, recipe: Recipe, context: Context) -> tuple[list[FloatArray], ...]:
+    """Similarity, recurrence and score of each trajectory's compared steps, as `StepScore` holds them; NaN for None."""
     compared = [s.reasoning_steps[: recipe.max_reasoning_steps] if s.well_formed else () for s in group.solutions]
     # Of all reasoning steps, also those that claim nothing: an answer behind words that fit every image must not earn
     # the full outcome reward.
-    recurrences = [
-        rewards.recurrence([claim_digest(step) for step in own], context.recent_claims or ()) for own in compared
-    ]
-    words = [s.words_before_answer for s in group.solutions]
-    outcome = rewards.outcome_rewards(
-        keys,
-        words,
-        exponent=recipe.outcome_exponent,
-        length_penalty=recipe.length_penalty,
-        target_words=recipe.target_words,
-    )
-    factors = {
-        f"share of the vote ^ {recipe.outcome_exponent:g}": rewards.vote_factors(keys, recipe.outcome_exponent),
-        "length": rewards.length_factors(words, length_penalty=recipe.length_penalty, target_words=recipe.target_words),
-    }
-    if recipe.recurrence_window:
-        factors["not said of other images"] = rewards.novelty_factors(recurrences)
-        outcome = outcome * factors["not said of other images"]
+    recent = context.recent_claims or ()
+    recurrences = [rewards.recurrence([claim_digest(step) for step in own], recent) for own in compared]
     if recipe.step_measure == "claims":
-        similarity = _claim_support(group.solutions, compared)
-        scores = [s * (1.0 - f) for s, f in zip(similarity, recurrences, strict=True)]
-        agreement = rewards.claim_agreement_rewards(similarity, recurrences)
-    else:
-        assert context.embed is not None
-        embedded = [context.embed(own) for own in compared]
-        similarity = rewards.leave_one_out_similarities(embedded)
-        scores = rewards.prototype_similarities(keys, embedded, max_reasoning_steps=recipe.max_reasoning_steps)
-        agreement = rewards.prototype_rewards(
-            keys, scores, density_exponent=recipe.density_exponent, position_decay=recipe.position_decay
-        )
-    explained = tuple(
-        tuple(
-            StepScore(similarity=alike, recurrence=said, score=score)
-            for alike, said, score in zip(_or_none(s), r.tolist(), _or_none(x), strict=True)
-        )
-        for s, r, x in zip(similarity, recurrences, scores, strict=True)
-    )
-    parts = {"outcome": _parts(outcome, 1.0 - weight, factors), "step_agreement": _parts(agreement, weight)}
-    return parts, explained
+        support = _claim_support(group.solutions, compared)
+        return support, recurrences, rewards.claim_scores(support, recurrences)
+    assert context.embed is not None
+    embedded = [context.embed(own) for own in compared]
+    scores = rewards.prototype_similarities(group.answer_keys, embedded, max_reasoning_steps=recipe.max_reasoning_steps)
+    return rewards.leave_one_out_similarities(embedded), recurrences, scores
+
+
+def _product(factors: Mapping[str, tuple[float, str]], weight: float) -> Part:
+    """A part that is a product of factors, each with a note or ""."""
+    values = {name: float(value) for name, (value, _) in factors.items()}
+    notes = {name: note for name, (_, note) in factors.items() if note}
+    value = min(math.prod(values.values()), 1.0)  # rounding may leave a cosine just above 1
+    return Part(value=value, weight=weight, factors=values, notes=notes)
+
+
+def _mean_note(scores: FloatArray, position_decay: float) -> str:
+    """The scores of a trajectory's steps that count, with their weights in the mean if these differ."""
+    weights = rewards.position_weights(len(scores), position_decay)
+    counted = [(s, w) for s, w in zip(scores.tolist(), weights.tolist(), strict=True) if not math.isnan(s)]
+    shown = [f"{s:.4f} (weight {w:.4g})" if position_decay else f"{s:.4f}" for s, w in counted]
+    return f"of {', '.join(shown)}" if shown else "no step that counts"
+
+
+def _step_scores(similarities: FloatArray, recurrences: FloatArray, scores: FloatArray) -> tuple[StepScore, ...]:
+    """The records of one trajectory's compared steps."""
+    known, counted = ([None if math.isnan(x) else x for x in values.tolist()] for values in (similarities, scores))
+    rows = zip(known, recurrences.tolist(), counted, strict=True)
+    return tuple(StepScore(similarity=alike, recurrence=said, score=score) for alike, said, score in rows)
 
 
 def _claim_support(solutions: Sequence[Solution], compared: Sequence[Sequence[str]]) -> list[FloatArray]:
@@ -219,22 +257,21 @@ def _claim_support(solutions: Sequence[Solution], compared: Sequence[Sequence[st
     return support
 
 
-def _other_reward(group: Group, recipe: Recipe, context: Context) -> dict[str, list[Part]]:
-    """The parts of a reward other than agreement."""
+def _other_reward(group: Group, recipe: Recipe, context: Context) -> dict[str, FloatArray]:
+    """The parts [N] of a reward other than agreement."""
     keys = group.answer_keys
     if recipe.reward == "discrete":
-        return {"majority_answer": _parts(rewards.discrete_rewards(keys))}
+        return {"majority_answer": rewards.discrete_rewards(keys)}
     if recipe.reward == "format":
-        return {"readable": _parts(rewards.readable_rewards(keys))}
+        return {"readable": rewards.readable_rewards(keys)}
     if recipe.reward == "random":
         if context.seed is None:
             raise RewardError("a random reward needs context.seed")
-        return {"random": _parts(rewards.random_rewards(keys, np.random.default_rng(list(context.seed))))}
+        return {"random": rewards.random_rewards(keys, np.random.default_rng(list(context.seed)))}
     if recipe.reward == "oracle":
         if context.true_answer is None:
             raise RewardError("the oracle's reward needs context.true_answer")
-        true_key = answer_key(context.true_answer, group.question)
-        return {"true_answer": _parts(rewards.true_answer_rewards(keys, true_key))}
+        return {"true_answer": rewards.true_answer_rewards(keys, answer_key(context.true_answer, group.question))}
     if context.reward is None:
         raise RewardError(
             f"the reward {recipe.reward} lies in a file, which is not opened here: hand in context.reward"
@@ -246,14 +283,14 @@ def _other_reward(group: Group, recipe: Recipe, context: Context) -> dict[str, l
     return _own_reward(group, recipe.reward, given)
 
 
-def _own_reward(group: Group, name: str, given: Any) -> dict[str, list[Part]]:
+def _own_reward(group: Group, name: str, given: Any) -> dict[str, FloatArray]:
     """The parts that a user's function gave, checked; an unreadable trajectory earns nothing, whatever it was given."""
     parts = given if isinstance(given, Mapping) else {"reward": given}
     if not parts or RESERVED_PARTS.intersection(parts):
         raise RewardError(
             f"{name} gave parts called {list(parts)}: name at least one, and none of {sorted(RESERVED_PARTS)}"
         )
-    found: dict[str, list[Part]] = {}
+    found: dict[str, FloatArray] = {}
     for part, values in parts.items():
         try:
             if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str):
@@ -265,19 +302,5 @@ def _own_reward(group: Group, name: str, given: Any) -> dict[str, list[Part]]:
             raise RewardError(f"{name} gave {len(numbers)} numbers as {part} for {len(group.answer_keys)} texts")
         if not np.isfinite(numbers).all() or np.abs(numbers).max(initial=0) > 1e6:
             raise RewardError(f"{name} gave {numbers} as {part}: rewards must be finite, and at most a million")
-        found[str(part)] = _parts(rewards.readable_rewards(group.answer_keys) * numbers)
+        found[str(part)] = rewards.readable_rewards(group.answer_keys) * numbers
     return found
-
-
-def _parts(values: FloatArray, weight: float = 1.0, factors: Mapping[str, FloatArray] | None = None) -> list[Part]:
-    """One part of every trajectory."""
-    columns = {name: column.tolist() for name, column in (factors or {}).items()}
-    return [
-        Part(value=value, weight=weight, factors={name: column[i] for name, column in columns.items()})
-        for i, value in enumerate(values.tolist())
-    ]
-
-
-def _or_none(values: FloatArray) -> list[float | None]:
-    """As plain floats, NaN as None."""
-    return [None if value != value else value for value in values.tolist()]

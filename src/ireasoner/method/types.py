@@ -106,12 +106,14 @@ class StepScore(Record):
 class Part(Record):
     """One part of a reward, which is the sum of its parts' `weight` times `value`.
 
-    `factors`, by name, multiply to the value; empty where the value is not a product.
+    `factors`, by name, multiply to the value; empty where the value is not a product. `notes` say in words, by the same
+    names, what a factor was computed from, such as "(3/5)^0.7".
     """
 
     value: Number
     weight: Number = 1.0
     factors: dict[str, Number] = {}
+    notes: dict[str, str] = {}
 
 
 class Sampled(Record):
@@ -126,8 +128,12 @@ class Sampled(Record):
     def fields_of(completion: Completion) -> dict[str, Any]:
         """What is kept of a completion, by the names of these fields."""
         mean = sum(completion.logprobs) / len(completion.logprobs) if completion.logprobs else None
-        kept = {"text": completion.text, "finish_reason": completion.finish_reason}
-        return {**kept, "num_tokens": len(completion.token_ids), "mean_sampler_logprob": mean}
+        return {
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+            "num_tokens": len(completion.token_ids),
+            "mean_sampler_logprob": mean,
+        }
 
 
 class Proposal(Sampled):
@@ -137,8 +143,8 @@ class Proposal(Sampled):
     advantage: Number | None = None
 
 
-class Trajectory(Sampled):
-    """What the solver wrote, how it was read, and what it earned; the advantage is None where it trained nothing.
+class ScoredTrajectory(Record):
+    """How a solver's text was read, as in `Solution`, and what it earned.
 
     `answer_key` is None where the text could not be read. `step_scores` has an entry for each reasoning step that was
     compared, from the first on.
@@ -153,11 +159,16 @@ class Trajectory(Sampled):
     reward: Number
     parts: dict[str, Part]
     step_scores: tuple[StepScore, ...]
-    advantage: Number | None = None
 
     @property
     def well_formed(self) -> bool:
         return self.problem is None
+
+
+class Trajectory(ScoredTrajectory, Sampled):
+    """What the solver wrote, how it was read, and what it earned; the advantage is None where it trained nothing."""
+
+    advantage: Number | None = None
 
 
 class Episode(Record):

@@ -34,7 +34,8 @@ def reward_terms(trajectory: Trajectory) -> list[Term]:
 
 
 def _part_term(name: str, part: Part) -> Term:
-    product = " × ".join(f"{factor:.4f} {_plain(of)}" for of, factor in part.factors.items())
+    notes = {of: f" ({note})" for of, note in part.notes.items()}
+    product = " × ".join(f"{factor:.4f} {_plain(of)}{notes.get(of, '')}" for of, factor in part.factors.items())
     made_of = [f"= {product}"] if product else []
     made_of += [] if part.weight else ["recorded, not paid"]
     adds_up = not part.factors or _close(part.value, math.prod(part.factors.values()))

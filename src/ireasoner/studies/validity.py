@@ -92,7 +92,7 @@ def step_agreement(recipe: Recipe, by: Literal["embedding", "claims"], embed: Em
 
     def measure(group: ReadGroup) -> FloatArray:
         scored = score_solutions(group.question[1], group.solutions, alone, context)
-        return np.array([parts["step_agreement"].value for parts in scored.parts])
+        return np.array([t.parts["step_agreement"].value for t in scored.trajectories])
 
     return measure
 

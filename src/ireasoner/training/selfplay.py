@@ -10,7 +10,7 @@ import numpy as np
 
 from ireasoner.method import seeds
 from ireasoner.method.memory import ClaimMemory
-from ireasoner.method.scoring import Context, RewardFunction, ScoredGroup, score_group, step_weight
+from ireasoner.method.scoring import Context, RewardFunction, score_group, step_weight
 from ireasoner.method.texts import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.method.types import Completion, Episode, Proposal, Question, Sampled, Trajectory
 from ireasoner.model.inputs import EncodedImage, embed_texts, encode_images
@@ -170,10 +170,13 @@ class SelfPlay:
             proposal=proposal,
             proposer_reward=scored.proposer_reward,
             prompt=render(processor, solver_messages(sampling.solver_prompt, asked.question.text)),
-            trajectories=_trajectories(completions, scored),
-            majority_answer=scored.group.vote.answer,
-            majority_fraction=scored.group.vote.fraction,
-            answer_entropy=scored.group.vote.entropy,
+            trajectories=tuple(
+                Trajectory(**Sampled.fields_of(completion), **dict(earned))
+                for completion, earned in zip(completions, scored.trajectories, strict=True)
+            ),
+            majority_answer=scored.vote.answer,
+            majority_fraction=scored.vote.fraction,
+            answer_entropy=scored.vote.entropy,
             step_weight=weight,
             true_answer=asked.true_answer,
         )
@@ -193,30 +196,3 @@ class _Draws:
     def seed(self, i: int, purpose: int) -> tuple[int, ...]:
         """The seed of a draw for item i, such as `seeds.SOLVE`."""
         return seeds.draw_seed(self.run_seed, self.step, self.names[i], self.occurrences[i], purpose)
-
-
-def _trajectories(completions: Sequence[Completion], scored: ScoredGroup) -> tuple[Trajectory, ...]:
-    """The records of the completions of a group."""
-    return tuple(
-        Trajectory(
-            **Sampled.fields_of(completion),
-            reasoning_steps=solution.reasoning_steps,
-            answer=solution.answer,
-            words_before_answer=solution.words_before_answer,
-            problem=solution.problem,
-            answer_key=key,
-            in_majority=key is not None and key == scored.group.vote.answer,
-            reward=reward,
-            parts=parts,
-            step_scores=steps,
-        )
-        for completion, solution, key, reward, parts, steps in zip(
-            completions,
-            scored.group.solutions,
-            scored.group.answer_keys,
-            scored.rewards,
-            scored.parts,
-            scored.step_scores,
-            strict=True,
-        )
-    )
