@@ -448,7 +448,7 @@ def test_the_truer_trajectory_earns_more_of_claims_and_of_the_oracle(tmp_path: P
     assert rows[1][2] == "25.0 [0.0, 50.0]"
     assert sentences(report)[1:] == [note]
     assert "of 4 pairs" in pairs_line(report)
-    assert "from 2 questions; 4 of them have the majority answer." in pairs_line(report)
+    assert "from 2 questions; 4 of these pairs gave the majority answer." in pairs_line(report)
     elsewhere = write_truth(tmp_path / "truth.jsonl", {"two.png": RED_AND_BLUE})
     assert validity(run, elsewhere)["with_truth"] == 3
     assert validity(run, steps=(2, 3))["groups"] == 2

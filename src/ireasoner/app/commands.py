@@ -365,7 +365,7 @@ class Validity(Command):
         agreement, edits = tables(report)
         print_table(*agreement)
         if pairs := pairs_line(report):
-            print_text(pairs)
+            print_text(f"{pairs}\n")
         print_table(*edits)
         _write_json(self.json_file, write_json(report))
         return 0

@@ -411,8 +411,8 @@ def pairs_line(report: Mapping[str, Any]) -> str:
     if not every["pairs"]:
         return ""
     return (
-        f"“Truer one scores higher” is of {every['pairs']} pairs of trajectories with the same answer and different, "
-        f"known truth, from {every['questions']} questions; {among['pairs']} of them have the majority answer."
+        f"Truer one: of {every['pairs']} pairs of trajectories with the same answer and different, known truth, from "
+        f"{every['questions']} questions; {among['pairs']} of these pairs gave the majority answer."
     )
 
 
