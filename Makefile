@@ -32,8 +32,8 @@ test-vllm: .venv-vllm/installed
 	touch $@
 
 lint: .venv/installed-dev
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests tools benchmarks examples
+	$(BIN)/ruff format --check src tests tools benchmarks examples
 	$(BIN)/pyright
 
 bench: .venv/installed

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ireasoner.model.backbone import TINY_MODEL
-from ireasoner.playground import random_models
+from ireasoner.studies import random_models
 from ireasoner.studies.bench import Bench, load_bench
 
 
@@ -30,7 +30,7 @@ def scene(asked: argparse.Namespace, scratch: str) -> tuple[str, Bench, list[Ima
     if asked.model == "tiny":
         return str(TINY_MODEL), bench, images
     # The same weights once more, since those of ours have adapters on them by now.
-    backbone = random_models.build(asked.model, str(TINY_MODEL), torch.float32, "cpu")
+    backbone = random_models.build(asked.model, torch.float32, "cpu")
     processor = bench.policy.processor
     for part in (backbone, processor.tokenizer, processor.image_processor):
         part.save_pretrained(f"{scratch}/model")

@@ -29,8 +29,9 @@ from ireasoner.app.display import Display, print_table
 from ireasoner.app.targets import evaluate_target
 from ireasoner.method.types import Episode, Proposal, Question, UsageError
 from ireasoner.playground import dataset, world
-from ireasoner.studies import ablate
-from ireasoner.studies.ablate import ArmsProgress, Settings, _check_run, arm_config, arm_names, settle, train_command
+from ireasoner.studies import ablate, ablation_jobs
+from ireasoner.studies.ablate import Settings, _check_run, arm_config, arm_names, settle, train_command
+from ireasoner.studies.ablation_jobs import ArmsProgress
 from ireasoner.studies.ablation_tables import (
     csv_text,
     difference_rows,
@@ -413,8 +414,8 @@ def in_this_process() -> Iterator[None]:
         return Ended(code)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablate, "_start", carry_out)
-        patch.setattr(ablate, "POLL_SECONDS", 0)
+        patch.setattr(ablation_jobs, "_start", carry_out)
+        patch.setattr(ablation_jobs, "POLL_SECONDS", 0)
         yield
 
 
@@ -658,7 +659,7 @@ def sleepers(monkeypatch: pytest.MonkeyPatch, then: Callable[[int], None]) -> li
             threading.Timer(0.3, then, [started[0].pid]).start()
         return started[-1]
 
-    monkeypatch.setattr(ablate, "_start", start)
+    monkeypatch.setattr(ablation_jobs, "_start", start)
     return started
 
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+from ireasoner.app.cli import main
+from ireasoner.method.memory import claim_digest
+from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.texts import parse_trajectory
 from ireasoner.model import forward
 from ireasoner.model.attention import SharedCache
 from ireasoner.model.inputs import encode_images
-from ireasoner.studies.bench import Bench, Phases, load_bench, measure, readable, table
+from ireasoner.studies.bench import QUESTION, Bench, Phases, load_bench, measure, readable, table
 from ireasoner.training.config import resolve
 from models import load
 
@@ -53,6 +56,28 @@ def test_both_sides_write_and_reward_whole_groups_of_the_forced_length(monkeypat
         assert set(phases.took) == {"encode images", "propose", "prefill", "decode", "read and reward", "update"}
     earned = bench.reward(["The red bar reaches 7. Red is at 7."] * 3)
     assert earned == pytest.approx([1.0] * 3)  # the recipe `default`: all agree, and nothing recurs elsewhere
+
+
+def test_groups_are_rewarded_as_the_recipe_default_does_it():
+    """By what steps claim, less what recurs among earlier groups: no embedding tells 7 from 3."""
+    bench = Bench(load(), resolve({"model": "tiny", "images": "."}))
+    recipe = resolve({"model": "tiny", "images": ".", "recipe": "default"}).recipe
+    said = ["The red bar reaches 7. It does.", "The red bar reaches 7. It does.", "The red bar reaches 3. It does."]
+    texts = [readable(text) for text in said]
+    first = score_group(QUESTION, texts, recipe, Context(step_weight=0.5, recent_claims=[])).rewards
+    claims = {claim_digest(step) for text in texts for step in parse_trajectory(text).reasoning_steps}
+    again = score_group(QUESTION, texts, recipe, Context(step_weight=0.5, recent_claims=[frozenset(claims)])).rewards
+    assert bench.reward(said) == pytest.approx(first)
+    assert bench.reward(said) == pytest.approx(again)
+    assert first[0] > first[2]
+    assert first[0] > again[0]
+
+
+def test_the_published_side_is_named_where_it_is(capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", "--sides", "ours", "published"]) == 2
+    message = capsys.readouterr().err
+    assert "benchmarks/published_step.py" in message
+    assert message.count("\n") == 1
 
 
 def test_any_text_becomes_a_readable_trajectory_of_three_steps():

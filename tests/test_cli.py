@@ -315,7 +315,7 @@ def test_a_negative_seed(
 
 def test_a_playground_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert "'oil'" in mistake(capsys, "playground", tmp_path / "world", "--style", "oil")
-    assert "--items" in mistake(capsys, "playground", tmp_path / "world", "--items", "5", "2")
+    assert "--items takes FIRST and LAST" in mistake(capsys, "playground", tmp_path / "world", "--items", "5", "2")
     assert "--items" in mistake(capsys, "playground", tmp_path / "world", "--items", "1", "9")
     assert not (tmp_path / "world").exists()
 

@@ -26,11 +26,11 @@ ALLOWED = {
         "training.statistics",
         "training.advice",
     ),
-    "playground": ("method.types", "model.processors"),
+    "playground": ("method.types",),
     "studies": ("method", "model", "rollouts", "training", "page", "playground"),
     "app": ("method", "model", "rollouts", "training", "page", "playground", "studies"),
 }
-NO_TORCH = ("method", "page")
+NO_TORCH = ("method", "page", "playground")
 LIGHT = (
     "training.config", "training.recorder", "training.watch", "training.statistics", "training.advice",
     "app.cli", "app.display",

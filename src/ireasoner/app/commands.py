@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from ireasoner.app.command import Command
 from ireasoner.method.recipe import Count
@@ -34,6 +34,12 @@ def _writable(path: Path) -> Path:
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"{path} cannot be written")
     return path
+
+
+def _timed_here(side: Any) -> Any:
+    if side == "published":
+        raise UsageError("--sides published: benchmarks/published_step.py in a checkout of the source times that one")
+    return side
 
 
 Writable = Annotated[Path, AfterValidator(_writable)]  # found out now rather than after hours of work
@@ -358,14 +364,17 @@ class Validity(Command):
         from ireasoner.app.display import plain, print_table, print_text, quiet_libraries
 
         quiet_libraries()
-        from ireasoner.studies.validity import sentences, tables, validity
+        from ireasoner.studies.validity import pairs_line, sentences, tables, validity
         from ireasoner.training.recorder import write_json
 
         report = validity(self.run_dir, self.truth, self.steps)
         for sentence in sentences(report):
             print_text(plain(sentence, 300))
-        for title, rows in tables(report):
-            print_table(title, rows)
+        agreement, edits = tables(report)
+        print_table(*agreement)
+        if pairs := pairs_line(report):
+            print_text(f"{pairs}\n")
+        print_table(*edits)
         _write_json(self.json_file, write_json(report))
         return 0
 
@@ -411,7 +420,7 @@ class Bench(Command):
     summary: ClassVar = "time one training step by phases, with and without shared prompts"
     model: str = "tiny"
     """A folder, a hub id, 'tiny', or a size with random weights: 'random-25m', 'random-7b'."""
-    sides: tuple[Literal["ours", "plain"], ...] = ("ours", "plain")
+    sides: tuple[Annotated[Literal["ours", "plain"], BeforeValidator(_timed_here)], ...] = ("ours", "plain")
     """What to time."""
     group_size: Annotated[int, Field(ge=2)] | None = None
     """Trajectories of a question (the preset's)."""
@@ -461,7 +470,7 @@ class Playground(Command):
     split: Split = "test"
     """Which split the questions are of."""
     items: tuple[int, int] = (2, 4)
-    """Items in a picture, at least and at most."""
+    """Fewest and most items in a picture."""
     seed: Seed = 0
     """Seed of the pictures."""
 
@@ -469,7 +478,7 @@ class Playground(Command):
         from ireasoner.playground import dataset
 
         if not 2 <= self.items[0] <= self.items[1] <= 6:
-            raise UsageError("--items takes LEAST and MOST between 2 and 6")
+            raise UsageError("--items takes FIRST and LAST between 2 and 6, FIRST not above LAST")
         try:
             unlabeled = self.out / "unlabeled"
             dataset.write_unlabeled(unlabeled, self.images, self.style, self.seed, self.items)

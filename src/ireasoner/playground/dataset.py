@@ -11,8 +11,8 @@ import numpy as np
 from ireasoner.method.types import UsageError
 from ireasoner.playground import world
 
-# Each split draws from a seed of its own, and pre-training from another (`tiny.PRETRAINING_SEED`): with one seed for
-# all, the model would be tested on the very pictures that it trained on.
+# Each split draws from a seed of its own, and so did the pre-training of the tiny model (tools/pretrain_tiny.py): with
+# one seed for all, the model would be tested on the very pictures that it trained on.
 SPLIT_SEEDS = {"unlabeled": 1, "validation": 2, "test": 3}
 
 
@@ -22,15 +22,21 @@ def write_unlabeled(
     """Write `count` images and nothing about them; returns the folder.
 
     The truth about them goes beside the folder, to `truth_path(folder)`: it is for measurements, not for training.
+
+    Raises:
+        UsageError: the folder holds other files, which would be trained on too; images of these names are replaced.
     """
+    names = [f"{index // 100:02d}/{index:05d}.png" for index in range(count)]
+    held = {path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*") if path.is_file()}
+    if others := sorted(held.difference(names)):
+        raise UsageError(f"{folder} holds other files, such as {others[0]}: remove them, or choose another folder")
     rng = np.random.default_rng([SPLIT_SEEDS["unlabeled"], seed])
     rows = []
-    for index in range(count):
+    for name in names:
         picture = world.sample_picture(rng, items=items)
-        target = folder / f"{index // 100:02d}" / f"{index:05d}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        world.draw(picture, world.sample_style(style, rng), rng).save(target)
-        rows.append({"image": target.relative_to(folder).as_posix(), "picture": world.picture_record(picture)})
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        world.draw(picture, world.sample_style(style, rng), rng).save(folder / name)
+        rows.append({"image": name, "picture": world.picture_record(picture)})
     write_rows(truth_path(folder), rows)
     return folder
 

@@ -1,7 +1,7 @@
 """How the world's statements and questions are worded, and how the wordings are read back.
 
-`FORMS` words a claim in several ways. `reword` writes from it and `read` reads with it, so that whatever is said is
-also understood. `SIGN_QUESTIONS` does the same for questions about signs; other questions have one wording each.
+`FORMS` words a claim in several ways; `read` reads with it what the tiny model learned to write from it.
+`SIGN_QUESTIONS` does the same for questions about signs; other questions have one wording each.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ FORMS: dict[str, tuple[str, ...]] = {
     "sign": ("the shape is a {c} {s}", "I see a {c} {s}", "this is a {c} {s}"),
     "kind": ("it is {no}a {x}", "that is {no}a {x}"),
 }
-FILLERS = ("Look at the picture.", "Let me look closely.", "First the picture.")
-GLANCE = "At a glance."  # how reasoning with made-up readings begins
 # {x} is a shape or "<color> shape". Each question may also be written in small letters.
 SIGN_QUESTIONS = {
     "exists": (
@@ -87,13 +85,3 @@ def read_sign_question(text: str) -> tuple[str, str] | None:
     """The kind of a question about a sign, and the thing that it asks about, if any; None where no form fits."""
     found = ((kind, m) for kind, pattern in _SIGN_QUESTIONS if (m := pattern.fullmatch(text)))
     return next(((kind, m.groupdict().get("x", "").lower()) for kind, m in found), None)
-
-
-def reword(step: str, manner: int) -> str:
-    """Say a plainly worded step in another manner (0: unchanged). A step that cannot be read stays unchanged."""
-    found = read(step)
-    if found is None:
-        return step
-    kind, slots = found
-    text = FORMS[kind][manner % len(FORMS[kind])].format(**slots)
-    return f"{text[0].upper()}{text[1:]}."

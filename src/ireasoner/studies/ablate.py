@@ -9,28 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import yaml
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ireasoner.method.types import UsageError
 from ireasoner.model.backbone import load_model_processor
 from ireasoner.playground import dataset, world
 from ireasoner.playground.truth import step_truth
 from ireasoner.studies import ablation_tables as report
+from ireasoner.studies.ablation_jobs import ArmsProgress, Columns, Jobs, make_scores
 from ireasoner.training.config import PRESET_OPTIONS, Config, dump_config, load_config, names, resolve
 from ireasoner.training.custom_reward import names_a_file, sha256_of
 from ireasoner.training.items import ImagePool
@@ -38,16 +32,12 @@ from ireasoner.training.labelled import answer_prior, load_questions, prior_line
 from ireasoner.training.recorder import replace_file, write_json
 from ireasoner.training.state import load_labels
 from ireasoner.training.statistics import MEASURES
-from ireasoner.training.watch import ENDED_ITSELF
 
 UNLABELED, VALIDATION, LABELS_PER_IMAGE = 512, 128, 4
 BISECTIONS = 6
-POLL_SECONDS, QUIET_SECONDS = 0.25, 30.0
 MAY_CHANGE = ("recipes", "seeds", "cooled")
 QUICK_JOBS = 2
 QUICK: dict[str, Any] = {"seeds": 2, "questions": 256, "training": {"steps": "24"}}
-Columns = dict[str, NDArray[np.float64]]  # by measure, a value for each question
-Jobs = Mapping[str, Sequence[list[str]]]  # by the name of scores in OUT, the commands that make them, an eval last
 
 
 class Settings(BaseModel):
@@ -232,123 +222,6 @@ def eval_command(out: Path, settings: Settings, arm: str, seed: int, *options: s
     return ["eval", *target, *data, f"--seed={seed}", f"--device={settings.training.get('device', 'auto')}", *options]
 
 
-class ArmsProgress(Progress):
-    """Progress of all arms together, with the time left: a bar on a terminal, otherwise a line now and then.
-
-    It counts training steps, which it reads from the run directories. Evaluation is not counted: it takes about the
-    same share of each arm's time.
-
-    Args:
-        out: the folder of the ablation.
-        arms: the names of the run directories in it.
-        steps: how many training steps each of them takes.
-    """
-
-    def __init__(self, out: Path, arms: Sequence[str], steps: int) -> None:
-        self.left = TimeRemainingColumn()
-        columns = BarColumn(), TimeElapsedColumn(), TextColumn("left"), self.left
-        description = TextColumn("{task.description}", markup=False)
-        # The speed is averaged over an hour, because steps of a large model take minutes.
-        super().__init__(description, *columns, transient=True, speed_estimate_period=3600)
-        self.disable = not self.console.is_terminal
-        self.out, self.arms, self.steps, self.told = out, arms, steps, self.get_time()
-        self.add_task("", total=steps * len(arms))
-
-    def steps_of(self, arm: str) -> int:
-        """How many steps an arm has trained: each is a line of its metrics. A run may end early, but then is scored."""
-        if (self.out / f"{arm}.json").exists():
-            return self.steps
-        metrics = self.out / arm / "metrics.jsonl"
-        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-
-    def tell(self, running: Sequence[str]) -> None:
-        """Show what the running arms and evaluations are doing."""
-        done = {arm: self.steps_of(arm) for arm in self.arms}
-        states = {arm: f"step {step}/{self.steps}" for arm, step in done.items() if step < self.steps}
-        doing = "; ".join(f"{name}: {states.get(name, 'scoring')}" for name in running)
-        (task,) = self.tasks
-        self.update(task.id, description=doing, completed=sum(done.values()))
-        if self.disable and self.get_time() - self.told >= QUIET_SECONDS:
-            self.told = self.get_time()
-            print(f"{doing}, {self.left.render(task)} left", flush=True)
-
-
-def make_scores(out: Path, jobs: Jobs, at_a_time: int, progress: ArmsProgress) -> list[Columns]:
-    """Make the scores that OUT does not hold yet, at most so many at a time; return all of them, in order.
-
-    Each command is a process in a session of its own, so that Ctrl-C in a terminal does not reach it: this process asks
-    it to stop, once. If this process is killed with SIGKILL, the commands at work run to their end; while one of them
-    trains, another ablation in OUT finds its run directory locked and says so.
-
-    Raises:
-        UsageError: a command failed.
-        KeyboardInterrupt: Ctrl-C. In both cases the other commands have been stopped, and training was saved.
-    """
-    waiting = [(name, list(commands)) for name, commands in jobs.items() if not (out / f"{name}.json").exists()]
-    running: dict[subprocess.Popen[bytes], tuple[str, list[list[str]]]] = {}
-    threads = max(1, torch.get_num_threads() // at_a_time)
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_a_time:
-                name, commands = waiting.pop(0)
-                command = commands.pop(0)
-                print(f"{name}: {'training' if commands else 'scoring'}", flush=True)
-                if not commands:  # the file gets its name when it is complete, for a kill may leave half of it
-                    command = [*command, f"--json={out / f'.{name}.json'}"]
-                running[_start(command, out / f"{name}.log", threads)] = name, commands
-            progress.tell([name for name, _ in running.values()])
-            time.sleep(POLL_SECONDS)
-            for process in [process for process in running if process.poll() is not None]:
-                name, commands = running.pop(process)
-                if process.returncode not in (0, ENDED_ITSELF):
-                    raise UsageError(f"{name} {_failure(process.returncode, out / f'{name}.log')}")
-                if commands:
-                    waiting.insert(0, (name, commands))
-                    continue
-                (out / f".{name}.json").rename(out / f"{name}.json")
-                scores = read_scores(out / f"{name}.json")
-                print(f"{name}: " + "  ".join(f"{m} {100 * scores[m].mean():.1f}" for m in MEASURES), flush=True)
-    finally:
-        if running:
-            print(f"Stopping {', '.join(name for name, _ in running.values())}.", flush=True)
-        for process in running:
-            process.terminate()  # `train` saves after its step, and ends
-        for process in running:
-            process.wait()
-    return [read_scores(out / f"{name}.json") for name in jobs]
-
-
-def _start(command: Sequence[str], log: Path, threads: int) -> subprocess.Popen[bytes]:
-    """Start `ireasoner` with these arguments; its output is appended to the log."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    program = [sys.executable, "-m", "ireasoner", *command]
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            program, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
-        )
-
-
-def _failure(code: int, log: Path) -> str:
-    """Why a command failed: the last line of its output."""
-    if code < 0:
-        return f"was killed (signal {-code}; out of memory? try fewer --jobs); what was saved stays; see {log}"
-    last = log.read_text("utf-8", "replace").strip().rpartition("\n")[2]
-    return f"failed: {last.removeprefix('ireasoner: ')} (its output is in {log})"
-
-
-def read_scores(path: Path) -> Columns:
-    """Scores that OUT holds.
-
-    Raises:
-        UsageError: the file is damaged.
-    """
-    try:
-        columns = json.loads(path.read_text("utf-8"))["per_question"]
-        return {n: np.array(values, dtype=np.float64) for n, values in columns.items() if n != "greedy_texts"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"{path} cannot be read: remove it, and it is made again") from None
-
-
 def ablate(out: Path, settings: Settings, jobs: int = 1) -> dict[str, Any]:
     """Make what OUT does not hold yet; return the results, and write them as tables, CSV, figure and JSON.
 
@@ -363,16 +236,18 @@ def ablate(out: Path, settings: Settings, jobs: int = 1) -> dict[str, Any]:
         OSError: OUT cannot be written.
     """
     prepare(out, settings)
-    arms, seeds = arm_names(settings.recipes), range(settings.seeds)
-    score, note = partial(eval_command, out, settings), ""
+    arms, seeds, note = arm_names(settings.recipes), range(settings.seeds), ""
+    score = partial(eval_command, out, settings)
     made = {f"base-{seed}": [score("base", seed)] for seed in seeds}
-    runs = {f"{arm}-{seed}": (arm, seed) for seed in seeds for arm in arms}
-    for run, (arm, seed) in runs.items():
-        made[run] = [train_command(out, settings, arms[arm], out / run, seed), score(arm, seed)]
-    blank_arms = [arm for arm in ("base", "default") if arm in ("base", *arms)]
-    with ArmsProgress(out, list(runs), arm_config(out, settings, settings.recipes[0], 0).schedule.steps) as progress:
+    runs = [f"{arm}-{seed}" for seed in seeds for arm in arms]
+    for seed in seeds:
+        for arm, recipe in arms.items():
+            train = train_command(out, settings, recipe, out / f"{arm}-{seed}", seed)
+            made[f"{arm}-{seed}"] = [train, score(arm, seed)]
+    steps = arm_config(out, settings, settings.recipes[0], 0).schedule.steps
+    with ArmsProgress(out, runs, steps) as progress:
         make = partial(make_scores, out, at_a_time=jobs, progress=progress)
-        scores = dict(zip(made, make(made), strict=True))
+        scores = make(made)
         found = {arm: [scores[f"{arm}-{seed}"] for seed in seeds] for arm in ("base", *arms)}
         if settings.cooled:
             first = next(iter(arms))
@@ -380,10 +255,10 @@ def ablate(out: Path, settings: Settings, jobs: int = 1) -> dict[str, Any]:
             note = f" Base, cooled: sampled at temperature {heat:.2f}, where it is as sure of its answers as "
             note += f"{first} (equal answer entropy on validation questions)."
             cooled = make({f"base-{s}-at-{heat:.3f}": [score("base", s, f"--temperature={heat}")] for s in seeds})
-            found = {"base": found.pop("base"), report.COOLED: cooled, **found}
+            found = {"base": found.pop("base"), report.COOLED: [*cooled.values()], **found}
+        blank_arms = [arm for arm in found if arm in ("base", "default")]
         blank = make({f"{arm}-0-blank": [score(arm, 0, "--blank")] for arm in blank_arms})
-    summaries = {run: path for run in runs if (path := out / run / "summary.json").exists()}
-    if early := [run for run, path in summaries.items() if json.loads(path.read_text("utf-8")).get("stopped_early")]:
+    if early := [run for run in runs if _ended_early(out / run)]:
         note += f" Runs that ended themselves early: {', '.join(early)}."
     columns = {arm: {name: np.stack([s[name] for s in of_arm]) for name in of_arm[0]} for arm, of_arm in found.items()}
     distinct = {arm: [report.distinct_questions(out / f"{arm}-{seed}") for seed in seeds] for arm in arms}
@@ -393,18 +268,28 @@ def ablate(out: Path, settings: Settings, jobs: int = 1) -> dict[str, Any]:
         "questions": len(questions),
         "seeds": settings.seeds,
         **report.summarize(columns, distinct),
-        "blank": {a: {m: float(s[m].mean()) for m in MEASURES} for a, s in zip(blank_arms, blank, strict=True)},
+        "blank": {arm: {m: float(blank[f"{arm}-0-blank"][m].mean()) for m in MEASURES} for arm in blank_arms},
         "answer_prior": answer_prior(questions),
         "note": note,
     }
+    _write(out, result)
+    return result
+
+
+def _ended_early(run: Path) -> bool:
+    path = run / "summary.json"
+    return path.exists() and bool(json.loads(path.read_text("utf-8")).get("stopped_early"))
+
+
+def _write(out: Path, result: Mapping[str, Any]) -> None:
+    """Write the results in every form."""
     replace_file(out / "ablation.json", write_json(result).encode())
     replace_file(out / "ablation.md", report.markdown(result, prior_line(result["answer_prior"])).encode())
     replace_file(out / "ablation.csv", report.csv_text(result).encode())
     report.draw_differences(result, out / "ablation.png")
-    return result
 
 
-def matching_temperature(out: Path, settings: Settings, arm: str, make: Callable[[Jobs], list[Columns]]) -> float:
+def matching_temperature(out: Path, settings: Settings, arm: str, make: Callable[[Jobs], dict[str, Columns]]) -> float:
     """The temperature at which the base's answer entropy on validation questions is that of an arm, by bisection.
 
     The result is kept in `cooled.json`.
@@ -416,12 +301,12 @@ def matching_temperature(out: Path, settings: Settings, arm: str, make: Callable
     score = partial(eval_command, out, settings)
     data = f"--data={out / 'data' / 'validation' / 'validation.jsonl'}", f"--limit={VALIDATION}"
     trained = make({f"{arm}-{s}-validation": [score(arm, s, *data)] for s in range(settings.seeds)})
-    target = np.mean([scores["answer_entropy"].mean() for scores in trained])
+    target = np.mean([scores["answer_entropy"].mean() for scores in trained.values()])
     low, high = 0.05, 1.5
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        command = score("base", 0, *data, f"--temperature={middle}")
-        (scores,) = make({f"base-0-validation-at-{middle}": [command]})
+        name = f"base-0-validation-at-{middle}"
+        scores = make({name: [score("base", 0, *data, f"--temperature={middle}")]})[name]
         low, high = (middle, high) if scores["answer_entropy"].mean() < target else (low, middle)
     temperature = round((low + high) / 2, 3)
     replace_file(path, write_json({**key, "answer_entropy": float(target), "temperature": temperature}).encode())

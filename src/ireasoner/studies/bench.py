@@ -12,13 +12,13 @@ must also read the language model's weights and the cache once for each token, a
 
 from __future__ import annotations
 
-import functools
+import itertools
 import re
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from PIL import Image
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from ireasoner.method.memory import ClaimMemory
 from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.texts import proposer_messages, solver_messages
 from ireasoner.model.backbone import TINY_MODEL, resolve_device
@@ -37,9 +38,10 @@ from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy, make_policy
 from ireasoner.model.policy import Policy
 from ireasoner.model.processors import load_processor
-from ireasoner.playground import random_models, world
+from ireasoner.playground import world
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
+from ireasoner.studies import random_models
 from ireasoner.training.config import Config, resolve
 
 QUESTION_TOKENS = 20
@@ -107,6 +109,7 @@ class Bench:
         self.image_tokens = image_tokens or (None if config.model == "tiny" else 144)
         self.engine = LiveEngine(policy)
         self.steps = 0  # seeds the draws: equal texts would be scored from a cache
+        self.groups, self.memory = itertools.count(), ClaimMemory(config.recipe.recurrence_window)
 
     def pictures(self, count: int) -> list[Image.Image]:
         """The images of a step, from the playground's world."""
@@ -163,24 +166,20 @@ class Bench:
 
         Only prefill calls the model as a whole; a step of decoding calls its language model.
         """
-        base = self.policy.base
-        forward = base.forward
-
-        @functools.wraps(forward)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with phases.timed("prefill", within="decode"):
-                return forward(*args, **kwargs)
-
-        base.forward = timed
-        try:
+        base, prefill = self.policy.base, ExitStack()
+        with (
+            base.register_forward_pre_hook(lambda *_: prefill.enter_context(phases.timed("prefill", within="decode"))),
+            base.register_forward_hook(lambda *_: prefill.close()),
+        ):
             yield
-        finally:
-            del base.forward  # the class's own again
 
     def reward(self, texts: Sequence[str]) -> list[float]:
         """What the texts of one group earn by the config's recipe, read as readable trajectories."""
-        context = Context(step_weight=self.config.recipe.step_weight_final, recent_claims=())
-        return [*score_group(QUESTION, [readable(text) for text in texts], self.config.recipe, context).rewards]
+        recipe, image = self.config.recipe, f"group {next(self.groups)}"  # each counts as another image's
+        context = Context(step_weight=recipe.step_weight_final, recent_claims=self.memory.of_others(image))
+        scored = score_group(QUESTION, [readable(text) for text in texts], recipe, context)
+        self.memory.add(image, scored.group.solutions)
+        return [*scored.rewards]
 
 
 def readable(text: str) -> str:
@@ -203,17 +202,16 @@ def load_bench(
         ModelError: the model or the device cannot be used.
     """
     device, is_random = resolve_device(device), model in random_models.SIZES
-    flags: dict[str, Any] = {"model": model, "images": "."}
-    if group_size:
-        flags["group_size"] = group_size
-    if is_random and device == "cpu":
-        flags["dtype"] = "float32"
-    config = resolve(flags)
-    config = config.changed(max_image_tokens=max(image_tokens or 0, config.backbone.max_image_tokens))
+    config = resolve({"model": model, "images": "."})
+    config = config.changed(
+        group_size=group_size or config.sampling.group_size,
+        dtype="float32" if is_random and device == "cpu" else config.backbone.dtype,
+        max_image_tokens=max(image_tokens or 0, config.backbone.max_image_tokens),
+    )
     options = config.backbone
     if not is_random:
         return Bench(load_policy(model, options, device=device), config, tokens, image_tokens)
-    backbone = random_models.build(model, str(TINY_MODEL), getattr(torch, options.dtype), device)
+    backbone = random_models.build(model, getattr(torch, options.dtype), device)
     processor = load_processor(TINY_MODEL, options.max_image_tokens, raise_limit=True)
     return Bench(make_policy(backbone, processor, options), config, tokens, image_tokens)
 

@@ -402,10 +402,18 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
         f"{report['run']}: {report['groups']} questions, {report['readable']} readable trajectories of "
         f"{report['trajectories']}, truth known of {report['with_truth']}"
     )
-    pairs = {"pairs": "pairs", "in the majority": "majority_pairs"}
-    found = {label: report["measures"]["claims"][name] for label, name in pairs.items()}
-    said = [f"{label}: {f['pairs']} of {f['questions']} questions" for label, f in found.items() if f["pairs"]]
-    return [counts, *report["notes"], *said]
+    return [counts, *report["notes"]]
+
+
+def pairs_line(report: Mapping[str, Any]) -> str:
+    """How many pairs the first rows of the table are about; empty where there are none."""
+    every, among = (report["measures"]["claims"][row] for row in ("pairs", "majority_pairs"))
+    if not every["pairs"]:
+        return ""
+    return (
+        f"Truer one: of {every['pairs']} pairs of trajectories with the same answer and different, known truth, from "
+        f"{every['questions']} questions; {among['pairs']} of these pairs gave the majority answer."
+    )
 
 
 def tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
+
+from ireasoner.model.backbone import TINY_MODEL
 
 SIZES: dict[str, dict[str, Any]] = {
     "random-25m": {
@@ -60,28 +62,22 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(size: str, like: str, dtype: torch.dtype, device: str) -> Qwen2_5_VLForConditionalGeneration:
-    """Build a frozen model in eval mode.
+def build(size: str, dtype: torch.dtype, device: str) -> Any:
+    """Build a frozen model in eval mode, with the special tokens of the tiny model.
 
     Args:
         size: of `SIZES`.
-        like: folder of the model whose special tokens it has.
         dtype: of its weights.
         device: where they are drawn, so that a large model never lies in this process's memory.
     """
-    reference = AutoConfig.from_pretrained(like)
+    reference = AutoConfig.from_pretrained(TINY_MODEL)
     tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     config = Qwen2_5_VLConfig(**SIZES[size], **{name: getattr(reference, name) for name in tokens})
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config.text_config, name, getattr(reference.text_config, name))
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = Qwen2_5_VLForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.generation_config.eos_token_id = reference.text_config.eos_token_id
     model.generation_config.pad_token_id = reference.text_config.pad_token_id
     return model.requires_grad_(False).eval()

@@ -1,7 +1,8 @@
-"""The tiny LMM: real Qwen2.5-VL classes at small sizes, with its own byte-level BPE tokenizer, and its pre-training.
+"""How the tiny model in the package was made: real Qwen2.5-VL classes at small sizes, a tokenizer, and pre-training.
 
-`python -m ireasoner.playground.tiny OUT` makes it again from nothing. It learns from labeled pictures in the world's
-`varied` style, whose seed neither self-evolution nor evaluation uses.
+`python tools/pretrain_tiny.py OUT` makes it again from nothing: `OUT/habits` is what ships in
+`src/ireasoner/playground/tiny_lmm`. It learns from labeled pictures in the world's `varied` style, whose seed neither
+self-evolution nor evaluation uses.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ RATIONALES = {
     "relation": "Find two objects and compare.", "exists": "Look for one shape.", "absent": "Look for one shape.",
     "sign color": "Name a color.", "sign shape": "Name a shape.",
 }  # fmt: skip
+FILLERS = ("Look at the picture.", "Let me look closely.", "First the picture.")
+GLANCE = "At a glance."  # how reasoning with made-up readings begins
 FILLER_SHARE = 0.3  # of the true solutions: a first step that says nothing
 SHUFFLED_SHARE = 0.3  # of the true solutions: the readings in another order
 HASTY_SHARE, GLIB_SHARE = 0.45, 0.2  # of the solutions of the last stage: blind guesses; made-up readings
@@ -62,6 +65,16 @@ STAGES: dict[str, tuple[int, float, dict[str, Any]]] = {
 }
 
 # --- what is taught --------------------------------------------------------------------------------------------------
+
+
+def reword(step: str, manner: int) -> str:
+    """Say a plainly worded step in another manner (0: unchanged). A step that cannot be read stays unchanged."""
+    found = wording.read(step)
+    if found is None:
+        return step
+    kind, slots = found
+    text = wording.FORMS[kind][manner % len(wording.FORMS[kind])].format(**slots)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def proposer_text(question: world.WorldQuestion) -> str:
@@ -83,9 +96,9 @@ def solver_text(question: world.WorldQuestion, rng: np.random.Generator | None =
         readings = sum(found is not None and found[0] in ("value", "place") for found in map(wording.read, steps))
         if rng.random() < SHUFFLED_SHARE:
             steps[:readings] = [steps[i] for i in rng.permutation(readings)]
-        steps = [wording.reword(step, manner) for step in steps]
+        steps = [reword(step, manner) for step in steps]
         if rng.random() < FILLER_SHARE:
-            steps.insert(0, wording.FILLERS[rng.integers(len(wording.FILLERS))])
+            steps.insert(0, FILLERS[rng.integers(len(FILLERS))])
     return _solution(steps, question.answer)
 
 
@@ -114,7 +127,7 @@ def glib_text(question: world.WorldQuestion, picture: world.Picture, rng: np.ran
     if found is None:
         return hasty_text(question, picture, rng)
     manner = int(rng.integers(3))
-    return _solution([wording.GLANCE, *(wording.reword(step, manner) for step in found.steps)], question.answer)
+    return _solution([GLANCE, *(reword(step, manner) for step in found.steps)], question.answer)
 
 
 def _imagined(

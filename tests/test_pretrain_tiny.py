@@ -1,0 +1,179 @@
+"""What the tiny model learned from: well-formed, true where it is meant to be, and unlike what is played and tested."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import pretrain_tiny
+from ireasoner.method.texts import parse_question, parse_trajectory
+from ireasoner.model.backbone import TINY_MODEL
+from ireasoner.model.processors import load_processor
+from ireasoner.playground import dataset, wording, world
+from ireasoner.playground.world import Picture
+from ireasoner.training.config import resolve
+from worlds import pictures, some
+
+
+def test_every_kind_of_question_is_asked():
+    kinds = {question.kind for picture in some(200) for question in world.questions(picture)}
+    assert kinds == set(pretrain_tiny.RATIONALES)
+    rng = np.random.default_rng(0)
+    assert {world.sample_question(picture, rng).kind for picture in some(400)} == kinds
+
+
+@given(pictures(), st.integers(0, 5))
+@settings(deadline=None)
+def test_every_wording_says_the_same(picture: Picture, manner: int):
+    for step in {step for question in world.questions(picture) for step in question.steps}:
+        said = pretrain_tiny.reword(step, manner)
+        assert world.step_truth(picture, said) is True, said
+        found, plain = wording.read(said), wording.read(step)
+        assert found is not None
+        assert plain is not None
+        assert found[0] == plain[0]
+        assert found[1].items() <= plain[1].items()  # some wordings leave the noun out
+
+
+@pytest.mark.parametrize("step", [*pretrain_tiny.FILLERS, pretrain_tiny.GLANCE])
+@pytest.mark.parametrize("picture", some(8))
+def test_fillers_are_neither_true_nor_false(picture: Picture, step: str):
+    assert world.step_truth(picture, step) is None
+
+
+def test_the_splits_and_pretraining_draw_different_pictures():
+    assert len({*dataset.SPLIT_SEEDS.values(), pretrain_tiny.PRETRAINING_SEED}) == 4
+
+
+@given(pictures())
+@settings(deadline=None, max_examples=50)
+def test_true_reasoning_is_well_formed_and_reads_back(picture: Picture):
+    for question in world.questions(picture):
+        read = parse_trajectory(pretrain_tiny.solver_text(question))
+        assert read.problem is None
+        assert read.reasoning_steps == question.steps
+        assert read.answer == question.answer
+        asked = parse_question(pretrain_tiny.proposer_text(question))
+        assert (asked.problem, asked.text) == (None, question.text)
+        assert asked.rationale == pretrain_tiny.RATIONALES[question.kind]
+
+
+@given(pictures(), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=50)
+def test_reasoning_in_any_voice_is_well_formed_and_true(picture: Picture, seed: int):
+    rng = np.random.default_rng(seed)
+    question = world.sample_question(picture, rng)
+    read = parse_trajectory(pretrain_tiny.solver_text(question, rng))
+    assert read.answer == question.answer
+    said = [step for step in read.reasoning_steps if step not in pretrain_tiny.FILLERS]
+    assert len(read.reasoning_steps) - len(said) <= 1
+    assert [world.step_truth(picture, step) for step in said] == [True] * len(question.steps)
+
+
+def test_a_guess_is_well_formed_and_an_answer_of_its_kind():
+    rng = np.random.default_rng(2)
+    wrong = 0
+    for picture in some(60):
+        question = world.sample_question(picture, rng)
+        read = parse_trajectory(pretrain_tiny.hasty_text(question, picture, rng))
+        assert read.problem is None
+        assert len(read.reasoning_steps) == 1
+        assert read.answer is not None
+        assert read.answer in read.reasoning_steps[0]
+        assert world.step_truth(picture, read.reasoning_steps[0]) is None  # it states nothing about the picture
+        if question.kind in ("value", "difference", "sum", "count"):
+            assert read.answer.isdigit()
+        elif question.kind in ("compare", "relation"):
+            assert read.answer in ("yes", "no")
+        wrong += read.answer != question.answer
+    assert wrong > 20
+
+
+def test_a_glib_line_of_reasoning_is_right_in_the_end_and_made_up_on_the_way():
+    rng = np.random.default_rng(3)
+    truths, kinds = [], set()
+    for picture in some(200):
+        question = world.sample_question(picture, rng)
+        read = parse_trajectory(pretrain_tiny.glib_text(question, picture, rng))
+        assert read.problem is None
+        if read.reasoning_steps[0] != pretrain_tiny.GLANCE:  # nothing was found to make up: a guess
+            continue
+        kinds.add(question.kind)
+        assert read.answer == question.answer
+        truth = [world.step_truth(picture, step) for step in read.reasoning_steps[1:]]
+        assert None not in truth
+        assert not all(truth)
+        truths.append(np.mean(truth))
+    assert {"difference", "sum", "compare", "extreme", "relation", "count"} <= kinds
+    assert not kinds & {"value", "where", "what"}  # whose one step is the answer
+    assert np.mean(truths) < 0.6
+
+
+def test_pretraining_examples_are_well_formed_and_of_all_three_tasks():
+    rng = np.random.default_rng(4)
+    tasks = {"describe": 0, "ask": 0, "solve": 0}
+    for _ in range(150):
+        image, prompt, completion = pretrain_tiny.example(rng, hasty=0.3, glib=0.3)
+        assert image.size == (world.IMAGE_SIZE, world.IMAGE_SIZE)
+        if prompt == pretrain_tiny.DESCRIBE_PROMPT:
+            tasks["describe"] += 1
+            assert completion.startswith("The ")
+        elif prompt == pretrain_tiny.PROPOSER_PROMPT:
+            tasks["ask"] += 1
+            assert parse_question(completion).well_formed
+        else:
+            tasks["solve"] += 1
+            assert prompt[-1] in "?."
+            assert parse_trajectory(completion).well_formed
+    assert min(tasks.values()) >= 10
+
+
+def test_the_tiny_preset_speaks_as_in_pretraining_and_leaves_room_for_true_answers():
+    sampling = resolve({"images": "/x", "model": "tiny"}).sampling
+    assert (sampling.proposer_prompt, sampling.solver_prompt) == (
+        pretrain_tiny.PROPOSER_PROMPT,
+        pretrain_tiny.SOLVER_PROMPT,
+    )
+    tokenizer = load_processor(TINY_MODEL).tokenizer
+    asked = [question for picture in some(150, seed=8) for question in world.questions(picture)]
+    ends = [
+        text + "<|im_end|>"
+        for question in asked
+        for text in (pretrain_tiny.solver_text(question), pretrain_tiny.proposer_text(question))
+    ]
+    lengths = np.array([len(ids) for ids in tokenizer(ends)["input_ids"]]).reshape(-1, 2)
+    assert lengths[:, 0].max() <= sampling.max_solution_tokens
+    assert lengths[:, 1].max() <= sampling.max_question_tokens
+    assert tokenizer.decode(tokenizer(ends[0])["input_ids"]) == ends[0]
+
+
+def test_labels_of_pretraining_lie_on_completions_alone():
+    processor = load_processor(TINY_MODEL)
+    rng = np.random.default_rng(6)
+    examples = [pretrain_tiny.example(rng, hasty=0.3, glib=0.3) for _ in range(6)]
+    batch = pretrain_tiny.batch_tensors(processor, examples)
+    for ids, labels, (_, _, completion) in zip(batch["input_ids"], batch["labels"], examples, strict=True):
+        taught = labels[labels != -100]
+        assert processor.tokenizer.decode(taught) == f"{completion}<|im_end|>"
+        assert (ids[labels != -100] == taught).all()
+    assert batch["mm_token_type_ids"].sum() == 6 * 9  # positions in the image come from these
+
+
+def test_pretraining_makes_a_model_like_the_one_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The tokenizer, its one part that does not take hours, is the same; the weights have the same names and shapes."""
+    monkeypatch.setattr(pretrain_tiny, "STAGES", {"see": (1, 1e-3, {"plain": True})})
+    torch.set_num_threads(1)
+    pretrain_tiny.pretrain(tmp_path)
+    made, shipped = (load_processor(folder).tokenizer for folder in (tmp_path / "see", TINY_MODEL))
+    assert made.get_vocab() == shipped.get_vocab()
+    assert made.chat_template == shipped.chat_template
+    text = "The red bar reaches 7. Step 2: 7 - 3 = 4."
+    assert made(text)["input_ids"] == shipped(text)["input_ids"]
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "see", TINY_MODEL))
+    assert {n: (w.shape, w.dtype) for n, w in ours.items()} == {n: (w.shape, w.dtype) for n, w in theirs.items()}
