@@ -26,7 +26,7 @@ ALLOWED = {
         "training.statistics",
         "training.advice",
     ),
-    "playground": ("method.types", "model.processors"),
+    "playground": ("method.types", "model.backbone"),
     "studies": ("method", "model", "rollouts", "training", "page", "playground"),
     "app": ("method", "model", "rollouts", "training", "page", "playground", "studies"),
 }

@@ -34,12 +34,11 @@ from safetensors.torch import load_file
 from ireasoner.app.cli import main
 from ireasoner.method.texts import proposer_messages, solver_messages
 from ireasoner.method.types import ROLES
-from ireasoner.model.backbone import TINY_MODEL, load_backbone
+from ireasoner.model.backbone import load_backbone, load_processor
 from ireasoner.model.forward import completion_hidden
 from ireasoner.model.inputs import build_prompts, encode_images
 from ireasoner.model.loading import load_policy
 from ireasoner.model.policy import Policy
-from ireasoner.model.processors import load_processor
 from ireasoner.playground import world
 from ireasoner.training.config import ConfigError, load_config, resolve
 from ireasoner.training.items import content_hash, load_image
@@ -799,7 +798,7 @@ def test_plain_peft_loads_an_adapter_and_gives_the_runs_own_log_probabilities(
     with warnings.catch_warnings():  # PEFT asks transformers by a name that it has deprecated
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         plain = PeftModel.from_pretrained(load_backbone("tiny"), reference / role).eval()
-    processor = load_processor(TINY_MODEL)
+    processor = load_processor("tiny")
     head = processor.apply_chat_template(messages, add_generation_prompt=True)
     batch = processor(images=[image], text=[f"{head}{text}<|im_end|>"], return_tensors="pt")
     with torch.no_grad():

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ireasoner.method.texts import parse_question, parse_trajectory
-from ireasoner.model.backbone import TINY_MODEL
-from ireasoner.model.processors import load_processor
+from ireasoner.model.backbone import load_processor
 from ireasoner.playground import dataset, easyvqa, tiny, wording, world
 from ireasoner.playground.world import Picture
 from ireasoner.training.config import resolve
@@ -546,7 +545,7 @@ def test_pretraining_examples_are_well_formed_and_of_all_three_tasks():
 def test_the_tiny_preset_speaks_as_in_pretraining_and_leaves_room_for_true_answers():
     sampling = resolve({"images": "/x", "model": "tiny"}).sampling
     assert (sampling.proposer_prompt, sampling.solver_prompt) == (tiny.PROPOSER_PROMPT, tiny.SOLVER_PROMPT)
-    tokenizer = load_processor(TINY_MODEL).tokenizer
+    tokenizer = load_processor("tiny").tokenizer
     asked = [question for picture in some(150, seed=8) for question in world.questions(picture)]
     ends = [
         text + "<|im_end|>" for question in asked for text in (tiny.solver_text(question), tiny.proposer_text(question))
@@ -558,7 +557,7 @@ def test_the_tiny_preset_speaks_as_in_pretraining_and_leaves_room_for_true_answe
 
 
 def test_labels_of_pretraining_lie_on_completions_alone():
-    processor = load_processor(TINY_MODEL)
+    processor = load_processor("tiny")
     rng = np.random.default_rng(6)
     examples = [tiny.example(rng, hasty=0.3, glib=0.3) for _ in range(6)]
     batch = tiny.batch_tensors(processor, examples)

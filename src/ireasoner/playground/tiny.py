@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from ireasoner.model.processors import without_video
+from ireasoner.model.backbone import without_video
 from ireasoner.playground import wording, world
 
 VOCABULARY = 500

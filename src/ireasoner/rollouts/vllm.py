@@ -18,7 +18,7 @@ from typing import Any
 from ireasoner.method.seeds import uniforms
 from ireasoner.method.types import ROLES, Completion, Role, UsageError
 from ireasoner.model.backbone import resolve_model
-from ireasoner.model.inputs import Prompts, build_prompts
+from ireasoner.model.inputs import EncodedImage, Prompts, build_prompts, render
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import completion
@@ -98,14 +98,7 @@ class VllmEngine:
         shutil.rmtree(before, ignore_errors=True)
 
     def sample(
-        self,
-        requests: Sequence[Request],
-        role: Role | None,
-        *,
-        n: int = 1,
-        max_tokens: int,
-        temperature: float = 1.0,
-        min_tokens: int = 0,
+        self, requests: Sequence[Request], role: Role | None, *, n: int = 1, max_tokens: int, temperature: float = 1.0
     ) -> list[list[Completion]]:
         """Sample n completions of each request, as described in `Engine.sample`.
 
@@ -119,9 +112,10 @@ class VllmEngine:
         prompts = build_prompts(self.policy, [r.image for r in requests], [r.messages for r in requests])
         asked: list[Any] = []
         params: list[Any] = []
-        for row, request in enumerate(requests):
-            ids = self.policy.processor.tokenizer(prompts.texts[row], add_special_tokens=False)["input_ids"]
-            prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": _image(prompts, row)}}
+        for request in requests:
+            text = render(self.policy.processor, request.messages)  # the image is still one token
+            ids = self.policy.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": _image(request.image)}}
             # One vLLM request for each completion, so that each has its own seed; vLLM caches what they share.
             for number in uniforms([request.seed], n, max_tokens)[0, :, 0]:
                 asked.append({**prompt})
@@ -130,7 +124,6 @@ class VllmEngine:
                         temperature=temperature,
                         seed=int(number * 2**31),
                         max_tokens=max_tokens,
-                        min_tokens=min_tokens,
                         logprobs=0,  # of the sampled token alone
                         stop_token_ids=list(self.policy.end_tokens),
                         detokenize=False,
@@ -167,9 +160,8 @@ class VllmEngine:
         return completion(self.policy, list(output.token_ids), logprobs)
 
 
-def _image(prompts: Prompts, row: int) -> Any:
+def _image(image: EncodedImage) -> Any:
     """The image for vLLM: our features if all they need is a grid, as Qwen's models do; otherwise the picture."""
-    image, extras = prompts.images[row], prompts.extras[row]
-    if set(image.features) == {"pooler_output"} and set(extras) == {"image_grid_thw"}:
-        return {"image_embeds": image.pooled, **extras}
+    if set(image.features) == {"pooler_output"} and set(image.extras) == {"image_grid_thw"}:
+        return {"image_embeds": image.pooled, **image.extras}
     return image.seen.image

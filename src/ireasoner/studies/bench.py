@@ -30,13 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.texts import proposer_messages, solver_messages
-from ireasoner.model.backbone import TINY_MODEL, resolve_device
+from ireasoner.model.backbone import TINY_MODEL, load_processor, resolve_device
 from ireasoner.model.forward import prefill
 from ireasoner.model.inputs import Prompts, build_prompts, encode_images
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy, make_policy
 from ireasoner.model.policy import Policy
-from ireasoner.model.processors import load_processor
 from ireasoner.playground import random_models, world
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
@@ -106,6 +105,7 @@ class Bench:
         self.policy, self.config, self.tokens = policy, config, tokens
         self.image_tokens = image_tokens or (None if config.model == "tiny" else 144)
         self.engine = LiveEngine(policy)
+        policy.end_tokens = ()  # no completion ends before the forced length
         self.steps = 0  # seeds the draws: equal texts would be scored from a cache
 
     def pictures(self, count: int) -> list[Image.Image]:
@@ -144,10 +144,10 @@ class Bench:
             encoded = encode_images(policy, images)
         with phases.timed("propose"):
             asked = [Request(image, ask, (self.steps, i)) for i, image in enumerate(encoded)]
-            engine.sample(asked, "proposer", max_tokens=QUESTION_TOKENS, min_tokens=QUESTION_TOKENS)
+            engine.sample(asked, "proposer", max_tokens=QUESTION_TOKENS)
         with phases.timed("decode"), self._prefill_timed(phases):
             asked = [Request(e, solve, (self.steps, i, k)) for i, e in enumerate(encoded) for k in range(copies)]
-            drawn = engine.sample(asked, "solver", n=count // copies, max_tokens=self.tokens, min_tokens=self.tokens)
+            drawn = engine.sample(asked, "solver", n=count // copies, max_tokens=self.tokens)
             flat = [completion for group in drawn for completion in group]
             groups = [flat[i : i + count] for i in range(0, len(flat), count)]
         with phases.timed("read and reward"):
@@ -214,7 +214,7 @@ def load_bench(
     if not is_random:
         return Bench(load_policy(model, options, device=device), config, tokens, image_tokens)
     backbone = random_models.build(model, str(TINY_MODEL), getattr(torch, options.dtype), device)
-    processor = load_processor(TINY_MODEL, options.max_image_tokens, raise_limit=True)
+    processor = load_processor("tiny", options.max_image_tokens, raise_limit=True)
     return Bench(make_policy(backbone, processor, options), config, tokens, image_tokens)
 
 
