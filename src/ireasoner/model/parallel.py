@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather, pad_across_processes, reduce
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ireasoner.method.types import UsageError
 from ireasoner.model.backbone import resolve_device
@@ -78,9 +79,7 @@ class Processes:
             if parameter.grad is None:  # a process without groups has no gradient yet
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-        flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        vector_to_parameters(self.sum(parameters_to_vector(gradients)), gradients)
 
     def maximum(self, value: float) -> float:
         """The largest of the processes' values, or NaN if one is NaN."""
