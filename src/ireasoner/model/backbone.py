@@ -28,8 +28,9 @@ class ModelError(UsageError):
     """The model cannot be used; the message says why and what to do."""
 
 
-def _cannot_load(what: str, error: Exception) -> ModelError:
-    return ModelError(f"cannot load {what}: {' '.join(str(error).split())[:300]}")
+def brief(error: Exception) -> str:
+    """What an error says, as a single line of at most 300 characters."""
+    return " ".join(str(error).split())[:300]
 
 
 def resolve_model(model: str | Path) -> str:
@@ -52,7 +53,7 @@ def load_backbone(model: str, dtype: str = "float32", device: str = "cpu") -> Pr
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
-        raise _cannot_load(f"the model {model!r}", error) from None
+        raise ModelError(f"cannot load the model {model!r}: {brief(error)}") from None
     if config.is_encoder_decoder or backbone.get_output_embeddings() is None:
         raise ModelError(f"{model} is a {config.model_type} model: one that continues its prompt is needed")
     if not hasattr(backbone.base_model, "get_image_features"):  # of whatever class the checkpoint names
@@ -105,7 +106,7 @@ def load_processor(model: str | Path, max_image_tokens: int | None = None, *, ra
         arguments = [parts.get(name) for name in processor_class.get_attributes()]
         processor: Any = processor_class.from_args_and_dict(arguments, settings)
     except (OSError, ValueError, ImportError) as error:
-        raise _cannot_load(f"the processor of {model!r}", error) from None
+        raise ModelError(f"cannot load the processor of {model!r}: {brief(error)}") from None
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if not processor.chat_template:
         raise ModelError(f"{model} has no chat template: an instruction-tuned model is needed")

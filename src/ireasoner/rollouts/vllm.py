@@ -17,7 +17,7 @@ from typing import Any
 
 from ireasoner.method.seeds import uniforms
 from ireasoner.method.types import ROLES, Completion, Role, UsageError
-from ireasoner.model.backbone import resolve_model
+from ireasoner.model.backbone import brief, resolve_model
 from ireasoner.model.inputs import EncodedImage, Prompts, build_prompts, render
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Request
@@ -79,7 +79,7 @@ class VllmEngine:
                 **options,
             )
         except (ValueError, RuntimeError, NotImplementedError) as error:
-            raise VllmError(f"vLLM cannot serve {model}: {' '.join(str(error).split())[:300]}") from error
+            raise VllmError(f"vLLM cannot serve {model}: {brief(error)}") from error
         adapters = Path(tempfile.mkdtemp(prefix="ireasoner-"))
         engine = cls(policy, llm, adapters)
         weakref.finalize(engine, shutil.rmtree, adapters, ignore_errors=True)
@@ -132,7 +132,7 @@ class VllmEngine:
         try:
             answers = self.llm.generate(asked, params, lora_request=self._adapter(role), use_tqdm=False)
         except ValueError as error:  # usually a prompt that is too long for `longest`
-            raise VllmError(f"vLLM refuses a prompt: {' '.join(str(error).split())[:300]}") from error
+            raise VllmError(f"vLLM refuses a prompt: {brief(error)}") from error
         self._check_prompts(prompts, [answer.prompt_token_ids for answer in answers[::n]])
         flat = [self._completion(answer.outputs[0]) for answer in answers]
         return [flat[i : i + n] for i in range(0, len(flat), n)]
