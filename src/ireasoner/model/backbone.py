@@ -77,7 +77,7 @@ def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]
     return ImageTextProcessor
 
 
-def load_processor(model: str | Path, max_image_tokens: int | None = None, *, raise_limit: bool = False) -> Any:
+def load_processor(model: str | Path, max_image_tokens: int | None = None) -> Any:
     """Load the model's processor, without its video processor.
 
     The image processor is always the one on Pillow: it and torchvision's differ by up to 0.25 in pixel values, and a
@@ -86,8 +86,7 @@ def load_processor(model: str | Path, max_image_tokens: int | None = None, *, ra
     Args:
         model: 'tiny', a folder or a hub id.
         max_image_tokens: images are scaled down until they take at most so many tokens, if the model's processor
-            scales images by area (Qwen's do; others fix the number, or cut tiles). None: the model's own limit.
-        raise_limit: let `max_image_tokens` lie above the model's own limit, which holds otherwise.
+            scales images by area (Qwen's do; others fix the number, or cut tiles). The model's own limit holds as well.
 
     Raises:
         ModelError: there is no processor that can be used, or it has no chat template, or it needs another package.
@@ -113,7 +112,7 @@ def load_processor(model: str | Path, max_image_tokens: int | None = None, *, ra
     if max_image_tokens is not None and scales_by_area(processor):
         images = processor.image_processor
         size, limit = dict(images.size), max_image_tokens * (images.patch_size * images.merge_size) ** 2
-        size["longest_edge"] = limit if raise_limit else min(size["longest_edge"], limit)
+        size["longest_edge"] = min(size["longest_edge"], limit)
         size["shortest_edge"] = min(size["shortest_edge"], size["longest_edge"])
         images.size = size
     return processor

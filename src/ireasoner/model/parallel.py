@@ -107,12 +107,13 @@ def joined(device: str) -> Iterator[Processes]:
         return
     if ":" in device:
         raise UsageError(f"--device {device} names one GPU, and several processes were started: use auto, cpu or cuda")
-    state = PartialState(cpu=resolve_device(device) == "cpu")
+    on_cpu = resolve_device(device) == "cpu"
+    state = PartialState(cpu=on_cpu)
     if state.num_processes != started:
         raise UsageError("the processes that were started did not find each other: name --device cpu or cuda")
     try:
         # On CPUs, accelerate numbers the device by the process ("cpu:1"); there is only one CPU device.
-        own = torch.device("cpu") if resolve_device(device) == "cpu" else state.device
+        own = torch.device("cpu") if on_cpu else state.device
         yield Processes(state.process_index, state.num_processes, own)
     finally:
         state.destroy_process_group()
