@@ -114,7 +114,6 @@ class _Decoding:
         total = len(self.uniforms)
         self.tokens = torch.zeros((total, longest), dtype=torch.long, device=device)
         self.logprobs = torch.zeros((total, longest), device=device)
-        self.lengths = torch.full((total,), longest, device=device)
         self.ends = torch.tensor(policy.end_tokens, dtype=torch.long, device=device)
         self.rows = torch.arange(total, device=device)  # which completion each row of the shrinking batch is
         self.done = torch.zeros(total, dtype=torch.bool, device=device)
@@ -127,9 +126,7 @@ class _Decoding:
         # would have to wait for the GPU at every token.
         chosen, chosen_logprobs = _draw(logits, self.uniforms[self.rows, t], self.temperature)
         self.tokens[self.rows, t], self.logprobs[self.rows, t] = chosen, chosen_logprobs
-        ended = torch.isin(chosen, self.ends) & ~self.done
-        self.lengths[self.rows] = torch.where(ended, t + 1, self.lengths[self.rows])
-        self.done.logical_or_(ended)
+        self.done.logical_or_(torch.isin(chosen, self.ends))
 
     def step(self) -> None:
         """Run the tokens drawn last and draw the next ones."""
@@ -144,7 +141,9 @@ class _Decoding:
 
     def completions(self) -> list[Completion]:
         """What was written, in the order of the prompts."""
-        columns = zip(self.tokens.tolist(), self.logprobs.tolist(), self.lengths.tolist(), strict=True)
+        ends = torch.isin(self.tokens, self.ends)
+        lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, ends.shape[1])  # up to the first end token
+        columns = zip(self.tokens.tolist(), self.logprobs.tolist(), lengths.tolist(), strict=True)
         return [completion(self.policy, ids[:length], logprobs[:length]) for ids, logprobs, length in columns]
 
 

@@ -33,17 +33,11 @@ class VllmError(UsageError):
 
 
 class VllmEngine:
-    """An engine (`ireasoner.rollouts.engine`) that samples with vLLM. Made by `VllmEngine.load`.
-
-    Args:
-        policy: whose adapters are served.
-        llm: vLLM's engine, which serves the policy's backbone.
-        adapters: a folder for the adapters that are handed over.
-    """
+    """An engine (`ireasoner.rollouts.engine`) that samples with vLLM. Made by `VllmEngine.load`."""
 
     def __init__(self, policy: Policy, llm: Any, adapters: Path) -> None:
         self.policy, self.llm, self.version = policy, llm, 0
-        self._adapters = adapters
+        self._adapters = adapters  # a folder for those that are handed over
 
     @classmethod
     def load(cls, policy: Policy, model: str, longest: int) -> VllmEngine:
