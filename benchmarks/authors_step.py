@@ -50,8 +50,8 @@ from published_step import Published
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ireasoner.method.texts import proposer_messages, solver_messages
-from ireasoner.model.backbone import load_model_processor
-from ireasoner.model.processors import render
+from ireasoner.model.backbone import load_processor
+from ireasoner.model.inputs import render
 from ireasoner.studies.bench import QUESTION, QUESTION_TOKENS, Bench, Phases
 
 calls = Counter[str]()  # of the step that runs
@@ -92,7 +92,7 @@ class Theirs:
         sys.path.insert(0, checkout)
         train: Any = importlib.import_module("train")
         vlm: Any = importlib.import_module("vlm")
-        vlm.AutoProcessor = SimpleNamespace(from_pretrained=load_model_processor)
+        vlm.AutoProcessor = SimpleNamespace(from_pretrained=load_processor)
         train.build_proposer_prompt = lambda _: sampling.proposer_prompt
         train.build_solver_prompt = lambda question: sampling.solver_prompt.replace("{question}", question)
         (pictures := Path(scratch, "pictures")).mkdir()

@@ -26,9 +26,8 @@ from ireasoner.method.recipe import Recipe
 from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.texts import proposer_messages, solver_messages
 from ireasoner.method.types import Completion
-from ireasoner.model.inputs import embed_texts
+from ireasoner.model.inputs import embed_texts, render
 from ireasoner.model.learner import Learner
-from ireasoner.model.processors import render
 from ireasoner.studies.bench import (
     QUESTION,
     QUESTION_TOKENS,

@@ -32,7 +32,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from ireasoner.method.texts import solver_messages
-from ireasoner.model.backbone import load_model_processor
+from ireasoner.model.backbone import load_processor
 from ireasoner.model.inputs import build_prompts, encode_images
 from ireasoner.studies.bench import QUESTION, Bench, Phases
 
@@ -122,7 +122,7 @@ def trainer_for(turns: Turns, folder: str, scratch: Path, rows: int | None, repe
     """TRL's trainer on the same model, pictures and options."""
     bench, backbone, sampling = turns.bench, turns.bench.config.backbone, turns.bench.config.sampling
     count = sampling.group_size
-    learner, processor = bench.learner(), load_model_processor(folder)
+    learner, processor = bench.learner(), load_processor(folder)
     processor.tokenizer.padding_side = "left"
     batch = len(turns.images) * count
     text = solver_messages(sampling.solver_prompt, QUESTION)[0]["content"][1]["text"]

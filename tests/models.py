@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.types import Completion, Role
-from ireasoner.model.advantages import spread
 from ireasoner.model.inputs import Prompts, encode_images
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy
+from ireasoner.model.loss import spread
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
 from ireasoner.model.parallel import Processes
 from ireasoner.model.policy import Policy

@@ -17,9 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from ireasoner.method.types import ROLES, Role
-from ireasoner.model.backbone import TINY_MODEL, load_backbone
+from ireasoner.model.backbone import load_backbone, load_processor
 from ireasoner.model.policy import Policy
-from ireasoner.model.processors import load_processor
 
 processor_of = cache(load_processor)
 
@@ -44,7 +43,7 @@ def plain_logprobs(
     model: torch.nn.Module, image: Image.Image, chat: list[dict[str, Any]], ids: Sequence[int]
 ) -> Tensor:
     """Log-probabilities [tokens, V] at `ids` by one forward of the whole model on the processor's own inputs."""
-    processor = processor_of(TINY_MODEL)
+    processor = processor_of("tiny")
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = dict(processor(images=[image], text=[text], return_tensors="pt"))
     prompt_length = inputs["input_ids"].shape[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ireasoner.model.advantages import MovingBaseline, leave_one_out_advantages, spread
+from ireasoner.model.loss import MovingBaseline, leave_one_out_advantages, spread
 
 
 def test_moving_baseline_by_hand():

@@ -13,7 +13,6 @@ from ireasoner.app.cli import main
 from ireasoner.method.memory import claim_digest
 from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.texts import parse_trajectory
-from ireasoner.model import forward
 from ireasoner.model.attention import SharedCache
 from ireasoner.model.inputs import encode_images
 from ireasoner.studies.bench import QUESTION, Bench, Phases, load_bench, measure, readable, table
@@ -24,12 +23,14 @@ from models import load
 def test_the_plain_side_shares_no_prompt(pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch):
     shared: list[SharedCache] = []
 
-    def counted(*args: Any, **kwargs: Any) -> SharedCache:
-        shared.append(SharedCache(*args, **kwargs))
-        return shared[-1]
+    make = SharedCache.__init__
+
+    def counted(self: SharedCache, *args: Any, **kwargs: Any) -> None:
+        shared.append(self)
+        make(self, *args, **kwargs)
 
     policy = load()
-    monkeypatch.setattr(forward, "SharedCache", counted)
+    monkeypatch.setattr(SharedCache, "__init__", counted)
     runner = Bench(policy, resolve({"model": "tiny", "images": "."}), 4)
     for side, caches in ((runner.plain, 0), (runner.ours, 2)):  # the question's and the answers'
         shared.clear()
@@ -39,7 +40,7 @@ def test_the_plain_side_shares_no_prompt(pictures: list[Image.Image], monkeypatc
 
 
 def test_both_sides_write_and_reward_whole_groups_of_the_forced_length(monkeypatch: pytest.MonkeyPatch):
-    bench = load_bench("tiny", tokens=4, group_size=3, device="cpu")
+    bench = load_bench("tiny", tokens=48, group_size=3, device="cpu")
     drawn: list[Any] = []
     sample = bench.engine.sample
 
@@ -52,7 +53,7 @@ def test_both_sides_write_and_reward_whole_groups_of_the_forced_length(monkeypat
         drawn.clear()
         side(phases := Phases(perf_counter), bench.pictures(2))
         assert [len(group) for group in drawn[-1]] == rows
-        assert {len(completion.token_ids) for group in drawn[-1] for completion in group} == {4}
+        assert {len(completion.token_ids) for group in drawn[-1] for completion in group} == {48}
         assert set(phases.took) == {"encode images", "propose", "prefill", "decode", "read and reward", "update"}
     earned = bench.reward(["The red bar reaches 7. Red is at 7."] * 3)
     assert earned == pytest.approx([1.0] * 3)  # the recipe `default`: all agree, and nothing recurs elsewhere

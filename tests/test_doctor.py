@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def test_an_update_that_is_blind_to_the_image(monkeypatch: pytest.MonkeyPatch):
     def blind(policy: Policy, images: Any) -> list[EncodedImage]:
         found = encode(policy, images)
         return [
-            EncodedImage(e.seen, {n: [torch.zeros_like(t) for t in v] for n, v in e.features.items()}) for e in found
+            replace(e, features={n: [torch.zeros_like(t) for t in v] for n, v in e.features.items()}) for e in found
         ]
 
     monkeypatch.setattr(doctor, "encode_images", blind)

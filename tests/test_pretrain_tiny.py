@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 
 import pretrain_tiny
 from ireasoner.method.texts import parse_question, parse_trajectory
-from ireasoner.model.backbone import TINY_MODEL
-from ireasoner.model.processors import load_processor
+from ireasoner.model.backbone import TINY_MODEL, load_processor
 from ireasoner.playground import dataset, wording, world
 from ireasoner.playground.world import Picture
 from ireasoner.training.config import resolve
@@ -140,7 +139,7 @@ def test_the_tiny_preset_speaks_as_in_pretraining_and_leaves_room_for_true_answe
         pretrain_tiny.PROPOSER_PROMPT,
         pretrain_tiny.SOLVER_PROMPT,
     )
-    tokenizer = load_processor(TINY_MODEL).tokenizer
+    tokenizer = load_processor("tiny").tokenizer
     asked = [question for picture in some(150, seed=8) for question in world.questions(picture)]
     ends = [
         text + "<|im_end|>"
@@ -154,7 +153,7 @@ def test_the_tiny_preset_speaks_as_in_pretraining_and_leaves_room_for_true_answe
 
 
 def test_labels_of_pretraining_lie_on_completions_alone():
-    processor = load_processor(TINY_MODEL)
+    processor = load_processor("tiny")
     rng = np.random.default_rng(6)
     examples = [pretrain_tiny.example(rng, hasty=0.3, glib=0.3) for _ in range(6)]
     batch = pretrain_tiny.batch_tensors(processor, examples)
@@ -170,7 +169,7 @@ def test_pretraining_makes_a_model_like_the_one_that_ships(tmp_path: Path, monke
     monkeypatch.setattr(pretrain_tiny, "STAGES", {"see": (1, 1e-3, {"plain": True})})
     torch.set_num_threads(1)
     pretrain_tiny.pretrain(tmp_path)
-    made, shipped = (load_processor(folder).tokenizer for folder in (tmp_path / "see", TINY_MODEL))
+    made, shipped = (load_processor(model).tokenizer for model in (str(tmp_path / "see"), "tiny"))
     assert made.get_vocab() == shipped.get_vocab()
     assert made.chat_template == shipped.chat_template
     text = "The red bar reaches 7. Step 2: 7 - 3 = 4."

@@ -79,8 +79,6 @@ def test_seeds_decide(policy: Policy, engine: VllmEngine, pictures: list[Image.I
     assert [[c.token_ids for c in g] for g in first] == [[c.token_ids for c in g] for g in again]
     greedy = sample(engine, asked, "solver", 1, 32, temperature=0)
     assert gap(policy, asked, greedy, "solver") < 1e-4
-    held = sample(engine, asked, "solver", 2, 32, min_tokens=32)
-    assert {len(c.token_ids) for group in held for c in group} == {32}
 
 
 def test_an_update_is_served_only_after_it_was_handed_over(

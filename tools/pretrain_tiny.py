@@ -1,7 +1,7 @@
 """How the tiny model in the package was made: real Qwen2.5-VL classes at small sizes, a tokenizer, and pre-training.
 
 `python tools/pretrain_tiny.py OUT` makes it again from nothing: `OUT/habits` is what ships in
-`src/ireasoner/playground/tiny_lmm`. It learns from labeled pictures in the world's `varied` style, whose seed neither
+`src/ireasoner/model/tiny_lmm`. It learns from labeled pictures in the world's `varied` style, whose seed neither
 self-evolution nor evaluation uses.
 """
 
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from ireasoner.model.processors import without_video
+from ireasoner.model.backbone import without_video
 from ireasoner.playground import wording, world
 
 VOCABULARY = 500

@@ -100,7 +100,7 @@ def run_backbone(
         with _features_at_hand(policy, prompts):
             output = policy.base(
                 **prompts.text,
-                **{name: torch.cat([extra[name] for extra in prompts.extras]) for name in prompts.extras[0]},
+                **{n: torch.cat([image.extras[n] for image in prompts.images]) for n in prompts.images[0].extras},
                 pixel_values=torch.zeros(1, device=policy.device),  # models only look whether there are any
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -166,6 +166,26 @@ def run_decoder(policy: Policy, cache: Cache, ids_RC: Tensor, mask: Tensor | Non
     ).last_hidden_state
 
 
+def decode(policy: Policy, prefix: Prefix, ids_R: Tensor) -> Tensor:
+    """Run one more token of each row behind its prefix, which grows by it in place.
+
+    If the prefix has a `SharedCache`, this must be called within `attending` to it. The step is then the same work on
+    the same memory every time, if the cache is `fixed`.
+
+    Returns:
+        Hidden states [R, D].
+    """
+    cache, positions_RC = prefix.cache, prefix.next_position_B[:, None]
+    if isinstance(cache, SharedCache):
+        hidden = run_decoder(policy, cache, ids_R[:, None], None, positions_RC)
+        cache.advance()
+    else:
+        prefix.mask_BP = torch.cat([prefix.mask_BP, prefix.mask_BP.new_ones(len(ids_R), 1)], dim=1)
+        hidden = run_decoder(policy, cache, ids_R[:, None], prefix.mask_BP, positions_RC)
+    prefix.next_position_B.add_(1)
+    return hidden[:, 0]
+
+
 def completion_hidden(policy: Policy, prompts: Prompts, ids_RC: Tensor, mask_RC: Tensor, role: Role | None) -> Tensor:
     """Hidden states that predict each completion token. Each prompt is run once for all of its completions.
 
@@ -187,12 +207,12 @@ def completion_hidden(policy: Policy, prompts: Prompts, ids_RC: Tensor, mask_RC:
         # predicts nothing that was sampled, and is not run.
         hidden = [prefix.last_hidden_BD.repeat_interleave(count, dim=0)[:, None]]
         if mask_RC.shape[1] > 1:
-            run = packed_hidden if policy.shares_attention else _repeated_hidden
+            run = packed_hidden if policy.shares_attention else repeated_hidden
             hidden.append(run(policy, prefix, ids_RC[:, :-1], mask_RC[:, 1:]))
     return torch.cat(hidden, dim=1)[mask_RC]
 
 
-def _repeated_hidden(policy: Policy, prefix: Prefix, ids_RC: Tensor, mask_RC: Tensor) -> Tensor:
+def repeated_hidden(policy: Policy, prefix: Prefix, ids_RC: Tensor, mask_RC: Tensor) -> Tensor:
     """As `packed_hidden`, with a copy of the prompt's cache for each completion."""
     prefix = prefix.repeat(len(ids_RC) // len(prefix.mask_BP))
     mask = torch.cat([prefix.mask_BP, mask_RC.to(prefix.mask_BP.dtype)], dim=1)

@@ -5,6 +5,7 @@ Shape suffixes: B prompts, P prompt positions (left-padded), C completion positi
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,22 +17,67 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature
 
 from ireasoner.model.policy import Policy
-from ireasoner.model.processors import SeenImage, render
 
 _INNER = ("last_hidden_state", "hidden_states", "attentions")  # of the vision tower: nothing reads them later
+
+
+class SeenImage:
+    """An image with a processor that processes it once; every prompt about the image reuses the result.
+
+    Args:
+        processor: the model's; it is not changed.
+        image: any picture.
+    """
+
+    def __init__(self, processor: Any, image: Image.Image) -> None:
+        self.image = image
+        self._read: dict[str, BatchFeature] = {}
+        self.processor = copy.copy(processor)
+        self.processor.image_processor = _Once(processor.image_processor)
+
+    def inputs(self, text: str) -> BatchFeature:
+        """The processor's tensors for one text that holds the image once, with batch size 1.
+
+        The text is a rendered chat template, so that no special tokens are added. The tensors are kept, because the
+        prompt that is sampled from is needed again for the update.
+        """
+        if text not in self._read:
+            made = self.processor(images=[self.image], text=[text], add_special_tokens=False, return_tensors="pt")
+            self._read[text] = made
+        return self._read[text]
+
+
+class _Once:
+    """An image processor that works on its first call, and returns the same tensors on later ones."""
+
+    def __init__(self, image_processor: Any) -> None:
+        self._image_processor, self._made = image_processor, None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        if self._made is None:
+            self._made = self._image_processor(*args, **kwargs)
+        return copy.copy(self._made)  # processors take entries out of what they are given
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._image_processor, name)
 
 
 @dataclass(frozen=True)
 class EncodedImage:
     """An image after the processor and the frozen vision tower, each of which saw it once.
 
-    `features` is what the model's `get_image_features` returned, by name: the features, not the states behind them.
+    Attributes:
+        seen: the image and what the processor made of it.
+        features: what the model's `get_image_features` returned, by name: the features, not the states behind them.
+        extras: what the forward pass reads of the image beside the features (grids, sizes), by name.
     """
 
     seen: SeenImage
     features: dict[str, Any]
+    extras: dict[str, Tensor]
 
     @property
     def pooled(self) -> Tensor:
@@ -46,16 +92,12 @@ class Prompts:
     """Left-padded prompts with one image each. They are the same for every adapter.
 
     Attributes:
-        texts: the prompts before images took their places, for engines that read text.
         text: tensors [B, P] by their names in the model's forward pass.
         images: one of each prompt.
-        extras: for each prompt, what the forward pass reads of its image beside the features (grids, sizes).
     """
 
-    texts: tuple[str, ...]
     text: Mapping[str, Tensor]
     images: tuple[EncodedImage, ...]
-    extras: tuple[Mapping[str, Tensor], ...]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,10 +106,8 @@ class Prompts:
         index = list(range(len(self))[rows] if isinstance(rows, slice) else rows)
         used = self.mask_BP[index].any(0).int().argmax()  # the columns before it are padding in all of these rows
         return Prompts(
-            tuple(self.texts[i] for i in index),
             {name: tensor[index, used:] for name, tensor in self.text.items()},
             tuple(self.images[i] for i in index),
-            tuple(self.extras[i] for i in index),
         )
 
     @property
@@ -86,16 +126,19 @@ class Prompts:
 @torch.no_grad()
 def encode_images(policy: Policy, images: Sequence[Image.Image]) -> list[EncodedImage]:
     """Run each image through the processor and the vision tower, once and alone: no other image changes anything."""
-    wanted = inspect.signature(policy.base.get_image_features).parameters
+    of_tower = inspect.signature(policy.base.get_image_features).parameters
+    of_model = inspect.signature(policy.base.forward).parameters
     encoded = []
     for image in images:
         seen = SeenImage(policy.processor, image)
         inputs = seen.inputs(policy.processor.image_token)
-        tensors = {name: tensor.to(policy.device) for name, tensor in inputs.items() if name in wanted}
+        tensors = {name: tensor.to(policy.device) for name, tensor in inputs.items() if name in of_tower}
         tensors["pixel_values"] = tensors["pixel_values"].to(policy.backbone.dtype)
         output = policy.base.get_image_features(**tensors, return_dict=True)
         features = {name: value for name, value in output.items() if name not in _INNER and value is not None}
-        encoded.append(EncodedImage(seen, features))
+        # The vision tower has seen the pixels; the image's size may still decide on positions.
+        more = [name for name in inputs if name in of_model and not _is_text(name) and not name.startswith("pixel")]
+        encoded.append(EncodedImage(seen, features, {name: inputs[name].to(policy.device) for name in more}))
     return encoded
 
 
@@ -106,23 +149,27 @@ def build_prompts(policy: Policy, images: Sequence[EncodedImage], messages: Sequ
         ValueError: a prompt whose text holds image tokens of its own.
     """
     token = policy.processor.image_token
-    parameters = inspect.signature(policy.base.forward).parameters
-    rendered = tuple(render(policy.processor, chat) for chat in messages)
-    texts, extras = [], []
-    for image, text in zip(images, rendered, strict=True):
+    texts = []
+    for image, chat in zip(images, messages, strict=True):
+        text = render(policy.processor, chat)
         if text.count(token) != 1:
             raise ValueError(f"a prompt must hold exactly one image, not {text.count(token)}")
         inputs = image.seen.inputs(text)
         texts.append({name: inputs[name][0] for name in inputs if _is_text(name)})
-        # The vision tower has seen the pixels; the image's size may still decide on positions.
-        extra = [n for n in inputs if n in parameters and not _is_text(n) and not n.startswith("pixel")]
-        extras.append({name: inputs[name].to(policy.device) for name in extra})
     batch = {}
     for name in texts[0]:
         padding = policy.pad_token if name == "input_ids" else 0
         rows = pad_sequence([text[name] for text in texts], True, padding, padding_side="left")
         batch[name] = rows.to(policy.device)
-    return Prompts(rendered, batch, tuple(images), tuple(extras))
+    return Prompts(batch, tuple(images))
+
+
+def render(processor: Any, chat: list[dict[str, Any]]) -> str:
+    """Chat messages as text in the model's template, up to where its answer begins, with one token for each image."""
+    # The tokenizer's method, because that of some processors requires a video processor for the same text.
+    return processor.tokenizer.apply_chat_template(
+        chat, chat_template=processor.chat_template, tokenize=False, add_generation_prompt=True
+    )
 
 
 def embed_texts(policy: Policy, texts: Sequence[str], max_tokens: int) -> NDArray[np.float64]:

@@ -21,10 +21,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.types import Completion, Role
-from ireasoner.model.advantages import MovingBaseline, leave_one_out_advantages
 from ireasoner.model.forward import completion_hidden
 from ireasoner.model.inputs import Prompts
-from ireasoner.model.loss import adapt_kl_coef, reinforce_loss, token_statistics, trajectory_means
+from ireasoner.model.loss import (
+    MovingBaseline,
+    adapt_kl_coef,
+    leave_one_out_advantages,
+    reinforce_loss,
+    token_statistics,
+    trajectory_means,
+)
 from ireasoner.model.options import OptimizerOptions
 from ireasoner.model.parallel import Processes
 from ireasoner.model.policy import Policy
@@ -166,9 +172,11 @@ class Learner:
         torch.distributed.checkpoint's helpers do not do: they leave out the parameters of an adapter that is switched
         off, and take an optimizer step of their own where there is no state yet.
         """
-        state = self.optimizer.state_dict()["state"]  # by the parameters' numbers
-        numbered = [(name, state.get(i, {})) for i, name in enumerate(self.parameters)]
-        tensors = {f"{key}/{name}": tensor.clone() for name, held in numbered for key, tensor in held.items()}
+        tensors = {
+            f"{key}/{name}": tensor.clone()
+            for name, parameter in self.parameters.items()
+            for key, tensor in self.optimizer.state.get(parameter, {}).items()
+        }
         return tensors, {"kl_coef": self.kl_coef, "baseline": self.baseline.value}
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:

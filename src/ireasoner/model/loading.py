@@ -7,27 +7,24 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
-from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from ireasoner.method.types import ROLES
-from ireasoner.model.attention import SharedCache, attending
-from ireasoner.model.backbone import ModelError, language_targets, load_backbone, load_model_processor, resolve_device
-from ireasoner.model.forward import Prefix, new_cache, packed_hidden, run_decoder
+from ireasoner.model.attention import attending
+from ireasoner.model.backbone import ModelError, language_targets, load_backbone, load_processor, resolve_device
+from ireasoner.model.forward import Prefix, decode, new_cache, packed_hidden, repeated_hidden, run_decoder
 from ireasoner.model.options import BackboneOptions
 from ireasoner.model.policy import Policy
 
 
-def load_policy(model: str, options: BackboneOptions | None = None, *, device: str = "auto", seed: int = 0) -> Policy:
+def load_policy(model: str, options: BackboneOptions, *, device: str = "auto", seed: int = 0) -> Policy:
     """Load a model from 'tiny', a folder or a hub id, with new adapters.
 
     Raises:
         ModelError: no such model or device, no vision, another architecture, or a LoRA target that matches nothing.
     """
-    options = options or BackboneOptions()
     backbone = load_backbone(model, options.dtype, resolve_device(device))
-    return make_policy(backbone, load_model_processor(model, options.max_image_tokens), options, seed=seed)
+    return make_policy(backbone, load_processor(model, options.max_image_tokens), options, seed=seed)
 
 
 def make_policy(backbone: Any, processor: Any, options: BackboneOptions, *, seed: int = 0) -> Policy:
@@ -80,7 +77,7 @@ def _can_share_attention(policy: Policy) -> bool:
         return False  # a sliding window forgets what a shared prompt must keep
     ids = torch.arange(5, 21, device=policy.device).view(4, 4)
     prompts_BP, ids_RC = ids[::2], ids[:, :3]
-    mask_BP = torch.ones_like(prompts_BP)
+    mask_BP, mask_RC = torch.ones_like(prompts_BP), torch.ones_like(ids_RC, dtype=torch.bool)
     mask_BP[0, 0] = 0
     positions_BP = mask_BP.cumsum(1)
 
@@ -89,14 +86,12 @@ def _can_share_attention(policy: Policy) -> bool:
         hidden = run_decoder(policy, cache, prompts_BP, mask_BP, positions_BP)
         return Prefix(cache, mask_BP, hidden[:, -1], positions_BP[:, -1] + 1)
 
-    repeated, everything = run_prompts().repeat(2), torch.ones_like(ids_RC)
-    mask = torch.cat([repeated.mask_BP, everything], 1)
-    positions_RC = repeated.next_position_B[:, None] + torch.arange(3, device=policy.device)
-    expected = run_decoder(policy, repeated.cache, ids_RC, mask, positions_RC)
+    expected = repeated_hidden(policy, run_prompts(), ids_RC, mask_RC)
     try:
-        found = [packed_hidden(policy, run_prompts(), ids_RC, everything.bool())]
-        shared = run_prompts().repeat(2, room=3).cache
-        found.append(_decoded_hidden(policy, shared, ids_RC, positions_RC))
+        packed = packed_hidden(policy, run_prompts(), ids_RC, mask_RC)
+        prefix = run_prompts().repeat(2, room=3)
+        with attending(policy.decoder, prefix.cache):
+            decoded = torch.stack([decode(policy, prefix, ids_R) for ids_R in ids_RC.T], dim=1)
     except torch.OutOfMemoryError:  # a RuntimeError too, but says nothing about the model
         raise
     except (RuntimeError, AssertionError):  # another kind of attention: shapes do not fit
@@ -105,15 +100,4 @@ def _can_share_attention(policy: Policy) -> bool:
     # bfloat16 on random models of 3 to 80 layers: 0.2 to 0.8 times eps times this root (0.008 to 0.04 of the norm);
     # if padding is seen, 0.19 of the norm and more. In float32 the sums within a product round as well.
     limit = max(1.5 * torch.finfo(policy.backbone.dtype).eps * len(policy.decoder.layers) ** 0.5, 1e-4)
-    return all(bool((each - expected).float().norm() < limit * expected.float().norm()) for each in found)
-
-
-def _decoded_hidden(policy: Policy, cache: Cache, ids_RC: Tensor, positions_RC: Tensor) -> Tensor:
-    """Hidden states [R, C, D] of tokens that are run one by one from a shared cache."""
-    assert isinstance(cache, SharedCache)
-    steps = []
-    with attending(policy.decoder, cache):
-        for t in range(ids_RC.shape[1]):
-            steps.append(run_decoder(policy, cache, ids_RC[:, t : t + 1], None, positions_RC[:, t : t + 1]))
-            cache.advance()
-    return torch.cat(steps, 1)
+    return all(bool((each - expected).float().norm() < limit * expected.float().norm()) for each in (packed, decoded))

@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather, pad_across_processes, reduce
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ireasoner.method.types import UsageError
 from ireasoner.model.backbone import resolve_device
@@ -78,9 +79,7 @@ class Processes:
             if parameter.grad is None:  # a process without groups has no gradient yet
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-        flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        vector_to_parameters(self.sum(parameters_to_vector(gradients)), gradients)
 
     def maximum(self, value: float) -> float:
         """The largest of the processes' values, or NaN if one is NaN."""
@@ -108,12 +107,13 @@ def joined(device: str) -> Iterator[Processes]:
         return
     if ":" in device:
         raise UsageError(f"--device {device} names one GPU, and several processes were started: use auto, cpu or cuda")
-    state = PartialState(cpu=resolve_device(device) == "cpu")
+    on_cpu = resolve_device(device) == "cpu"
+    state = PartialState(cpu=on_cpu)
     if state.num_processes != started:
         raise UsageError("the processes that were started did not find each other: name --device cpu or cuda")
     try:
         # On CPUs, accelerate numbers the device by the process ("cpu:1"); there is only one CPU device.
-        own = torch.device("cpu") if resolve_device(device) == "cpu" else state.device
+        own = torch.device("cpu") if on_cpu else state.device
         yield Processes(state.process_index, state.num_processes, own)
     finally:
         state.destroy_process_group()

@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ireasoner.method.types import ROLES, Role
-from ireasoner.model.backbone import ModelError, module_name
-from ireasoner.model.processors import scales_by_area
+from ireasoner.model.backbone import ModelError, module_name, scales_by_area
 
 
 class Policy:

@@ -23,14 +23,7 @@ class Engine(Protocol):
     """Samples completions under a role's adapter, from the model's whole distribution (no top-k, no top-p)."""
 
     def sample(
-        self,
-        requests: Sequence[Request],
-        role: Role | None,
-        *,
-        n: int = 1,
-        max_tokens: int,
-        temperature: float = 1.0,
-        min_tokens: int = 0,
+        self, requests: Sequence[Request], role: Role | None, *, n: int = 1, max_tokens: int, temperature: float = 1.0
     ) -> list[list[Completion]]:
         """Sample n completions of each request.
 
@@ -40,7 +33,6 @@ class Engine(Protocol):
             n: completions of each request.
             max_tokens: the length at which a completion is cut off.
             temperature: 0 is greedy.
-            min_tokens: the end token is not sampled before so many tokens (for benchmarks at equal lengths).
         """
         ...
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ireasoner.method.seeds import uniforms
 from ireasoner.method.types import Completion, Role
-from ireasoner.model.attention import SharedCache, attending
-from ireasoner.model.forward import Prefix, prefill, run_decoder
+from ireasoner.model.attention import attending
+from ireasoner.model.forward import Prefix, decode, prefill
 from ireasoner.model.inputs import build_prompts
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Request
@@ -48,14 +48,7 @@ class LiveEngine:
 
     @torch.no_grad()
     def sample(
-        self,
-        requests: Sequence[Request],
-        role: Role | None,
-        *,
-        n: int = 1,
-        max_tokens: int,
-        temperature: float = 1.0,
-        min_tokens: int = 0,
+        self, requests: Sequence[Request], role: Role | None, *, n: int = 1, max_tokens: int, temperature: float = 1.0
     ) -> list[list[Completion]]:
         """Sample n completions of each request, as described in `Engine.sample`.
 
@@ -69,7 +62,7 @@ class LiveEngine:
         room = max_tokens - 1 if policy.shares_attention else None  # the last token is drawn and not run
         with policy.acting_as(role):
             prefix = prefill(policy, prompts).repeat(n, room=room, fixed=captures)
-            decoding = _Decoding(policy, prefix, draws, temperature, min_tokens)
+            decoding = _Decoding(policy, prefix, draws, temperature)
             with attending(policy.decoder, prefix.cache):
                 self._run(decoding, max_tokens, captures)
         flat = decoding.completions()
@@ -77,7 +70,7 @@ class LiveEngine:
 
     def _run(self, decoding: _Decoding, max_tokens: int, captures: bool) -> None:
         decoding.draw(decoding.prefix.last_hidden_BD)
-        captured: Callable[[], None] | None = None  # captured decoding step; None until a step of this batch size ran
+        step = decoding.step
         for _ in range(max_tokens - 1):
             left = int((~decoding.done).sum())
             if left == 0:
@@ -86,25 +79,22 @@ class LiveEngine:
             # smaller batch has to be captured anew.
             if left <= (0.5 if captures else 0.75) * len(decoding.rows):
                 decoding.drop_finished()
-                captured = None
-            if captured is not None:
-                captured()
-            else:
-                decoding.step()
-                captured = self._captured(decoding.step) if captures else None
+                step = decoding.step
+            step()
+            if captures and step == decoding.step:  # a step of this batch size has run now
+                step = self._captured(step)
 
     def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """The captured form of a step that has run once, or the step itself once capturing has failed."""
-        if self.capture is None:
-            return step
-        try:
-            return self.capture(step)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # the model's forward pass asks the GPU for a value
-            warnings.warn(f"decoding cannot be captured as a CUDA graph and will be slower: {error}", stacklevel=2)
-            self.capture = None
-            return step
+        if self.capture is not None:
+            try:
+                return self.capture(step)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # the model's forward pass asks the GPU for a value
+                warnings.warn(f"decoding cannot be captured as a CUDA graph and will be slower: {error}", stacklevel=2)
+                self.capture = None
+        return step
 
 
 class _Decoding:
@@ -114,59 +104,46 @@ class _Decoding:
         policy: acts under the role that samples.
         prefix: the prompts, repeated for their completions.
         uniforms_BNC: numbers in [0, 1) that the tokens are drawn with.
-        temperature, min_tokens: as in `Engine.sample`.
+        temperature: as in `Engine.sample`.
     """
 
-    def __init__(
-        self, policy: Policy, prefix: Prefix, uniforms_BNC: NDArray[np.float64], temperature: float, min_tokens: int
-    ) -> None:
-        self.policy, self.prefix, self.temperature, self.min_tokens = policy, prefix, temperature, min_tokens
+    def __init__(self, policy: Policy, prefix: Prefix, uniforms_BNC: NDArray[np.float64], temperature: float) -> None:
+        self.policy, self.prefix, self.temperature = policy, prefix, temperature
         device, longest = policy.device, uniforms_BNC.shape[-1]
         self.uniforms = torch.from_numpy(uniforms_BNC.reshape(-1, longest)).to(device, torch.float64)
         total = len(self.uniforms)
         self.tokens = torch.zeros((total, longest), dtype=torch.long, device=device)
         self.logprobs = torch.zeros((total, longest), device=device)
-        self.lengths = torch.full((total,), longest, device=device)
-        self.ends = torch.tensor(policy.end_tokens, device=device)
+        self.ends = torch.tensor(policy.end_tokens, dtype=torch.long, device=device)
         self.rows = torch.arange(total, device=device)  # which completion each row of the shrinking batch is
         self.done = torch.zeros(total, dtype=torch.bool, device=device)
         self.t = torch.zeros(1, dtype=torch.long, device=device)  # the token being drawn; a tensor, for the capture
-        self.mask = None if isinstance(prefix.cache, SharedCache) else prefix.mask_BP
 
     def draw(self, hidden: Tensor) -> None:
         """Draw the next token of every row from hidden states [R, D]."""
         logits, t = self.policy.output_layer(hidden).float(), self.t
-        if self.min_tokens:
-            logits = torch.where(t < self.min_tokens, logits.index_fill(1, self.ends, -torch.inf), logits)
         # Finished rows draw as well, and what comes behind their end is cut off later: to select the others, the host
         # would have to wait for the GPU at every token.
         chosen, chosen_logprobs = _draw(logits, self.uniforms[self.rows, t], self.temperature)
         self.tokens[self.rows, t], self.logprobs[self.rows, t] = chosen, chosen_logprobs
-        ended = torch.isin(chosen, self.ends) & ~self.done
-        self.lengths[self.rows] = torch.where(ended, t + 1, self.lengths[self.rows])
-        self.done.logical_or_(ended)
+        self.done.logical_or_(torch.isin(chosen, self.ends))
 
     def step(self) -> None:
         """Run the tokens drawn last and draw the next ones."""
-        if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        cache, last = self.prefix.cache, self.tokens[self.rows, self.t][:, None]
-        positions = (self.prefix.next_position_B + self.t)[:, None]
-        hidden = run_decoder(self.policy, cache, last, self.mask, positions)
+        hidden = decode(self.policy, self.prefix, self.tokens[self.rows, self.t])
         self.t.add_(1)
-        if isinstance(cache, SharedCache):
-            cache.advance()
-        self.draw(hidden[:, 0])
+        self.draw(hidden)
 
     def drop_finished(self) -> None:
         """Continue with the unfinished rows only."""
         keep = (~self.done).nonzero()[:, 0]
         self.prefix, self.rows, self.done = self.prefix.select(keep), self.rows[keep], self.done[keep]
-        self.mask = None if self.mask is None else self.mask[keep]
 
     def completions(self) -> list[Completion]:
         """What was written, in the order of the prompts."""
-        columns = zip(self.tokens.tolist(), self.logprobs.tolist(), self.lengths.tolist(), strict=True)
+        ends = torch.isin(self.tokens, self.ends)
+        lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, ends.shape[1])  # up to the first end token
+        columns = zip(self.tokens.tolist(), self.logprobs.tolist(), lengths.tolist(), strict=True)
         return [completion(self.policy, ids[:length], logprobs[:length]) for ids, logprobs, length in columns]
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from ireasoner.method.seeds import uniforms
 from ireasoner.method.types import ROLES, Completion, Role, UsageError
-from ireasoner.model.backbone import resolve_model
-from ireasoner.model.inputs import Prompts, build_prompts
+from ireasoner.model.backbone import brief, resolve_model
+from ireasoner.model.inputs import EncodedImage, Prompts, build_prompts, render
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import completion
@@ -33,17 +33,11 @@ class VllmError(UsageError):
 
 
 class VllmEngine:
-    """An engine (`ireasoner.rollouts.engine`) that samples with vLLM. Made by `VllmEngine.load`.
-
-    Args:
-        policy: whose adapters are served.
-        llm: vLLM's engine, which serves the policy's backbone.
-        adapters: a folder for the adapters that are handed over.
-    """
+    """An engine (`ireasoner.rollouts.engine`) that samples with vLLM. Made by `VllmEngine.load`."""
 
     def __init__(self, policy: Policy, llm: Any, adapters: Path) -> None:
         self.policy, self.llm, self.version = policy, llm, 0
-        self._adapters = adapters
+        self._adapters = adapters  # a folder for those that are handed over
 
     @classmethod
     def load(cls, policy: Policy, model: str, longest: int) -> VllmEngine:
@@ -79,7 +73,7 @@ class VllmEngine:
                 **options,
             )
         except (ValueError, RuntimeError, NotImplementedError) as error:
-            raise VllmError(f"vLLM cannot serve {model}: {' '.join(str(error).split())[:300]}") from error
+            raise VllmError(f"vLLM cannot serve {model}: {brief(error)}") from error
         adapters = Path(tempfile.mkdtemp(prefix="ireasoner-"))
         engine = cls(policy, llm, adapters)
         weakref.finalize(engine, shutil.rmtree, adapters, ignore_errors=True)
@@ -98,14 +92,7 @@ class VllmEngine:
         shutil.rmtree(before, ignore_errors=True)
 
     def sample(
-        self,
-        requests: Sequence[Request],
-        role: Role | None,
-        *,
-        n: int = 1,
-        max_tokens: int,
-        temperature: float = 1.0,
-        min_tokens: int = 0,
+        self, requests: Sequence[Request], role: Role | None, *, n: int = 1, max_tokens: int, temperature: float = 1.0
     ) -> list[list[Completion]]:
         """Sample n completions of each request, as described in `Engine.sample`.
 
@@ -119,9 +106,10 @@ class VllmEngine:
         prompts = build_prompts(self.policy, [r.image for r in requests], [r.messages for r in requests])
         asked: list[Any] = []
         params: list[Any] = []
-        for row, request in enumerate(requests):
-            ids = self.policy.processor.tokenizer(prompts.texts[row], add_special_tokens=False)["input_ids"]
-            prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": _image(prompts, row)}}
+        for request in requests:
+            text = render(self.policy.processor, request.messages)  # the image is still one token
+            ids = self.policy.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": _image(request.image)}}
             # One vLLM request for each completion, so that each has its own seed; vLLM caches what they share.
             for number in uniforms([request.seed], n, max_tokens)[0, :, 0]:
                 asked.append({**prompt})
@@ -130,7 +118,6 @@ class VllmEngine:
                         temperature=temperature,
                         seed=int(number * 2**31),
                         max_tokens=max_tokens,
-                        min_tokens=min_tokens,
                         logprobs=0,  # of the sampled token alone
                         stop_token_ids=list(self.policy.end_tokens),
                         detokenize=False,
@@ -139,7 +126,7 @@ class VllmEngine:
         try:
             answers = self.llm.generate(asked, params, lora_request=self._adapter(role), use_tqdm=False)
         except ValueError as error:  # usually a prompt that is too long for `longest`
-            raise VllmError(f"vLLM refuses a prompt: {' '.join(str(error).split())[:300]}") from error
+            raise VllmError(f"vLLM refuses a prompt: {brief(error)}") from error
         self._check_prompts(prompts, [answer.prompt_token_ids for answer in answers[::n]])
         flat = [self._completion(answer.outputs[0]) for answer in answers]
         return [flat[i : i + n] for i in range(0, len(flat), n)]
@@ -167,9 +154,8 @@ class VllmEngine:
         return completion(self.policy, list(output.token_ids), logprobs)
 
 
-def _image(prompts: Prompts, row: int) -> Any:
+def _image(image: EncodedImage) -> Any:
     """The image for vLLM: our features if all they need is a grid, as Qwen's models do; otherwise the picture."""
-    image, extras = prompts.images[row], prompts.extras[row]
-    if set(image.features) == {"pooler_output"} and set(extras) == {"image_grid_thw"}:
-        return {"image_embeds": image.pooled, **extras}
+    if set(image.features) == {"pooler_output"} and set(image.extras) == {"image_grid_thw"}:
+        return {"image_embeds": image.pooled, **image.extras}
     return image.seen.image

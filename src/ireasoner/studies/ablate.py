@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ireasoner.method.types import UsageError
-from ireasoner.model.backbone import load_model_processor
+from ireasoner.model.backbone import load_processor
 from ireasoner.playground import dataset, world
 from ireasoner.playground.truth import step_truth
 from ireasoner.studies import ablation_tables as report
@@ -153,7 +153,7 @@ def prepare(out: Path, settings: Settings) -> None:
         UsageError: whatever cannot be used, by name; an arm that was trained with other options.
     """
     configs = {arm: arm_config(out, settings, recipe, 0) for arm, recipe in arm_names(settings.recipes).items()}
-    load_model_processor(settings.model)
+    load_processor(settings.model)
     if settings.images:
         if out.resolve().is_relative_to(Path(settings.images).resolve()):
             raise UsageError(f"{out} lies inside the image folder {settings.images}: choose another folder")

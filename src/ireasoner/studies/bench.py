@@ -31,13 +31,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from ireasoner.method.memory import ClaimMemory
 from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.texts import proposer_messages, solver_messages
-from ireasoner.model.backbone import TINY_MODEL, resolve_device
+from ireasoner.model.backbone import load_processor, resolve_device
 from ireasoner.model.forward import prefill
 from ireasoner.model.inputs import Prompts, build_prompts, encode_images
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy, make_policy
 from ireasoner.model.policy import Policy
-from ireasoner.model.processors import load_processor
 from ireasoner.playground import world
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
@@ -108,6 +107,7 @@ class Bench:
         self.policy, self.config, self.tokens = policy, config, tokens
         self.image_tokens = image_tokens or (None if config.model == "tiny" else 144)
         self.engine = LiveEngine(policy)
+        policy.end_tokens = ()  # no completion ends before the forced length
         self.steps = 0  # seeds the draws: equal texts would be scored from a cache
         self.groups, self.memory = itertools.count(), ClaimMemory(config.recipe.recurrence_window)
 
@@ -147,10 +147,10 @@ class Bench:
             encoded = encode_images(policy, images)
         with phases.timed("propose"):
             asked = [Request(image, ask, (self.steps, i)) for i, image in enumerate(encoded)]
-            engine.sample(asked, "proposer", max_tokens=QUESTION_TOKENS, min_tokens=QUESTION_TOKENS)
+            engine.sample(asked, "proposer", max_tokens=QUESTION_TOKENS)
         with phases.timed("decode"), self._prefill_timed(phases):
             asked = [Request(e, solve, (self.steps, i, k)) for i, e in enumerate(encoded) for k in range(copies)]
-            drawn = engine.sample(asked, "solver", n=count // copies, max_tokens=self.tokens, min_tokens=self.tokens)
+            drawn = engine.sample(asked, "solver", n=count // copies, max_tokens=self.tokens)
             flat = [completion for group in drawn for completion in group]
             groups = [flat[i : i + count] for i in range(0, len(flat), count)]
         with phases.timed("read and reward"):
@@ -178,7 +178,7 @@ class Bench:
         recipe, image = self.config.recipe, f"group {next(self.groups)}"  # each counts as another image's
         context = Context(step_weight=recipe.step_weight_final, recent_claims=self.memory.of_others(image))
         scored = score_group(QUESTION, [readable(text) for text in texts], recipe, context)
-        self.memory.add(image, scored.group.solutions)
+        self.memory.add(image, scored.trajectories)
         return [*scored.rewards]
 
 
@@ -212,7 +212,9 @@ def load_bench(
     if not is_random:
         return Bench(load_policy(model, options, device=device), config, tokens, image_tokens)
     backbone = random_models.build(model, getattr(torch, options.dtype), device)
-    processor = load_processor(TINY_MODEL, options.max_image_tokens, raise_limit=True)
+    processor = load_processor("tiny")
+    pixels = options.max_image_tokens * 28**2  # more than the tiny model's own limit
+    processor.image_processor.size = {**dict(processor.image_processor.size), "longest_edge": pixels}
     return Bench(make_policy(backbone, processor, options), config, tokens, image_tokens)
 
 

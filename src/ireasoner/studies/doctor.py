@@ -21,15 +21,14 @@ from torch.nn.utils.rnn import pad_sequence
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
-from ireasoner.model.backbone import load_backbone, load_model_processor
+from ireasoner.model.backbone import load_backbone, load_processor
 from ireasoner.model.forward import completion_hidden
-from ireasoner.model.inputs import Prompts, build_prompts, encode_images
+from ireasoner.model.inputs import Prompts, build_prompts, encode_images, render
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy
 from ireasoner.model.loss import token_statistics
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
 from ireasoner.model.policy import Policy
-from ireasoner.model.processors import render
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
 
@@ -77,7 +76,7 @@ def examine(model: str, *, dtype: Literal["float32", "bfloat16"] = "float32", de
     Raises:
         ModelError: the model cannot be used at all.
     """
-    processor = load_model_processor(model)
+    processor = load_processor(model)
     ids = processor.tokenizer(COMPLETION, add_special_tokens=False)["input_ids"]
     images = pictures()
     frozen = plain_logprobs(load_backbone(model, dtype, device), processor, images[0], QUESTIONS[0], ids)

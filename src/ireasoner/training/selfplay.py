@@ -13,10 +13,9 @@ from ireasoner.method.memory import ClaimMemory
 from ireasoner.method.scoring import Context, RewardFunction, score_group, step_weight
 from ireasoner.method.texts import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.method.types import Completion, Episode, Proposal, Question, Sampled, Trajectory
-from ireasoner.model.inputs import EncodedImage, embed_texts, encode_images
+from ireasoner.model.inputs import EncodedImage, embed_texts, encode_images, render
 from ireasoner.model.parallel import Processes
 from ireasoner.model.policy import Policy
-from ireasoner.model.processors import render
 from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.training.config import Config
 from ireasoner.training.items import Item

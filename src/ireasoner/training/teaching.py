@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ireasoner.method.types import Episode, Role
-from ireasoner.model.advantages import spread
 from ireasoner.model.inputs import build_prompts
+from ireasoner.model.loss import spread
 from ireasoner.training.config import Config
 from ireasoner.training.selfplay import Play, RoleSamples
 from ireasoner.training.state import Run
