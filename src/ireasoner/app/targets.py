@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # these import torch
 
 @dataclass(frozen=True)
 class Target:
-    """A model to score: the run that it is of (None: a plain model), the config to score it under, and where its trained
-    adapters are (None: it has none)."""
+    """A model to score: its run (None: a plain model), the config to score it under, and the folder of its adapters
+    (None: it has none)."""
 
     run: Path | None
     config: Config

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from ireasoner.method.types import UsageError
 from ireasoner.page.run import read_json, state_of
 from ireasoner.page.verdict import comparisons
 from ireasoner.training.config import ConfigError, load_config
+from ireasoner.training.recorder import RunDirectoryError, read_records
 
 DEPTH = 3  # levels of folders below the one that is searched
 
@@ -40,9 +40,9 @@ def _row(path: Path, name: str) -> tuple[float, list[str]] | None:
         except ConfigError as error:  # another version's run, or some other program's file
             row = [name, "unreadable", "", "", "", "", str(error)]
             return (began, row) if (path / "metrics.jsonl").exists() else None
-        summary, last = read_json(path / "summary.json"), _last_metrics(path)
+        summary, last = read_json(path / "summary.json"), _last_metrics(path / "metrics.jsonl")
         state = state_of(path, summary)
-    except OSError:
+    except (OSError, RunDirectoryError):
         return None
     step = f"{last.get('step', 0)}/{config.schedule.steps}"
     return began, [name, state, config.model, config.recipe.name, str(config.seed), step, _result(summary, last)]
@@ -62,14 +62,9 @@ def _result(summary: dict[str, Any], last: dict[str, Any]) -> str:
 
 
 def _last_metrics(path: Path) -> dict[str, Any]:
-    """The last whole line of a run's metrics; empty if there is none."""
-    file = path / "metrics.jsonl"
-    if not file.is_file():
+    """The last whole record of a run's metrics; empty if there is none."""
+    if not path.is_file():
         return {}
-    with file.open("rb") as lines:
-        lines.seek(max(0, file.stat().st_size - 65536))
-        for line in reversed(lines.read().split(b"\n")[:-1]):
-            with suppress(ValueError, RecursionError):
-                if isinstance(record := json.loads(line), dict):
-                    return record
-    return {}
+    with warnings.catch_warnings(action="ignore"):  # about damaged lines
+        *_, last = {}, *read_records(path)
+    return last

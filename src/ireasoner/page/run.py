@@ -196,8 +196,7 @@ class RecordedRun:
 
     def versions(self) -> dict[str, str]:
         """Versions of the packages that the run started with; empty if it did not record them."""
-        found = read_json(self.path / "versions.json") or self.summary.get("versions")
-        return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+        return {str(key): str(value) for key, value in read_json(self.path / "versions.json").items()}
 
     def thumbnail(self, name: str) -> Path | None:
         """One of the run's own thumbnails by its recorded name; None for anything outside the run's image folder."""

@@ -6,7 +6,6 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from copy import copy
 from pathlib import Path
 
 import uvicorn
@@ -56,8 +55,7 @@ class Viewer:
 
     def __init__(self, run: RecordedRun) -> None:
         self.run, self.page = run, Page(run)
-        self.lock = threading.Lock()  # requests are answered by several threads
-        self.drawn: dict[int, tuple[str, str]] = {}  # the run's version and the SVG of each panel drawn so far
+        self.lock = threading.Lock()  # requests are answered by several threads; matplotlib's caches bear one
 
     def app(self) -> Starlette:
         """The ASGI application. It answers to loopback names alone, so that no site can reach it by DNS rebinding."""
@@ -93,12 +91,9 @@ class Viewer:
         number = request.path_params["number"]
         if number >= len(PANELS):
             raise HTTPException(404)
-        with self.lock:  # the lists that may grow are copied, so that other requests need not wait for the drawing
-            version, run = self.run.version, copy(self.run)
-            run.metrics, run.entries = [*run.metrics], [*run.entries]
-        if self.drawn.get(number, ("", ""))[0] != version:
-            self.drawn[number] = version, draw_panel(run, number)
-        return Response(self.drawn[number][1], media_type="image/svg+xml", headers=PICTURE)
+        with self.lock:
+            svg = draw_panel(self.run, number)
+        return Response(svg, media_type="image/svg+xml", headers=PICTURE)
 
     def image(self, request: Request) -> Response:
         """A thumbnail of the run."""
