@@ -522,6 +522,19 @@ def test_wrong_majorities_are_found_where_the_truth_is_known(tmp_path: Path):
     assert "true answer" in Parsed(page).text
 
 
+def test_answers_are_marked_where_the_truth_is_known(recorder: HandMade):
+    record = episode("seven", true_answer="7")
+    for t, answer in zip(record["trajectories"], ("7", "8", None), strict=True):
+        t.update(answer=answer, answer_key=answer and answer_key(answer, "How many?"), in_majority=answer == "8")
+    recorder.episode(record)
+    recorder.episode(record | {"true_answer": None})
+    text = flat(report(with_metrics(recorder)).text)
+    assert "8 ×1✗7 ×1✓unreadable ×1 step 1" in text  # the majority first, the unreadable last
+    assert "true answer 7" in text
+    assert "8 ×17 ×1unreadable ×1 step 1" in text
+    assert [text.count(f"×1 {badge}") for badge in ("majority false", "true", "majority", "false")] == [1, 1, 2, 0]
+
+
 def test_truth_outside_the_run_is_read_only_where_it_was_named(tmp_path: Path):
     images = tmp_path / "elsewhere" / "unlabeled"
     dataset.write_unlabeled(images, 2)
@@ -693,6 +706,14 @@ def test_a_report_can_go_elsewhere_and_leaves_the_run_alone(recorder: HandMade, 
 
 def test_summary_of_somebody_else(recorder: HandMade):
     with_metrics(recorder)
-    for summary in ("[]", "{}", '{"difference": {"greedy": 3}}', '{"versions": 7, "difference": []}', "{", "null"):
+    for summary in (
+        "[]",
+        "{}",
+        '{"difference": {"greedy": 3}}',
+        '{"trained_roles": 7}',
+        '{"versions": 7, "difference": []}',
+        "{",
+        "null",
+    ):
         recorder.write_text("summary.json", summary)
         assert b"Is it working?" in Page(RecordedRun.open(recorder.run_dir)).render("page.html")

@@ -480,11 +480,11 @@ COMMANDS: dict[str, type[Command]] = {
 
 def _absolute(flags: dict[str, Any]) -> dict[str, Any]:
     """The same with paths from the root, for a run may be resumed from another folder."""
-    return {name: _absolute_value(name, value) for name, value in flags.items()}
+    return {name: value if value is None else _from_root(name, value) for name, value in flags.items()}
 
 
-def _absolute_value(name: str, value: Any) -> Any:
-    if name == "recipes" and value is not None:
+def _from_root(name: str, value: Any) -> Any:
+    if name == "recipes":
         known = configs.names("recipes")
         return [each if each in known or not Path(each).is_file() else os.path.abspath(each) for each in value]
     is_path = (
@@ -492,7 +492,7 @@ def _absolute_value(name: str, value: Any) -> Any:
         or (name == "model" and Path(value).is_dir())
         or (name == "reward" and ".py:" in value)
     )
-    return os.path.abspath(value) if is_path and value is not None else value
+    return os.path.abspath(value) if is_path else value
 
 
 def _find_truth(run: Path, file: Path | None = None) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ireasoner.method.types import UsageError
 from ireasoner.page.run import read_json, state_of
-from ireasoner.page.verdict import comparisons
+from ireasoner.page.verdict import comparisons, learned_nothing
 from ireasoner.training.config import ConfigError, load_config
 from ireasoner.training.recorder import RunDirectoryError, read_records
 
@@ -32,8 +32,6 @@ def overview(folder: Path) -> list[list[str]]:
 def _row(path: Path, name: str) -> tuple[float, list[str]] | None:
     """When a run began, and its row; None for a folder whose `config.yaml` is not a run's."""
     try:
-        if not (path / "config.yaml").is_file():  # reading a named pipe would wait for ever
-            return None
         began = (path / "config.yaml").stat().st_mtime
         try:
             config = load_config(path / "config.yaml")
@@ -51,7 +49,7 @@ def _row(path: Path, name: str) -> tuple[float, list[str]] | None:
 def _result(summary: dict[str, Any], last: dict[str, Any]) -> str:
     if summary.get("stopped_early"):
         return str(summary.get("reason"))
-    if "solver" not in summary.get("trained_roles", ["solver"]):
+    if learned_nothing(summary):
         return "nothing was learned"
     for found in comparisons(summary):  # the first one that was measured
         before, after = found.before.percent[0], found.after.percent[0]
