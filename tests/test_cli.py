@@ -585,6 +585,7 @@ def test_the_display_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypat
     show(resolve({"images": "/pictures", "model": "tiny", "steps": 2}), [episode(), episode("", ())])
     printed = capsys.readouterr().out
     assert "\x1b[?25h" in printed  # the cursor is given back
+    assert "0:00:00 left" in printed
     assert "[bold red]loud[/bold red] [/nope]" in printed
     assert "\x1b[31mred" not in printed
     assert "\x07" not in printed

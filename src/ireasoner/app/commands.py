@@ -163,12 +163,14 @@ class Demo(Command):
 
 
 class Eval(Measurement):
-    """Greedy, mean@1, maj@5 and pass@5 accuracy with 95 % intervals on labelled questions."""
+    """Greedy, mean@1, maj@5 and pass@5 accuracy with 95 % intervals on labelled questions. The file that --json names
+    also holds the scores of each question."""
 
     summary: ClassVar = "held-out accuracy of a run or a model; two are compared on the same questions"
     positional: ClassVar = ("models",)
     models: list[str]
-    """Run, checkpoint or model; of two, the second is compared with the first."""
+    """Run, checkpoint or model; of two, the second is compared with the first, and what was trained with what was
+    not."""
     data: Path
     """JSONL of image, question, answer."""
     limit: Count | None = None
