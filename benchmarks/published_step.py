@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers.utils import logging
 
 from ireasoner.app import commands
 from ireasoner.app.cli import build_parser
 from ireasoner.app.command import parsed
-from ireasoner.app.display import print_table, print_text, quiet_libraries
+from ireasoner.app.display import print_table, print_text
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.texts import proposer_messages, solver_messages
@@ -106,7 +107,7 @@ def main() -> None:
     given = vars(build_parser().parse_args(["bench", *sys.argv[1:]]))
     del given["command"]
     asked: Any = parsed(commands.Bench, given)
-    quiet_libraries()
+    logging.disable_progress_bar()
     bench = load_bench(asked.model, asked.tokens, asked.group_size, asked.image_tokens, asked.device)
     known = {"ours": bench.ours, "plain": bench.plain}
     sides = {name: known[name] for name in known if name in asked.sides} | {"published": Published(bench).step}

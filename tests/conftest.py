@@ -7,16 +7,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ireasoner.app.display import quiet_libraries
 from ireasoner.playground import world
 
 if TYPE_CHECKING:
     from ireasoner.model.policy import Policy
+
+quiet_libraries()  # as the command line does, before any test imports transformers
 
 
 @pytest.fixture(scope="session")

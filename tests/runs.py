@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ireasoner.method.rewards import proposer_reward
 from ireasoner.method.scoring import Context, ScoredGroup, score_group
 from ireasoner.method.types import Episode, Part, ProbeAnswer, Proposal, Question, StepScore, Trajectory
 from ireasoner.playground import dataset, world
@@ -86,8 +87,8 @@ def episode(text: str = "7", step: int = 1, question: str = "How many?", **chang
     )
     record = Episode(
         step=step, image=f"{text}.png", question=Question(question, text, None), proposal=proposal(text),
-        proposer_reward=0.125, prompt=f"Answer: {question}", trajectories=trajectories, majority_answer="k",
-        majority_fraction=2 / 3, answer_entropy=0.0, step_weight=0.5, true_answer=None,
+        proposer_reward=proposer_reward(0.0), prompt=f"Answer: {question}", trajectories=trajectories,
+        majority_answer="k", majority_fraction=2 / 3, answer_entropy=0.0, step_weight=0.5, true_answer=None,
     )  # fmt: skip
     return record.model_dump(mode="json") | changes
 

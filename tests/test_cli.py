@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from ireasoner import __version__
+from ireasoner.app import commands
 from ireasoner.app.cli import build_parser, main
 from ireasoner.app.commands import Train
 from ireasoner.app.display import Display, evaluation_table, plain, results_table, vote_line
@@ -79,6 +80,65 @@ def test_every_option_of_every_command_is_explained():
     text = " ".join(commands.choices["train"].format_help().split())  # type: ignore[index]
     assert "--kl-coef X" in text
     assert "0.001)" not in text
+
+
+HELP_OF_TRAIN = """
+usage: ireasoner train [OPTION ...]
+options:
+  --out PATH            The run directory to write
+  --resume PATH         Continue the run in this directory
+run:
+  --images PATH         Folder of unlabeled images
+  --model NAME          Folder or hub id
+  --preset NAME         Name of a preset
+  --seed N              Seed
+  --eval-data PATH      JSONL file
+  --engine {transformers,vllm}
+  --recipe NAME         Name of a recipe
+scale (a preset sets these):
+  --group-size N        N: trajectories
+  --solution-form {tags,boxed,answer-line}
+  --proposer-prompt TEXT
+  --solver-prompt TEXT  What the solver is told
+  --lora-targets NAME [NAME ...]
+  --gradient-checkpointing {true,false}
+  --learning-rate X     AdamW
+  --steps N             Training steps
+  --watch {true,false}  End a run
+rewards, advantages, KL (a recipe sets these):
+  --reward NAME         What a readable trajectory earns
+  --outcome-exponent X
+  --step-measure {embedding,claims}
+  --advantage {ema,rloo}
+  --kl-coef X           β
+  --train-proposer {true,false}
+""".strip().splitlines()
+
+
+def test_the_help_of_train_shows_groups_and_what_each_option_takes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    lines = iter(capsys.readouterr().out.splitlines())
+    for expected in HELP_OF_TRAIN:  # in this order, with other options between them
+        assert any(line.startswith(expected) for line in lines), expected
+
+
+def test_the_help_of_other_commands_shows_what_they_take(capsys: pytest.CaptureFixture[str]):
+    expected = {
+        "eval": ("MODELS [MODELS ...]", "--data PATH", "[--blank]", "--temperature X", "answers (1.0)"),
+        "playground": (" OUT Write unlabeled", "--items LEAST MOST", "most (2 4)", "--style {chalk,varied,plain}"),
+        "validity": (" RUN Test, on", "--steps FIRST LAST"),
+        "runs": ("[FOLDER]", "look (runs)"),
+        "bench": ("--sides {ours,plain} [{ours,plain} ...]", "(1 16)"),
+    }
+    for command, texts in expected.items():
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        printed = " ".join(capsys.readouterr().out.split())
+        assert all(text in printed for text in texts), command
 
 
 @pytest.mark.parametrize(
@@ -212,10 +272,12 @@ def test_a_model_that_cannot_be_used(capsys: pytest.CaptureFixture[str], place: 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"steps": "many"}, "steps"),
-        ({"learning-rate": "-1"}, "learning_rate"),
-        ({"group-size": "1"}, "group_size"),
-        ({"watch": "maybe"}, "watch:"),
+        ({"steps": "many"}, "--steps: "),
+        ({"learning-rate": "-1"}, "--learning-rate: "),
+        ({"group-size": "1"}, "--group-size: "),
+        ({"watch": "maybe"}, "--watch: "),
+        ({"solver-prompt": "Answer!"}, "--solver-prompt must contain"),
+        ({"gate-low": "0.9", "gate-high": "0.1"}, "--gate-low 0.9 is above --gate-high 0.1"),
         ({"recipe": "papre"}, "papre"),
         ({"preset": "8b"}, "8b"),
         ({"recipe": "oracle"}, "--labels"),
@@ -226,6 +288,29 @@ def test_options_that_cannot_be(
 ):
     assert named in mistake(capsys, *train(place, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_tells_a_flag_from_a_line_of_a_recipe(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text("kl_rate: -1\n")
+    text = mistake(capsys, *train(place, tmp_path / "run", recipe=tmp_path / "mine.yaml", **{"kl-target": "0"}))
+    assert "--kl-target: " in text
+    assert "kl_rate: " in text
+    assert "--kl-rate" not in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["playground", "world", "--images", "0"], "--images: "),
+        (["bench", "--images-per-step", "1", "0"], "--images-per-step: "),
+        (["validity", "run", "--json", "no/such/file"], "--json: "),
+        (["view", "run", "--port", "-1"], "--port: "),
+    ],
+)
+def test_an_error_of_a_commands_own_option_names_the_flag(
+    capsys: pytest.CaptureFixture[str], argv: list[str], named: str
+):
+    assert named in mistake(capsys, *argv)
 
 
 def test_options_that_are_missing(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path):
@@ -298,7 +383,28 @@ def test_eval_of_models_that_cannot_be(capsys: pytest.CaptureFixture[str], place
     assert f"--resume {place / 'unfinished'}" in text
     assert "two" in mistake(capsys, "eval", "tiny", "tiny", "tiny", *data)
     assert "no-model" in mistake(capsys, "eval", place / "no-model", *data)
+    assert "neither a run nor a model: name a run directory" in mistake(capsys, "eval", place / "pool", *data)
     assert "8b" in mistake(capsys, "eval", "tiny", *data, "--preset", "8b")
+
+
+def test_eval_of_an_adapter_names_its_run_before_anything_is_loaded(place: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    for folder in (run, run / "checkpoints" / "step-000002"):
+        (folder / "solver").mkdir(parents=True)
+        (folder / "solver" / "adapter_config.json").write_text("{}")
+    (run / "config.yaml").write_text((place / "unfinished" / "config.yaml").read_text())
+    code = f"""
+import sys
+from ireasoner.app.cli import main
+for folder in {[str(path.parent) for path in run.rglob("solver")]!r}:
+    assert main(["eval", "tiny", folder + "/solver", "--data", {str(place / "good.jsonl")!r}]) == 2
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n"
+    assert done.stderr.splitlines() == [
+        f"ireasoner: the folder {path} is neither a run nor a model: name {path.parent}" for path in run.rglob("solver")
+    ]
 
 
 def test_eval_results_that_cannot_be_written(capsys: pytest.CaptureFixture[str], place: Path):
@@ -366,6 +472,24 @@ def test_eval_of_one_model_and_of_two(capsys: pytest.CaptureFixture[str], place:
     assert "difference" in printed
     assert found["before"] == found["after"]  # the same model under the same seed
     assert all(change["mean"] == 0 and change["p"] == 1 for change in found["difference"].values())
+
+
+def test_eval_compares_what_was_trained_with_its_base_in_whatever_order(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, place: Path, tmp_path: Path
+):
+    run, target = tmp_path / "run", tmp_path / "scores.json"
+    (run / "solver").mkdir(parents=True)
+    (run / "config.yaml").write_text((place / "unfinished" / "config.yaml").read_text())
+    accuracy = {"tiny": 0.25, str(run): 0.75}
+    monkeypatch.setattr(commands, "evaluate_target", lambda name, *rest, **options: scores(accuracy[name]))
+    for models in ([str(run), "tiny"], ["tiny", str(run)]):
+        assert main(["eval", *models, "--data", str(place / "good.jsonl"), "--json", str(target)]) == 0
+        found = json.loads(target.read_text())
+        assert found["models"] == ["tiny", str(run)]
+        assert found["difference"]["greedy"]["mean"] == 0.5
+        assert (found["before"]["greedy"]["mean"], found["after"]["greedy"]["mean"]) == (0.25, 0.75)
+        printed = capsys.readouterr().out
+        assert printed.index("tiny") < printed.index("difference") < printed.index("25.0 [") < printed.index("75.0 [")
 
 
 def test_eval_of_blank_images_names_the_answer_prior(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path):
@@ -461,6 +585,7 @@ def test_the_display_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypat
     show(resolve({"images": "/pictures", "model": "tiny", "steps": 2}), [episode(), episode("", ())])
     printed = capsys.readouterr().out
     assert "\x1b[?25h" in printed  # the cursor is given back
+    assert "0:00:00 left" in printed
     assert "[bold red]loud[/bold red] [/nope]" in printed
     assert "\x1b[31mred" not in printed
     assert "\x07" not in printed
@@ -478,6 +603,17 @@ def test_the_display_leaves_the_terminal_in_order_after_an_error(
         raise RuntimeError("in the middle")
     printed = capsys.readouterr().out
     assert printed.rfind("\x1b[?25h") > printed.rfind("\x1b[?25l")  # the cursor is shown again
+
+
+@pytest.mark.parametrize("first", [1, 5])
+def test_the_time_left_is_told_from_the_first_step_on(capsys: pytest.CaptureFixture[str], first: int):
+    with Display(resolve({"images": "/pictures", "model": "tiny", "steps": 10}), Path("run")) as display:
+        display.on_start(display.config, first)
+        display.on_step(first, METRICS | {"time/step_seconds": 40.0}, [episode()])
+        display.on_step(first + 1, METRICS | {"time/step_seconds": 20.0}, [episode()])
+    told = re.findall(r"(\d:\d\d:\d\d) left", capsys.readouterr().out)
+    expected = {1: ["0:06:00", "0:04:00"], 5: ["0:03:20", "0:02:00"]}  # of 40 s a step, then of 30 s
+    assert told == expected[first]
 
 
 def test_a_log_keeps_its_lines_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
@@ -523,6 +659,18 @@ def test_the_table_of_results_fits_80_columns(
 def test_no_interval_is_broken_over_two_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     for row in table_rows(capsys, monkeypatch, 0.43, 0.57):
         assert row.count("[") == row.count("]")
+
+
+def test_the_table_of_two_models_is_headed_by_their_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    found = evaluation_table(["Qwen/Qwen2.5-VL-7B-Instruct", "runs/[red]mine"], [scores(0.25), scores(0.75)])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    heads, numbers = printed.index("Qwen/Qwen2.5-VL-7B-"), printed.index("25.0 [")
+    assert heads < printed.index("runs/[red]mine") < numbers < printed.index("75.0 [") < printed.index("50.0 [")
+    assert found["difference"]["greedy"]["mean"] == 0.5
 
 
 def test_the_table_of_one_model_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -358,7 +358,7 @@ def test_interrupt_saves_says_how_to_go_on_and_the_run_ends_like_the_reference(
 def test_resuming_with_another_option_is_refused_and_names_it(dead: Path):
     code, printed = run_here("train", "--resume", str(dead), "--learning-rate", "1e-4", "--seed", "5")
     assert code == 2
-    assert "learning_rate is 0.003 in the run, not 0.0001" in printed
+    assert "--learning-rate is 0.003 in the run, not 0.0001" in printed
     assert "seed" not in printed
     assert printed.count("\n") == 1
 
@@ -508,7 +508,7 @@ def test_where_no_group_passes_the_solver_waits_and_the_proposer_goes_on(data: P
 
 
 def test_a_gate_that_nothing_can_pass_is_refused(data: Path):
-    with pytest.raises(ConfigError, match=r"gate_low 0\.9 is above gate_high 0\.5"):
+    with pytest.raises(ConfigError, match=r"--gate-low 0\.9 is above --gate-high 0\.5"):
         resolve(flags(data, gate_low="0.9", gate_high="0.5"))
 
 

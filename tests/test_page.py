@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 
 from ireasoner.method.answers import answer_key
-from ireasoner.method.types import UsageError
+from ireasoner.method.recipe import Recipe
+from ireasoner.method.types import Episode, UsageError
 from ireasoner.page import write_report
 from ireasoner.page.curves import MOST_POINTS, PANELS, draw_panel, readings, smooth, thin
 from ireasoner.page.gallery import average_agreement, select, stretches
 from ireasoner.page.page import IN_REPORT, Page, Query
 from ireasoner.page.run import RecordedRun
-from ireasoner.page.terms import reward_terms
+from ireasoner.page.terms import proposer_term, reward_terms
 from ireasoner.page.verdict import verdict
 from ireasoner.playground import dataset, world
 from ireasoner.playground.truth import read_truth, truth_beside
@@ -348,11 +349,12 @@ def test_every_reward_is_taken_apart(recorder: HandMade):
     with_metrics(recorder).episode(episode())
     text = flat(report(recorder).text)
     assert "0.6264 = 0.5 × 0.7529 outcome + 0.5 × 0.5000 step agreement" in text
-    assert "0.7529 = 0.7529 share of the vote ((2/3)^0.7) × 1.0000 length (words before the answer: 8) × 1.0000" in text
+    assert "0.7529 = 0.7529 share of the vote, (2/3)^0.7 × 1.0000 length, words before the answer: 8 × 1.0000" in text
     assert "× 1.0000 not said of other images" in text
     assert "step agreement 0.5000" in text
     assert "8 words before the answer" in text
-    assert "Proposer's reward 0.1250, for a vote with an entropy of 0.0000 nats" in text
+    assert "Proposer's reward 0.0367 = exp(−(0.0000 − 0.9)² / (2 · 0.35²)), the vote's entropy against its" in text
+    assert "does not add up" not in text
 
 
 def test_terms_that_do_not_add_up_are_shown_as_such(recorder: HandMade):
@@ -377,6 +379,30 @@ def test_the_rewards_of_every_recipe_add_up(tmp_path: Path, recipe: str):
     assert "does not add up" not in text
     paid = resolve({"images": "/", "model": "tiny", "recipe": recipe}).recipe.reward == "agreement"
     assert ("recorded, not paid" in text) == (not paid)
+    # What a reader needs in order to compute the parts from what is seen in the episode.
+    assert re.search(r"share of the vote, \([1-5]/5\)\^", text)
+    assert re.search(r"mean of its steps, of \d\.\d{4}", text)
+    assert "mean of its steps, no step that counts" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "constants", "shown", "adds_up"),
+    [
+        ({}, {}, "= exp(−(0.0000 − 0.9)² / (2 · 0.35²))", True),
+        ({"answer_entropy": 0.5}, {}, "= exp(−(0.5000 − 0.9)² / (2 · 0.35²))", False),
+        ({}, {"target_entropy": 0.0, "entropy_width": 2.0}, "= exp(−(0.0000 − 0)² / (2 · 2²))", False),
+        ({}, {"target_entropy": 1e300}, "− 1e+300)²", False),
+        ({}, {"entropy_width": 1e-300}, "1e-300²", False),
+        ({"trajectories": (), "proposer_reward": 0.0}, {}, "fewer than two answers could be read", True),
+        ({"trajectories": ()}, {}, "fewer than two answers could be read", False),
+    ],
+)
+def test_the_proposers_reward_is_computed_again(
+    changes: dict[str, Any], constants: dict[str, float], shown: str, adds_up: bool
+):
+    term = proposer_term(Episode.model_validate(episode(**changes)), Recipe(**constants))
+    assert shown in term.made_of
+    assert term.adds_up == adds_up
 
 
 def test_a_reward_of_the_users_own_is_added_up_and_drawn_under_its_own_names(recorder: HandMade):
@@ -393,7 +419,7 @@ def test_a_reward_of_the_users_own_is_added_up_and_drawn_under_its_own_names(rec
     page = report(recorder)
     text = flat(page.text)
     assert "reward 0.0000 = 2 × 0.2500 brevity + -1 × 0.5000 cites <b>" in text
-    assert "outcome 0.7500 = 0.7500 share; recorded, not paid" in text
+    assert "outcome 0.7500 = 0.7500 share recorded, not paid" in text
     assert "reward 0.0000 no part is paid" in text
     assert text.count("does not add up") == 1
     assert [a["data-label"] for tag, a in page.elements if tag == "output" and a.get("data-label")] == [
@@ -494,6 +520,19 @@ def test_wrong_majorities_are_found_where_the_truth_is_known(tmp_path: Path):
     assert [entry.step for entry in select(run, "wrong")] == [1]
     page = write_report(recorder.run_dir, tmp_path / "page.html", lambda config: truth_beside(config.images))
     assert "true answer" in Parsed(page).text
+
+
+def test_answers_are_marked_where_the_truth_is_known(recorder: HandMade):
+    record = episode("seven", true_answer="7")
+    for t, answer in zip(record["trajectories"], ("7", "8", None), strict=True):
+        t.update(answer=answer, answer_key=answer and answer_key(answer, "How many?"), in_majority=answer == "8")
+    recorder.episode(record)
+    recorder.episode(record | {"true_answer": None})
+    text = flat(report(with_metrics(recorder)).text)
+    assert "8 ×1✗7 ×1✓unreadable ×1 step 1" in text  # the majority first, the unreadable last
+    assert "true answer 7" in text
+    assert "8 ×17 ×1unreadable ×1 step 1" in text
+    assert [text.count(f"×1 {badge}") for badge in ("majority false", "true", "majority", "false")] == [1, 1, 2, 0]
 
 
 def test_truth_outside_the_run_is_read_only_where_it_was_named(tmp_path: Path):
@@ -667,6 +706,14 @@ def test_a_report_can_go_elsewhere_and_leaves_the_run_alone(recorder: HandMade, 
 
 def test_summary_of_somebody_else(recorder: HandMade):
     with_metrics(recorder)
-    for summary in ("[]", "{}", '{"difference": {"greedy": 3}}', '{"versions": 7, "difference": []}', "{", "null"):
+    for summary in (
+        "[]",
+        "{}",
+        '{"difference": {"greedy": 3}}',
+        '{"trained_roles": 7}',
+        '{"versions": 7, "difference": []}',
+        "{",
+        "null",
+    ):
         recorder.write_text("summary.json", summary)
         assert b"Is it working?" in Page(RecordedRun.open(recorder.run_dir)).render("page.html")

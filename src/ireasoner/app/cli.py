@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ireasoner import __version__
 from ireasoner.app.command import Parser, add_command, parsed
 from ireasoner.app.commands import COMMANDS, PROGRAM
+from ireasoner.app.display import quiet_libraries
 from ireasoner.method.types import UsageError
 
 # Options by the names that they have elsewhere in the field.
@@ -48,6 +49,7 @@ def _canonical(argument: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (2: a mistake that the user can put right, in one sentence)."""
+    quiet_libraries()
     try:
         given = vars(build_parser().parse_args([_canonical(a) for a in (sys.argv[1:] if argv is None else argv)]))
         return parsed(COMMANDS[given.pop("command")], given).run()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin
@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from ireasoner.method.recipe import Options
 from ireasoner.method.types import UsageError
-from ireasoner.training.config import explain, option
+from ireasoner.training.config import as_flag, explain, option
 
 
 class Command(Options):
@@ -23,15 +23,12 @@ class Command(Options):
     summary: ClassVar[str]
     positional: ClassVar[tuple[str, ...]] = ()
     """Fields that are named by their place on the command line."""
+    training_options: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """Options of `ireasoner.training.config` that the command takes as well, by the title of their group."""
 
     def run(self) -> int:
         """Do what the command says; its exit code."""
         raise NotImplementedError
-
-    @classmethod
-    def training_options(cls) -> dict[str, Sequence[str]]:
-        """Options of `ireasoner.training.config` that the command takes as well, by the title of their group."""
-        return {}
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,11 +42,11 @@ def add_command(commands: Any, name: str, command: type[Command]) -> None:
     """Add a command with its options to argparse's subparsers; options that are not given stay out of the result."""
     parser = commands.add_parser(name, help=command.summary, description=" ".join((command.__doc__ or "").split()))
     parser.set_defaults(command=name)
-    if command.training_options():  # listing sixty options twice would fill a screen
+    if command.training_options:  # listing sixty options twice would fill a screen
         parser.usage = " ".join([parser.prog, *map(str.upper, command.positional), "[OPTION ...]"])
     for field, info in command.model_fields.items():
         _add(parser, field, info, positional=field in command.positional)
-    for title, names in command.training_options().items():
+    for title, names in command.training_options.items():
         group = parser.add_argument_group(title)
         for option_name in names:
             _add(group, option_name, option(option_name), switch=False)
@@ -64,7 +61,8 @@ def parsed(command: type[Command], values: dict[str, Any]) -> Command:
     try:
         return command(**values)
     except ValidationError as error:
-        raise UsageError(f"{explain(error)} (see ireasoner {command.__name__.lower()} --help)") from None
+        flags = {info.alias or name for name, info in command.model_fields.items()} - set(command.positional)
+        raise UsageError(f"{explain(error, flags)} (see ireasoner {command.__name__.lower()} --help)") from None
 
 
 def _add(parser: Any, name: str, info: FieldInfo, *, positional: bool = False, switch: bool = True) -> None:
@@ -77,16 +75,16 @@ def _add(parser: Any, name: str, info: FieldInfo, *, positional: bool = False, s
     if kind is bool and switch:
         shape["action"] = "store_true"
     elif get_origin(kind) is tuple and Ellipsis not in get_args(kind):
-        shape |= {"nargs": len(get_args(kind)), "metavar": ("FIRST", "LAST")}
+        shape |= {"nargs": 2, "metavar": ("LEAST", "MOST") if name == "items" else ("FIRST", "LAST")}
     else:
         several = get_origin(kind) in (tuple, list)
-        shape["metavar"] = name.upper().removesuffix("_DIR") if positional else _metavar(kind)
+        shape["metavar"] = name.upper().removesuffix("_DIR") if positional else _metavar(name, kind)
         shape["nargs"] = "+" if several else "?" if positional and not info.is_required() else None
     if positional:
         parser.add_argument(name, **shape)
     else:
         required = info.is_required() and switch
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, required=required, **shape)
+        parser.add_argument(as_flag(name), dest=name, required=required, **shape)
 
 
 def _kind(annotation: Any) -> Any:
@@ -96,12 +94,13 @@ def _kind(annotation: Any) -> Any:
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
-def _metavar(kind: Any) -> str:
+def _metavar(name: str, kind: Any) -> str:
     if get_origin(kind) in (tuple, list):
         kind = _kind(get_args(kind)[0])
     if get_origin(kind) is Literal:
         return f"{{{','.join(map(str, get_args(kind)))}}}"
-    return {int: "N", float: "X", bool: "{true,false}", Path: "PATH"}.get(kind, "NAME")
+    text = "TEXT" if name.endswith("_prompt") else "NAME"
+    return {int: "N", float: "X", bool: "{true,false}", Path: "PATH"}.get(kind, text)
 
 
 def _help(info: FieldInfo, with_default: bool) -> str:

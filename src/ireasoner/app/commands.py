@@ -9,18 +9,21 @@ import os
 import signal
 import sys
 import webbrowser
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
+from ireasoner.app import display
 from ireasoner.app.command import Command
+from ireasoner.app.targets import evaluate_target, find_target
 from ireasoner.method.recipe import Count
 from ireasoner.method.types import UsageError
 from ireasoner.training import config as configs
 from ireasoner.training.advice import advice
+from ireasoner.training.labelled import answer_prior, load_questions, prior_line
+from ireasoner.training.recorder import write_json
 from ireasoner.training.watch import ENDED_ITSELF
 
 PROGRAM = "ireasoner"
@@ -45,26 +48,47 @@ def _timed_here(side: Any) -> Any:
 Writable = Annotated[Path, AfterValidator(_writable)]  # found out now rather than after hours of work
 
 
+class Measurement(Command):
+    """A command whose results can be kept."""
+
+    json_file: Annotated[Writable | None, Field(alias="json")] = None
+    """Write the results here too."""
+
+    def keep(self, results: Any) -> None:
+        """Write the results to the file that was named, if any."""
+        if self.json_file is not None:
+            try:
+                self.json_file.write_text(write_json(results), "utf-8")
+            except OSError as error:
+                raise UsageError(f"the results cannot be written to {self.json_file}: {error}") from None
+
+
+class OfRun(Command):
+    """A command that shows a run."""
+
+    positional: ClassVar = ("run_dir",)
+    run_dir: Path
+    """A run directory, finished or not."""
+    truth: Path | None = None
+    """Truth about the images, as playground writes it, to mark wrong majorities (the file inside RUN, if any)."""
+
+
 class Train(Command):
     """Self-evolve a model on a folder of unlabeled images, or continue a run."""
 
     model_config = ConfigDict(extra="allow")  # the options of a run, which `resolve` checks
     summary: ClassVar = "self-evolve a model on a folder of images"
+    training_options: ClassVar = {
+        "run": [name for name in configs.PATHS if name not in (*configs.RECIPE_OPTIONS, *configs.PRESET_OPTIONS)],
+        "scale (a preset sets these)": configs.PRESET_OPTIONS,
+        "rewards, advantages, KL (a recipe sets these)": configs.RECIPE_OPTIONS,
+    }
     out: Path | None = None
     """The run directory to write."""
     resume: Path | None = None
     """Continue the run in this directory."""
     max_hours: Annotated[float, Field(gt=0)] | None = None
     """Save and stop after so many hours, as Ctrl-C does; --resume continues."""
-
-    @classmethod
-    def training_options(cls) -> dict[str, Sequence[str]]:
-        special = (*configs.RECIPE_OPTIONS, *configs.PRESET_OPTIONS)
-        return {
-            "run": [name for name in configs.PATHS if name not in special],
-            "scale (a preset sets these)": configs.PRESET_OPTIONS,
-            "rewards, advantages, KL (a recipe sets these)": configs.RECIPE_OPTIONS,
-        }
 
     def run(self) -> int:
         flags = _absolute(self.model_extra or {})
@@ -138,13 +162,15 @@ class Demo(Command):
         return _follow(config, self.out, resuming=False)
 
 
-class Eval(Command):
-    """Greedy, mean@1, maj@5 and pass@5 accuracy with 95 % intervals on labelled questions."""
+class Eval(Measurement):
+    """Greedy, mean@1, maj@5 and pass@5 accuracy with 95 % intervals on labelled questions. The file that --json names
+    also holds the scores of each question."""
 
     summary: ClassVar = "held-out accuracy of a run or a model; two are compared on the same questions"
     positional: ClassVar = ("models",)
     models: list[str]
-    """Run, checkpoint or model; of two, the second is compared with the first."""
+    """Run, checkpoint or model; of two, the second is compared with the first, and what was trained with what was
+    not."""
     data: Path
     """JSONL of image, question, answer."""
     limit: Count | None = None
@@ -159,35 +185,31 @@ class Eval(Command):
     """One of auto, cpu, cuda and cuda:N."""
     blank: bool = False
     """Show gray images instead of the true ones: how much is answered unseen?"""
-    json_file: Annotated[Writable | None, Field(alias="json")] = None
-    """Write the results here too, also question by question."""
 
     def run(self) -> int:
         if len(self.models) > 2:
             raise UsageError("eval takes one run or model, or two to compare")
-        from ireasoner.app.display import evaluation_table, print_text, quiet_libraries
-
-        quiet_libraries()
-        from ireasoner.app.targets import evaluate_target
+        # The base comes first in whatever order they are named, so that the difference is what training changed.
+        models = sorted(self.models, key=lambda name: find_target(name, self.preset).run is not None)
         from ireasoner.playground.truth import step_truth
-        from ireasoner.training.evaluation import EvaluationOptions
-        from ireasoner.training.labelled import answer_prior, load_questions, prior_line
-        from ireasoner.training.recorder import write_json
 
         questions = load_questions(self.data, self.limit, step_truth)
-        names = [f"{target}, images blanked" if self.blank else target for target in self.models]
+        from ireasoner.training.evaluation import EvaluationOptions
+
         options = EvaluationOptions(seed=self.seed, temperature=self.temperature, blank=self.blank)
         scores = [
-            evaluate_target(target, questions, options, preset=self.preset, device=self.device, truth=step_truth)
-            for target in self.models
+            evaluate_target(name, questions, options, preset=self.preset, device=self.device, truth=step_truth)
+            for name in models
         ]
-        result = evaluation_table(names, scores)
+        result = display.evaluation_table(
+            [f"{name}, images blanked" if self.blank else name for name in models], scores
+        )
         columns = [found.per_question() for found in scores]
         result["per_question"] = columns[0] if len(columns) == 1 else {"before": columns[0], "after": columns[1]}
         if self.blank:
             result["answer_prior"] = answer_prior(questions)
-            print_text(prior_line(result["answer_prior"]))
-        _write_json(self.json_file, write_json(result))
+            display.print_text(prior_line(result["answer_prior"]))
+        self.keep(result)
         return 0
 
 
@@ -199,6 +221,7 @@ class Ablate(Command):
     model_config = ConfigDict(extra="allow")  # scale, which `settle` checks
     summary: ClassVar = "recipes x seeds beside the base and the controls: one table with intervals"
     positional: ClassVar = ("out",)
+    training_options: ClassVar = {"scale (a preset sets these; the same for every arm)": SCALE}
     out: Path
     """Folder to write, or to go on in."""
     recipes: list[str] | None = None
@@ -226,27 +249,12 @@ class Ablate(Command):
     labels: Path | None = None
     """JSONL of labelled questions on your images, for the oracle."""
 
-    @classmethod
-    def training_options(cls) -> dict[str, Sequence[str]]:
-        return {"scale (a preset sets these; the same for every arm)": SCALE}
-
     def run(self) -> int:
-        from ireasoner.app.display import print_table, print_text, quiet_libraries
-
-        quiet_libraries()
         from ireasoner.studies.ablate import QUICK, QUICK_JOBS, Settings, ablate, settle
         from ireasoner.studies.ablation_tables import legend, tables
-        from ireasoner.training.labelled import prior_line
 
-        own = {name: getattr(self, name) for name in self.model_fields_set if name not in (self.model_extra or {})}
-        flags = _absolute({name: str(value) if isinstance(value, Path) else value for name, value in own.items()})
-        given: dict[str, Any] = {name: value for name, value in flags.items() if name in Settings.model_fields}
-        given["training"] = dict(self.model_extra or {})
-        if self.recipes:
-            known = configs.names("recipes")
-            given["recipes"] = [
-                r if r in known or not Path(r).is_file() else str(Path(r).absolute()) for r in self.recipes
-            ]
+        given = self.model_dump(mode="json", exclude_unset=True, include=set(Settings.model_fields))
+        given = {**_absolute(given), "training": dict(self.model_extra or {})}
         jobs = self.jobs or (QUICK_JOBS if self.quick else 1)
         if self.quick:
             given = {**QUICK, **given, "training": {**QUICK["training"], **given["training"]}}
@@ -263,23 +271,18 @@ class Ablate(Command):
             print(f"Stopped and saved. Continue with: {PROGRAM} ablate {self.out}{more}")
             return 130
         for title, rows in tables(result):
-            print_table(title, rows)
-        print_text(prior_line(result["answer_prior"]))
-        print_text(legend(result))
+            display.print_table(title, rows)
+        display.print_text(prior_line(result["answer_prior"]))
+        display.print_text(legend(result))
         print(f"Written: {self.out}/ablation.md, ablation.csv, ablation.png, ablation.json")
         return 0
 
 
-class View(Command):
+class View(OfRun):
     """Show a run on a local page: is it working, what does it ask and answer, how do the reasoning steps agree, how did
     it change, what ran. Follows a run that goes on. Ctrl-C ends it."""
 
     summary: ClassVar = "look at a run in the browser, while it goes or afterwards"
-    positional: ClassVar = ("run_dir",)
-    run_dir: Path
-    """A run directory, finished or not."""
-    truth: Path | None = None
-    """Truth about the images, as playground writes it, to mark wrong majorities (the file inside RUN, if any)."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port on 127.0.0.1 (0: any that is free)."""
     no_browser: bool = False
@@ -299,15 +302,10 @@ class View(Command):
         return 0
 
 
-class Report(Command):
+class Report(OfRun):
     """Write the page about a run, with its pictures, as one HTML file that needs nothing else."""
 
     summary: ClassVar = "write that page as one file that can be mailed"
-    positional: ClassVar = ("run_dir",)
-    run_dir: Path
-    """A run directory, finished or not."""
-    truth: Path | None = None
-    """Truth about the images, as playground writes it, to mark wrong majorities (the file inside RUN, if any)."""
     out: Writable | None = None
     """The file to write (RUN/report.html)."""
 
@@ -331,18 +329,19 @@ class Runs(Command):
     """Where to look."""
 
     def run(self) -> int:
-        from ireasoner.app.display import plain, print_table
         from ireasoner.page.overview import overview
 
         rows = overview(self.folder)
         if len(rows) == 1:
             print(f"No run in {self.folder}. Start one with: {PROGRAM} demo")
             return 0
-        print_table(f"Runs in {plain(str(self.folder))}", [[plain(cell) for cell in row] for row in rows])
+        display.print_table(
+            f"Runs in {display.plain(str(self.folder))}", [[display.plain(cell) for cell in row] for row in rows]
+        )
         return 0
 
 
-class Validity(Command):
+class Validity(Measurement):
     """Test, on a run's episodes, whether step agreement prefers the truer of two trajectories with the same answer,
     what it adds to answer agreement, and how it reacts to edited reasoning steps. The run is only read; its model is
     loaded for the token embeddings."""
@@ -355,27 +354,21 @@ class Validity(Command):
     """Lines of image and picture, as playground writes them (FOLDER.truth.jsonl beside the run's images)."""
     steps: tuple[int, int] | None = None
     """Training steps to read (all)."""
-    json_file: Annotated[Writable | None, Field(alias="json")] = None
-    """Write the results here too."""
 
     def run(self) -> int:
         if self.steps and not 1 <= self.steps[0] <= self.steps[1]:
             raise UsageError("--steps takes FIRST and LAST, from 1 on, FIRST not after LAST")
-        from ireasoner.app.display import plain, print_table, print_text, quiet_libraries
-
-        quiet_libraries()
         from ireasoner.studies.validity import pairs_line, sentences, tables, validity
-        from ireasoner.training.recorder import write_json
 
         report = validity(self.run_dir, self.truth, self.steps)
         for sentence in sentences(report):
-            print_text(plain(sentence, 300))
+            display.print_text(display.plain(sentence, 300))
         agreement, edits = tables(report)
-        print_table(*agreement)
+        display.print_table(*agreement)
         if pairs := pairs_line(report):
-            print_text(f"{pairs}\n")
-        print_table(*edits)
-        _write_json(self.json_file, write_json(report))
+            display.print_text(f"{pairs}\n")
+        display.print_table(*edits)
+        self.keep(report)
         return 0
 
 
@@ -395,9 +388,6 @@ class Doctor(Command):
     """Of the backbone (bfloat16 on a GPU, float32 on a CPU)."""
 
     def run(self) -> int:
-        from ireasoner.app.display import print_finding, quiet_libraries
-
-        quiet_libraries()
         from ireasoner.model.backbone import resolve_device
         from ireasoner.studies.doctor import examine
 
@@ -406,13 +396,13 @@ class Doctor(Command):
         print(f"{self.model} in {dtype} on {device}")
         failed = 0
         for finding in examine(self.model, dtype=dtype, device=device):
-            print_finding(finding)
+            display.print_finding(finding)
             failed += not finding.passed
         print(f"{failed} of the checks failed: do not train on this." if failed else "All checks passed.")
         return 1 if failed else 0
 
 
-class Bench(Command):
+class Bench(Measurement):
     """Time one training step as train does it (ours) and the same work without shared prompts (plain), on one model,
     with completions of a fixed length, in turns. Also prints the limits that this machine's compute and memory
     bandwidth set."""
@@ -434,23 +424,17 @@ class Bench(Command):
     """Repetitions of each measurement."""
     device: str = "auto"
     """One of auto, cpu, cuda and cuda:N."""
-    json_file: Annotated[Writable | None, Field(alias="json")] = None
-    """Write the results here too."""
 
     def run(self) -> int:
-        from ireasoner.app.display import print_table, print_text, quiet_libraries
-
-        quiet_libraries()
         from ireasoner.studies.bench import heading, load_bench, measure, table
-        from ireasoner.training.recorder import write_json
 
         bench = load_bench(self.model, self.tokens, self.group_size, self.image_tokens, self.device)
         known = {"ours": bench.ours, "plain": bench.plain}
         result = measure(bench, {name: known[name] for name in self.sides}, self.images_per_step, self.repetitions)
-        print_text(heading(result))
+        display.print_text(heading(result))
         for row in result["sizes"]:
-            print_table(*table(row))
-        _write_json(self.json_file, write_json(result))
+            display.print_table(*table(row))
+        self.keep(result)
         return 0
 
 
@@ -498,19 +482,19 @@ COMMANDS: dict[str, type[Command]] = {
 
 def _absolute(flags: dict[str, Any]) -> dict[str, Any]:
     """The same with paths from the root, for a run may be resumed from another folder."""
-    paths = {name for name in ("images", "labels", "eval_data", "data") if flags.get(name) is not None}
-    paths |= {name for name in ("model",) if name in flags and Path(flags[name]).is_dir()}
-    paths |= {name for name in ("reward",) if ".py:" in flags.get(name, "")}
-    return {name: os.path.abspath(value) if name in paths else value for name, value in flags.items()}
+    return {name: value if value is None else _from_root(name, value) for name, value in flags.items()}
 
 
-def _write_json(path: Path | None, text: str) -> None:
-    if path is None:
-        return
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise UsageError(f"the results cannot be written to {path}: {error}") from None
+def _from_root(name: str, value: Any) -> Any:
+    if name == "recipes":
+        known = configs.names("recipes")
+        return [each if each in known or not Path(each).is_file() else os.path.abspath(each) for each in value]
+    is_path = (
+        name in ("images", "labels", "eval_data", "data")
+        or (name == "model" and Path(value).is_dir())
+        or (name == "reward" and ".py:" in value)
+    )
+    return os.path.abspath(value) if is_path else value
 
 
 def _find_truth(run: Path, file: Path | None = None) -> Any:
@@ -532,10 +516,7 @@ def _follow(
     extend_to: int | None = None,
 ) -> int:
     """Run or resume with a display; the exit code."""
-    from ireasoner.app.display import Display, quiet_libraries, results_table
     from ireasoner.page import write_report
-
-    quiet_libraries()
     from ireasoner.playground.truth import step_truth
     from ireasoner.training import loop
 
@@ -548,8 +529,8 @@ def _follow(
     if os.environ.get("RANK", "0") != "0":  # another of the run's processes shows and writes
         outcome = go()
         return 0 if outcome.complete else 130  # the first process tells how the run ended
-    with Display(config, out) as display:
-        outcome = go(display.observer())
+    with display.Display(config, out) as shown:
+        outcome = go(shown.observer())
         if outcome.complete:
             try:
                 write_report(out, find_truth=_find_truth(out))
@@ -560,7 +541,7 @@ def _follow(
         return 130
     summary = outcome.summary or {}
     if summary.get("before") and summary.get("after"):
-        results_table(summary)
+        display.results_table(summary)
     trained = summary.get("trained_roles", [])
     print(f"Run directory: {out}   adapters: {', '.join(f'{out}/{role}' for role in trained) or 'none'}")
     if "solver" not in trained:

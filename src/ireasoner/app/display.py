@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -42,12 +43,16 @@ OTHER_ROWS = {
 
 
 def quiet_libraries() -> None:
-    """Libraries' own progress bars and advice would break the display; their warnings and errors stay."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
+    """Silence libraries' own progress bars and advice, which would break the display; their errors stay.
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    To be called before transformers is imported; who has set one of these variables has the last word.
+    """
+    quiet = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    os.environ.update({**quiet, **os.environ})
 
 
 def plain(text: str, limit: int = 120) -> str:
@@ -79,20 +84,18 @@ class Display:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=self.console,
         )
-        self.task = self.progress.add_task("training", total=config.schedule.steps)
+        self.task = self.progress.add_task("training", total=config.schedule.steps, left="")
+        self.steps_taken, self.seconds_taken = 0, 0.0
 
     def __enter__(self) -> Display:
         if self.live:
             self.live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.live:
             self.live.stop()
 
@@ -125,17 +128,24 @@ class Display:
         rewards = [name for name in metrics if name.startswith("reward/solver/")]
         labels = {name: name.rpartition("/")[2].replace("_", " ") for name in rewards} | SHOWN
         numbers = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in labels.items() if name in metrics)
-        self.progress.update(self.task, completed=step, description="training")
-        if seconds := metrics.get("time/step_seconds", 0.0):
+        seconds = metrics.get("time/step_seconds", 0.0)
+        if seconds:
             numbers += f"  {sum(len(e.trajectories) for e in episodes) / seconds:.3g} trajectories/s"
+        left = self._time_left(step, seconds)
         if self.live:
+            self.progress.update(self.task, completed=step, description="training", left=left)
             lines = [Text(vote_line(episode), no_wrap=True, overflow="ellipsis") for episode in episodes[:4]]
             self.live.update(Group(self.progress, Text(numbers), *lines))
             return
-        left = TimeRemainingColumn().render(self.progress.tasks[0])
-        self.say(f"step {step}/{self.config.schedule.steps}  {numbers}  {seconds:.1f} s, {left} left")
+        self.say(f"step {step}/{self.config.schedule.steps}  {numbers}  {seconds:.1f} s, {left}")
         if step % 5 == 1:
             self.say(f"    {vote_line(episodes[0])}")
+
+    def _time_left(self, step: int, seconds: float) -> str:
+        """By the mean of the steps so far: rich's own estimate needs two of them within half a minute."""
+        self.steps_taken, self.seconds_taken = self.steps_taken + 1, self.seconds_taken + seconds
+        rest = self.seconds_taken / self.steps_taken * (self.config.schedule.steps - step)
+        return f"{timedelta(seconds=round(rest))} left"
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
@@ -184,47 +194,34 @@ def _cell(values: Mapping[str, float]) -> str:
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def results_table(summary: Mapping[str, Any]) -> None:
-    """Before and after on the held-out questions, with 95 % intervals."""
+def results_table(summary: Mapping[str, Any], names: Sequence[str] = ("before", "after")) -> None:
+    """Print the accuracy of two models on the same questions, with 95 % intervals and the paired difference.
+
+    Args:
+        summary: `before`, `after` and `difference`, as in a run's `summary.json`.
+        names: what `before` and `after` are called.
+    """
     before, after, difference = summary["before"], summary["after"], summary["difference"]
-    table = Table(
-        title=f"Accuracy in % on {before['questions']} held-out questions, with 95 % intervals",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for name in ("", "before", "after", "difference", "p"):
-        table.add_column(name)
+    heads = ["\n".join(textwrap.wrap(plain(name), 20)) for name in names]  # no wider than the numbers below
+    rows = [["", *heads, "difference", "p"]]
     for name, change in difference.items():
-        table.add_row(name, _cell(before[name]), _cell(after[name]), _cell(change), f"{change['p']:.4f}")
+        rows.append([name, _cell(before[name]), _cell(after[name]), _cell(change), f"{change['p']:.4f}"])
     for name, label in OTHER_ROWS.items():
         if before.get(name) is not None and after.get(name) is not None:
-            table.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}", "", "")
-    Console(highlight=False).print(table)
+            rows.append([label, f"{before[name]:.3f}", f"{after[name]:.3f}", "", ""])
+    print_table(f"Accuracy in % on {before['questions']} held-out questions, with 95 % intervals", rows)
 
 
 def evaluation_table(names: Sequence[str], scores: Sequence[Scores]) -> dict[str, Any]:
-    """Print the accuracies of one model or two; returns what was printed, ready for JSON."""
+    """Print the accuracies of one model, or of a base and what became of it; returns them, ready for JSON."""
     from ireasoner.training.evaluation import compare
 
     if len(scores) == 2:
         summary = {"before": scores[0].summary(), "after": scores[1].summary(), "difference": compare(*scores)}
-        print(f"before: {plain(names[0])}   after: {plain(names[1])}")
-        results_table(summary)
+        results_table(summary, names)
         return {"models": list(names), **summary}
     summary = scores[0].summary()
-    table = Table(
-        title=Text(f"{plain(names[0])}: accuracy in % on {summary['questions']} questions, 95 % intervals"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for name in ("", "accuracy"):
-        table.add_column(name)
-    for name in scores[0].measures:
-        table.add_row(name, _cell(summary[name]))
-    for name, label in OTHER_ROWS.items():
-        if summary[name] is not None:
-            table.add_row(label, f"{summary[name]:.3f}")
-    Console(highlight=False).print(table)
+    rows = [["", "accuracy"], *([name, _cell(summary[name])] for name in scores[0].measures)]
+    rows += [[label, f"{summary[name]:.3f}"] for name, label in OTHER_ROWS.items() if summary[name] is not None]
+    print_table(f"{plain(names[0])}: accuracy in % on {summary['questions']} questions, 95 % intervals", rows)
     return {"models": list(names), "scores": summary}

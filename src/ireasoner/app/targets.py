@@ -5,14 +5,60 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ireasoner.method.types import Role, UsageError
-from ireasoner.model.loading import load_policy
 from ireasoner.training.checkpoints import verify_checkpoint
-from ireasoner.training.config import load_config, resolve
-from ireasoner.training.evaluation import EvaluationOptions, Scores, evaluate
-from ireasoner.training.labelled import LabelledQuestion, StepTruth
+from ireasoner.training.config import Config, load_config, resolve
+
+if TYPE_CHECKING:  # these import torch
+    from ireasoner.training.evaluation import EvaluationOptions, Scores
+    from ireasoner.training.labelled import LabelledQuestion, StepTruth
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model to score: its run (None: a plain model), the config to score it under, and the folder of its adapters
+    (None: it has none)."""
+
+    run: Path | None
+    config: Config
+    adapters: Path | None
+
+
+def find_target(name: str, preset: str | None = None) -> Target:
+    """Find out what a target is, without loading it; arguments as for `evaluate_target`.
+
+    Raises:
+        ConfigError: the run's config or the preset cannot be read.
+        UsageError: the run is not finished, the checkpoint is damaged, or the folder is neither a run nor a model.
+    """
+    path = Path(name)
+    run = _run_of(path)
+    if run is None:
+        if path.is_dir() and name != "tiny" and not (path / "config.json").is_file():
+            instead = "a run directory, one of its checkpoints (RUN/checkpoints/step-000050) or a model"
+            if (path / "adapter_config.json").is_file() and _run_of(path.parent):
+                instead = str(path.parent)
+            raise UsageError(f"the folder {name} is neither a run nor a model: name {instead}")
+        return Target(None, resolve({"model": name, "images": ".", **({"preset": preset} if preset else {})}), None)
+    if run != path and (problem := verify_checkpoint(path)):
+        held = ", ".join(sorted(found.name for found in path.resolve().parent.glob("step-*")))
+        raise UsageError(f"the checkpoint {path} cannot be used: {problem}; there are {held}")
+    has_solver = (path / "solver").is_dir()
+    if not has_solver and not (run / "summary.json").exists():
+        raise UsageError(
+            f"{run} is not finished: score one of its checkpoints, or go on: ireasoner train --resume {run}"
+        )
+    return Target(run, load_config(run / "config.yaml"), path if has_solver else None)
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run directory that a path is itself, or that it is a checkpoint of; None for anything else."""
+    run = path.resolve().parent.parent if re.fullmatch(r"step-\d+", path.name) else path
+    return run if (run / "config.yaml").is_file() else None
 
 
 def evaluate_target(
@@ -35,29 +81,17 @@ def evaluate_target(
         device: where the model runs.
 
     Raises:
-        ModelError, ConfigError: the target is none of these.
-        UsageError: the run is not finished, or the checkpoint is damaged.
+        UsageError: as for `find_target`, or the model cannot be loaded.
     """
-    adapters = Path(target)
-    is_checkpoint = re.fullmatch(r"step-\d+", adapters.name) is not None
-    run = adapters.resolve().parent.parent if is_checkpoint else adapters
-    is_run = (run / "config.yaml").is_file()
-    if is_run:
-        config = load_config(run / "config.yaml")
-        if is_checkpoint and (problem := verify_checkpoint(adapters)):
-            held = ", ".join(sorted(path.name for path in adapters.resolve().parent.glob("step-*")))
-            raise UsageError(f"the checkpoint {adapters} cannot be used: {problem}; there are {held}")
-        if not (adapters / "solver").is_dir():
-            if not (run / "summary.json").exists():
-                raise UsageError(
-                    f"{run} is not finished: score one of its checkpoints, or go on: ireasoner train --resume {run}"
-                )
-            print(f"{run} learned nothing and has no adapter: its model {config.model} is scored.", file=sys.stderr)
-    else:
-        flags = {"model": target, "images": ".", **({"preset": preset} if preset else {})}
-        config = resolve(flags)
+    from ireasoner.model.loading import load_policy
+    from ireasoner.training.evaluation import evaluate
+
+    found = find_target(target, preset)
+    config = found.config
     policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
-    role: Role | None = "solver" if is_run and (adapters / "solver").is_dir() else None
-    if role:
-        policy.load_adapters(adapters, [role])
+    role: Role | None = "solver" if found.adapters else None
+    if found.adapters:
+        policy.load_adapters(found.adapters, ["solver"])
+    elif found.run:
+        print(f"{found.run} learned nothing and has no adapter: its model {config.model} is scored.", file=sys.stderr)
     return evaluate(policy, questions, role, config.sampling, options, truth=truth)

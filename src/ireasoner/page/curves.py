@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,6 @@ COLORS = ("#2b8cd6", "#e06c1f", "#1aa179", "#a06fd0")  # readable on white and o
 MOST_POINTS = 300  # drawn of a curve: a panel is about as many pixels wide
 FOREGROUND = "#010203"  # stands for the colour of the page's text in an SVG
 AXES = (0.15, 0.12, 0.80, 0.84)  # left, bottom, width and height of a panel's axes, as shares of the panel
-_drawing = threading.Lock()  # matplotlib's caches are not thread-safe
 
 
 @dataclass(frozen=True)
@@ -136,16 +134,15 @@ def draw_curves(run: RecordedRun, target: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    with _drawing:
-        figure = Figure(figsize=(14, 8))
-        figure.subplots_adjust(left=0.04, right=0.99, bottom=0.04, top=0.95, wspace=0.2, hspace=0.27)
-        for axis, panel in zip(figure.subplots(3, 4).flat, panels(run), strict=True):
-            _draw(axis, run, panel)
-            axis.set_title(panel.title, fontsize=10)
-            if axis.get_legend_handles_labels()[1]:
-                axis.legend(fontsize=7)
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=110)
+    figure = Figure(figsize=(14, 8))
+    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.04, top=0.95, wspace=0.2, hspace=0.27)
+    for axis, panel in zip(figure.subplots(3, 4).flat, panels(run), strict=True):
+        _draw(axis, run, panel)
+        axis.set_title(panel.title, fontsize=10)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=7)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
     replace_file(target, png.getvalue())
 
 
@@ -154,7 +151,7 @@ def draw_panel(run: RecordedRun, number: int) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with _drawing, mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "panel"}):
+    with mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "panel"}):
         figure = Figure(figsize=(4, 2.3))
         axis = figure.add_axes(AXES)
         _draw(axis, run, panels(run)[number])

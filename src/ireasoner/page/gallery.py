@@ -6,12 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import numpy as np
 
 from ireasoner.method.answers import answer_key
-from ireasoner.method.types import Episode, ProbeAnswer, StepScore, Trajectory
+from ireasoner.method.types import Episode, ProbeAnswer, Trajectory
 from ireasoner.page.run import Entry, RecordedRun
 
 Matrix = list[list[float | None]]
@@ -54,48 +53,18 @@ def filters(run: RecordedRun) -> dict[str, str]:
 # --- inside an episode ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class AnswerGroup:
-    """The trajectories of an episode that give the same answer, or (`key` is None) that could not be read."""
-
-    answer: str
-    key: str | None
-    majority: bool
-    correct: bool | None
-    trajectories: list[Trajectory]
-
-
-def by_answer(episode: Episode, truth: str | None = None) -> list[AnswerGroup]:
-    """The majority's group first, the unreadable trajectories last, the others by size; `truth` is the true answer."""
+def by_answer(episode: Episode) -> list[list[Trajectory]]:
+    """The trajectories that give the same answer side by side: the majority first, the unreadable last, the others by
+    their number."""
     found: dict[str | None, list[Trajectory]] = {}
     for t in episode.trajectories:
         found.setdefault(t.answer_key, []).append(t)
-    true_key = answer_key(truth, episode.question.text) if truth else None
-    groups = []
-    for key, own in found.items():
-        correct = key == true_key if truth and key else None
-        groups.append(AnswerGroup(own[0].answer or "unreadable", key, own[0].in_majority, correct, own))
-    return sorted(groups, key=lambda g: (not g.majority, g.key is None, -len(g.trajectories)))
+    return sorted(found.values(), key=lambda own: (not own[0].in_majority, own[0].answer_key is None, -len(own)))
 
 
-def scored_steps(trajectory: Trajectory) -> list[tuple[str, StepScore | None]]:
-    """The reasoning steps to show, each with its score; None for those after the last one that was compared."""
-    steps = trajectory.reasoning_steps[:MOST_STEPS]
-    return list(zip_longest(steps, trajectory.step_scores[: len(steps)]))
-
-
-def episode_agreement(episode: Episode) -> list[tuple[str, list[float | None]]]:
-    """The heat map of an episode: answer and similarities of each trajectory with compared steps, rows equally long."""
-    rows = [
-        (group.answer, [score.similarity for score in t.step_scores])
-        for group in by_answer(episode)
-        for t in group.trajectories
-        if t.step_scores
-    ]
-    if all(value is None for _, row in rows for value in row):
-        return []
-    width = max(len(row) for _, row in rows)
-    return [(answer, [*row, *[None] * (width - len(row))]) for answer, row in rows]
+def any_compared(episode: Episode) -> bool:
+    """Whether a reasoning step of an episode was compared with others."""
+    return any(score.similarity is not None for t in episode.trajectories for score in t.step_scores)
 
 
 # --- averages over episodes -------------------------------------------------------------------------------------------
@@ -189,17 +158,20 @@ def probes(run: RecordedRun) -> tuple[list[int], list[tuple[ProbeAnswer, list[Pr
     rows = []
     for answers in by_image.values():
         first = next(iter(answers.values()))
-        truth, cells, previous = run.true_answer(first.image, first.question), [], None
+        truth = run.true_answer(first.image, first.question)
+        true_key, previous = _key(truth, first.question), None
+        cells: list[ProbeCell | None] = []
         for probe in (answers.get(step) for step in columns):
-            cells.append(_cell(probe, previous, truth) if probe else None)
-            previous = probe or previous
+            if probe is None:
+                cells.append(None)
+                continue
+            now = _key(probe.answer, first.question)
+            changed = previous is not None and now != _key(previous.answer, first.question)
+            cells.append(ProbeCell(probe, changed, None if truth is None else now == true_key))
+            previous = probe
         rows.append((first, cells))
     return columns, rows
 
 
-def _cell(probe: ProbeAnswer, previous: ProbeAnswer | None, truth: str | None) -> ProbeCell:
-    was, now, true = (
-        answer_key(answer, probe.question) if answer is not None else None
-        for answer in (previous.answer if previous else None, probe.answer, truth)
-    )
-    return ProbeCell(probe, previous is not None and was != now, None if truth is None else now == true)
+def _key(answer: str | None, question: str) -> str | None:
+    return None if answer is None else answer_key(answer, question)

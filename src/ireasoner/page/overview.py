@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
+import warnings
 from pathlib import Path
 from typing import Any
 
 from ireasoner.method.types import UsageError
 from ireasoner.page.run import read_json, state_of
-from ireasoner.page.verdict import comparisons
+from ireasoner.page.verdict import comparisons, learned_nothing
 from ireasoner.training.config import ConfigError, load_config
+from ireasoner.training.recorder import RunDirectoryError, read_records
 
 DEPTH = 3  # levels of folders below the one that is searched
 
@@ -32,17 +32,15 @@ def overview(folder: Path) -> list[list[str]]:
 def _row(path: Path, name: str) -> tuple[float, list[str]] | None:
     """When a run began, and its row; None for a folder whose `config.yaml` is not a run's."""
     try:
-        if not (path / "config.yaml").is_file():  # reading a named pipe would wait for ever
-            return None
         began = (path / "config.yaml").stat().st_mtime
         try:
             config = load_config(path / "config.yaml")
         except ConfigError as error:  # another version's run, or some other program's file
             row = [name, "unreadable", "", "", "", "", str(error)]
             return (began, row) if (path / "metrics.jsonl").exists() else None
-        summary, last = read_json(path / "summary.json"), _last_metrics(path)
+        summary, last = read_json(path / "summary.json"), _last_metrics(path / "metrics.jsonl")
         state = state_of(path, summary)
-    except OSError:
+    except (OSError, RunDirectoryError):
         return None
     step = f"{last.get('step', 0)}/{config.schedule.steps}"
     return began, [name, state, config.model, config.recipe.name, str(config.seed), step, _result(summary, last)]
@@ -51,7 +49,7 @@ def _row(path: Path, name: str) -> tuple[float, list[str]] | None:
 def _result(summary: dict[str, Any], last: dict[str, Any]) -> str:
     if summary.get("stopped_early"):
         return str(summary.get("reason"))
-    if "solver" not in summary.get("trained_roles", ["solver"]):
+    if learned_nothing(summary):
         return "nothing was learned"
     for found in comparisons(summary):  # the first one that was measured
         before, after = found.before.percent[0], found.after.percent[0]
@@ -62,14 +60,9 @@ def _result(summary: dict[str, Any], last: dict[str, Any]) -> str:
 
 
 def _last_metrics(path: Path) -> dict[str, Any]:
-    """The last whole line of a run's metrics; empty if there is none."""
-    file = path / "metrics.jsonl"
-    if not file.is_file():
+    """The last whole record of a run's metrics; empty if there is none."""
+    if not path.is_file():
         return {}
-    with file.open("rb") as lines:
-        lines.seek(max(0, file.stat().st_size - 65536))
-        for line in reversed(lines.read().split(b"\n")[:-1]):
-            with suppress(ValueError, RecursionError):
-                if isinstance(record := json.loads(line), dict):
-                    return record
-    return {}
+    with warnings.catch_warnings(action="ignore"):  # about damaged lines
+        *_, last = {}, *read_records(path)
+    return last

@@ -196,8 +196,7 @@ class RecordedRun:
 
     def versions(self) -> dict[str, str]:
         """Versions of the packages that the run started with; empty if it did not record them."""
-        found = read_json(self.path / "versions.json") or self.summary.get("versions")
-        return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+        return {str(key): str(value) for key, value in read_json(self.path / "versions.json").items()}
 
     def thumbnail(self, name: str) -> Path | None:
         """One of the run's own thumbnails by its recorded name; None for anything outside the run's image folder."""
@@ -212,6 +211,11 @@ class RecordedRun:
     def true_answer(self, image: str, question: str) -> str | None:
         """The true answer to a question about an image, where it is known."""
         return self.truth.answer(image, question) if self.truth else None
+
+    def episode_truth(self, e: Episode) -> tuple[str | None, str | None]:
+        """The true answer to an episode's question and its key, where they are known."""
+        truth = e.true_answer or self.true_answer(e.image, e.question.text)
+        return truth, answer_key(truth, e.question.text) if truth else None
 
     def step_truth(self, image: str, reasoning_step: str) -> bool | None:
         """Whether a reasoning step is true of an image, where that is known."""
@@ -245,8 +249,7 @@ class RecordedRun:
         if count > MOST_TRAJECTORIES:
             raise ValueError("more trajectories than any group has")
         question = e.question.text if e.question.well_formed else None
-        truth = e.true_answer or (self.true_answer(e.image, question) if question else None)
-        key = answer_key(truth, question) if truth and question else None
+        key = self.episode_truth(e)[1] if question else None
         texts = [e.image, e.question.text, e.question.rationale, *(t.answer or "" for t in e.trajectories)]
         texts += [step for t in e.trajectories for step in t.reasoning_steps]
         texts += [t.text for t in e.trajectories if t.problem]

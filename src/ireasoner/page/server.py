@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class Viewer:
     def __init__(self, run: RecordedRun) -> None:
         self.run, self.page = run, Page(run)
         self.lock = threading.Lock()  # requests are answered by several threads
-        self.drawn: dict[int, tuple[str, str]] = {}  # the run's version and the SVG of each panel drawn so far
+        self.drawing = threading.Lock()  # matplotlib's caches are not thread-safe
 
     def app(self) -> Starlette:
         """The ASGI application. It answers to loopback names alone, so that no site can reach it by DNS rebinding."""
@@ -82,8 +83,8 @@ class Viewer:
     def pulse(self, request: Request) -> Response:
         """Whether there is something new."""
         with self.lock:
-            self.run.refresh()
             run = self.run
+            run.refresh()
             state = "gone" if run.gone else run.state
             found = {"version": run.version, "state": state, "step": run.step, "episodes": len(run.entries)}
         return JSONResponse(found)
@@ -94,22 +95,18 @@ class Viewer:
         if number >= len(PANELS):
             raise HTTPException(404)
         with self.lock:  # the lists that may grow are copied, so that other requests need not wait for the drawing
-            version, run = self.run.version, copy(self.run)
+            run = copy(self.run)
             run.metrics, run.entries = [*run.metrics], [*run.entries]
-        if self.drawn.get(number, ("", ""))[0] != version:
-            self.drawn[number] = version, draw_panel(run, number)
-        return Response(self.drawn[number][1], media_type="image/svg+xml", headers=PICTURE)
+        with self.drawing:
+            svg = draw_panel(run, number)
+        return Response(svg, media_type="image/svg+xml", headers=PICTURE)
 
     def image(self, request: Request) -> Response:
         """A thumbnail of the run."""
-        path = self.run.thumbnail(request.path_params["name"])
-        try:
-            data = path.read_bytes() if path else None
-        except OSError:
-            data = None
-        if data is None:
-            raise HTTPException(404)
-        return Response(data, media_type="image/png", headers=PICTURE)
+        with suppress(OSError):
+            if path := self.run.thumbnail(request.path_params["name"]):
+                return Response(path.read_bytes(), media_type="image/png", headers=PICTURE)
+        raise HTTPException(404)
 
     def asset(self, request: Request) -> Response:
         """The style sheet or the script."""

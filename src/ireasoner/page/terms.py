@@ -1,6 +1,7 @@
-"""A recorded reward as a sum that a reader can check: which parts were paid, and what each of them is a product of.
+"""Recorded rewards as sums and products that a reader can check.
 
-Nothing here knows a reward's equation, so that a reward of the user's own is shown like one of ours.
+A trajectory's reward is shown from its record alone, without knowing any equation, so that a reward of the user's own
+is shown like one of ours. The proposer's reward is the same in every recipe.
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ireasoner.method.types import Part, Trajectory
+from ireasoner.method.recipe import Recipe
+from ireasoner.method.rewards import proposer_reward
+from ireasoner.method.types import Episode, Part, Trajectory
 
 SLACK = 1e-6  # recorded numbers are exact, but sums and products depend on the order of their terms
 
 
 @dataclass(frozen=True)
 class Term:
-    """A number on the page: its recorded value, what it is made of, and whether that gives the value."""
+    """A number on the page: its recorded value, what it is made of (in lines), and whether that gives the value."""
 
     name: str
     value: float
@@ -27,19 +30,37 @@ def reward_terms(trajectory: Trajectory) -> list[Term]:
     """A trajectory's reward as the sum of weight × value over its parts, followed by the parts."""
     paid = {name: part for name, part in trajectory.parts.items() if part.weight}
     total = sum(part.weight * part.value for part in paid.values())
-    made_of = " + ".join(f"{part.weight:.6g} × {part.value:.4f} {_plain(name)}" for name, part in paid.items())
+    made_of = "\n+ ".join(f"{part.weight:.6g} × {part.value:.4f} {_plain(name)}" for name, part in paid.items())
     made_of = f"= {made_of}" if paid else "no part is paid"
     reward = Term("reward", trajectory.reward, made_of, _close(trajectory.reward, total))
     return [reward, *(_part_term(name, part) for name, part in trajectory.parts.items())]
 
 
+def proposer_term(episode: Episode, recipe: Recipe) -> Term:
+    """The proposer's reward: how near the entropy of the vote came to the one that is aimed at."""
+    entropy, target, width = episode.answer_entropy, recipe.target_entropy, recipe.entropy_width
+    if sum(t.well_formed for t in episode.trajectories) < 2:
+        worth, made_of = 0.0, "fewer than two answers could be read"
+    else:
+        made_of = f"= exp(−({entropy:.4f} − {target:g})² / (2 · {width:g}²)), the vote's entropy against its target"
+        try:
+            worth = proposer_reward(entropy, target=target, width=width)
+        except ArithmeticError:  # with constants that no run could have used
+            worth = math.nan
+    return Term("proposer's reward", episode.proposer_reward, made_of, _close(episode.proposer_reward, worth))
+
+
 def _part_term(name: str, part: Part) -> Term:
-    notes = {of: f" ({note})" for of, note in part.notes.items()}
-    product = " × ".join(f"{factor:.4f} {_plain(of)}{notes.get(of, '')}" for of, factor in part.factors.items())
-    made_of = [f"= {product}"] if product else []
+    factors = [f"{value:.4f} {', '.join([_plain(of), *_note(part, of)])}" for of, value in part.factors.items()]
+    made_of = ["= " + "\n× ".join(factors)] if factors else []
     made_of += [] if part.weight else ["recorded, not paid"]
     adds_up = not part.factors or _close(part.value, math.prod(part.factors.values()))
-    return Term(_plain(name), part.value, "; ".join(made_of), adds_up)
+    return Term(_plain(name), part.value, "\n".join(made_of), adds_up)
+
+
+def _note(part: Part, factor: str) -> list[str]:
+    """What the factor was computed from, where that was recorded."""
+    return [part.notes[factor]] if factor in part.notes else []
 
 
 def _close(recorded: float, computed: float) -> bool:

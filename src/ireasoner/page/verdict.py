@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ireasoner.method.types import Number, Record
@@ -63,29 +63,36 @@ def comparisons(summary: Mapping[str, Any]) -> list[Comparison]:
 
 def verdict(run: RecordedRun) -> Verdict:
     """Judge a run by its accuracy where labels were given, and by the label-free signs otherwise."""
-    troubled = run.summary.get("stopped_early") or any(sign.trouble for sign in run.watch.signs())
-    notes = (*_notes(run), *(advice(run.config) if troubled else ()))
-    accuracy = _judge(comparisons(run.summary))
+    found = run.watch.signs()
+    troubled = run.summary.get("stopped_early") or any(sign.trouble for sign in found)
+    judged = _judge(run, found)
+    return replace(judged, notes=(*_notes(run), *(advice(run.config) if troubled else ()), *judged.notes))
+
+
+def learned_nothing(summary: Mapping[str, Any]) -> bool:
+    """Whether a run ended with the solver that it started from."""
+    return "solver" not in str(summary.get("trained_roles", "solver"))  # the file may hold anything
+
+
+def _judge(run: RecordedRun, found: Sequence[Sign]) -> Verdict:
+    accuracy = _judge_accuracy(comparisons(run.summary))
     if run.state == "ended itself":
         last, best, reason = (run.summary.get(name) for name in ("steps", "best_step", "reason"))
         ended = f"It went wrong: {reason}. The run ended itself after step {last} and went back to step {best}."
-        return Verdict("bad", f"{ended} {accuracy.sentence}" if accuracy else ended, notes)
-    if run.state == "finished" and "solver" not in run.summary.get("trained_roles", ["solver"]):
-        learned_nothing = "Nothing was learned: the solver is still the model that the run started from."
-        return Verdict("bad", learned_nothing, notes)
+        return Verdict("bad", f"{ended} {accuracy.sentence}" if accuracy else ended)
+    if run.state == "finished" and learned_nothing(run.summary):
+        return Verdict("bad", "Nothing was learned: the solver is still the model that the run started from.")
     if accuracy:
-        return Verdict(accuracy.tone, accuracy.sentence, notes)
+        return accuracy
     if not run.metrics:
-        return Verdict("unsure", "Nothing can be said yet: no step has been recorded.", notes)
-    found = run.watch.signs()
+        return Verdict("unsure", "Nothing can be said yet: no step has been recorded.")
     if run.config.labels is not None and not any(sign.trouble for sign in found):
-        sentence = "It is paid for true answers: look at its reward, and at held-out questions."
-        return Verdict("unsure", sentence, notes)
-    return _judge_signs(found, run.step, notes)
+        return Verdict("unsure", "It is paid for true answers: look at its reward, and at held-out questions.")
+    return _judge_signs(found, run.step)
 
 
-def _judge_signs(found: Sequence[Sign], step: int, notes: tuple[str, ...]) -> Verdict:
-    notes += (
+def _judge_signs(found: Sequence[Sign], step: int) -> Verdict:
+    notes = (
         "These signs need no labels, and cannot tell a right consensus from a wrong one: "
         "labelled questions can (train --eval-data, or ireasoner eval).",
     )
@@ -120,7 +127,7 @@ def _notes(run: RecordedRun) -> list[str]:
     return notes
 
 
-def _judge(found: Sequence[Comparison]) -> Verdict | None:
+def _judge_accuracy(found: Sequence[Comparison]) -> Verdict | None:
     """The first measure decides by the interval of its difference; None if nothing was measured."""
     if not found:
         return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -115,9 +115,9 @@ class Config(Options):
     def _options_fit_together(self) -> Config:
         low, high = self.recipe.gate_low, self.recipe.gate_high
         if "{question}" not in self.sampling.solver_prompt:
-            raise ValueError("solver_prompt must contain {question}, which stands for the question")
+            raise ValueError("--solver-prompt must contain {question}, which stands for the question")
         if low > high:
-            raise ValueError(f"gate_low {low} is above gate_high {high}: no group would be kept")
+            raise ValueError(f"--gate-low {low} is above --gate-high {high}: no group would be kept")
         if self.recipe.reward == "oracle" and self.labels is None:
             raise ValueError("the oracle recipe needs --labels FILE.jsonl with the true answers")
         return self
@@ -158,8 +158,12 @@ def option(name: str) -> FieldInfo:
     return (GROUPS[group] if group else Config).model_fields[field]
 
 
-def config_of(options: Mapping[str, Any]) -> Config:
+def config_of(options: Mapping[str, Any], flags: Collection[str] = ()) -> Config:
     """A config from options by their own names.
+
+    Args:
+        options: the values.
+        flags: the options that were given on the command line, and are named so in an error.
 
     Raises:
         ConfigError: an option is unknown or its value is bad; the message names all of them.
@@ -171,7 +175,7 @@ def config_of(options: Mapping[str, Any]) -> Config:
     try:
         return Config(**values)
     except ValidationError as error:
-        raise ConfigError(explain(error)) from None
+        raise ConfigError(explain(error, flags)) from None
 
 
 def names(kind: Literal["recipes", "presets"]) -> list[str]:
@@ -216,7 +220,7 @@ def resolve(flags: Mapping[str, Any]) -> Config:
     parts = _read_part("presets", preset, PRESET_OPTIONS) | _read_part("recipes", recipe, RECIPE_OPTIONS)
     if flags.get("solution_form") not in (None, parts.get("solution_form", "tags")):
         parts.pop("solver_prompt", None)  # the preset's prompt asks for another form; the default one asks for this
-    return config_of({**parts, **flags, "recipe": recipe, "preset": preset})
+    return config_of({**parts, **flags, "recipe": recipe, "preset": preset}, flags)
 
 
 def load_config(path: Path) -> Config:
@@ -230,7 +234,10 @@ def load_config(path: Path) -> Config:
             raise ConfigError(f"{path} cannot be read: it is not a regular file")
         values = yaml.safe_load(path.read_text("utf-8"))
         if isinstance(values, dict) and "images" in values and "format" not in values:
-            raise ConfigError(f"{path} was written by ireasoner 0.1, which this version cannot read: start a new run")
+            raise ConfigError(
+                f"{path} was written by ireasoner 0.1, which this version cannot read, but the run's solver/ and "
+                "proposer/ are plain PEFT adapters and still load with PEFT"
+            )
         return Config(**values)
     except FileNotFoundError:
         raise ConfigError(f"{path.parent} is not a run directory: it has no {path.name}") from None
@@ -247,21 +254,30 @@ def dump_config(config: Config) -> str:
 
 def conflicts(stored: Config, flags: Mapping[str, Any]) -> list[str]:
     """A sentence about each flag that differs from a stored config. Such flags cannot be given to a resumed run."""
-    kept, given = stored.flat(), stored.changed(**flags).flat()
-    return [f"{name} is {kept[name]} in the run, not {given[name]}" for name in flags if given[name] != kept[name]]
+    kept, given = stored.flat(), config_of({**stored.flat(), **flags}, flags).flat()
+    return [
+        f"{as_flag(name)} is {kept[name]} in the run, not {given[name]}" for name in flags if given[name] != kept[name]
+    ]
 
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring = 2, 200  # with YAML aliases, a few lines can expand to a value of any size
 
 
-def explain(error: ValidationError) -> str:
-    """Pydantic's errors in one line, with the options by their own names."""
+def as_flag(name: str) -> str:
+    """An option as it is typed on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def explain(error: ValidationError, flags: Collection[str] = ()) -> str:
+    """Pydantic's errors in one line, with the options by their own names, or as typed where they are `flags`."""
     parts = []
     for item in error.errors():
         inside = item["loc"][1:] if item["loc"] and item["loc"][0] in GROUPS else ()  # `watch` names an option as well
         where = [str(part) for part in inside or item["loc"]]
         name, problem = ".".join(where), item["msg"].removeprefix("Value error, ")
+        if where and where[0] in flags:
+            name = as_flag(where[0])
         if not name:  # the error of `_options_fit_together`
             parts.append(problem)
         elif item["type"] == "missing":
