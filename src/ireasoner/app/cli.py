@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")  # of several processes of one run
         print(f"{PROGRAM}: {error}" if rank == "0" else f"{PROGRAM}, process {rank}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has gone, as in `ireasoner eval … | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell reports a process that a closed pipe has ended
     except KeyboardInterrupt:
         print(f"\n{PROGRAM}: interrupted; nothing saved so far is lost", file=sys.stderr)
         return 130

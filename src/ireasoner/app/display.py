@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -70,12 +71,22 @@ def vote_line(episode: Episode) -> str:
     return f"{plain(episode.image, 30)}: {plain(episode.question.text, 80)} -> {tally}"
 
 
+class Output(Console):
+    """A terminal or a file. A run that takes hours must not end because nobody reads its output any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on without output, as after `ireasoner train … | head -1`; by default, rich would end the process."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("ireasoner: standard output was closed; the run goes on and records what it does", file=sys.stderr)
+
+
 class Display:
     """Shows a run while it goes; a context manager. Progress, time left, and what is being learned."""
 
     def __init__(self, config: Config, out: Path) -> None:
         self.config, self.out = config, out
-        self.console = Console(highlight=False)
+        self.console = Output(highlight=False)
         self.live = (
             Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -146,7 +147,7 @@ def build_prompts(policy: Policy, images: Sequence[EncodedImage], messages: Sequ
     """Chat messages, with one image each, as left-padded prompts.
 
     Raises:
-        ValueError: a prompt whose text holds image tokens of its own.
+        ValueError: messages without an image, or with several.
     """
     token = policy.processor.image_token
     texts = []
@@ -165,7 +166,17 @@ def build_prompts(policy: Policy, images: Sequence[EncodedImage], messages: Sequ
 
 
 def render(processor: Any, chat: list[dict[str, Any]]) -> str:
-    """Chat messages as text in the model's template, up to where its answer begins, with one token for each image."""
+    """Chat messages as text in the model's template, up to where its answer begins, with one token for each image.
+
+    Special tokens inside of what the messages say are left out: `<image>` in a question, as many data sets write it,
+    would stand for a second image, and others would end the turn.
+    """
+    special = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    said = re.compile("|".join(map(re.escape, sorted(special | {processor.image_token}, key=len, reverse=True))))
+    chat = [
+        {**turn, "content": [{**c, "text": said.sub("", c["text"])} if "text" in c else c for c in turn["content"]]}
+        for turn in chat
+    ]
     # The tokenizer's method, because that of some processors requires a video processor for the same text.
     return processor.tokenizer.apply_chat_template(
         chat, chat_template=processor.chat_template, tokenize=False, add_generation_prompt=True
