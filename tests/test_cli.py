@@ -129,7 +129,7 @@ def test_the_help_of_train_shows_groups_and_what_each_option_takes(
 def test_the_help_of_other_commands_shows_what_they_take(capsys: pytest.CaptureFixture[str]):
     expected = {
         "eval": ("MODELS [MODELS ...]", "--data PATH", "[--blank]", "--temperature X", "answers (1.0)"),
-        "playground": (" OUT Write unlabeled", "--items LEAST MOST", "most (2 4)", "--style {chalk,varied,plain}"),
+        "playground": (" OUT Write unlabeled", "--items LEAST MOST", "picture (2 4)", "--style {chalk,varied,plain}"),
         "validity": (" RUN Test, on", "--steps FIRST LAST"),
         "runs": ("[FOLDER]", "look (runs)"),
         "bench": ("--sides {ours,plain} [{ours,plain} ...]", "(1 16)"),
