@@ -153,7 +153,8 @@ class Recorder:
         return [self.run_dir / name for name in FILES if self.writes and (self.run_dir / name).exists()]
 
     def _read_skipped(self) -> None:
-        self._skipped = {record["image"] for record in read_records(self.run_dir / "skipped.jsonl")}
+        records = _lines(self.run_dir / "skipped.jsonl", [])  # `rewind` tells of damage
+        self._skipped = {record["image"] for _, record in records}
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         if type(record.get("step")) is not int:

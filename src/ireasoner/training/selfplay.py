@@ -144,7 +144,8 @@ class SelfPlay:
     def _episode(self, draws: _Draws, i: int, asked: _Asked, completions: Sequence[Completion]) -> Episode:
         """Score the group of item i and make its record."""
         recipe, sampling, processor = self.config.recipe, self.config.sampling, self.policy.processor
-        weight = step_weight(recipe, draws.step, self.config.planned_steps or self.config.schedule.steps)
+        planned = self.config.planned_steps or self.config.schedule.steps
+        weight = step_weight(recipe, min(draws.step, planned), planned)
         context = Context(
             image=draws.names[i],
             form=sampling.solution_form,

@@ -1,0 +1,265 @@
+"""What a user may do to a run between two stops, and what may befall its directory: one sentence each, nothing lost."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ireasoner.app.cli import main
+from ireasoner.playground import world
+from ireasoner.training.checkpoints import newest_checkpoint
+from ireasoner.training.config import load_config
+from ireasoner.training.loop import resume
+from ireasoner.training.recorder import read_records
+from ireasoner.training.state import Observer
+
+SHORT = [
+    "--model", "tiny", "--recipe", "paper", "--device", "cpu", "--images-per-step", "1", "--group-size", "2",
+    "--max-solution-tokens", "64", "--steps", "3", "--save-every", "1", "--probe-every", "1", "--probe-images", "1",
+    "--learning-rate", "3e-3", "--blank-every", "0",
+]  # fmt: skip
+
+
+def command(*argv: object) -> tuple[int, str]:
+    """Exit code and everything printed, of a command run in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        code = main([str(argument) for argument in argv])
+    return code, " ".join(out.getvalue().split())
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("pool"), np.random.default_rng(3)
+    for index in range(4):
+        world.draw(world.sample_picture(rng), world.sample_style("varied", rng), rng).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(pool: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps that came to its end."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    code, printed = command("train", "--images", pool, "--out", out, *SHORT)
+    assert code == 0, printed
+    return out
+
+
+@pytest.fixture
+def stopped(finished: Path, tmp_path: Path) -> Path:
+    """The same run as it was before its end: all steps taken and saved, nothing published."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for name in ("summary.json", "report.html"):
+        (out / name).unlink()
+    for role in ("solver", "proposer"):
+        shutil.rmtree(out / role, ignore_errors=True)
+    return out
+
+
+# --- a longer run -----------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_goes_on_to_a_later_step_under_the_last_step_weight(finished: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    code, printed = command("train", "--resume", out, "--steps", 5)
+    assert code == 0, printed
+    assert "The run is extended from 3 to 5 steps." in printed
+    assert json.loads((out / "summary.json").read_text())["steps"] == 5
+    metrics = list(read_records(out / "metrics.jsonl"))
+    assert [record["step"] for record in metrics] == [1, 2, 3, 4, 5]
+    before = [record["step_weight"] for record in read_records(finished / "metrics.jsonl")]
+    assert [record["step_weight"] for record in metrics] == [*before, before[-1], before[-1]]
+    assert before[-1] == pytest.approx(0.7)  # λ at the end of its schedule (METHOD: linear to 0.7 at the last step)
+    assert [e["text"] for e in read_records(out / "events.jsonl")] == ["The run is extended from 3 to 5 steps."]
+    config = load_config(out / "config.yaml")
+    assert (config.schedule.steps, config.planned_steps) == (5, 3)
+
+
+def test_an_extended_run_that_was_stopped_goes_on_without_being_told_again(finished: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    config = load_config(out / "config.yaml")
+
+    def die(step: int, metrics: object, episodes: object) -> None:
+        raise RuntimeError("as if killed")
+
+    with pytest.raises(RuntimeError, match="as if killed"):
+        resume(config, out, Observer(on_step=die), extend_to=5)
+    assert not (out / "summary.json").exists()
+    assert command("train", "--resume", out)[0] == 0
+    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_cannot_be_made_shorter(finished: Path):
+    code, printed = command("train", "--resume", finished, "--steps", 2)
+    assert code == 2
+    assert "steps is 3 in the run, not 2" in printed
+
+
+# --- a config that changed --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("group_size: 2", "group_size is 5, and was 2"),
+        ("learning_rate: 0.003", "learning_rate is 1e-06, and was 0.003"),
+    ],
+)
+def test_a_config_that_lost_a_line_is_named(stopped: Path, line: str, told: str):
+    path = stopped / "config.yaml"
+    text = path.read_text()
+    assert text.count(f"  {line}\n") == 1
+    path.write_text(text.replace(f"  {line}\n", ""))
+    code, printed = command("train", "--resume", stopped)
+    assert code == 2
+    assert f"config.yaml was changed since {stopped}/checkpoints/step-000003 was saved: {told}" in printed
+
+
+# --- a directory that something befell --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("episodes.jsonl", '{"step": 1}'),
+        ("episodes.jsonl", '{"step": -1}'),
+        ("probes.jsonl", '{"step": 0}'),
+        ("skipped.jsonl", '{"step": 0}'),
+        ("events.jsonl", '{"step": 1, "text": 5}'),
+        ("metrics.jsonl", '{"step": 10000000000}'),
+        ("metrics.jsonl", "[]"),
+    ],
+)
+def test_a_damaged_record_is_told_and_dropped(stopped: Path, name: str, line: str):
+    with (stopped / name).open("a") as file:
+        file.write(line + "\n")
+    code, printed = command("train", "--resume", stopped)
+    assert code == 0, printed
+    assert f"Dropped a damaged record: {name}" in printed
+    assert line not in (stopped / name).read_text()
+
+
+def test_records_that_are_missing_are_told(stopped: Path):
+    lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (stopped / "metrics.jsonl").write_text("".join(lines[:1] + lines[2:]))
+    code, printed = command("train", "--resume", stopped)
+    assert code == 0, printed
+    assert "metrics.jsonl lacks 1 of 3 steps, the first of them 2" in printed
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"steps": 3}'])
+def test_a_damaged_summary_is_one_sentence(stopped: Path, content: str):
+    (stopped / "summary.json").write_text(content)
+    code, printed = command("train", "--resume", stopped)
+    assert code == 2
+    assert "summary.json is damaged: remove it" in printed
+
+
+def test_a_file_in_the_place_of_the_adapters_is_no_hindrance(stopped: Path):
+    (stopped / ".adapters").write_text("something")
+    code, printed = command("train", "--resume", stopped)
+    assert code == 0, printed
+    assert (stopped / "solver" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_a_named_pipe_is_refused_and_not_waited_for(stopped: Path, name: str):
+    (stopped / name).unlink(missing_ok=True)
+    os.mkfifo(stopped / name)
+    code, printed = command("train", "--resume", stopped)
+    assert code == 2
+    assert f"{stopped / name} is not a file: move it away" in printed
+
+
+def test_checkpoints_that_may_not_be_listed_are_one_sentence(stopped: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("ireasoner.training.checkpoints._newest_first", refuse)
+    code, printed = command("train", "--resume", stopped)
+    assert code == 2
+    assert f"the checkpoints of {stopped} cannot be read" in printed
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_damaged_adapter_is_one_sentence(finished: Path, pool: Path, tmp_path: Path, damage: str):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    path = out / "solver" / "adapter_model.safetensors"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        path.unlink()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"image": str(pool / "0.png"), "question": "How many?", "answer": "1"}))
+    code, printed = command("eval", out, "--data", rows)
+    assert code == 2
+    assert f"the adapter in {out / 'solver'} cannot be read" in printed
+
+
+def test_what_a_kill_left_of_the_last_save_is_removed(stopped: Path):
+    """A kill between the new checkpoint's name and the removal of the older ones: no further save comes."""
+    root = stopped / "checkpoints"
+    (last, _), config = newest_checkpoint(root), load_config(stopped / "config.yaml")
+    assert last is not None
+    shutil.copytree(root / "step-000000", root / ".tmp-step-000000-pruned")
+    kept = sorted(path.name for path in root.glob("step-*"))
+    assert len(kept) >= config.schedule.keep_checkpoints
+    assert command("train", "--resume", stopped)[0] == 0
+    assert not list(root.glob(".tmp-*"))
+    assert sorted(path.name for path in root.glob("step-*")) == kept
+
+
+# --- what asks a run to stop ------------------------------------------------------------------------------------------
+
+
+def test_a_run_stops_after_its_hours_and_goes_on(pool: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    code, printed = command("train", "--images", pool, "--out", out, *SHORT, "--max-hours", "1e-6")
+    assert code == 130
+    assert "saved. Continue with: ireasoner train --resume" in printed
+    assert len(list(read_records(out / "metrics.jsonl"))) < 3
+    assert command("train", "--resume", out)[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_s_signal_saves_and_stops(pool: Path, tmp_path: Path, number: int):
+    out = tmp_path / "run"
+    argv = [sys.executable, "-m", "ireasoner", "train", "--images", str(pool), "--out", str(out), *SHORT]
+    argv[argv.index("--steps") + 1] = "1000"
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                process.send_signal(number)
+                break
+        said = process.stdout.read()
+    assert process.returncode == 130
+    assert "saved. Continue with" in said
+    assert newest_checkpoint(out / "checkpoints")[0] is not None
+
+
+def test_a_closed_output_does_not_end_a_run(pool: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    argv = [sys.executable, "-m", "ireasoner", "train", "--images", str(pool), "--out", str(out), *SHORT]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    assert "standard output was closed; the run goes on" in said
+    assert (out / "summary.json").exists()
