@@ -230,6 +230,15 @@ def test_the_page_and_the_watch_say_the_same(tmp_path: Path):
     assert f"{lost.trouble} (majority fraction {lost.reference:.3g} → {lost.recent:.3g})" in verdict(run).sentence
 
 
+@pytest.mark.parametrize("gap", [5000, 10**9])
+def test_steps_that_lie_far_apart_are_shown(recorder: HandMade, gap: int):
+    for number in (1, 2, 3) if gap == 10**9 else range(1, 500):
+        recorder.metrics(min(number * gap, 10**9), METRICS)
+    run = RecordedRun.open(recorder.run_dir)
+    assert run.step == min(499 * gap, 10**9)
+    assert write_report(recorder.run_dir).stat().st_size > 10_000
+
+
 def test_too_few_steps_for_a_verdict(tmp_path: Path):
     assert verdict(RecordedRun.open(new_run(tmp_path / "a").run_dir)).sentence.startswith("Nothing can be said yet")
     assert verdict(signal_run(tmp_path / "b", {}, steps=12)).sentence.startswith("Too early to say")

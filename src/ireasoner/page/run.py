@@ -241,7 +241,7 @@ class RecordedRun:
         if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= 10**9:
             raise ValueError("not a record")
         if name == "metrics":
-            return {key: value for key, value in record.items() if type(value) in (int, float) and abs(value) < 1e9}
+            return {key: value for key, value in record.items() if type(value) in (int, float) and abs(value) <= 1e9}
         return {key: str(value) for key, value in record.items() if key != "step"} | {"step": record["step"]}
 
     def _entry(self, place: tuple[int, int], e: Episode) -> Entry:

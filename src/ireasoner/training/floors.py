@@ -81,6 +81,7 @@ class Floors:
         self._broken_for: dict[Floor, int] = {}  # measured steps in a row
         self._ending_for: dict[Floor, int] = {}
         self._values: dict[Floor, float] = {}
+        self.broken: list[Broken] = []  # for so long that it should be known; the cause first
 
     def observe(self, step: int, signals: Mapping[str, float | None]) -> None:
         """Take the signals of a step. A signal that was not measured is missing, None or not finite."""
@@ -97,10 +98,7 @@ class Floors:
             self._broken_for[floor] = self._broken_for.get(floor, 0) + 1
             ends = floor.ends is not None and floor.ends(value)
             self._ending_for[floor] = self._ending_for.get(floor, 0) + 1 if ends else 0
-
-    def broken(self) -> list[Broken]:
-        """The floors that have been broken for so long that it should be known, the cause first."""
-        return [
+        self.broken = [
             Broken(floor, self._values[floor], self._began[floor], self._ending_for[floor] >= floor.ends_after)
             for floor in FLOORS
             if self._broken_for.get(floor, 0) >= floor.warns_after

@@ -278,14 +278,17 @@ def _write_state(run: Run, folder: Path) -> None:
 
 
 def _check_config(config: Config, checkpoint: Path) -> None:
-    """Check that a run goes on with the options that its checkpoint was saved under; it may be extended.
+    """Check that a run goes on with the options that its checkpoint was saved under.
+
+    It may be extended, and folders and files may have been moved.
 
     Raises:
         UsageError: an option was changed meanwhile, for example because a line of `config.yaml` was lost.
     """
     kept = load_config(checkpoint / CONFIG)
     now, before = ({**c.flat(), "reward_sha256": c.reward_sha256} for c in (config, kept))
-    changed = [name for name in now if now[name] != before[name] and name != "steps"]
+    moved = {name for name in ("images", "model", "labels", "eval_data") if now[name] and before[name]}
+    changed = [name for name in now if now[name] != before[name] and name not in {"steps", *moved}]
     if now["steps"] < before["steps"]:
         changed.append("steps")
     if changed:

@@ -129,7 +129,7 @@ class Watch:
             A sentence about a floor that was not yet known to be broken; of several the first, which is the cause of
             the others. None if there is no such floor.
         """
-        known = {broken.floor for broken in self.floors.broken()}
+        known = {broken.floor for broken in self.floors.broken}
         self._step = step
         self.floors.observe(step, signals)
         for name, value in signals.items():
@@ -138,11 +138,11 @@ class Watch:
         self._signs = [sign for rule in self.rules if (sign := self._judge(rule))]
         if self.alarm is None:
             self.alarm = self._find_alarm()
-        return next((_warning(broken) for broken in self.floors.broken() if broken.floor not in known), None)
+        return next((_warning(broken) for broken in self.floors.broken if broken.floor not in known), None)
 
     def _find_alarm(self) -> Alarm | None:
         """Why the run should end now: of broken floors the first, which is the cause of the others."""
-        if self.floors_end and (ending := [broken for broken in self.floors.broken() if broken.ends]):
+        if self.floors_end and (ending := [broken for broken in self.floors.broken if broken.ends]):
             sign = _sign(ending[0])
             return Alarm(f"{sign.trouble} ({change(sign)})", max(0, ending[0].began - 1))
         alarming = [sign for sign in self._signs if sign.alarms and self.rules_end]
@@ -169,7 +169,7 @@ class Watch:
     def signs(self) -> list[Sign]:
         """Every signal that can be judged by now, each as the rule that sees most trouble in it judges it."""
         by_signal: dict[str, list[Sign]] = defaultdict(list)
-        for sign in [*map(_sign, self.floors.broken()), *self._signs]:
+        for sign in [*map(_sign, self.floors.broken), *self._signs]:
             by_signal[sign.signal].append(sign)
         return [max(signs, key=lambda sign: (sign.alarms, sign.trouble is not None)) for signs in by_signal.values()]
 
