@@ -11,8 +11,8 @@ Three intervals are compared:
   questions were about the same image;
 - *images, t*: percentiles of a bootstrap of seeds and of images, or Student's t over the means of the seeds, whichever
   is wider;
-- *now*: `ireasoner.training.statistics.half_width`, with its mean width beside that of the normal interval that knows
-  the true variance.
+- *now*: `half_width` of `ireasoner.training.statistics`, or its `share_interval` for one seed; with their mean width
+  beside that of the normal interval that knows the true variance.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from ireasoner.training.statistics import half_width, t_quantile
+from ireasoner.training.statistics import half_width, share_interval, t_quantile
 
 RESAMPLES = 400
 OF_SEEDS = {"images": 0.0, "both": 1.0, "seeds": 4.0}  # variance of the mean from seeds, with that from images as 1
@@ -77,7 +77,7 @@ def bootstrap(
 def measure(world: World, count: int) -> tuple[str, ...]:
     """One line of the table."""
     rng = np.random.default_rng(0)
-    held, means, half_widths = np.zeros(3), [], []
+    held, means, widths = np.zeros(3), [], []
     for _ in range(count):
         values_SQ = world.draw(rng)
         mean = float(values_SQ.mean())
@@ -86,12 +86,16 @@ def measure(world: World, count: int) -> tuple[str, ...]:
         if world.seeds > 1:
             student = t_quantile(world.seeds - 1) * values_SQ.mean(1).std(ddof=1) / np.sqrt(world.seeds)
             by_images = max(by_images, (mean - student, mean + student), key=lambda ends: ends[1] - ends[0])
-        half = half_width(values_SQ, world.image)
-        found = (by_questions, by_images, (mean - half, mean + half))
+        if world.seeds > 1:
+            half = half_width(values_SQ, world.image)
+            now = mean - half, mean + half
+        else:
+            _, *now = share_interval(values_SQ[0], world.image)
+        found = (by_questions, by_images, now)
         held += [low <= world.accuracy <= high for low, high in found]
         means.append(mean)
-        half_widths.append(half)
-    width = np.mean(half_widths) / (1.96 * np.std(means))
+        widths.append(now[1] - now[0])
+    width = np.mean(widths) / (2 * 1.96 * np.std(means))
     about = (world.seeds, world.images, world.questions, f"{100 * world.accuracy:.0f}", world.varies)
     return (*map(str, about), *(f"{100 * share:.1f}" for share in held / count), f"{width:.2f}")
 

@@ -22,7 +22,7 @@ from ireasoner.training.config import SamplingOptions
 from ireasoner.training.evaluation import EvaluationOptions, Scores, compare, evaluate
 from ireasoner.training.items import ImageError, load_image
 from ireasoner.training.labelled import DataError, LabelledQuestion, answer_prior, load_questions
-from ireasoner.training.statistics import MEASURES, half_width, interval, t_quantile
+from ireasoner.training.statistics import MEASURES, difference_interval, half_width, share_interval, t_quantile
 from models import load, requests
 
 # --- intervals --------------------------------------------------------------------------------------------------------
@@ -30,17 +30,25 @@ from models import load, requests
 
 def of_shares(values: np.ndarray, image: np.ndarray | None = None) -> tuple[float, float, float]:
     """The interval of a mean of shares, of questions with an image each unless said otherwise."""
-    return interval(values, np.arange(len(values)) if image is None else image, 0.0, 1.0)
+    return share_interval(values, np.arange(len(values)) if image is None else image)
 
 
-@pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
-def test_without_spread_the_interval_is_a_point(value: float):
-    assert of_shares(np.full(20, value)) == pytest.approx((value, value, value))
+@pytest.mark.parametrize("value", [-1.0, 0.0, 0.4])
+def test_differences_without_spread_have_a_point_for_an_interval(value: float):
+    assert difference_interval(np.full(20, value), np.arange(20)) == pytest.approx((value, value, value))
 
 
 def test_of_one_image_the_interval_is_all_that_can_be():
     assert of_shares(np.array([0.4])) == (0.4, 0.0, 1.0)
     assert of_shares(np.array([1.0, 0.0, 1.0, 1.0]), np.zeros(4, dtype=int)) == (0.75, 0.0, 1.0)
+    assert difference_interval(np.array([0.4]), np.zeros(1, dtype=int)) == (0.4, -1.0, 1.0)
+
+
+def test_that_all_are_right_is_no_certainty():
+    """Wilson's interval of n right of n begins at n / (n + z²); here with the quantile of Student's t."""
+    assert of_shares(np.ones(20)) == pytest.approx((1.0, 20 / (20 + t_quantile(19) ** 2), 1.0))
+    assert of_shares(np.ones(20), np.repeat(np.arange(5), 4)) == pytest.approx((1.0, 5 / (5 + t_quantile(4) ** 2), 1.0))
+    assert of_shares(np.zeros(20)) == pytest.approx((0.0, 0.0, t_quantile(19) ** 2 / (20 + t_quantile(19) ** 2)))
 
 
 @pytest.mark.parametrize(("right", "questions"), [(50, 100), (300, 400), (64, 512)])
@@ -53,13 +61,11 @@ def test_of_many_questions_the_interval_is_the_normal_one(right: int, questions:
     assert high == pytest.approx(share + half, abs=0.08 * half + 1 / questions)
 
 
-def test_the_interval_ends_where_the_mean_must():
-    values = np.array([1.0] * 9 + [0.0])
-    mean, low, high = of_shares(values)
+def test_the_interval_of_a_difference_ends_where_it_must():
+    mean, low, high = difference_interval(np.array([1.0] * 9 + [0.0]), np.arange(10))
     assert mean == 0.9
     assert low == pytest.approx(0.9 - 2.262 * 0.1, abs=1e-4)  # the deviation is √0.1, over √10
     assert high == 1.0
-    assert interval(-values, np.arange(10), -1.0, 1.0) == pytest.approx((-0.9, -1.0, -low))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +123,13 @@ def test_seeds_and_images_by_hand():
     variance = by_seed + by_image - shared
     freedom = variance**2 / (by_seed**2 / 1 + by_image**2 / 3)
     assert half_width(values, np.arange(4)) == pytest.approx(t_quantile(freedom) * variance**0.5)
+
+
+@pytest.mark.parametrize(("images", "share"), [(30, 0.5), (30, 0.95), (100, 0.95), (100, 0.02)])
+def test_95_percent_are_95_percent_of_one_model(images: int, share: float):
+    rng = np.random.default_rng(0)
+    worlds = [share_interval((rng.random(images) < share).astype(float), np.arange(images)) for _ in range(1000)]
+    assert 0.93 < np.mean([low <= share <= high for _, low, high in worlds]) < 0.99
 
 
 @pytest.mark.parametrize(
@@ -202,6 +215,7 @@ def test_p_is_that_of_the_exact_sign_test(gained: int, lost: int, exact: float):
 def test_questions_about_an_image_change_sides_together(images: int, exact: float):
     found = one(np.zeros(3 * images), np.ones(3 * images), np.repeat(np.arange(images), 3))
     assert found["p"] == pytest.approx(exact, abs=0.01)
+    assert (found["low"], found["high"]) == ((1.0, 1.0) if images > 1 else (-1.0, 1.0))  # of one image nothing is known
 
 
 def test_p_is_never_zero():
@@ -211,7 +225,11 @@ def test_p_is_never_zero():
 def test_a_summary_is_json_and_has_every_measure():
     summary = json.loads(json.dumps(scores(np.array([1.0, 0.0, 1.0, 1.0])).summary()))
     assert (summary["questions"], summary["images"]) == (4, 4)
-    assert scores(np.ones(4), np.array([0, 1, 1, 0])).summary()["images"] == 2
+    values, image = np.array([1.0, 0.0, 0.0, 1.0] * 9), np.repeat(np.arange(9), 4)
+    image[2:4] = 1
+    found = scores(values, image).summary()
+    assert (found["questions"], found["images"]) == (36, 9)
+    assert found["greedy"]["high"] == share_interval(values, image)[2]
     for name in MEASURES:
         assert summary[name]["mean"] == 0.75
         assert summary[name]["low"] <= 0.75 <= summary[name]["high"]

@@ -21,7 +21,7 @@ from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import SamplingOptions
 from ireasoner.training.items import load_image
 from ireasoner.training.labelled import LabelledQuestion, StepTruth
-from ireasoner.training.statistics import MEASURES, SAMPLES, interval, numbered
+from ireasoner.training.statistics import MEASURES, SAMPLES, difference_interval, numbered, share_interval
 
 TRUTH = ("checkable_steps", "true_steps")
 FLIPS = 10_000  # of the signs of differences, for a p-value
@@ -78,7 +78,7 @@ class Scores:
             "questions": len(self.greedy_texts),
             "images": len(np.unique(self.image)),
             **{
-                name: dict(zip(("mean", "low", "high"), interval(values, self.image, 0.0, 1.0), strict=True))
+                name: dict(zip(("mean", "low", "high"), share_interval(values, self.image), strict=True))
                 for name, values in self.measures.items()
             },
             "answer_entropy": float(self.answer_entropy.mean()),
@@ -186,6 +186,6 @@ def compare(before: Scores, after: Scores) -> dict[str, dict[str, float]]:
     extreme = (np.abs(flipped) >= np.abs(sums_MI.sum(1)) - 1e-9).sum(0)
     found = {}
     for (name, values), count in zip(differences.items(), extreme, strict=True):
-        mean, low, high = interval(values, before.image, -1.0, 1.0)
+        mean, low, high = difference_interval(values, before.image)
         found[name] = {"mean": mean, "low": low, "high": high, "p": float((count + 1) / (FLIPS + 1))}
     return found

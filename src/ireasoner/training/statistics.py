@@ -55,12 +55,27 @@ def half_width(values_SQ: NDArray[np.float64], images_Q: NDArray[np.int64]) -> f
     return float(max(both, t_quantile(max(seeds - 1, 1)) * np.sqrt(by_seed)))
 
 
-def interval(
-    values_Q: NDArray[np.float64], images_Q: NDArray[np.int64], lowest: float, highest: float
-) -> tuple[float, float, float]:
-    """The mean over questions with its 95 % interval, which ends where the mean must: mean, low, high."""
+def share_interval(values_Q: NDArray[np.float64], images_Q: NDArray[np.int64]) -> tuple[float, float, float]:
+    """A mean of shares, such as accuracy, with its 95 % interval: mean, low, high.
+
+    This is Wilson's interval at the number of independent questions whose mean would vary as much (Korn and Graubard
+    1998), because near 0 and 1 a symmetric interval covers too little. Without any variation, as where all are right,
+    that number is the number of images.
+    """
+    mean, images = float(values_Q.mean()), int(images_Q.max()) + 1
+    quantile = t_quantile(max(images - 1, 1))
+    variance = (half_width(values_Q[None], images_Q) / quantile) ** 2
+    count = mean * (1 - mean) / variance if variance > 0 else images
+    total = count + quantile**2
+    middle = (count * mean + quantile**2 / 2) / total
+    half = quantile / total * np.sqrt(count * mean * (1 - mean) + quantile**2 / 4)
+    return mean, float(middle - half), float(middle + half)
+
+
+def difference_interval(values_Q: NDArray[np.float64], images_Q: NDArray[np.int64]) -> tuple[float, float, float]:
+    """A mean of differences of shares with its 95 % interval, which ends at -1 and 1: mean, low, high."""
     mean, half = float(values_Q.mean()), half_width(values_Q[None], images_Q)
-    return mean, max(mean - half, lowest), min(mean + half, highest)
+    return mean, max(mean - half, -1.0), min(mean + half, 1.0)
 
 
 def t_quantile(freedom: float) -> float:
