@@ -215,7 +215,7 @@ class Eval(Measurement):
 
 class Ablate(Command):
     """Train every recipe under every seed, score all of them and the base on the same held-out questions, and write
-    OUT/ablation.md, .csv, .png and .json. Stopped, it goes on with: ireasoner ablate OUT. More recipes or seeds may be
+    OUT/ablation.md, .csv, .png, .json and .npz. Stopped, it goes on with: ireasoner ablate OUT. More recipes or seeds may be
     named later; what OUT holds is not made again."""
 
     model_config = ConfigDict(extra="allow")  # scale, which `settle` checks
@@ -274,7 +274,7 @@ class Ablate(Command):
             display.print_table(title, rows)
         display.print_text(prior_line(result["answer_prior"]))
         display.print_text(legend(result))
-        print(f"Written: {self.out}/ablation.md, ablation.csv, ablation.png, ablation.json")
+        print(f"Written: {self.out}/ablation.md, ablation.csv, ablation.png, ablation.json, ablation.npz")
         return 0
 
 
