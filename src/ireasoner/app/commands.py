@@ -215,8 +215,8 @@ class Eval(Measurement):
 
 class Ablate(Command):
     """Train every recipe under every seed, score all of them and the base on the same held-out questions, and write
-    OUT/ablation.md, .csv, .png, .json and .npz. Stopped, it goes on with: ireasoner ablate OUT. More recipes or seeds may be
-    named later; what OUT holds is not made again."""
+    OUT/ablation.md, .csv, .png, .json and .npz. Stopped, it goes on with: ireasoner ablate OUT. More recipes or seeds
+    may be named later; what OUT holds is not made again."""
 
     model_config = ConfigDict(extra="allow")  # scale, which `settle` checks
     summary: ClassVar = "recipes x seeds beside the base and the controls: one table with intervals"
