@@ -48,17 +48,19 @@ from ireasoner.training.custom_reward import sha256_of
 from ireasoner.training.evaluation import EvaluationOptions
 from ireasoner.training.labelled import load_questions
 from ireasoner.training.recorder import writer_lock
-from ireasoner.training.statistics import resampled_means
+from ireasoner.training.statistics import half_width
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
 
 MEASURES = ("greedy", "mean@1", "maj@5", "pass@5")
+IMAGE = np.array([0, 1, 1, 2])
 
 
 def columns(right: float, checkable: float = 2.0, true: float = 1.0) -> dict[str, np.ndarray]:
-    """Two seeds, four questions: of the first seed's questions `right` are right, of the second's all."""
+    """Two seeds, four questions about three images: of the first seed's `right` are right, of the second's all."""
     by_seed = np.array([(np.arange(4) < 4 * right).astype(float), np.ones(4)])
     shared = {"answer_entropy": 0 * by_seed, "well_formed": 0 * by_seed + 1, "tokens": 0 * by_seed + 20}
+    shared["image"] = 0 * by_seed + IMAGE
     steps = {"checkable_steps": 0 * by_seed + checkable, "true_steps": 0 * by_seed + true}
     return {**dict.fromkeys(MEASURES, by_seed), **shared, **steps}
 
@@ -70,7 +72,7 @@ def result() -> dict[str, Any]:
     found = summarize(arms, {"base": [None, None], "paper": [0.5, 0.7], "outcome-only": [1.0, 1.0]})
     settings = Settings(seeds=2, questions=4).model_dump()
     blank = {"base": dict.fromkeys(MEASURES, 0.125)}
-    return {"settings": settings, "questions": 4, "seeds": 2, **found, "blank": blank, "note": ""}
+    return {"settings": settings, "questions": 4, "images": 3, "seeds": 2, **found, "blank": blank, "note": ""}
 
 
 def test_the_summary_by_hand(result: dict[str, Any]):
@@ -78,8 +80,10 @@ def test_the_summary_by_hand(result: dict[str, Any]):
     assert base["by_seed"]["greedy"] == [0.0, 1.0]
     assert paper["by_seed"]["greedy"] == [0.5, 1.0]
     assert paper["mean"]["greedy"] == 0.75
-    # The deviation of 0.5 and 1 is 0.5 / √2; over √2 and times 12.706, the quantile for one degree of freedom.
-    assert paper["plus_minus"]["greedy"] == pytest.approx(12.706 * 0.25)
+    # The deviation of 0.5 and 1 is 0.5 / √2; over √2 and times 12.706, the quantile for one degree of freedom. The
+    # images differ as well, but by less than the seeds.
+    assert paper["plus_minus"]["greedy"] == pytest.approx(12.706 * 0.25, rel=1e-4)
+    assert base["plus_minus"]["tokens"] == 0
     assert paper["mean"]["step_truth"] == pytest.approx(0.75)
     assert paper["mean"]["tokens"] == 20
     assert paper["mean"]["distinct_questions"] == pytest.approx(0.6)
@@ -88,7 +92,8 @@ def test_the_summary_by_hand(result: dict[str, Any]):
     change = columns(0.5)["greedy"] - columns(0.0)["greedy"]
     mean, *bounds = paper["minus"]["base"]["greedy"]
     assert mean == 0.25
-    assert bounds == pytest.approx(np.quantile(resampled_means(change[None]), [0.025, 0.975]).tolist())
+    half = half_width(change, IMAGE)
+    assert bounds == pytest.approx([0.25 - half, 0.25 + half])
     assert paper["minus"]["base"]["step_truth"] == pytest.approx([0.25, 0.25, 0.25])  # nothing varies in it
     assert paper["minus"]["outcome-only"]["greedy"][0] == 0.125
     json.dumps(result, allow_nan=False)
@@ -169,14 +174,29 @@ def test_the_tables_by_hand(result: dict[str, Any]):
     assert outcome[6] == "1.79 ±0.00"
     rows = difference_rows(result, "base")
     assert [row[0] for row in rows] == ["", "paper", "outcome-only"]
-    assert re.fullmatch(r"\+25\.0 \[\+\d+\.\d, \+\d+\.\d\]", rows[1][1])
+    assert re.fullmatch(r"\+25\.0 \[-\d+\.\d, \+\d+\.\d\]", rows[1][1])  # of two seeds, one of them alone was better
     assert rows[1][5] == "+25.0 [+25.0, +25.0]"
     assert [row[0] for row in difference_rows(result, "outcome-only")] == ["", "paper"]
 
 
-def test_one_seed_has_no_interval_over_seeds(result: dict[str, Any]):
+def test_of_one_seed_the_interval_is_over_images():
     arms = {name: {m: values[:1] for m, values in columns(0.5).items()} for name in ("base", "paper")}
-    assert score_rows(summarize(arms, {}))[1][1] == "50.0"
+    half = half_width(np.array([[1.0, 1.0, 0.0, 0.0]]), IMAGE)
+    rows = score_rows(summarize(arms, {"paper": [0.5]}))
+    assert rows[1][1] == f"50.0 ±{100 * half:.1f}"
+    assert rows[2][-1] == "50.0"  # distinct questions are counted once for each seed
+
+
+def test_step_truth_has_the_interval_of_a_ratio():
+    rng = np.random.default_rng(0)
+    said = rng.integers(0, 5, size=300).astype(float)
+    true = rng.binomial(said.astype(int), rng.random(300)).astype(float)
+    of_arm = {"image": np.arange(300.0), "greedy": said > 2, "checkable_steps": said, "true_steps": true}
+    found = summarize({"base": {name: values[None].astype(float) for name, values in of_arm.items()}}, {})
+    drawn = rng.integers(300, size=(4000, 300))
+    spread = (true[drawn].sum(1) / said[drawn].sum(1)).std()
+    assert found["arms"]["base"]["mean"]["step_truth"] == pytest.approx(true.sum() / said.sum())
+    assert found["arms"]["base"]["plus_minus"]["step_truth"] == pytest.approx(1.968 * spread, rel=0.05)
 
 
 def test_the_csv_has_a_line_for_each_arm_and_measure(result: dict[str, Any]):
@@ -497,6 +517,15 @@ def test_an_ablation_stopped_moved_resumed_and_extended(
         assert kept["mean@1"] == again.measures["mean@1"].tolist()
         assert kept["answer_entropy"] == again.answer_entropy.tolist()
     assert scores_of(out, "base-1")["greedy_texts"] != scores_of(out, "paper-1")["greedy_texts"]
+    # The values of every question are kept beside the results, for whoever wants to compute these again.
+    with np.load(out / "ablation.npz") as kept:
+        arms: dict[str, dict[str, np.ndarray]] = {}
+        for name in kept:
+            arm, _, measure = name.rpartition("/")
+            arms.setdefault(arm, {})[measure] = kept[name]
+    again = summarize(arms, {})
+    assert all(again["arms"][arm]["minus"] == result["arms"][arm]["minus"] for arm in result["arms"])
+    assert result["images"] == len(questions)
     heat = json.loads((out / "cooled.json").read_text())["temperature"]
     again = evaluate_target(
         "tiny", questions, preset=str(out / "preset.yaml"), options=EvaluationOptions(seed=1, temperature=heat)
@@ -515,6 +544,10 @@ def test_an_ablation_stopped_moved_resumed_and_extended(
             evaluate_target(str(checkpoints / name), questions)
 
     assert "steps is 3, not 4" in mistake(capsys, out, "--steps", "4")
+    others = json.loads((out / "base-0.json").read_text())
+    others["per_question"]["image"][0] += 1
+    (out / "base-0.json").write_text(json.dumps(others))
+    assert "base-0.json holds scores on other questions" in mistake(capsys, out)
     (out / "base-0.json").write_text("{")
     assert "base-0.json cannot be read" in mistake(capsys, out)
 
@@ -532,7 +565,8 @@ def test_an_ablation_of_ones_own(own: Path, capsys: pytest.CaptureFixture[str]):
     assert "step truth" not in printed
     result = json.loads((out / "ablation.json").read_text())
     assert list(result["arms"]) == ["base", "mine"]
-    assert result["questions"] == 2
+    assert (result["questions"], result["images"]) == (2, 1)
+    assert "2 questions about 1 images of" in printed
     assert max(scores_of(out, "base-0")["tokens"]) == 9  # the base is scored at the scale of the arms
     assert not (out / "data").exists()
     (own / "mine.yaml").write_text("reward: format\n")
@@ -555,7 +589,7 @@ def test_eval_writes_its_scores_question_by_question(own: Path, capsys: pytest.C
     assert main(["eval", "tiny", *argv]) == 0
     found = json.loads(target.read_text())
     columns = found["per_question"]
-    assert columns.keys() == {*MEASURES, "answer_entropy", "well_formed", "tokens", "greedy_texts"}
+    assert columns.keys() == {*MEASURES, "answer_entropy", "well_formed", "tokens", "greedy_texts", "image"}
     assert all(len(values) == 2 for values in columns.values())
     assert np.mean(columns["mean@1"]) == found["scores"]["mean@1"]["mean"]
     assert main(["eval", "tiny", "tiny", *argv]) == 0

@@ -627,7 +627,8 @@ def test_a_log_keeps_its_lines_whole(capsys: pytest.CaptureFixture[str], monkeyp
 def scores(accuracy: float, questions: int = 64) -> Scores:
     values = (np.arange(questions) < accuracy * questions).astype(float)
     entropy = np.full(questions, 1.2345)
-    return Scores(dict.fromkeys(MEASURES, values), entropy, np.ones(questions), np.ones(questions), ("",) * questions)
+    ones, image = np.ones(questions), np.arange(questions) // 2
+    return Scores(dict.fromkeys(MEASURES, values), entropy, ones, ones, ("",) * questions, image)
 
 
 def table_rows(
@@ -648,7 +649,7 @@ def test_the_table_of_results_fits_80_columns(
     rows = table_rows(capsys, monkeypatch, first, second)
     assert max(map(len, rows)) <= 80
     assert "…" not in "".join(rows)
-    assert "64 held-out questions" in "".join(rows)
+    assert "64 held-out questions about 32 images" in "".join(rows)
     for measure in MEASURES:
         assert sum(measure in row for row in rows) == 1
     numbers = re.findall(r"-?\d+\.\d+", "".join(rows[rows.index(rows[0]) + 1 :]))
@@ -679,6 +680,7 @@ def test_the_table_of_one_model_fits_80_columns(capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     assert "25.0 [" in printed
+    assert " ".join(printed.split()).count("64 held-out questions about 32 images") == 1  # the title may be broken
     assert json.loads(json.dumps(found))["scores"]["greedy"]["mean"] == 0.25
 
 

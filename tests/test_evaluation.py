@@ -22,21 +22,38 @@ from ireasoner.training.config import SamplingOptions
 from ireasoner.training.evaluation import EvaluationOptions, Scores, compare, evaluate
 from ireasoner.training.items import ImageError, load_image
 from ireasoner.training.labelled import DataError, LabelledQuestion, answer_prior, load_questions
-from ireasoner.training.statistics import MEASURES, interval, plus_minus, resampled_means
+from ireasoner.training.statistics import MEASURES, difference_interval, half_width, share_interval, t_quantile
 from models import load, requests
 
 # --- intervals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
-def test_without_spread_the_interval_is_a_point(value: float):
-    assert interval(np.full(20, value)) == pytest.approx((value, value, value))
-    assert interval(np.array([value])) == pytest.approx((value, value, value))
+def of_shares(values: np.ndarray, image: np.ndarray | None = None) -> tuple[float, float, float]:
+    """The interval of a mean of shares, of questions with an image each unless said otherwise."""
+    return share_interval(values, np.arange(len(values)) if image is None else image)
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 0.4])
+def test_differences_without_spread_have_a_point_for_an_interval(value: float):
+    assert difference_interval(np.full(20, value), np.arange(20)) == pytest.approx((value, value, value))
+
+
+def test_of_one_image_the_interval_is_all_that_can_be():
+    assert of_shares(np.array([0.4])) == (0.4, 0.0, 1.0)
+    assert of_shares(np.array([1.0, 0.0, 1.0, 1.0]), np.zeros(4, dtype=int)) == (0.75, 0.0, 1.0)
+    assert difference_interval(np.array([0.4]), np.zeros(1, dtype=int)) == (0.4, -1.0, 1.0)
+
+
+def test_that_all_are_right_is_no_certainty():
+    """Wilson's interval of n right of n begins at n / (n + z²); here with the quantile of Student's t."""
+    assert of_shares(np.ones(20)) == pytest.approx((1.0, 20 / (20 + t_quantile(19) ** 2), 1.0))
+    assert of_shares(np.ones(20), np.repeat(np.arange(5), 4)) == pytest.approx((1.0, 5 / (5 + t_quantile(4) ** 2), 1.0))
+    assert of_shares(np.zeros(20)) == pytest.approx((0.0, 0.0, t_quantile(19) ** 2 / (20 + t_quantile(19) ** 2)))
 
 
 @pytest.mark.parametrize(("right", "questions"), [(50, 100), (300, 400), (64, 512)])
 def test_of_many_questions_the_interval_is_the_normal_one(right: int, questions: int):
-    mean, low, high = interval((np.arange(questions) < right).astype(float))
+    mean, low, high = of_shares((np.arange(questions) < right).astype(float))
     share = right / questions
     half = 1.96 * np.sqrt(share * (1 - share) / questions)
     assert mean == share
@@ -44,46 +61,90 @@ def test_of_many_questions_the_interval_is_the_normal_one(right: int, questions:
     assert high == pytest.approx(share + half, abs=0.08 * half + 1 / questions)
 
 
-def test_of_two_questions_the_interval_is_all_that_resampling_can_make():
-    assert interval(np.array([0.0, 1.0])) == (0.5, 0.0, 1.0)  # means 0, 0.5, 1 with chances 1/4, 1/2, 1/4
+def test_the_interval_of_a_difference_ends_where_it_must():
+    mean, low, high = difference_interval(np.array([1.0] * 9 + [0.0]), np.arange(10))
+    assert mean == 0.9
+    assert low == pytest.approx(0.9 - 2.262 * 0.1, abs=1e-4)  # the deviation is √0.1, over √10
+    assert high == 1.0
 
 
-def test_the_interval_is_the_same_whenever_it_is_asked_for():
-    values = np.random.default_rng(0).random(50)
-    assert interval(values) == interval(values.copy())
-    mean, low, high = interval(values)
-    assert low < mean < high
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    [(1, 12.7062), (2, 4.30265), (2.5, 3.57468), (9, 2.26216), (11, 2.20099), (99, 1.98422), (10_000, 1.96020)],
+)
+def test_the_quantiles_are_students(freedom: float, quantile: float):
+    assert t_quantile(freedom) == pytest.approx(quantile, rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("by_seed", "half"),
     [
-        ([0.3], None),
+        ([0.3], np.inf),
         ([0.2, 0.2, 0.2], 0.0),
         ([0.1, 0.3], 12.706 * 0.1),  # deviation √0.02, over √2
         ([0.1, 0.2, 0.3], 4.303 * 0.1 / 3**0.5),
-        ([0.1, 0.2] * 6, 2.201 * (0.0025 * 12 / 11) ** 0.5 / 12**0.5),  # past the table of quantiles
+        ([0.1, 0.2] * 6, 2.201 * (0.0025 * 12 / 11) ** 0.5 / 12**0.5),
     ],
 )
-def test_the_interval_over_seeds_is_students(by_seed: list[float], half: float | None):
-    assert plus_minus(by_seed) == (half if half is None else pytest.approx(half, rel=2e-3, abs=1e-12))
+def test_where_only_seeds_differ_the_interval_is_students_over_them(by_seed: list[float], half: float):
+    values = np.array(by_seed)[:, None]
+    assert half_width(values, np.zeros(1, dtype=int)) == pytest.approx(half, rel=1e-4, abs=1e-12)
+    assert half_width(np.tile(values, 50), np.arange(50)) == pytest.approx(half if len(by_seed) > 1 else 0, rel=1e-4)
 
 
-def test_seeds_and_questions_are_both_resampled():
-    seeds = np.array([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])  # all the spread is between two seeds: means 0, 0.5, 1
-    questions = np.array([[0.0, 1.0]] * 7)  # all the spread is between two questions
-    for values in (seeds, questions):
-        means, counts = np.unique(resampled_means(values[None]).round(9), return_counts=True)
-        assert means.tolist() == [0.0, 0.5, 1.0]
-        assert counts / counts.sum() == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
+def test_questions_about_an_image_that_are_all_right_or_all_wrong_count_once():
+    images = np.array([0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    once = half_width(images[None], np.arange(7))
+    assert half_width(np.repeat(images, 9)[None], np.repeat(np.arange(7), 9)) == pytest.approx(once)
+    assert half_width(np.tile(images, 9)[None], np.tile(np.arange(7), 9)) == pytest.approx(once)  # in any order
+    assert half_width(np.repeat(images, 9)[None], np.arange(63)) < once / 3
 
 
-def test_two_models_are_resampled_alike():
-    rng = np.random.default_rng(4)
-    a, b = rng.random((2, 3, 40))
-    apart = resampled_means(np.stack([a, b]))
-    together = resampled_means((a - b)[None])[:, 0]
-    assert apart[:, 0] - apart[:, 1] == pytest.approx(together)
+def test_images_with_unequal_numbers_of_questions_by_hand():
+    values, image = np.array([1.0, 1.0, 0.0, 1.0, 0.0, 0.0]), np.array([0, 0, 1, 1, 1, 2])
+    without = np.array([1 / 4, 2 / 3, 3 / 5]) - 1 / 2  # how the mean differs without each of the images: the jackknife
+    half = t_quantile(2) * np.sqrt(2 / 3 * (without**2).sum())
+    assert half_width(values[None], image) == pytest.approx(half)
+
+
+def test_seeds_and_images_by_hand():
+    values = np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
+    # Means 1/4 and 3/4: their deviation is √(1/8), over √2: variance 1/16. Images 1, 1/2, 1/2 and 0: deviation √(1/6),
+    # over √4: 1/24. Off both, ±1/4 in each: sum of squares 8/16 over (2 - 1)(4 - 1) and 2 · 4: 1/48.
+    by_seed, by_image, shared = 1 / 16, 1 / 24, 1 / 48
+    variance = by_seed + by_image - shared
+    freedom = variance**2 / (by_seed**2 / 1 + by_image**2 / 3)
+    assert freedom > 1
+    both, seeds_alone = t_quantile(freedom) * variance**0.5, t_quantile(1) * by_seed**0.5
+    assert half_width(values, np.arange(4)) == pytest.approx(max(both, seeds_alone))
+    # Images that differ ten times as much: now they decide, with more degrees of freedom.
+    values = np.array([[10.0, 0.0, 0.0, 0.0], [10.0, 1.0, 1.0, 0.0]])
+    by_seed, by_image, shared = 1 / 16, np.var([10, 0.5, 0.5, 0], ddof=1) / 4, 1 / 48
+    variance = by_seed + by_image - shared
+    freedom = variance**2 / (by_seed**2 / 1 + by_image**2 / 3)
+    assert half_width(values, np.arange(4)) == pytest.approx(t_quantile(freedom) * variance**0.5)
+
+
+@pytest.mark.parametrize(("images", "share"), [(30, 0.5), (30, 0.95), (100, 0.95), (100, 0.02)])
+def test_95_percent_are_95_percent_of_one_model(images: int, share: float):
+    rng = np.random.default_rng(0)
+    worlds = [share_interval((rng.random(images) < share).astype(float), np.arange(images)) for _ in range(1000)]
+    assert 0.93 < np.mean([low <= share <= high for _, low, high in worlds]) < 0.99
+
+
+@pytest.mark.parametrize(
+    ("seeds", "images", "each", "of_seeds"),  # the last: variance of the mean from seeds, with that from images as 1
+    [(1, 40, 4, 0.0), (3, 60, 1, 4.0), (3, 60, 6, 0.0), (3, 60, 6, 1.0), (5, 60, 1, 1.0), (5, 60, 6, 4.0)],
+)
+def test_95_percent_are_95_percent(seeds: int, images: int, each: int, of_seeds: float):
+    rng, worlds, held = np.random.default_rng(0), 700, 0
+    image = np.repeat(np.arange(images), rng.integers(each, 2 * each, size=images))
+    for _ in range(worlds):
+        skill = rng.standard_normal(images)[image] + rng.standard_normal((seeds, len(image)))
+        skill += np.sqrt(of_seeds * seeds / images) * rng.standard_normal((seeds, 1))
+        right = (skill > 0).astype(float)
+        held += abs(right.mean() - 0.5) <= half_width(right, image)
+    assert 0.93 < held / worlds < 0.99  # with seeds and questions resampled it was as low as 0.67
 
 
 # --- without looking --------------------------------------------------------------------------------------------------
@@ -100,14 +161,14 @@ def test_the_answer_prior_by_hand():
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
-def scores(values: np.ndarray) -> Scores:
+def scores(values: np.ndarray, image: np.ndarray | None = None) -> Scores:
     values = np.asarray(values, dtype=np.float64)
-    ones = np.ones(len(values))
-    return Scores(dict.fromkeys(MEASURES, values), 0 * ones, ones, 20 * ones, ("",) * len(values))
+    ones, image = np.ones(len(values)), np.arange(len(values)) if image is None else image
+    return Scores(dict.fromkeys(MEASURES, values), 0 * ones, ones, 20 * ones, ("",) * len(values), image)
 
 
-def one(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
-    found = compare(scores(before), scores(after))
+def one(before: np.ndarray, after: np.ndarray, image: np.ndarray | None = None) -> dict[str, float]:
+    found = compare(scores(before, image), scores(after, image))
     assert set(found) == set(MEASURES)
     return found["greedy"]
 
@@ -150,13 +211,25 @@ def test_p_is_that_of_the_exact_sign_test(gained: int, lost: int, exact: float):
     assert one(np.zeros(len(difference)), difference)["p"] == pytest.approx(exact, abs=0.02)
 
 
+@pytest.mark.parametrize(("images", "exact"), [(1, 1.0), (5, 0.0625)])
+def test_questions_about_an_image_change_sides_together(images: int, exact: float):
+    found = one(np.zeros(3 * images), np.ones(3 * images), np.repeat(np.arange(images), 3))
+    assert found["p"] == pytest.approx(exact, abs=0.01)
+    assert (found["low"], found["high"]) == ((1.0, 1.0) if images > 1 else (-1.0, 1.0))  # of one image nothing is known
+
+
 def test_p_is_never_zero():
     assert 0 < one(np.zeros(400), np.ones(400))["p"] <= 2e-4
 
 
 def test_a_summary_is_json_and_has_every_measure():
     summary = json.loads(json.dumps(scores(np.array([1.0, 0.0, 1.0, 1.0])).summary()))
-    assert summary["questions"] == 4
+    assert (summary["questions"], summary["images"]) == (4, 4)
+    values, image = np.array([1.0, 0.0, 0.0, 1.0] * 9), np.repeat(np.arange(9), 4)
+    image[2:4] = 1
+    found = scores(values, image).summary()
+    assert (found["questions"], found["images"]) == (36, 9)
+    assert found["greedy"]["high"] == share_interval(values, image)[2]
     for name in MEASURES:
         assert summary[name]["mean"] == 0.75
         assert summary[name]["low"] <= 0.75 <= summary[name]["high"]
@@ -195,10 +268,32 @@ def test_an_absolute_image_path_is_taken_as_it_is(tmp_path: Path):
     assert load_questions(path)[0].image.name == "b.png"
 
 
-def test_the_limit_takes_the_first(tmp_path: Path):
-    path = lines(tmp_path, *({**ROW, "answer": str(i)} for i in range(5)))
-    assert [q.answer for q in load_questions(path, 2)] == ["0", "1"]
-    assert len(load_questions(path, 9)) == 5
+def test_under_a_limit_as_many_images_as_possible_are_asked_about(tmp_path: Path):
+    """Files are often sorted by image, as easy-vqa's: the first questions would show a few images alone."""
+    for name in "abcd":
+        _picture(tmp_path / f"{name}.png")
+    rows = [{**ROW, "image": f"{name}.png", "answer": i} for name in "abcd" for i in range(5 if name < "d" else 1)]
+    path = lines(tmp_path, *rows)
+    every = load_questions(path)
+
+    def images(limit: int) -> list[int]:
+        """How many questions about each image are drawn."""
+        return sorted(Counter(q.image for q in load_questions(path, limit)).values())
+
+    assert images(3) == [1, 1, 1]
+    assert images(4) == [1, 1, 1, 1]
+    assert images(6) == [1, 1, 2, 2]  # of the fourth image there is no second question
+    assert images(10) == [1, 3, 3, 3]
+    assert load_questions(path, 16) == load_questions(path, 99) == every
+    drawn = load_questions(path, 7)
+    assert drawn == load_questions(path, 7)  # every model and seed is asked the same
+    assert drawn == [q for q in every if q in drawn]  # in the order of the file
+    assert any(q.answer != "0" for q in load_questions(path, 3))  # not always an image's first
+
+
+def _picture(path: Path) -> Path:
+    Image.new("RGB", (84, 84)).save(path)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -383,12 +478,14 @@ def test_the_truth_of_steps_is_that_of_the_sampled_steps(tiny: Policy, questions
     assert found.true_steps == pytest.approx(true / 5)
     assert found.step_truth == pytest.approx(true.sum() / checkable.sum())
     assert found.summary()["step_truth"] == found.step_truth
+    assert found.image.tolist() == list(range(8))
     assert found.tokens == pytest.approx([np.mean([len(c.token_ids) for c in group]) for group in groups])
 
 
 def test_without_every_picture_there_is_no_truth(tiny: Policy, questions: list[LabelledQuestion]):
-    mixed = [questions[0], replace(questions[1], picture=None)]
+    mixed = [questions[0], replace(questions[1], picture=None), questions[0]]
     found = evaluate(tiny, mixed, None, asked(32), truth=step_truth)
+    assert found.image.tolist() == found.per_question()["image"] == [0, 1, 0]
     assert found.checkable_steps is found.true_steps is found.step_truth is None
     assert evaluate(tiny, questions[:1], None, asked(32)).step_truth is None  # nor where nobody says what is true
     cut = evaluate(tiny, questions[:2], None, asked(3), truth=step_truth)  # nothing readable, so nothing checked

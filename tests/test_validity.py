@@ -53,11 +53,12 @@ def group(
     steps: Sequence[Sequence[str]] = (),
     question: str = "What is the value of the red bar?",
     words: Sequence[float] = (),
+    image: str = "image.png",
 ) -> ReadGroup:
     count = len(keys)
     said = steps or ((),) * count
     return ReadGroup(
-        question=("image.png", question),
+        question=(image, question),
         keys=tuple(keys),
         solutions=tuple(solution(key, own) for key, own in zip(keys, said, strict=True)),
         words=np.array(words or [5.0] * count),
@@ -155,19 +156,21 @@ def test_pairs_of_one_answer_by_hand() -> None:
     assert pair_validity([first], [unscored])[3:] == (0, 0)
 
 
-def test_the_bootstrap_resamples_questions_and_repeats_itself() -> None:
+def test_the_bootstrap_resamples_images_and_repeats_itself() -> None:
     rng = np.random.default_rng(5)
-    groups = [group(["a"] * 4, [1.0, 1.0, 0.0, 0.0], question=f"question {i}") for i in range(60)]
-    scores = [np.array([good, good, 0.5, 0.5]) for good in rng.random(60)]  # a question is all right or all wrong
+    groups = [group(["a"] * 4, [1.0, 1.0, 0.0, 0.0], image=f"{i}.png") for i in range(60)]
+    scores = [np.array([good, good, 0.5, 0.5]) for good in rng.random(60)]  # an image is all right or all wrong
     apart = pair_validity(groups, scores)
     assert apart == pair_validity(groups, scores)
     share = np.mean([s[0] > 0.5 for s in scores])
     assert apart[0] == pytest.approx(share)
     spread = np.sqrt(share * (1 - share) / 60)  # as of 60 coins, not of 240
     assert apart[2] - apart[1] == pytest.approx(2 * 1.96 * spread, rel=0.1)
+    twice = pair_validity([*groups, *(replace(g, question=(g.question[0], "more")) for g in groups)], scores * 2)
+    assert twice == (*apart[:3], 480, 120)  # another question about each image, and no more certain
     together = pair_validity([replace(g, question=("image.png", "one")) for g in groups], scores)
     assert together[:1] == apart[:1]
-    assert together[1:] == (apart[0], apart[0], 240, 1)  # one question: nothing to resample
+    assert together[1:] == (apart[0], apart[0], 240, 1)  # one image: nothing to resample
 
 
 @pytest.mark.parametrize("groups", [[], [group(["a", "b"], [1.0, 0.0])]])

@@ -153,7 +153,7 @@ class Demo(Command):
             state = ", finished: choose another --out for a new one" if finished else ": going on"
             print(f"{self.out} holds this run{state}.")
             return _follow(config, self.out, resuming=True)
-        print(f"Drawing 512 unlabeled pictures into {data}/unlabeled and 512 held-out questions into {data}/test.")
+        print(f"Drawing 512 pictures into {data}/unlabeled and 512 others, a held-out question each, into {data}/test.")
         try:
             dataset.write_unlabeled(data / "unlabeled", 512, self.style)
             dataset.write_questions(data / "test", 512, self.style)
@@ -174,7 +174,7 @@ class Eval(Measurement):
     data: Path
     """JSONL of image, question, answer."""
     limit: Count | None = None
-    """Use the first so many questions."""
+    """Ask only so many questions, drawn from as many images as possible."""
     preset: str | None = None
     """Preset for plain models: prompts and lengths (7b; tiny for the tiny model)."""
     temperature: Annotated[float, Field(ge=0, lt=100)] = 1.0
@@ -215,8 +215,8 @@ class Eval(Measurement):
 
 class Ablate(Command):
     """Train every recipe under every seed, score all of them and the base on the same held-out questions, and write
-    OUT/ablation.md, .csv, .png and .json. Stopped, it goes on with: ireasoner ablate OUT. More recipes or seeds may be
-    named later; what OUT holds is not made again."""
+    OUT/ablation.md, .csv, .png, .json and .npz. Stopped, it goes on with: ireasoner ablate OUT. More recipes or seeds
+    may be named later; what OUT holds is not made again."""
 
     model_config = ConfigDict(extra="allow")  # scale, which `settle` checks
     summary: ClassVar = "recipes x seeds beside the base and the controls: one table with intervals"
@@ -274,7 +274,7 @@ class Ablate(Command):
             display.print_table(title, rows)
         display.print_text(prior_line(result["answer_prior"]))
         display.print_text(legend(result))
-        print(f"Written: {self.out}/ablation.md, ablation.csv, ablation.png, ablation.json")
+        print(f"Written: {self.out}/ablation.md, ablation.csv, ablation.png, ablation.json, ablation.npz")
         return 0
 
 

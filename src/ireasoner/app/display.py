@@ -205,6 +205,10 @@ def _cell(values: Mapping[str, float]) -> str:
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
+def _asked(scores: Mapping[str, Any]) -> str:
+    return f"{scores['questions']} held-out questions about {scores['images']} images"
+
+
 def results_table(summary: Mapping[str, Any], names: Sequence[str] = ("before", "after")) -> None:
     """Print the accuracy of two models on the same questions, with 95 % intervals and the paired difference.
 
@@ -220,7 +224,7 @@ def results_table(summary: Mapping[str, Any], names: Sequence[str] = ("before", 
     for name, label in OTHER_ROWS.items():
         if before.get(name) is not None and after.get(name) is not None:
             rows.append([label, f"{before[name]:.3f}", f"{after[name]:.3f}", "", ""])
-    print_table(f"Accuracy in % on {before['questions']} held-out questions, with 95 % intervals", rows)
+    print_table(f"Accuracy in % on {_asked(before)}, 95 % intervals", rows)
 
 
 def evaluation_table(names: Sequence[str], scores: Sequence[Scores]) -> dict[str, Any]:
@@ -234,5 +238,5 @@ def evaluation_table(names: Sequence[str], scores: Sequence[Scores]) -> dict[str
     summary = scores[0].summary()
     rows = [["", "accuracy"], *([name, _cell(summary[name])] for name in scores[0].measures)]
     rows += [[label, f"{summary[name]:.3f}"] for name, label in OTHER_ROWS.items() if summary[name] is not None]
-    print_table(f"{plain(names[0])}: accuracy in % on {summary['questions']} questions, 95 % intervals", rows)
+    print_table(f"{plain(names[0])}: accuracy in % on {_asked(summary)}, 95 % intervals", rows)
     return {"models": list(names), "scores": summary}

@@ -8,6 +8,7 @@ that was stopped goes on where it was, and one that is given more recipes or see
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ from ireasoner.training.items import ImagePool
 from ireasoner.training.labelled import answer_prior, load_questions, prior_line
 from ireasoner.training.recorder import replace_file, write_json
 from ireasoner.training.state import load_labels
-from ireasoner.training.statistics import MEASURES
+from ireasoner.training.statistics import MEASURES, numbered
 
 UNLABELED, VALIDATION, LABELS_PER_IMAGE = 512, 128, 4
 BISECTIONS = 6
@@ -256,23 +257,29 @@ def ablate(out: Path, settings: Settings, jobs: int = 1) -> dict[str, Any]:
             note += f"{first} (equal answer entropy on validation questions)."
             cooled = make({f"base-{s}-at-{heat:.3f}": [score("base", s, f"--temperature={heat}")] for s in seeds})
             found = {"base": found.pop("base"), report.COOLED: [*cooled.values()], **found}
+            scores |= cooled
         blank_arms = [arm for arm in found if arm in ("base", "default")]
         blank = make({f"{arm}-0-blank": [score(arm, 0, "--blank")] for arm in blank_arms})
     if early := [run for run in runs if _ended_early(out / run)]:
         note += f" Runs that ended themselves early: {', '.join(early)}."
+    questions = load_questions(questions_file(out, settings), settings.questions)
+    image = numbered(question.image for question in questions)
+    for name, of_run in scores.items():
+        if not np.array_equal(of_run.get("image", ()), image):
+            raise UsageError(f"{out / name}.json holds scores on other questions: remove it, and it is made again")
     columns = {arm: {name: np.stack([s[name] for s in of_arm]) for name in of_arm[0]} for arm, of_arm in found.items()}
     distinct = {arm: [report.distinct_questions(out / f"{arm}-{seed}") for seed in seeds] for arm in arms}
-    questions = load_questions(questions_file(out, settings), settings.questions)
     result = {
         "settings": settings.model_dump(),
         "questions": len(questions),
+        "images": len(set(image.tolist())),
         "seeds": settings.seeds,
         **report.summarize(columns, distinct),
         "blank": {arm: {m: float(blank[f"{arm}-0-blank"][m].mean()) for m in MEASURES} for arm in blank_arms},
         "answer_prior": answer_prior(questions),
         "note": note,
     }
-    _write(out, result)
+    _write(out, result, columns)
     return result
 
 
@@ -281,8 +288,11 @@ def _ended_early(run: Path) -> bool:
     return path.exists() and bool(json.loads(path.read_text("utf-8")).get("stopped_early"))
 
 
-def _write(out: Path, result: Mapping[str, Any]) -> None:
-    """Write the results in every form."""
+def _write(out: Path, result: Mapping[str, Any], columns: Mapping[str, Columns]) -> None:
+    """Write the results in every form, and the values of every question that they are made of."""
+    per_question = {f"{arm}/{name}": values for arm, of_arm in columns.items() for name, values in of_arm.items()}
+    np.savez_compressed(packed := io.BytesIO(), allow_pickle=False, **per_question)
+    replace_file(out / "ablation.npz", packed.getvalue())
     replace_file(out / "ablation.json", write_json(result).encode())
     replace_file(out / "ablation.md", report.markdown(result, prior_line(result["answer_prior"])).encode())
     replace_file(out / "ablation.csv", report.csv_text(result).encode())

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ireasoner.training.recorder import read_episodes
-from ireasoner.training.statistics import plus_minus, resampled_means
+from ireasoner.training.statistics import half_width
 
 # By measure: how it is headed, what it is multiplied by, its decimals.
 COLUMNS = {
@@ -35,38 +35,37 @@ Columns = Mapping[str, NDArray[np.float64]]
 
 
 def summarize(arms: Mapping[str, Columns], distinct: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
-    """Every arm's means over seeds, and its paired differences from the REFERENCES among them.
+    """Every arm's means over seeds, and its paired differences from the REFERENCES among them, with 95 % intervals.
 
     Args:
-        arms: by arm and measure, values [seeds, questions]; one arm is called base.
+        arms: by arm and measure, values [seeds, questions], as in `ablation.npz`; one arm is called base. `image` is
+            no measure, but the number of the image that a question is about, which is the same for all.
         distinct: by arm, the share of distinct questions of each seed.
     """
     checked = all("true_steps" in columns for columns in arms.values())
-    steps = {"true_steps"} if checked else {"true_steps", "checkable_steps"}
-    shown = [name for name in next(iter(arms.values())) if name not in steps] + ["step_truth"] * checked
-    by_seed, draws = {}, {}
-    for arm, columns in arms.items():
-        resampled = resampled_means(np.stack(list(columns.values())))
-        draws[arm] = _with_truth(dict(zip(columns, resampled.T, strict=True)))
-        by_seed[arm] = _with_truth({name: values.mean(1) for name, values in columns.items()})
+    hidden = {"image", "true_steps"} if checked else {"image", "true_steps", "checkable_steps"}
+    shown = [name for name in arms["base"] if name not in hidden] + ["step_truth"] * checked
+    image = arms["base"]["image"][0].astype(np.int64)
+    all_values = {arm: _with_truth(columns) for arm, columns in arms.items()}
     void = {arm: checked and steps_fell(columns, arms["base"]) for arm, columns in arms.items()}
 
     def change(arm: str, reference: str, name: str) -> list[float] | None:
         if name == "step_truth" and (void[arm] or void[reference]):
             return None
-        low, high = np.nanquantile(draws[arm][name] - draws[reference][name], [0.025, 0.975])
-        return [float(by_seed[arm][name].mean() - by_seed[reference][name].mean()), float(low), float(high)]
+        difference = all_values[arm][name] - all_values[reference][name]
+        mean, half = float(difference.mean()), half_width(difference, image)
+        return [mean, mean - half, mean + half]
 
     found = {}
     for arm in arms:
-        values = {name: by_seed[arm][name].tolist() for name in shown}
+        values = {name: (all_values[arm][name], image) for name in shown}
         if asked := [share for share in distinct.get(arm, ()) if share is not None]:
-            values["distinct_questions"] = asked
+            values["distinct_questions"] = np.array(asked)[:, None], np.zeros(1, dtype=np.int64)  # one for each seed
         sure = [name for name in values if not (void[arm] and name == "step_truth")]
         found[arm] = {
-            "mean": {name: float(np.mean(values[name])) for name in sure},
-            "plus_minus": {name: plus_minus(values[name]) for name in sure},
-            "by_seed": values,
+            "mean": {name: float(values[name][0].mean()) for name in sure},
+            "plus_minus": {name: half_width(*values[name]) for name in sure},
+            "by_seed": {name: of_arm.mean(1).tolist() for name, (of_arm, _) in values.items()},
             "void": void[arm],
             "minus": {r: {name: change(arm, r, name) for name in shown} for r in REFERENCES if r in arms and r != arm},
         }
@@ -88,16 +87,23 @@ def steps_fell(columns: Columns, base: Columns) -> bool:
     return bool(kept < FALLEN * base["checkable_steps"].mean() or kept == 0)
 
 
-def _with_truth(means: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
-    """The share of checkable steps that are true beside the means it is made of."""
-    if "true_steps" not in means:
-        return means
-    checkable = np.where(means["checkable_steps"] > 0, means["checkable_steps"], np.nan)
-    return {**means, "step_truth": means["true_steps"] / checkable}
+def _with_truth(columns: Columns) -> Columns:
+    """The columns with `step_truth` [seeds, questions]: the share of all checkable steps that are true, as a mean.
+
+    A share of all steps is no mean over questions, but has the same intervals as the mean of its linearization, which
+    adds to the share what each question contributes to it (Taylor's series, as in surveys).
+    """
+    if "true_steps" not in columns:
+        return columns
+    checkable, true = columns["checkable_steps"], columns["true_steps"]
+    said_S1 = checkable.mean(1, keepdims=True)
+    said_S1[said_S1 == 0] = np.nan
+    share_S1 = true.mean(1, keepdims=True) / said_S1
+    return {**columns, "step_truth": share_S1 + (true - share_S1 * checkable) / said_S1}
 
 
 def score_rows(result: Mapping[str, Any]) -> Rows:
-    """Every arm's measures, mean ± 95 % interval over seeds; heads first."""
+    """Every arm's measures, mean ± half of the 95 % interval; heads first."""
     shown = [name for name in COLUMNS if name in result["measures"]]
     rows = [["", *(COLUMNS[name][0] for name in shown)]]
     return rows + [[arm, *(_score(found, name) for name in shown)] for arm, found in result["arms"].items()]
@@ -109,7 +115,7 @@ def _score(found: Mapping[str, Any], name: str) -> str:
     if name not in found["mean"]:
         return "void" if name == "step_truth" and found["void"] else ""
     mean, half = found["mean"][name], found["plus_minus"][name]
-    return f"{scale * mean:.{decimals}f}" + ("" if half is None else f" ±{scale * half:.{decimals}f}")
+    return f"{scale * mean:.{decimals}f}" + (f" ±{scale * half:.{decimals}f}" if np.isfinite(half) else "")
 
 
 def difference_rows(result: Mapping[str, Any], reference: str) -> Rows:
@@ -143,11 +149,11 @@ def blank_rows(result: Mapping[str, Any]) -> Rows:
 def legend(result: Mapping[str, Any]) -> str:
     """What the numbers are, for whoever sees the tables without their makers."""
     settings, seeds = result["settings"], result["seeds"]
-    where = settings["data"] or f"of the embedded world ({settings['split']} split, style {settings['style']})"
+    where = settings["data"] or f"the embedded world ({settings['split']} split, style {settings['style']})"
     text = (
-        f"{result['questions']} questions {where}; model {settings['model']}; seeds 0 to {seeds - 1}. Shares in %. "
-        "± is the 95 % interval over seeds (Student's t). mean@1, maj@5 and pass@5: accuracy of one sampled answer, of "
-        "the majority of 5, of any of 5. "
+        f"{result['questions']} questions about {result['images']} images of {where}; model {settings['model']}; seeds "
+        f"0 to {seeds - 1}. Shares in %. ± and [ ] are 95 % intervals over seeds and images. mean@1, maj@5 and pass@5: "
+        "accuracy of one sampled answer, of the majority of 5, of any of 5. "
     )
     if "step_truth" in result["measures"]:
         text += (
@@ -164,7 +170,7 @@ def legend(result: Mapping[str, Any]) -> str:
 
 def tables(result: Mapping[str, Any]) -> list[tuple[str, Rows]]:
     """Every table with its title, in reading order."""
-    what = "percentage points, paired 95 % interval over seeds and questions"
+    what = "percentage points, paired 95 % interval over seeds and images"
     minus = [(f"Minus {r}: {what}", difference_rows(result, r)) for r in result["references"] if _others(result, r)]
     blank = ("Without looking: every image gray, seed 0", blank_rows(result))
     return [("Scores", score_rows(result)), *minus, blank]

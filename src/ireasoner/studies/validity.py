@@ -6,12 +6,13 @@ beyond answer agreement? Without truth: how far does step agreement only repeat 
 to edits that change what a trajectory claims?
 
 A measure scores the trajectories of one group. To try another one, add it in `measures`, or score what `read_groups`
-gives and call `statistics` and `sensitivity`. Every bootstrap resamples questions, (image, text), by the same draws.
+gives and call `statistics` and `sensitivity`. Every bootstrap resamples images, each with all
+questions about it, by the same draws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +32,7 @@ from ireasoner.playground.truth import read_truth
 from ireasoner.studies.perturbations import PERTURBATIONS
 from ireasoner.training.config import Config, load_config
 from ireasoner.training.recorder import read_episodes
+from ireasoner.training.statistics import numbered
 
 RESAMPLES = 2_000
 SAMPLE = 300  # groups of which one trajectory is edited
@@ -155,34 +157,36 @@ def pair_validity(groups: Sequence[ReadGroup], scores: Sequence[FloatArray]) -> 
     Returns:
         The rate in [0, 1] and its 95 % interval (NaN without pairs), the number of pairs and of questions with pairs.
     """
-    questions = _numbered(group.question for group in groups)
-    sums = np.zeros((questions.max(initial=0) + 1, 2))
-    for question, group, score in zip(questions, groups, scores, strict=True):
+    images = numbered(group.question[0] for group in groups)
+    sums, paired = np.zeros((images.max(initial=0) + 1, 2)), set[tuple[str, str]]()
+    for image, group, score in zip(images, groups, scores, strict=True):
         a, b = np.triu_indices(len(score), 1)
         truer, higher = group.truth[a] - group.truth[b], score[a] - score[b]
         keys = np.array([object() if key is None else key for key in group.keys])  # the unreadable equal nothing
         pairs = (keys[a] == keys[b]) & (truer != 0) & np.isfinite(truer + higher)
         order = np.sign(truer) * np.where(np.abs(higher) <= TIE, 0, np.sign(higher))
-        sums[question] += (1 + order[pairs]).sum() / 2, pairs.sum()
+        sums[image] += (1 + order[pairs]).sum() / 2, pairs.sum()
+        if pairs.any():
+            paired.add(group.question)
     rates = np.array([won / count if count else np.nan for won, count in [sums.sum(axis=0), *_resampled(sums)]])
-    return float(rates[0]), *_bounds(rates[1:]), int(sums[:, 1].sum()), int((sums[:, 1] > 0).sum())
+    return float(rates[0]), *_bounds(rates[1:]), int(sums[:, 1].sum()), len(paired)
 
 
 def partial_correlation(
-    x: FloatArray, y: FloatArray, controls: Sequence[FloatArray], questions: NDArray[np.int64]
+    x: FloatArray, y: FloatArray, controls: Sequence[FloatArray], images: NDArray[np.int64]
 ) -> tuple[float, float, float]:
     """Pearson's correlation of what is left of x and y after a linear fit on the controls.
 
     Args:
         x, y, controls: finite arrays [n]; without controls it is the plain correlation.
-        questions: [n] numbers from 0.
+        images: [n] numbers from 0.
 
     Returns:
         The value in [-1, 1] and its 95 % interval; NaN where nothing is left of x or y.
     """
     columns = np.stack([x, y, *controls, np.ones(len(x))])  # the constant removes the means
-    products = np.zeros((questions.max(initial=0) + 1, len(columns), len(columns)))
-    np.add.at(products, questions, np.einsum("in,jn->nij", columns, columns))
+    products = np.zeros((images.max(initial=0) + 1, len(columns), len(columns)))
+    np.add.at(products, images, np.einsum("in,jn->nij", columns, columns))
     return float(_partial(products.sum(axis=0))), *_bounds(_partial(_resampled(products)))
 
 
@@ -199,7 +203,7 @@ def _partial(products: FloatArray) -> FloatArray:
 
 
 def _resampled(sums: FloatArray) -> FloatArray:
-    """Sums [Q, ...] by question, added up over Q questions drawn with replacement: [RESAMPLES, ...]."""
+    """Sums [I, ...] by image, added up over I images drawn with replacement: [RESAMPLES, ...]."""
     rng, count = np.random.default_rng(0), len(sums)
     times_drawn = (np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(RESAMPLES))
     return np.stack([np.tensordot(times, sums, 1) for times in times_drawn])
@@ -209,12 +213,6 @@ def _bounds(values: FloatArray) -> tuple[float, float]:
     values = values[np.isfinite(values)]
     low, high = np.quantile(values, [0.025, 0.975]) if len(values) else (np.nan, np.nan)
     return float(low), float(high)
-
-
-def _numbered(names: Iterable[object]) -> NDArray[np.int64]:
-    """Equal names as equal numbers, from 0."""
-    numbers: dict[object, int] = {}
-    return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
 
 
 def statistics(groups: Sequence[ReadGroup], scores: Sequence[FloatArray]) -> dict[str, dict[str, float]]:
@@ -235,7 +233,7 @@ def statistics(groups: Sequence[ReadGroup], scores: Sequence[FloatArray]) -> dic
     score, words, truth = map(np.concatenate, (scores, [g.words for g in groups], [g.truth for g in groups]))
     sizes = [len(group.keys) for group in groups]
     member = np.repeat(np.arange(len(groups)), sizes)
-    question = np.repeat(_numbered(group.question for group in groups), sizes)
+    image = np.repeat(numbered(group.question[0] for group in groups), sizes)
 
     def correlation(*columns: FloatArray, within: bool = True) -> dict[str, float]:
         known = np.isfinite(np.stack([*columns, answer])).all(axis=0)
@@ -244,7 +242,7 @@ def statistics(groups: Sequence[ReadGroup], scores: Sequence[FloatArray]) -> dic
             means = [np.bincount(of, column) / np.maximum(np.bincount(of), 1) for column in chosen]
             chosen = [column - mean[of] for column, mean in zip(chosen, means, strict=True)]
         x, y, *controls = chosen
-        return dict(zip(("r", "low", "high"), partial_correlation(x, y, controls, question[known]), strict=True))
+        return dict(zip(("r", "low", "high"), partial_correlation(x, y, controls, image[known]), strict=True))
 
     names = ("rate", "low", "high", "pairs", "questions")
     return {

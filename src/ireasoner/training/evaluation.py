@@ -21,9 +21,10 @@ from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import SamplingOptions
 from ireasoner.training.items import load_image
 from ireasoner.training.labelled import LabelledQuestion, StepTruth
-from ireasoner.training.statistics import MEASURES, RESAMPLES, SAMPLES, interval
+from ireasoner.training.statistics import MEASURES, SAMPLES, difference_interval, numbered, share_interval
 
 TRUTH = ("checkable_steps", "true_steps")
+FLIPS = 10_000  # of the signs of differences, for a p-value
 GRAY = (128, 128, 128)
 
 
@@ -48,10 +49,11 @@ class EvaluationOptions:
 class Scores:
     """How one model did on Q questions: arrays [Q].
 
-    `measures` lie in [0, 1], `answer_entropy` is in nats. The others are means over the sampled trajectories of a
-    question: the share that could be read (`well_formed`), their `tokens`, and how many of their reasoning steps can be
-    checked (`checkable_steps`) and are true (`true_steps`). The last two are None unless every question has a picture;
-    unreadable trajectories count for nothing in them.
+    `image` is the number of the image that a question is about. `measures` lie in [0, 1], `answer_entropy` is in nats.
+    The others are means over the sampled trajectories of a question: the share that could be read (`well_formed`),
+    their `tokens`, and how many of their reasoning steps can be checked (`checkable_steps`) and are true
+    (`true_steps`). The last two are None unless every question has a picture; unreadable trajectories count for nothing
+    in them.
     """
 
     measures: dict[str, NDArray[np.float64]]
@@ -59,6 +61,7 @@ class Scores:
     well_formed: NDArray[np.float64]
     tokens: NDArray[np.float64]
     greedy_texts: tuple[str, ...]
+    image: NDArray[np.int64]
     checkable_steps: NDArray[np.float64] | None = None
     true_steps: NDArray[np.float64] | None = None
 
@@ -70,11 +73,12 @@ class Scores:
         return float(self.true_steps.sum() / self.checkable_steps.sum())
 
     def summary(self) -> dict[str, Any]:
-        """Every measure with its 95 % interval over questions, ready for JSON."""
+        """Every measure with its 95 % interval, ready for JSON; how many questions and images it is measured on."""
         return {
             "questions": len(self.greedy_texts),
+            "images": len(np.unique(self.image)),
             **{
-                name: dict(zip(("mean", "low", "high"), interval(values), strict=True))
+                name: dict(zip(("mean", "low", "high"), share_interval(values, self.image), strict=True))
                 for name, values in self.measures.items()
             },
             "answer_entropy": float(self.answer_entropy.mean()),
@@ -146,7 +150,8 @@ def evaluate(
     rows, texts = zip(*processes.gather(found, len(questions)), strict=True)
     names = rows[0].keys() if all(row.keys() == rows[0].keys() for row in rows) else rows[0].keys() - TRUTH
     columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in names}
-    return Scores({name: columns.pop(name) for name in MEASURES}, greedy_texts=texts, **columns)
+    image = numbered(question.image for question in questions)
+    return Scores({name: columns.pop(name) for name in MEASURES}, greedy_texts=texts, image=image, **columns)
 
 
 def _score(
@@ -171,14 +176,16 @@ def _score(
 def compare(before: Scores, after: Scores) -> dict[str, dict[str, float]]:
     """Paired differences after − before on the same questions, by measure.
 
-    Each has its mean, a 95 % bootstrap interval over questions, and a two-sided p-value by random sign flips: the
-    chance of a mean difference at least as large if before and after were exchangeable for every question.
+    Each has its mean, a 95 % interval, and a two-sided p-value by random sign flips: the chance of a mean difference at
+    least as large if before and after were exchangeable for every image, all questions about it together.
     """
+    differences = {name: after.measures[name] - before.measures[name] for name in MEASURES}
+    sums_MI = np.stack([np.bincount(before.image, values) for values in differences.values()])  # [measures, images]
+    rng, signs = np.random.default_rng(0), np.array([-1.0, 1.0])
+    flipped = np.stack([sums_MI @ rng.choice(signs, size=sums_MI.shape[1]) for _ in range(FLIPS)])
+    extreme = (np.abs(flipped) >= np.abs(sums_MI.sum(1)) - 1e-9).sum(0)
     found = {}
-    for name in MEASURES:
-        difference = after.measures[name] - before.measures[name]
-        mean, low, high = interval(difference)
-        signs = np.random.default_rng(0).choice(np.array([-1.0, 1.0]), size=(RESAMPLES, len(difference)))
-        extreme = np.abs(signs @ difference / len(difference)) >= abs(mean) - 1e-12
-        found[name] = {"mean": mean, "low": low, "high": high, "p": float((extreme.sum() + 1) / (RESAMPLES + 1))}
+    for (name, values), count in zip(differences.items(), extreme, strict=True):
+        mean, low, high = difference_interval(values, before.image)
+        found[name] = {"mean": mean, "low": low, "high": high, "p": float((count + 1) / (FLIPS + 1))}
     return found

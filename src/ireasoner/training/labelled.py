@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ireasoner.method.answers import answer_key
 from ireasoner.method.types import UsageError
 
@@ -40,7 +42,9 @@ def load_questions(path: Path, limit: int | None = None, truth: StepTruth | None
     Args:
         path: JSONL of `image` (a path relative to the file), `question`, `answer` (text or a number) and, if known,
             `picture` (an object). Other keys are ignored.
-        limit: read only so many questions.
+        limit: return only so many questions, drawn at random from as many images as possible: no image has a second
+            question before every image has its first. The draw depends on the file and the limit alone, so that all
+            models and seeds are asked the same; the order stays that of the file.
         truth: must be able to read every `picture`.
 
     Raises:
@@ -56,11 +60,19 @@ def load_questions(path: Path, limit: int | None = None, truth: StepTruth | None
     for number, line in enumerate(lines, 1):
         if line.strip():
             found.append(_question(line, path.parent, f"{path}, line {number}", truth))
-        if len(found) == limit:
-            break
     if not found:
         raise DataError(f"{path} holds no questions")
-    return found
+    return found if limit is None else _draw(found, limit)
+
+
+def _draw(questions: Sequence[LabelledQuestion], limit: int) -> list[LabelledQuestion]:
+    """So many of the questions, as `load_questions` draws them."""
+    turns, of_image = {}, Counter[Path]()
+    for i in np.random.default_rng(0).permutation(len(questions)).tolist():
+        turns[i] = of_image[questions[i].image]  # how many questions about its image come before it
+        of_image[questions[i].image] += 1
+    chosen = sorted(turns, key=lambda i: turns[i])[:limit]
+    return [questions[i] for i in sorted(chosen)]
 
 
 def _question(line: str, folder: Path, where: str, truth: StepTruth | None) -> LabelledQuestion:

@@ -1,47 +1,88 @@
-"""The measures of accuracy, and 95 % confidence intervals of means over seeds, over questions, and over both."""
+"""The measures of accuracy, and 95 % intervals of their means over seeds, questions, and the images these are about."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 SAMPLES = 5  # of each question, for mean@1, maj@5 and pass@5
 MEASURES = ("greedy", "mean@1", f"maj@{SAMPLES}", f"pass@{SAMPLES}")  # of accuracy, the most important first
-RESAMPLES = 10_000
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, 1 to 9 degrees of freedom
 
 
-def interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
-    """The mean of `values` [questions] with its 95 % percentile bootstrap interval: mean, low, high."""
-    rng = np.random.default_rng(0)
-    weights = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES)
-    low, high = np.quantile(weights @ values / len(values), [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
+def numbered(names: Iterable[Hashable]) -> NDArray[np.int64]:
+    """Equal names as equal numbers: 0 for the first name, 1 for the next that differs, and so on."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
 
 
-def resampled_means(values_KSQ: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Bootstrap means of K models over S seeds and Q questions, both resampled with replacement: [RESAMPLES, K].
+def half_width(values_SQ: NDArray[np.float64], images_Q: NDArray[np.int64]) -> float:
+    """Half the width of the 95 % interval of a mean over seeds and questions; infinite for one seed and one image.
 
-    The draws depend only on S and Q, so that the means of different models are paired.
+    Questions about the same image are no independent evidence, and neither are the answers under one seed. So the
+    variance of the mean is what seeds differ by, plus what images differ by, less what both of these contain (Cameron,
+    Gelbach and Miller 2011). Its square root is multiplied by the quantile of Student's t, with Satterthwaite's (1946)
+    degrees of freedom. Where seeds differ by far more than images, these are few and uncertain themselves, so Student's
+    t over the means of the seeds alone is taken if that is wider. `benchmarks/coverage.py` shows that this covers.
+
+    Args:
+        values_SQ: values [seeds, questions]. For the difference of two models, their differences: that pairs them.
+        images_Q: the number of the image that each question is about, as `numbered` gives it.
     """
-    rng = np.random.default_rng(0)
-    models, seeds, questions = values_KSQ.shape
-    found = np.empty((RESAMPLES, models))
-    for rows in np.array_split(np.arange(RESAMPLES), 20):  # in parts, because all weights at once take much memory
-        weights_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(rows)) / seeds
-        weights_RQ = rng.multinomial(questions, np.full(questions, 1 / questions), size=len(rows)) / questions
-        for k, values_SQ in enumerate(values_KSQ):
-            found[rows, k] = np.einsum("rq,rq->r", weights_RS @ values_SQ, weights_RQ)
-    return found
+    seeds, questions = values_SQ.shape
+    means_S = values_SQ.mean(1)
+    about_I = np.bincount(images_Q)  # how many questions are about each image
+    images = len(about_I)
+    if seeds == images == 1:
+        return np.inf
+    by_seed = by_image = shared = 0.0
+    if seeds > 1:
+        by_seed = float(np.var(means_S, ddof=1)) / seeds
+    if images > 1:
+        # By how much the mean of each seed would fall without each image: the jackknife.
+        sums_SI = np.stack([np.bincount(images_Q, row) for row in values_SQ - means_S[:, None]])
+        falls_SI = sums_SI / (questions - about_I)
+        by_image = (images - 1) / images * float((falls_SI.mean(0) ** 2).sum())
+        if seeds > 1:
+            apart_SI = falls_SI - falls_SI.mean(0)
+            shared = (images - 1) / images * float((apart_SI**2).sum()) / (seeds * (seeds - 1))
+    variance = max(by_seed + by_image - shared, by_seed, by_image)  # `shared` is an estimate, and may be too large
+    if variance == 0:
+        return 0.0
+    uncertain = by_seed**2 / max(seeds - 1, 1) + by_image**2 / max(images - 1, 1)
+    both = t_quantile(max(variance**2 / uncertain, 1)) * np.sqrt(variance)
+    return float(max(both, t_quantile(max(seeds - 1, 1)) * np.sqrt(by_seed)))
 
 
-def plus_minus(by_seed: Sequence[float]) -> float | None:
-    """Half the width of the 95 % interval of a mean over seeds (Student's t); None for a single seed."""
-    freedom = len(by_seed) - 1
-    if freedom < 1:
-        return None
-    exact = freedom <= len(T_QUANTILES)  # otherwise an approximation with an error of at most 0.003
-    quantile = T_QUANTILES[freedom - 1] if exact else 1.96 + 2.372 / freedom + 2.822 / freedom**2
-    return float(quantile * np.std(by_seed, ddof=1) / np.sqrt(len(by_seed)))
+def share_interval(values_Q: NDArray[np.float64], images_Q: NDArray[np.int64]) -> tuple[float, float, float]:
+    """A mean of shares, such as accuracy, with its 95 % interval: mean, low, high.
+
+    This is Wilson's interval at the number of independent questions whose mean would vary as much (Korn and Graubard
+    1998), because near 0 and 1 a symmetric interval covers too little. Without any variation, as where all are right,
+    that number is the number of images.
+    """
+    mean, images = float(values_Q.mean()), int(images_Q.max()) + 1
+    quantile = t_quantile(max(images - 1, 1))
+    variance = (half_width(values_Q[None], images_Q) / quantile) ** 2
+    count = mean * (1 - mean) / variance if variance > 0 else images
+    total = count + quantile**2
+    middle = (count * mean + quantile**2 / 2) / total
+    half = quantile / total * np.sqrt(count * mean * (1 - mean) + quantile**2 / 4)
+    return mean, float(middle - half), float(middle + half)
+
+
+def difference_interval(values_Q: NDArray[np.float64], images_Q: NDArray[np.int64]) -> tuple[float, float, float]:
+    """A mean of differences of shares with its 95 % interval, which ends at -1 and 1: mean, low, high."""
+    mean, half = float(values_Q.mean()), half_width(values_Q[None], images_Q)
+    return mean, max(mean - half, -1.0), min(mean + half, 1.0)
+
+
+def t_quantile(freedom: float) -> float:
+    """What 97.5 % of Student's t lies below, to five digits, for any degrees of freedom from 1 on.
+
+    With t = √freedom tan θ, the density of θ in (−π/2, π/2) is proportional to cos^(freedom − 1) θ.
+    """
+    ends = np.linspace(0, np.pi / 2, 20_001)
+    mass = np.cumsum(np.cos((ends[:-1] + ends[1:]) / 2) ** (freedom - 1))
+    return float(np.sqrt(freedom) * np.tan(np.interp(0.95 * mass[-1], mass, ends[1:])))
