@@ -301,7 +301,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_by_name_and_kept(data: Path, dea
 def test_a_damaged_record_is_dropped_and_said(dead: Path):
     with (dead / "probes.jsonl").open("rb+") as file:
         file.write(b"\xff")
-    resume(load_config(dead / "config.yaml").model_copy(update={"steps": 3, "eval_data": None}), dead)
+    resume(load_config(dead / "config.yaml"), dead)
     (event,) = read_records(dead / "events.jsonl")
     assert event == {
         "step": 2, "text": "Dropped a damaged record: probes.jsonl, line 1, is not a record and was left out."
@@ -579,7 +579,7 @@ def test_a_run_that_is_dead_from_the_start_says_so_and_publishes_nothing(data: P
     report = (out / "report.html").read_text()
     assert "It went wrong: hardly any solution can be read" in report
     assert "max_solution_tokens is 6, not 112" in report
-    assert "hardly any solution can be read" in run_here("runs", str(tmp_path))[1]
+    assert "hardly any solution can be read" in " ".join(run_here("runs", str(tmp_path))[1].split())
     code, said = run_here("eval", str(out), "--data", str(data / "held-out.jsonl"), "--limit", "1")
     assert code == 0
     assert "learned nothing and has no adapter: its model tiny is scored" in said

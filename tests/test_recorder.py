@@ -405,6 +405,16 @@ def test_a_record_that_is_no_episode_is_named(tmp_path: Path, record: dict) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_steps_without_a_record_are_named(tmp_path: Path) -> None:
+    recorder = Recorder.open(tmp_path)
+    for step in (1, 2, 5):
+        recorder.metrics(step, {})
+    assert recorder.gaps(5) == [
+        "metrics.jsonl lacks 2 of 5 steps, the first of them 3",
+        "episodes.jsonl lacks 5 of 5 steps, the first of them 1",
+    ]
+
+
 def test_a_file_is_replaced_and_never_written_through_a_link(tmp_path: Path) -> None:
     victim, target = tmp_path / "victim", tmp_path / "report.html"
     victim.write_text("dear to me")

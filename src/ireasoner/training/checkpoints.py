@@ -58,10 +58,13 @@ def save_checkpoint(
     return final
 
 
-def verify_checkpoint(path: Path) -> str | None:
-    """None if a folder holds exactly the files of its manifest, unchanged; otherwise what is wrong with it."""
+def verify_checkpoint(path: Path, *, reads_contents: bool = True) -> str | None:
+    """None if a folder holds exactly the files of its manifest, unchanged; otherwise what is wrong with it.
+
+    Without reading contents, files of the right size are taken to be unchanged.
+    """
     try:
-        found = _files(path)
+        found = _files(path, reads_contents)
         manifest = json.loads((path / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError, CheckpointError) as error:
         return f"it cannot be read: {error}"
@@ -73,7 +76,10 @@ def verify_checkpoint(path: Path) -> str | None:
             return f"{MANIFEST} is not of format version 1"
     # The manifest's names are only compared and never opened: a forged one cannot point outside of the folder.
     for name in sorted(files.keys() | found.keys()):
-        if files.get(name) != found.get(name):
+        expected = files.get(name)
+        if not reads_contents and isinstance(expected, dict):
+            expected = {"size": expected.get("size")}
+        if expected != found.get(name):
             return f"{name} is {found.get(name, 'missing')}, in {MANIFEST} it is {files.get(name, 'missing')}"
     return None
 
@@ -99,16 +105,18 @@ def _newest_first(root: Path) -> list[tuple[int, Path]]:
     return sorted(((int(p.name[5:]), p) for p in root.iterdir() if name.fullmatch(p.name) and p.is_dir()), reverse=True)
 
 
-def _files(folder: Path) -> dict[str, dict[str, str | int]]:
+def _files(folder: Path, reads_contents: bool = True) -> dict[str, dict[str, str | int]]:
     """Size and SHA-256 of every file in a folder except the manifest. A link or a special file is an error."""
-    files = {}
+    files: dict[str, dict[str, str | int]] = {}
     for path in (folder, *sorted(folder.rglob("*"))):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise CheckpointError(f"{name} is a link or a special file")
         if path.is_file() and name != MANIFEST:
-            with path.open("rb") as file:
-                files[name] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+            files[name] = {"size": path.stat().st_size}
+            if reads_contents:
+                with path.open("rb") as file:
+                    files[name]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return files
 
 
@@ -141,21 +149,13 @@ def prune(root: Path, step: int, keep: int, spare: Collection[int] = ()) -> None
     Each was verified when it was saved. To hash gigabytes of them again at every save would take longer than a step,
     so that only the sizes of their files are looked at. With `keep` 0, all stay.
     """
-    if keep == 0:
+    if keep <= 0:
         return
-    older = [(other, path) for other, path in _newest_first(root) if other < step and _is_whole(path)]
+    found = [(other, path) for other, path in _newest_first(root) if other < step]
+    older = [(other, path) for other, path in found if verify_checkpoint(path, reads_contents=False) is None]
     for path in [path for other, path in older[keep - 1 :] if other not in spare]:
         # Renamed first: a half-deleted folder under its own name would look like a damaged checkpoint.
         shutil.rmtree(path.rename(root / f".tmp-{path.name}-pruned"), ignore_errors=True)
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether every file of a checkpoint's manifest is there with its size; the contents are not read."""
-    try:
-        files = json.loads((path / MANIFEST).read_bytes())["files"]
-        return all((path / name).lstat().st_size == held["size"] for name, held in files.items())
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        return False
 
 
 def _fsync(*paths: Path) -> None:

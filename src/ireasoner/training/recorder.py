@@ -123,12 +123,11 @@ class Recorder:
         """Drop the records after `step`, which a resumed run will write again, and damaged lines.
 
         Returns:
-            A sentence about each damaged line, and one about steps whose records are missing.
+            A sentence about each damaged line.
         """
         damage: list[str] = []
-        found: dict[str, set[int]] = {}
         for path in self._files():
-            lines: list[tuple[bytes, int]] = []
+            kept: list[bytes] = []
             for line, record in _lines(path, damage):
                 try:
                     if path.name == "episodes.jsonl":
@@ -137,16 +136,21 @@ class Recorder:
                     damage.append(f"{path.name}: {_no_episode(record, error)} and was left out")
                     continue
                 if record["step"] <= step:
-                    lines.append((line, record["step"]))
-            found[path.name] = {number for _, number in lines}
+                    kept.append(line)
             with _boundary(path):
-                replace_file(path, b"".join(line for line, _ in lines))
+                replace_file(path, b"".join(kept))
         if self.writes:
             self._read_skipped()
-            for name in ("metrics.jsonl", "episodes.jsonl"):  # these have a record of every step
-                if missing := sorted(set(range(1, step + 1)) - found.get(name, set())):
-                    damage.append(f"{name} lacks {len(missing)} of {step} steps, the first of them {missing[0]}")
         return damage
+
+    def gaps(self, step: int) -> list[str]:
+        """A sentence about each file that should have a record of every step up to `step` and lacks some."""
+        found = []
+        for name in ("metrics.jsonl", "episodes.jsonl") if self.writes else ():
+            held = {record["step"] for _, record in _lines(self.run_dir / name, [])}
+            if missing := sorted(set(range(1, step + 1)) - held):
+                found.append(f"{name} lacks {len(missing)} of {step} steps, the first of them {missing[0]}")
+        return found
 
     def _files(self) -> list[Path]:
         """The files of records that exist; none if this recorder does not write."""

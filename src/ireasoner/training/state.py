@@ -33,7 +33,8 @@ from ireasoner.training.recorder import Recorder, read_episodes, read_records
 from ireasoner.training.selfplay import SelfPlay
 from ireasoner.training.watch import Alarm, Signals, Watch
 
-CONFIG = "config.yaml"  # as in the run directory, so that nothing but a deliberate extension changes it
+CONFIG = "config.yaml"
+OPTIONS = "options.yaml"  # the same in a checkpoint, so that nothing but a deliberate extension changes it unnoticed
 
 
 class RunError(UsageError):
@@ -123,7 +124,9 @@ def open_run(
     # Steps after the checkpoint are taken again and give the same records, so theirs are dropped. Without a checkpoint
     # (a new run, or one that was killed before its first) that holds for all records, those of step 0 included.
     dropped = recorder.rewind(state["step"] if checkpoint else -1)
-    for text in [*_notes(skipped), *(f"Dropped a damaged record: {warning}." for warning in dropped)]:
+    told = [f"Dropped a damaged record: {warning}." for warning in dropped]
+    told += [f"Records are missing: {gap}." for gap in recorder.gaps(state["step"])]
+    for text in [*_notes(skipped), *told]:
         recorder.event(state["step"], text)
         observer.on_message(text)
     processes.wait()  # the other processes read the records below, so the main one must have finished rewinding them
@@ -273,7 +276,7 @@ def _write_state(run: Run, folder: Path) -> None:
     for role, learner in run.learners.items():
         tensors, state["learners"][role] = learner.state()
         save_file(tensors, folder / f"optimizer-{role}.safetensors")
-    (folder / CONFIG).write_text(dump_config(run.config), "ascii")
+    (folder / OPTIONS).write_text(dump_config(run.config), "ascii")
     (folder / "state.json").write_text(json.dumps(state), "utf-8")
 
 
@@ -285,7 +288,7 @@ def _check_config(config: Config, checkpoint: Path) -> None:
     Raises:
         UsageError: an option was changed meanwhile, for example because a line of `config.yaml` was lost.
     """
-    kept = load_config(checkpoint / CONFIG)
+    kept = load_config(checkpoint / OPTIONS)
     now, before = ({**c.flat(), "reward_sha256": c.reward_sha256} for c in (config, kept))
     moved = {name for name in ("images", "model", "labels", "eval_data") if now[name] and before[name]}
     changed = [name for name in now if now[name] != before[name] and name not in {"steps", *moved}]
@@ -293,7 +296,9 @@ def _check_config(config: Config, checkpoint: Path) -> None:
         changed.append("steps")
     if changed:
         told = "; ".join(f"{name} is {now[name]}, and was {before[name]}" for name in changed)
-        raise RunError(f"config.yaml was changed since {checkpoint} was saved: {told}; the old one is in that folder")
+        raise RunError(
+            f"config.yaml was changed since {checkpoint} was saved: {told}; the old ones are in its options.yaml"
+        )
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
