@@ -29,7 +29,7 @@ def fn(group, context):
 def broken(group, context):
     return 1 / 0
 """
-TINY = ("--model", "tiny", "--steps", "2", "--images-per-step", "2", "--group-size", "2", "--save-every", "1")
+TINY = ("--model", "tiny", "--steps", "2", "--images-per-step", "2", "--group-size", "3", "--save-every", "1")
 SHORT = ("--max-question-tokens", "40", "--max-solution-tokens", "48", "--probe-every", "0", "--device", "cpu")
 
 

@@ -78,12 +78,14 @@ def assert_same_run(one: Path, other: Path) -> None:
             if not name.startswith(("time/", "sampler_gap/")):
                 assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
     assert [p["text"] for p in records(one, "probes.jsonl")] == [p["text"] for p in records(other, "probes.jsonl")]
-    for role in ROLES:
+    first, second = (json.loads((path / "summary.json").read_text()) for path in (one, other))
+    assert first["trained_roles"] == second["trained_roles"]
+    assert "solver" in first["trained_roles"]
+    for role in first["trained_roles"]:
         mine, theirs = (load_file(path / role / "adapter_model.safetensors") for path in (one, other))
         for name, tensor in mine.items():
             assert tensor.any()
             torch.testing.assert_close(tensor, theirs[name], atol=2e-5, rtol=0)
-    first, second = (json.loads((path / "summary.json").read_text()) for path in (one, other))
     assert first["before"] == second["before"]
 
 
@@ -292,13 +294,14 @@ def test_a_device_with_a_number_is_refused_for_several_processes(monkeypatch: py
 def test_a_reward_of_ones_own_is_computed_once_and_shared(place: Path, tmp_path: Path):
     """It may not give the same number twice; here it gives the number of the process that asks."""
     (tmp_path / "own.py").write_text(
-        "import os\ndef fn(group, context):\n    return [1.0 + int(os.environ['RANK'])] * len(group.texts)\n"
+        "import os\ndef fn(group, context):\n"
+        "    return [(1.0 + int(os.environ['RANK'])) * (k + 1) for k in range(len(group.texts))]\n"
     )
     out = place / "own-reward"
     done = run(LAUNCH, *options(place, steps="1", reward=f"{tmp_path}/own.py:fn"), "--out", out)
     assert done.returncode == 0, done.stderr
     episodes = list(read_records(out / "episodes.jsonl"))
     for i, episode in enumerate(episodes):
-        paid = {t["reward"] for t in episode["trajectories"] if t["problem"] is None}
-        assert paid <= {1.0 + i % 2}
+        for k, t in enumerate(episode["trajectories"]):
+            assert t["problem"] is not None or t["reward"] == (1.0 + i % 2) * (k + 1)
     assert any(episode["trajectories"] for episode in episodes)
