@@ -16,7 +16,12 @@ MAX_SCANS = 100  # of a JPEG; cameras write 1, optimizers up to about 20
 MAX_METADATA = 2**18  # bytes of a chunk of metadata, and of all tables of a JPEG
 MAX_RUN_LENGTH = 4_000_000  # pixels and bytes of a run-length encoded BMP, which Pillow decodes in Python
 
-_PNG_ORIENTATION = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # texts in which Pillow looks for it
+_PNG_ORIENTATION = (
+    b"eXIf",
+    b"tEXtRaw profile type exif\0",
+    b"zTXtRaw profile type exif\0",
+    b"iTXtXML:com.adobe.xmp\0\0",
+)
 _JPEG_ORIENTATION = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
 _JPEG_BARE = {0x00, 0x01, 0xFF, *range(0xD0, 0xD9)}  # fill bytes, and markers without a segment
 _JPEG_TABLES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC4, 0xDB, 0xDD}  # sizes of the image, Huffman codes and divisors
@@ -157,10 +162,7 @@ def _png_parts(data: bytes) -> Iterator[bytes]:
         length, kind = struct.unpack_from(">I4s", data, at)
         end, count = at + 12 + length, count + 1
         _limited(count)
-        keyword = data[at + 8 : at + 88].partition(b"\0")[0] if kind in (b"tEXt", b"zTXt", b"iTXt") else b""
-        useful = length <= MAX_METADATA and (kind == b"eXIf" or keyword in _PNG_ORIENTATION)
-        if useful:  # damaged metadata is no reason to skip an image whose pixels are fine
-            useful = zlib.crc32(data[at + 4 : end - 4]).to_bytes(4, "big") == data[end - 4 : end]
+        useful = data.startswith(_PNG_ORIENTATION, at + 4) and length <= MAX_METADATA and _is_sound(data[at:end])
         if kind == b"IDAT":
             yield data[at:end]
         elif kind not in seen and (kind in (b"IHDR", b"PLTE", b"tRNS") or useful):
@@ -170,6 +172,19 @@ def _png_parts(data: bytes) -> Iterator[bytes]:
         if kind == b"IEND":
             break
     yield struct.pack(">I4sI", 0, b"IEND", 0xAE426082)
+
+
+def _is_sound(chunk: bytes) -> bool:
+    """Whether Pillow will accept a chunk of metadata; if not, the pixels may still be fine."""
+    if zlib.crc32(chunk[4:-4]).to_bytes(4, "big") != chunk[-4:]:
+        return False
+    if chunk[4:8] == b"zTXt":
+        text = chunk[8:-4].partition(b"\0")[2][1:]
+        try:
+            return len(zlib.decompressobj().decompress(text, MAX_METADATA + 1)) <= MAX_METADATA
+        except zlib.error:
+            return False
+    return True
 
 
 def _webp_parts(data: bytes) -> Iterator[bytes]:
