@@ -125,7 +125,9 @@ def _jpeg_parts(data: bytes) -> Iterator[bytes]:
     yield data[:2]
     at, count, tables, seen = 2, 0, 0, set[bytes]()
     while True:
-        at = data.index(b"\xff", at)  # a decoder skips what lies between segments
+        at = data.find(b"\xff", at)  # a decoder skips what lies between segments
+        if at < 0:
+            raise IndexError("no further segment")
         marker, count = data[at + 1], count + 1
         _limited(count)
         if marker in _JPEG_BARE:

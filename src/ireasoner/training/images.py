@@ -116,7 +116,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _read(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """The bytes of a file. What may pass is tried again: any error of the disk, except that the file is not there."""
+    """The bytes of a file. A disk's errors may pass, so it is asked again, unless the file is not there or forbidden."""
     for pause in (*RETRY_AFTER, None):
         try:
             found = os.stat(path)
@@ -152,7 +152,7 @@ def _decoded(image_format: str, data: bytes, max_pixels: int) -> tuple[Image.Ima
         with Image.open(io.BytesIO(data), formats=[image_format]) as image:
             width, height = image.size
             if width * height > max_pixels:  # checked before decoding, which allocates the memory
-                raise ValueError(f"{width} x {height} is over the limit of {max_pixels} pixels")
+                raise ValueError(f"{width} x {height} is over the limit of {max_pixels} pixels (--max-image-pixels)")
             if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
                 raise ValueError(f"{width} x {height} is longer than {MAX_ASPECT_RATIO} to 1")
             boxes = (tile.extents or (0, 0, width, height) for tile in image.tile)
