@@ -30,7 +30,7 @@ PROGRAM = "ireasoner"
 Style = Literal["chalk", "varied", "plain"]
 Split = Literal["validation", "test"]
 Seed = Annotated[int, Field(ge=0)]
-SCALE = ("preset", "device", *(name for name in configs.PRESET_OPTIONS if name != "eval_questions"))
+SCALE = ("preset", "device", "max_image_pixels", *(name for name in configs.PRESET_OPTIONS if name != "eval_questions"))
 
 
 def _writable(path: Path) -> Path:

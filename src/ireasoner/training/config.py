@@ -89,7 +89,7 @@ class Config(Options):
     images: Path
     """Folder of unlabeled images, searched with all of its subfolders."""
     max_image_pixels: ImagePixels = 25_000_000
-    """Larger images are skipped (decoding takes up to 24 bytes of memory a pixel)."""
+    """Larger images are skipped, as decoding takes up to 24 bytes of memory a pixel (25 million)."""
     model: str
     """Folder or hub id of an image-text-to-text model; 'tiny' is the one that ships here."""
     preset: str = "7b"

@@ -116,7 +116,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _read(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """The bytes of a file. A disk's errors may pass, so it is asked again, unless the file is not there or forbidden."""
+    """The bytes of a file. Errors of the disk may pass, so they are tried again; a missing or forbidden file is not."""
     for pause in (*RETRY_AFTER, None):
         try:
             found = os.stat(path)
