@@ -51,7 +51,7 @@ def train(config: Config, out: Path) -> None:
     engine: Engine = LiveEngine(policy)
     proposer = Learner(policy, "proposer", config.recipe, config.optimizer)
     solver = Learner(policy, "solver", config.recipe, config.optimizer)
-    pool = ImagePool.scan(config.images, config.seed)
+    pool = ImagePool.scan(config.images, config.seed, config.max_image_pixels)
     memory = ClaimMemory(config.recipe.recurrence_window)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "metrics.jsonl").open("w") as log:

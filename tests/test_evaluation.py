@@ -20,7 +20,7 @@ from ireasoner.playground.truth import step_truth
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import SamplingOptions
 from ireasoner.training.evaluation import EvaluationOptions, Scores, compare, evaluate
-from ireasoner.training.items import ImageError, load_image
+from ireasoner.training.images import ImageError, load_image
 from ireasoner.training.labelled import DataError, LabelledQuestion, answer_prior, load_questions
 from ireasoner.training.statistics import MEASURES, difference_interval, half_width, share_interval, t_quantile
 from models import load, requests

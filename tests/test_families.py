@@ -163,7 +163,7 @@ def test_a_step_of_self_play_and_an_update_of_each_role(folder: Path, sized: lis
     policy = filled(folder)
     config = resolve({"model": str(folder), "images": ".", "preset": "tiny", "max_solution_tokens": 10})
     labels = {f"{i}": [(q, "1")] for i, q in enumerate(QUESTIONS)}
-    items = [Item(str(i), image) for i, image in enumerate(sized)]
+    items = [Item(str(i), image, "0" * 16) for i, image in enumerate(sized)]
     engine = LiveEngine(policy)
     proposed = SelfPlay(policy, engine, config).play(1, items).proposer
     solved = SelfPlay(policy, engine, config, labels).play(1, items).solver

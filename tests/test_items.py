@@ -1,7 +1,8 @@
 """The image pool: every image found, every skip reported, nothing hostile gets through, exact resume."""
 
 import contextlib
-import io
+import errno
+import hashlib
 import json
 import os
 import random
@@ -9,16 +10,29 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
+import threading
 import warnings
 import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from ireasoner.training import items
-from ireasoner.training.items import ImageError, ImagePool, UnreadableImageError, content_hash, load_image
+import hostile
+from hostile import chunk, encoded
+from ireasoner.model.parallel import Processes
+from ireasoner.training import images
+from ireasoner.training.images import ImageError, UnreadableImageError, load_image, read_image
+from ireasoner.training.items import ImagePool, Item
+from ireasoner.training.labelled import load_questions
+from ireasoner.training.recorder import Recorder
+from ireasoner.training.state import Run
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 MAGICS = (
@@ -39,16 +53,6 @@ def corners(width: int = 24, height: int = 16) -> Image.Image:
     image.paste(GREEN, (width // 2, 0, width, height // 2))
     image.paste(BLUE, (0, height // 2, width // 2, height))
     return image
-
-
-def encoded(image: Image.Image, image_format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, image_format, **options)
-    return buffer.getvalue()
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png(width: int, height: int, pixels: bytes, *, depth: int = 8, color: int = 2, extra: bytes = b"") -> bytes:
@@ -79,8 +83,8 @@ def fill(folder: Path, count: int) -> Path:
     return folder
 
 
-def names(images: list[tuple[str, Image.Image]]) -> list[str]:
-    return [name for name, _ in images]
+def names(items: list[Item]) -> list[str]:
+    return [item.name for item in items]
 
 
 def reason_of(path: Path) -> str:
@@ -143,8 +147,8 @@ def test_every_format_and_mode_decodes_whatever_the_name(tmp_path, kind, extensi
     assert image.mode == "RGB"
     if expected is not None:
         assert close(image, expected, tolerance)
-    [(name, from_pool)] = ImagePool.scan(tmp_path, seed=0).take(1)
-    assert (name, from_pool.tobytes()) == (path.name, image.tobytes())
+    [item] = ImagePool.scan(tmp_path, seed=0).take(1)
+    assert (item.name, item.image.tobytes()) == (path.name, image.tobytes())
 
 
 def test_one_bit_is_black_and_white(tmp_path):
@@ -285,6 +289,22 @@ def test_what_is_no_image_says_so(tmp_path):
         b"8BPS\0\1",
     ):
         assert "not a PNG" in reason_of(save(tmp_path / "a.png", data))
+    for data, name in (
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC image"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0avifmif1miaf", "an AVIF image"),
+        (encoded(corners(), "AVIF"), "an AVIF image"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE HTML><p>Log in", "an HTML page"),
+        (b"<html lang=en>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "a Git LFS pointer"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "a JPEG 2000 image"),
+        (b"P6 1 1 255\nabc", "a PNM image"),
+        (b"%PDF-1.7", "a PDF document"),
+    ):
+        for image_name in ("a.png", "a.JPG", "a.heic"):
+            reason = reason_of(save(tmp_path / image_name, data))
+            assert reason.startswith(name)
+            assert reason.endswith("not a PNG, JPEG, WebP, GIF, BMP or TIFF image")
     assert reason_of(tmp_path / "missing.png") == "No such file or directory"
     assert reason_of(tmp_path) == "not a regular file"
     with pytest.raises(UnreadableImageError, match="null byte"):
@@ -306,7 +326,7 @@ def bomb_jpeg() -> bytes:
 
 BOMBS = {
     "png": png(100000, 100000, b""),
-    "png above our limit": png(8001, 8000, b""),
+    "png above our limit": png(5001, 5000, b""),
     "png where Pillow only warns": png(10000, 10000, b""),
     "png widest": png(2**31 - 1, 2**31 - 1, b""),
     "gif": b"GIF89a" + struct.pack("<HHBBB", 60000, 60000, 0, 0, 0) + b",\0\0\0\0\0\0\0\0\0\2\2\x4c\1\0;",
@@ -326,18 +346,150 @@ def test_bombs_are_refused_by_their_header(tmp_path, kind):  # they hold no pixe
     assert limits == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
 
 
-def test_limits_of_size_and_shape(tmp_path, monkeypatch):
+def test_limits_of_size_and_shape(tmp_path):
     path = save(tmp_path / "a", encoded(corners(20, 10), "PNG"))
-    with monkeypatch.context() as patch:
-        patch.setattr(items, "MAX_PIXELS", 200)
-        assert load_image(path).size == (20, 10)
-        patch.setattr(items, "MAX_PIXELS", 199)
-        with pytest.raises(UnreadableImageError, match="20 x 10 is over the limit of 199 pixels"):
-            load_image(path)
+    assert load_image(path, max_pixels=200).size == (20, 10)
+    with pytest.raises(UnreadableImageError, match="20 x 10 is over the limit of 199 pixels"):
+        load_image(path, max_pixels=199)
+    assert ImagePool.scan(tmp_path, seed=0, max_pixels=200).take(1)
+    with pytest.raises(ImageError, match=r"None of the 1 images .*limit of 199 pixels"):
+        ImagePool.scan(tmp_path, seed=0, max_pixels=199).take(1)
+    path.write_bytes(path.read_bytes() + bytes(2**24 + 8 * 200))  # sparse or not, it is not read
+    with pytest.raises(UnreadableImageError, match="bytes is over the limit of 16778816 bytes"):
+        load_image(path, max_pixels=200)
     assert load_image(save(tmp_path / "a", encoded(Image.new("RGB", (200, 1)), "PNG"))).size == (200, 1)
     assert "longer than 200 to 1" in reason_of(save(tmp_path / "a", encoded(Image.new("RGB", (201, 1)), "PNG")))
     assert "longer than 200 to 1" in reason_of(save(tmp_path / "a", encoded(Image.new("RGB", (2, 401)), "PNG")))
     reason_of(save(tmp_path / "a", png(0, 5, b"")))
+
+
+@pytest.mark.parametrize("kind", hostile.BUSY)
+def test_files_that_would_keep_a_decoder_busy_are_refused_for_what_they_hold(tmp_path, kind):
+    data, reason = hostile.BUSY[kind]
+    assert reason in reason_of(save(tmp_path / "a", data))
+
+
+def test_what_real_files_hold_is_not_too_much(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned = {
+        "scans": hostile.scans(90),
+        "comments": hostile.jpeg(hostile.segment(0xFE, bytes(60_000)) * 100, exif=exif),
+        "profile": encoded(corners(), "PNG", icc_profile=bytes(3_000_000), exif=exif),
+        "run lengths": hostile.run_length_bmp(100),
+        "extensions": hostile.gif(b"!\xfe\1x\0" * 1000),
+        "strips": hostile.tiff((8, 8), {273: (3, [16 + 8 * i for i in range(8)]), 278: (3, [1])}, bytes(64)),
+    }
+    for data in turned.values():
+        load_image(save(tmp_path / "a", data))
+    assert close(load_image(save(tmp_path / "a", turned["profile"])), corners().rotate(180))
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf"])
+def test_large_or_damaged_metadata_of_a_png_does_not_cost_the_picture(tmp_path, kind):
+    for data in (b"a\0" + bytes(2_000_000), b"XML:com.adobe.xmp\0" + bytes(2_000_000), b"\xff" * 2_000_000):
+        assert load_image(save(tmp_path / "a", hostile.png(chunk(kind, data)))).getpixel((0, 0)) == (9, 9, 9)
+    swollen = chunk(kind, b"Raw profile type exif\0\0" + zlib.compress(bytes(2_000_000)))
+    swollen += chunk(kind, b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(bytes(2_000_000)))
+    for data in (swollen, chunk(kind, b"a\0b")[:-4] + b"oops", chunk(kind, b"Raw profile type exif\0\0oops")):
+        assert load_image(save(tmp_path / "a", hostile.png(data))).getpixel((0, 0)) == (9, 9, 9)
+
+
+def test_orientation_is_found_wherever_it_is_told(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="3"/></x:xmpmeta>'
+    raw = b"\nexif\n      %d\n" % len(exif.tobytes()) + exif.tobytes().hex().encode() + b"\n"
+    of_text = png_with(chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw)))  # as ImageMagick writes it
+    of_xmp = png_with(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp))
+    lossless = encoded(corners(), "WEBP", lossless=True, xmp=xmp)
+    for data in (of_text, of_xmp, lossless, encoded(corners(), "JPEG", quality=95, xmp=xmp)):
+        assert close(load_image(save(tmp_path / "a", data)), corners().rotate(180), 12)
+
+
+def png_with(extra: bytes) -> bytes:
+    data = encoded(corners(), "PNG")
+    return data[:33] + extra + data[33:]
+
+
+QUIET = """
+import sys
+from ireasoner.training.images import UnreadableImageError, load_image
+try:
+    load_image(sys.argv[1])
+except UnreadableImageError:
+    print("skipped")
+"""
+
+MEASURE = """
+import sys
+from pathlib import Path
+from ireasoner.training.images import UnreadableImageError, load_image
+
+def kilobytes(name):
+    return int(Path("/proc/self/status").read_text().partition(name + ":")[2].split()[0])
+
+before = kilobytes("VmRSS")
+try:
+    load_image(sys.argv[1])
+except UnreadableImageError as error:
+    print(error.reason, file=sys.stderr)
+print((kilobytes("VmHWM") - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a process's memory")
+def test_no_file_takes_more_than_600_mb(tmp_path):
+    side = (5000, 5000)  # the limit
+    rgba = Image.new("RGBA", side, (1, 2, 3, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turning it takes memory as well
+    fat = {  # and the most megabytes that each may take
+        "float": (encoded(Image.new("F", side, 0.5), "TIFF", compression="tiff_adobe_deflate"), 400),
+        "integer": (encoded(Image.new("I", side, 70_000), "TIFF", compression="tiff_adobe_deflate"), 400),
+        "lossless": (encoded(rgba, "WEBP", lossless=True, quality=0, method=0, exact=True, exif=exif), 450),
+        "transparent": (encoded(rgba, "PNG", compress_level=1, exif=exif), 300),
+        "CMYK": (encoded(Image.new("CMYK", side), "JPEG", progressive=True), 400),
+        "disposed": (hostile.disposed_gif(13_000), 60),
+        "tags": (hostile.tiff(side, {273: (3, [16] * 5_000_000)}), 60),
+    }
+    for name, (data, limit) in fat.items():
+        path = save(tmp_path / name, data)
+        measured = [sys.executable, "-c", MEASURE, path]  # each in its own process, because only peaks can be measured
+        done = subprocess.run(measured, capture_output=True, text=True, check=True)
+        assert int(done.stdout) < limit, (name, done.stdout, done.stderr)
+
+
+def test_libtiff_and_pillow_write_nothing_to_the_terminal(tmp_path):
+    data = bytearray(encoded(corners(), "TIFF", compression="tiff_lzw"))
+    data[9:60] = bytes(51)
+    damaged = save(tmp_path / "a", bytes(data))
+    many_samples = save(tmp_path / "b", hostile.tiff((8, 8), {277: (3, [2048])}))
+    for path in (damaged, many_samples):
+        done = subprocess.run([sys.executable, "-c", QUIET, path], capture_output=True, text=True, check=True)
+        assert (done.stdout, done.stderr) == ("skipped\n", "")
+
+
+def test_what_may_pass_is_tried_again(tmp_path, monkeypatch):
+    waited, failures = [], iter([OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale handle")])
+    monkeypatch.setattr(images.time, "sleep", waited.append)
+
+    def flaky(*arguments):
+        for error in failures:
+            raise error
+        return open(*arguments)
+
+    monkeypatch.setattr(images, "open", flaky, raising=False)
+    path = save(tmp_path / "a.png", encoded(corners(), "PNG"))
+    assert close(load_image(path), corners())
+    assert waited == [0.1, 1.0]
+    failures = iter([OSError(errno.EIO, "Input/output error")] * 3)
+    assert reason_of(path) == "Input/output error"
+    assert waited == [0.1, 1.0] * 2
+    reason_of(tmp_path / "missing.png")
+    failures = iter([OSError(errno.EACCES, "Permission denied")])
+    assert reason_of(path) == "Permission denied"
+    assert waited == [0.1, 1.0] * 2
 
 
 @pytest.mark.parametrize("magic", MAGICS)
@@ -364,10 +516,18 @@ def test_mutated_images_raise_nothing_else(tmp_path, kind):
 
 
 def test_content_hash(tmp_path):
-    path = save(tmp_path / "a", b"abc")
-    assert content_hash(path) == "ba7816bf8f01cfea"
-    with pytest.raises(UnreadableImageError, match="No such file"):
-        content_hash(tmp_path / "b")
+    data = encoded(corners(), "PNG")
+    path = save(tmp_path / "a", data)
+    assert read_image(path)[1] == hashlib.sha256(data).hexdigest()[:16]
+    [item] = ImagePool.scan(tmp_path, seed=0).take(1)
+    assert item.content_hash == read_image(path)[1]
+
+
+def test_labelled_questions_may_begin_with_a_byte_order_mark(tmp_path):
+    save(tmp_path / "a.png", encoded(corners(), "PNG"))
+    line = json.dumps({"image": "a.png", "question": "What?", "answer": "1"})
+    path = save(tmp_path / "questions.jsonl", b"\xef\xbb\xbf" + line.encode())
+    assert [found.question for found in load_questions(path)] == ["What?"]
 
 
 # --- finding --------------------------------------------------------------------------------------------------------
@@ -386,6 +546,11 @@ def test_finds_images_beside_and_below_subfolders(tmp_path):  # fault 14
     assert len(pool) == len(wanted)
     assert set(names(pool.take(len(wanted)))) == wanted
     assert pool.skipped == {}
+    save(tmp_path / "photo", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")  # reported under any name
+    save(tmp_path / "index.html", b"<!doctype html>")  # not meant to be an image
+    pool = ImagePool.scan(tmp_path, seed=0)
+    pool.take(len(wanted) + 1)
+    assert list(pool.skipped) == ["photo"]
     assert pool.paths["sub/noext"] == str(tmp_path / "sub" / "noext")
 
 
@@ -507,7 +672,7 @@ def test_weird_names(tmp_path):
     assert list(pool.skipped) == ["dir\\udcfe\\n/bad\\n.png"]
     for name in found:
         assert name.isprintable()
-        assert content_hash(pool.paths[name]) == content_hash(pool.paths[found[0]])
+        assert read_image(pool.paths[name])[1] == read_image(pool.paths[found[0]])[1]
     json.dumps(pool.state(), ensure_ascii=False).encode()
     with pytest.raises(UnreadableImageError) as caught:
         load_image(pool.paths["dir\\udcfe\\n/bad\\n.png"])
@@ -546,8 +711,8 @@ def test_skips_come_in_the_same_order_on_every_machine(tmp_path):
 
 
 def test_pixels_belong_to_their_names(tmp_path):
-    for name, image in ImagePool.scan(fill(tmp_path, 9), seed=1).take(20):
-        assert image.getpixel((1, 1)) == (int(name[:2]), 0, 0)
+    for item in ImagePool.scan(fill(tmp_path, 9), seed=1).take(20):
+        assert item.image.getpixel((1, 1)) == (int(item.name[:2]), 0, 0)
 
 
 def test_fewer_images_than_asked_for_repeat(tmp_path):
@@ -615,6 +780,63 @@ def test_peek_shows_the_first_of_epoch_0_and_does_not_move(tmp_path):
     assert names(fresh.take(20))[15:] == names(pool.take(5))
 
 
+def test_an_image_lost_during_its_own_step_still_has_its_thumbnail(tmp_path):
+    pool = ImagePool.scan(fill(tmp_path / "pool", 2), seed=0)
+    items = pool.take(2)
+    shutil.rmtree(tmp_path / "pool")
+    run = SimpleNamespace(recorder=Recorder.open(tmp_path / "run"))
+    for item in items:
+        assert (tmp_path / "run" / Run.thumbnail(cast(Run, run), item)).is_file()
+
+
+class Beside(Processes):
+    """One of two processes, as threads of this one."""
+
+    def __init__(self, index: int, barrier: threading.Barrier, sent: dict[int, str]) -> None:
+        super().__init__(index, 2)
+        self.barrier, self.sent = barrier, sent
+
+    def gather(self, items: Sequence[Any], total: int) -> list[Any]:
+        self.sent[self.index] = json.dumps(items)
+        self.barrier.wait(10)
+        found = [json.loads(self.sent[i % 2])[i // 2] for i in range(total)]
+        self.barrier.wait(10)
+        return found
+
+
+def in_two_processes(folders: list[Path], draw: Callable[[ImagePool], Any]) -> list[Any]:
+    barrier, sent = threading.Barrier(2), dict[int, str]()
+
+    def work(index: int) -> Any:
+        processes = Beside(index, barrier, sent)
+        try:
+            return draw(ImagePool.scan(folders[index], 0, processes=processes))
+        except ImageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(work, range(2)))
+
+
+def test_processes_draw_the_same_images_even_if_one_cannot_read_them(tmp_path):
+    folders = [fill(tmp_path / "one", 6), fill(tmp_path / "other", 6)]
+    save(folders[1] / "02.png", b"junk")  # cannot be read by the second only
+    save(folders[0] / "03.png", b"junk")  # by the first only
+    save(folders[1] / "04.png", (folders[1] / "05.png").read_bytes())  # has changed in between
+
+    def draw(pool: ImagePool) -> Any:
+        first = names(pool.peek(2))
+        return first, [names(pool.take(n)) for n in (1, 2, 3, 4)], pool.state(), len(pool)
+
+    one, other = in_two_processes(folders, draw)
+    assert one == other
+    assert set(one[2]["skipped"]) == {"02.png", "03.png", "04.png"}
+    assert "different bytes" in one[2]["skipped"]["04.png"]
+    save(folders[1] / "new.png", (folders[1] / "05.png").read_bytes())
+    for message in in_two_processes(folders, draw):
+        assert "do not see the same images" in message
+
+
 # --- resuming -------------------------------------------------------------------------------------------------------
 
 
@@ -638,7 +860,7 @@ def test_resume_continues_exactly(tmp_path, trial):
             assert cut.state() == state
         expected, got = whole.take(n), cut.take(n)
         assert names(got) == names(expected)
-        assert [image.tobytes() for _, image in got] == [image.tobytes() for _, image in expected]
+        assert [item.image.tobytes() for item in got] == [item.image.tobytes() for item in expected]
         assert cut.state() == whole.state()
         assert list(cut.skipped.items()) == list(whole.skipped.items())
         assert len(cut) == len(whole)

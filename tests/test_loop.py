@@ -41,7 +41,7 @@ from ireasoner.model.loading import load_policy
 from ireasoner.model.policy import Policy
 from ireasoner.playground import world
 from ireasoner.training.config import ConfigError, load_config, resolve
-from ireasoner.training.items import content_hash, load_image
+from ireasoner.training.images import load_image, read_image
 from ireasoner.training.loop import resume, start
 from ireasoner.training.recorder import Recorder, read_episodes, read_records
 from ireasoner.training.state import Observer, Run, RunError, open_run
@@ -749,7 +749,7 @@ def test_every_played_image_has_its_thumbnail_and_every_skip_its_line(data: Path
     played = {e["image"]: e["thumbnail"] for e in read_records(reference / "episodes.jsonl")}
     assert set(played) == {"a.png", "b.png", "c.png", "sub/d.png", "sub/e.png"}
     for name, thumbnail in played.items():
-        assert thumbnail == f"images/{content_hash(data / 'pool' / name)}.png"
+        assert thumbnail == f"images/{read_image(data / 'pool' / name)[1]}.png"
         with Image.open(reference / thumbnail) as image:
             assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(load_image(data / "pool" / name)))
     (skipped,) = read_records(reference / "skipped.jsonl")

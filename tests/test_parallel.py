@@ -285,6 +285,30 @@ def test_a_process_that_fails_ends_the_run_with_its_own_reason(place: Path, tmp_
     assert (place / "failing" / "checkpoints" / "step-000001").is_dir()
 
 
+def test_an_image_that_one_process_cannot_read_is_skipped_by_both(place: Path, tmp_path: Path):
+    lost = "00/00005.png"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK', '1') == '1':  # the second process, or the only one\n"
+        "    from ireasoner.training import images\n"
+        "    read = images._read\n"
+        "    def fail(path, max_bytes):\n"
+        f"        if str(path).endswith('{lost}'):\n"
+        "            raise OSError(5, 'Input/output error')\n"
+        "        return read(path, max_bytes)\n"
+        "    images._read = fail\n"
+    )
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    for command, name in ((LAUNCH, "lost-together"), (ONE, "lost-alone")):
+        whole = [*command, *options(place), "--out", str(place / name)]
+        done = subprocess.run(whole, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        (skipped,) = read_records(place / name / "skipped.jsonl")
+        assert (skipped["image"], skipped["reason"]) == (lost, "Input/output error")
+    assert lost not in {episode["image"] for episode in read_records(place / "lost-together" / "episodes.jsonl")}
+    assert_same_run(place / "lost-alone", place / "lost-together")
+
+
 def test_a_device_with_a_number_is_refused_for_several_processes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="--device cuda:0 names one GPU"), processes.joined("cuda:0"):

@@ -51,7 +51,7 @@ def babbler(make_policy: MakePolicy) -> Policy:
 
 
 def named(pictures: Sequence[Image.Image]) -> list[Item]:
-    return [Item(f"{i}.png", picture) for i, picture in enumerate(pictures)]
+    return [Item(f"{i}.png", picture, "0" * 16) for i, picture in enumerate(pictures)]
 
 
 def taught(policy: Policy, play: Play) -> tuple[Any, list[Sequence[Completion]], list[tuple[float, ...]]]:
@@ -158,7 +158,7 @@ def test_no_repeated_work_in_a_step(make_policy: MakePolicy, pictures: list[Imag
 
 
 def test_an_image_played_twice_in_a_step_draws_differently(babbler: Policy, pictures: list[Image.Image]):
-    twice = [Item("a.png", pictures[0]), Item("a.png", pictures[0])]
+    twice = [Item("a.png", pictures[0], "0" * 16)] * 2
     (first,), (second,) = selfplay(babbler).play(1, twice).proposer.groups
     assert first.token_ids != second.token_ids
     labels = {"a.png": [("How many objects are there?", "3")]}

@@ -60,7 +60,9 @@ def test_unreadable_questions_teach_the_proposer_when_its_turn_comes(
     scale = {"steps": 2, "group_size": 3, "max_question_tokens": 2, "max_solution_tokens": 8}  # all questions cut off
     config = resolve({"images": "images", "model": "tiny", "recipe": "paper", **scale})
     run = run_of(policy, config, due)
-    play = SelfPlay(policy, run.engine, config).play(1, [Item(f"{i}.png", p) for i, p in enumerate(pictures[:2])])
+    play = SelfPlay(policy, run.engine, config).play(
+        1, [Item(f"{i}.png", p, "0" * 16) for i, p in enumerate(pictures[:2])]
+    )
     episodes, _ = update(run, play)
     assert run.learners["solver"].taught == []
     assert run.learners["proposer"].taught == ([2] if due else [])

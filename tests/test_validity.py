@@ -282,7 +282,7 @@ def test_a_run_scored_anew_from_its_texts_has_the_step_agreement_that_was_paid(
     config = write_run(tmp_path, [], model="tiny", recipe="paper")
     policy, recorder = load(), Recorder.open(tmp_path)
     play = SelfPlay(policy, LiveEngine(policy), config)
-    for each in play.play(1, [Item(f"{i}.png", image) for i, image in enumerate(pictures)]).episodes:
+    for each in play.play(1, [Item(f"{i}.png", image, "0" * 16) for i, image in enumerate(pictures)]).episodes:
         recorder.episode(each)
     notes: list[str] = []
     embedding = measures(config, notes, truth=False)["embedding"]

@@ -30,7 +30,7 @@ PROGRAM = "ireasoner"
 Style = Literal["chalk", "varied", "plain"]
 Split = Literal["validation", "test"]
 Seed = Annotated[int, Field(ge=0)]
-SCALE = ("preset", "device", *(name for name in configs.PRESET_OPTIONS if name != "eval_questions"))
+SCALE = ("preset", "device", "max_image_pixels", *(name for name in configs.PRESET_OPTIONS if name != "eval_questions"))
 
 
 def _writable(path: Path) -> Path:
@@ -185,6 +185,8 @@ class Eval(Measurement):
     """One of auto, cpu, cuda and cuda:N."""
     blank: bool = False
     """Show gray images instead of the true ones: how much is answered unseen?"""
+    max_image_pixels: configs.ImagePixels = configs.option("max_image_pixels").default
+    """Most pixels of an image."""
 
     def run(self) -> int:
         if len(self.models) > 2:
@@ -196,7 +198,12 @@ class Eval(Measurement):
         questions = load_questions(self.data, self.limit, step_truth)
         from ireasoner.training.evaluation import EvaluationOptions
 
-        options = EvaluationOptions(seed=self.seed, temperature=self.temperature, blank=self.blank)
+        options = EvaluationOptions(
+            seed=self.seed,
+            temperature=self.temperature,
+            blank=self.blank,
+            max_image_pixels=self.max_image_pixels,
+        )
         scores = [
             evaluate_target(name, questions, options, preset=self.preset, device=self.device, truth=step_truth)
             for name in models

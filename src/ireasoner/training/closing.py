@@ -80,7 +80,7 @@ def evaluate_role(run: Run, which: str, role: Role | None) -> Scores:
         run.questions,
         role,
         run.config.sampling,
-        EvaluationOptions(seed=run.config.seed),
+        EvaluationOptions(seed=run.config.seed, max_image_pixels=run.config.max_image_pixels),
         truth=run.truth,
         on_progress=lambda done, total: run.observer.on_evaluation(which, done, total),
         processes=run.processes,

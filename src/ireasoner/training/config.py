@@ -23,6 +23,8 @@ from ireasoner.method.texts import PROPOSER_PROMPT, SOLVER_PROMPTS
 from ireasoner.method.types import Form, UsageError
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
 
+ImagePixels = Annotated[int, Field(ge=1, le=178_956_970)]  # Pillow itself refuses more
+
 
 class ConfigError(UsageError):
     """A bad recipe, preset or option; the message names it and says what is wrong."""
@@ -86,6 +88,8 @@ class Config(Options):
     """Version of the run directory's format."""
     images: Path
     """Folder of unlabeled images, searched with all of its subfolders."""
+    max_image_pixels: ImagePixels = 25_000_000
+    """Larger images are skipped, as decoding takes up to 24 bytes of memory a pixel (25 million)."""
     model: str
     """Folder or hub id of an image-text-to-text model; 'tiny' is the one that ships here."""
     preset: str = "7b"

@@ -19,7 +19,7 @@ from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import SamplingOptions
-from ireasoner.training.items import load_image
+from ireasoner.training.images import MAX_PIXELS, load_image
 from ireasoner.training.labelled import LabelledQuestion, StepTruth
 from ireasoner.training.statistics import MEASURES, SAMPLES, difference_interval, numbered, share_interval
 
@@ -37,12 +37,14 @@ class EvaluationOptions:
         temperature: of the sampled answers.
         blank: show a uniformly gray image of the same size instead of each image.
         batch_size: questions that are sampled together; the scores do not depend on it.
+        max_image_pixels: larger images cannot be used.
     """
 
     seed: int = 0
     temperature: float = 1.0
     blank: bool = False
     batch_size: int = 64
+    max_image_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def evaluate(
     for first in range(0, len(own), options.batch_size):
         numbers = own[first : first + options.batch_size]
         batch = [questions[i] for i in numbers]
-        images = [load_image(q.image) for q in batch]
+        images = [load_image(q.image, options.max_image_pixels) for q in batch]
         if options.blank:
             images = [Image.new("RGB", image.size, GRAY) for image in images]
         encoded = encode_images(policy, images)

@@ -53,7 +53,7 @@ def load_questions(path: Path, limit: int | None = None, truth: StepTruth | None
     if limit is not None and limit < 1:
         raise DataError(f"a limit of {limit} leaves no question of {path}")
     try:
-        lines = path.read_text("utf-8").split("\n")  # splitlines would also break at U+2028, which JSON allows
+        lines = path.read_text("utf-8-sig").split("\n")  # splitlines would also break at U+2028, which JSON allows
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from None
     found = []

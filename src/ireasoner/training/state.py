@@ -27,7 +27,7 @@ from ireasoner.rollouts.engine import Engine
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.checkpoints import clear_remains, newest_checkpoint, prune, save_checkpoint
 from ireasoner.training.config import Config, dump_config, load_config
-from ireasoner.training.items import ImagePool, Item, content_hash
+from ireasoner.training.items import ImagePool, Item
 from ireasoner.training.labelled import LabelledQuestion, StepTruth, load_questions
 from ireasoner.training.recorder import Recorder, read_episodes, read_records
 from ireasoner.training.selfplay import SelfPlay
@@ -88,7 +88,7 @@ class Run:
 
     def thumbnail(self, item: Item) -> str:
         """Save a small copy of an item's image in the run directory and return its relative path."""
-        return self.recorder.thumbnail(item.image, content_hash(self.pool.paths[item.name]))
+        return self.recorder.thumbnail(item.image, item.content_hash)
 
 
 def open_run(
@@ -130,7 +130,7 @@ def open_run(
         recorder.event(state["step"], text)
         observer.on_message(text)
     processes.wait()  # the other processes read the records below, so the main one must have finished rewinding them
-    pool = ImagePool.scan(config.images, config.seed)
+    pool = ImagePool.scan(config.images, config.seed, config.max_image_pixels, processes)
     device = str(processes.device) if processes.count > 1 else config.device
     policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
     observer.on_message(policy.describe() + ".")
