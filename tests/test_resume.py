@@ -10,6 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +21,9 @@ import pytest
 from ireasoner.app.cli import main
 from ireasoner.playground import world
 from ireasoner.training.checkpoints import newest_checkpoint
-from ireasoner.training.config import load_config
-from ireasoner.training.loop import resume
+from ireasoner.training.config import Config, load_config, resolve
+from ireasoner.training.evaluation import EvaluationOptions
+from ireasoner.training.loop import resume, start
 from ireasoner.training.recorder import read_records
 from ireasoner.training.state import Observer
 
@@ -263,3 +267,82 @@ def test_a_closed_output_does_not_end_a_run(pool: Path, tmp_path: Path):
     assert process.returncode == 0, said
     assert "standard output was closed; the run goes on" in said
     assert (out / "summary.json").exists()
+
+
+# --- the evaluation at both ends --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows(pool: Path, tmp_path: Path) -> Path:
+    """Two held-out questions."""
+    path = tmp_path / "rows.jsonl"
+    asked = [{"image": str(pool / f"{i}.png"), "question": "How many?", "answer": str(i)} for i in range(2)]
+    path.write_text("\n".join(map(json.dumps, asked)))
+    return path
+
+
+class Evaluations(Observer):
+    """Counts the evaluations of a run by name, and does something when one with a certain name goes on."""
+
+    def __init__(self, name: str = "", action: Callable[[], None] = lambda: None) -> None:
+        self.seen = Counter[str]()
+
+        def note(which: str, done: int, total: int) -> None:
+            self.seen[which] += 1
+            if which == name:
+                action()
+
+        super().__init__(on_evaluation=note)
+
+
+def config_with(rows: Path, pool: Path) -> Config:
+    options = {
+        name.removeprefix("--").replace("-", "_"): value for name, value in zip(SHORT[::2], SHORT[1::2], strict=True)
+    }
+    return resolve({**options, "images": str(pool), "eval_data": str(rows)})
+
+
+def fail() -> None:
+    raise RuntimeError("as if the disk had gone")
+
+
+def test_before_is_measured_once_and_an_evaluation_that_fails_leaves_the_adapters(
+    rows: Path, pool: Path, tmp_path: Path
+):
+    out, config = tmp_path / "run", config_with(rows, pool)
+    first = Evaluations("after", fail)
+    with pytest.raises(RuntimeError, match="as if the disk"):
+        start(config, out, first)
+    assert (out / "solver" / "adapter_model.safetensors").exists()
+    second = Evaluations()
+    summary = resume(config, out, second).summary
+    assert (first.seen, second.seen) == ({"before": 1, "after": 1}, {"after": 1})
+    assert summary is not None
+    whole = start(config, tmp_path / "uninterrupted").summary
+    assert whole is not None
+    for name in ("before", "after", "difference"):
+        assert summary[name] == whole[name]
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"questions_sha256": "x", "per_question": {}}'])
+def test_a_damaged_or_foreign_measurement_is_made_again(rows: Path, pool: Path, tmp_path: Path, content: str):
+    out, config = tmp_path / "run", config_with(rows, pool)
+    with pytest.raises(RuntimeError):
+        start(config, out, Evaluations("after", fail))
+    (out / "before.json").write_text(content)
+    again = Evaluations()
+    assert resume(config, out, again).complete
+    assert again.seen == {"before": 1, "after": 1}
+
+
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_ctrl_c_is_heard_during_an_evaluation(
+    rows: Path, pool: Path, tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ireasoner.training.closing.EvaluationOptions", partial(EvaluationOptions, batch_size=1))
+    out, config = tmp_path / "run", config_with(rows, pool)
+    stopped = Evaluations(which, lambda: os.kill(os.getpid(), signal.SIGINT))
+    outcome = start(config, out, stopped)
+    assert (outcome.complete, outcome.step) == (False, 0 if which == "before" else 3)
+    assert stopped.seen[which] == 1  # of two batches
+    assert resume(config, out).complete

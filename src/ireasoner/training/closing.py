@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from ireasoner.training.evaluation import EvaluationOptions, Scores, compare, ev
 from ireasoner.training.recorder import RunDirectoryError, write_json
 from ireasoner.training.state import Run, RunError, go_back, tidy_checkpoints
 
+BEFORE = "before.json"
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pillow")
 
 
@@ -73,6 +75,27 @@ def finished(config: Config, out: Path) -> dict[str, Any] | None:
     return summary if ended_itself or steps >= config.schedule.steps else None
 
 
+def scores_before(run: Run) -> Scores | None:
+    """Scores of the backbone on the held-out questions, measured once and kept in `before.json`; None without any.
+
+    A file that is damaged, or of other questions, is made again.
+    """
+    if not run.questions:
+        return None
+    told = json.dumps([[str(q.image), q.question, q.answer] for q in run.questions])
+    digest = hashlib.sha256(told.encode()).hexdigest()
+    try:
+        kept = json.loads((run.out / BEFORE).read_text("utf-8"))
+        if kept["questions_sha256"] == digest:
+            return Scores.of_questions(kept["per_question"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    before = evaluate_role(run, "before", None)
+    kept = {"questions_sha256": digest, "per_question": before.per_question()}
+    run.recorder.write_text(BEFORE, write_json(kept))
+    return before
+
+
 def evaluate_role(run: Run, which: str, role: Role | None) -> Scores:
     """Scores of a role (None: the backbone) on the held-out questions. The observer sees `which` as its name."""
     return evaluate(
@@ -83,6 +106,7 @@ def evaluate_role(run: Run, which: str, role: Role | None) -> Scores:
         EvaluationOptions(seed=run.config.seed, max_image_pixels=run.config.max_image_pixels),
         truth=run.truth,
         on_progress=lambda done, total: run.observer.on_evaluation(which, done, total),
+        stop_asked=run.stop_asked,
         processes=run.processes,
         engine=run.engine,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from ireasoner.training.config import SamplingOptions
 from ireasoner.training.images import MAX_PIXELS, load_image
 from ireasoner.training.labelled import LabelledQuestion, StepTruth
 from ireasoner.training.statistics import MEASURES, SAMPLES, difference_interval, numbered, share_interval
+from ireasoner.training.stopping import Stopped
 
 TRUTH = ("checkable_steps", "true_steps")
 FLIPS = 10_000  # of the signs of differences, for a p-value
@@ -96,6 +98,17 @@ class Scores:
         found = {name: values.tolist() for name, values in {**self.measures, **columns}.items()}
         return {**found, "greedy_texts": list(self.greedy_texts)}
 
+    @classmethod
+    def of_questions(cls, columns: Mapping[str, Any]) -> Scores:
+        """The inverse of `per_question`. Raises `KeyError`, `TypeError` or `ValueError` for anything else."""
+        arrays = {
+            name: np.array(values, dtype=np.float64) for name, values in columns.items() if name != "greedy_texts"
+        }
+        texts, image = tuple(map(str, columns["greedy_texts"])), arrays.pop("image").astype(np.int64)
+        if any(values.shape != (len(texts),) for values in (image, *arrays.values())):
+            raise ValueError("columns of different lengths")
+        return cls({name: arrays.pop(name) for name in MEASURES}, greedy_texts=texts, image=image, **arrays)
+
 
 def evaluate(
     policy: Policy,
@@ -106,6 +119,7 @@ def evaluate(
     *,
     truth: StepTruth | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    stop_asked: Callable[[], bool] = lambda: False,
     processes: Processes | None = None,
     engine: Engine | None = None,
 ) -> Scores:
@@ -122,22 +136,28 @@ def evaluate(
         options: how it is asked.
         truth: says whether a reasoning step about a question is true; None: steps are not checked.
         on_progress: called with the number of questions done and their total.
+        stop_asked: tells before each batch whether to leave the evaluation.
         processes: the processes that share the questions; all of them get all scores.
         engine: who samples; None: the live policy.
 
     Raises:
         ImageError: a labelled image that cannot be decoded.
+        Stopped: it was asked to stop, in one process at least.
     """
     options = options or EvaluationOptions()
     engine, processes = engine or LiveEngine(policy), processes or Processes()
     own = processes.share(len(questions))
     found: list[tuple[dict[str, float], str]] = []
-    for first in range(0, len(own), options.batch_size):
+    for first in range(0, math.ceil(len(questions) / processes.count), options.batch_size):
+        if processes.any(stop_asked()):  # all processes do equally many batches, so that they stop at the same one
+            raise Stopped
         numbers = own[first : first + options.batch_size]
         batch = [questions[i] for i in numbers]
         images = [load_image(q.image, options.max_image_pixels) for q in batch]
         if options.blank:
             images = [Image.new("RGB", image.size, GRAY) for image in images]
+        if not numbers:  # the others have a question more
+            continue
         encoded = encode_images(policy, images)
         requests = [
             Request(image, solver_messages(sampling.solver_prompt, q.question), (options.seed, i))

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ from typing import Any
 from ireasoner.method.scoring import RewardFunction
 from ireasoner.method.types import Episode
 from ireasoner.model.parallel import joined
-from ireasoner.training.closing import evaluate_role, finish, finished, versions
+from ireasoner.training.closing import finish, finished, scores_before, versions
 from ireasoner.training.config import Config, dump_config
 from ireasoner.training.custom_reward import load_reward, names_a_file
 from ireasoner.training.floors import common_problem, floor_signals
 from ireasoner.training.items import Item
 from ireasoner.training.labelled import StepTruth
-from ireasoner.training.metrics import play_metrics
+from ireasoner.training.metrics import play_metrics, timed
 from ireasoner.training.probes import blank_survival, probe
 from ireasoner.training.recorder import Recorder, write_json, writer_lock
 from ireasoner.training.state import (
@@ -34,7 +33,7 @@ from ireasoner.training.state import (
     regular_step,
     save,
 )
-from ireasoner.training.stopping import stop_requests
+from ireasoner.training.stopping import Stopped, stop_requests
 from ireasoner.training.teaching import update
 
 
@@ -132,6 +131,7 @@ def _run(
             stack.enter_context(writer_lock(out))
         recorder = Recorder.open(out, writes=processes.is_main)
         run, resumed = open_run(config, out, recorder, observer, processes, reward, truth)
+        run.stop_asked = stop_asked
         if resumed:
             record_extension(run)
         else:
@@ -142,26 +142,29 @@ def _run(
             probe(run)
             save(run)
         observer.on_start(config, run.step + 1)
-        before = evaluate_role(run, "before", None) if run.questions else None
-        while run.step < config.schedule.steps and run.alarm is None:
-            if processes.any(stop_asked()):  # all processes must stop after the same step
-                save(run)
-                return Outcome(run.step, False, None)
-            advance(run)
-        return Outcome(run.step, True, finish(run, before))
+        try:
+            before = scores_before(run)
+            while run.step < config.schedule.steps and run.alarm is None:
+                if processes.any(run.stop_asked()):  # all processes must stop after the same step
+                    save(run)
+                    raise Stopped
+                advance(run)
+            return Outcome(run.step, True, finish(run, before))
+        except Stopped:
+            return Outcome(run.step, False, None)
 
 
 def advance(run: Run) -> None:
     """Take one step: play, update and record; then answer the probes and save if that is due."""
     run.step += 1
     schedule, seconds = run.config.schedule, dict[str, float]()
-    with _timed(seconds, "step"):
-        with _timed(seconds, "play"):
+    with timed(seconds, "step"):
+        with timed(seconds, "play"):
             items = run.pool.take(schedule.images_per_step)
             play = run.selfplay.play(run.step, items)
-        with _timed(seconds, "watch"):  # before the update: the signals are of the policy that played
+        with timed(seconds, "watch"):  # before the update: the signals are of the policy that played
             signals = {**run.signals.measure(play.episodes), **blank_survival(run, play.episodes, items)}
-        with _timed(seconds, "update"):
+        with timed(seconds, "update"):
             episodes, learned = update(run, play)
         record(run, items, episodes)
     signals |= floor_signals(episodes, learned, run.policy.moved("solver"))
@@ -189,11 +192,3 @@ def record(run: Run, items: Sequence[Item], episodes: Sequence[Episode]) -> None
     record_skips(run)
     for episode, item in zip(episodes, items, strict=True):
         run.recorder.episode(episode.model_copy(update={"thumbnail": run.thumbnail(item)}))
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Store how long the `with` block took."""
-    started = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - started

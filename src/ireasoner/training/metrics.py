@@ -1,8 +1,10 @@
-"""The metrics of a step that follow from its episodes."""
+"""The metrics of a step that follow from its episodes, and how long its parts took."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from statistics import fmean
 
 from ireasoner.method.types import Episode
@@ -36,3 +38,11 @@ def play_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
         "questions/distinct": len(set(asked)) / len(asked) if asked else 0.0,
         "step_weight": episodes[0].step_weight,
     }
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Store how long the `with` block took."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started

@@ -69,6 +69,7 @@ class Run:
     signals: Signals
     questions: list[LabelledQuestion]
     truth: StepTruth | None
+    stop_asked: Callable[[], bool] = lambda: False
     step: int = 0
     elapsed: float = 0.0
 

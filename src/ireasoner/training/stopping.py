@@ -8,6 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+
+class Stopped(Exception):  # noqa: N818  (it is no error)
+    """Work was left undone because the run was asked to stop; a resumed run does it again."""
+
+
 # Slurm and other schedulers announce the end of a job by SIGTERM or SIGUSR1, which Windows does not have.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
