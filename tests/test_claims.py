@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+import tracemalloc
 from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ireasoner.method import claims
 from ireasoner.method.claims import CONFLICT, _aligned, agreement, beyond_answer, claim, similarity
 
 PAIRS = Path(__file__).parent / "data" / "step_pairs.jsonl"
@@ -369,3 +371,17 @@ def test_what_goes_beyond_any_answer_is_some_of_the_steps_in_order(steps: list[s
     rest = iter(steps)
     assert all(step in rest for step in kept)
     assert answer not in kept
+
+
+@pytest.mark.parametrize("text", ["bar 7 not left of ", "x", "½ ", "A ", "Ⅷ³"])
+def test_what_is_remembered_of_claims_stays_small(text: str):
+    """A run of many days sees millions of steps, and a step may be as long as a completion."""
+    counts = range(100, 120)
+    claims._claim.cache_clear()
+    tracemalloc.start()
+    for number in counts:
+        read = claims.claim(f"{number} {text * 20_000}")
+        assert read.poles.keys() | set(read.order) | set(read.numbers)
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert used / len(counts) * claims.CACHED < 100e6

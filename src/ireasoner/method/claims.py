@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ireasoner.method.answers import NUMBER_WORD, SCALES, UNITS, WORDS, cardinal, plain_characters, without_latex
 
 MAX_CHARACTERS, MAX_TOKENS = 400, 96  # a longer step is read up to there, to bound the time
+CACHED = 4096  # claims, and similarities of two; enough for the groups of a step, and below 200 MB for any text
 CONFLICT = 0.1  # what remains of the overlap of two steps that contradict each other
 DOUBTFUL_CONFLICT = 0.25  # if they are also built differently, so that the contradiction may be a misreading
 REPLACED_WORD = 0.5  # if they differ in a single word, which may be a synonym or another thing
@@ -151,7 +152,7 @@ _COMPILED = [(re.compile(pattern, re.IGNORECASE), new) for pattern, new in _REWR
 
 def _tokens(step: str) -> list[str]:
     """The words, numbers and signs of a step in lower case, except for names of one capital letter ("angle A")."""
-    text = plain_characters(step.strip()[:MAX_CHARACTERS])[:MAX_CHARACTERS]
+    text = plain_characters(step)[:MAX_CHARACTERS]
     text = re.sub(r"(?<=\d) ?\* ?(?=\d)", "×", without_latex(text).replace("\\Omega", "Ω")).translate(_SIGNS)
     text = _ENUMERATOR.sub("", " ".join(re.sub(r"[*_`#]", "", text).split()))
     for pattern, new in _COMPILED:
@@ -234,15 +235,19 @@ class Claim:
         return [term for _, run in runs for term in sorted(run)]
 
 
-@lru_cache(maxsize=1 << 16)
 def claim(step: str) -> Claim:
     """The content of a step, of which the first 400 characters are read. Any text has one; takes bounded time."""
+    return _claim(step.strip()[:MAX_CHARACTERS])
+
+
+@lru_cache(maxsize=CACHED)
+def _claim(step: str) -> Claim:
     items = _negated(_items(step))
     terms = tuple((name, pole) for name, pole in items if pole and name != "times")
     light = not terms
     if light:
         words = [name for name, _ in items if name.isalpha()]
-        terms = tuple((word, 1) for word in words or plain_characters(step.strip()[:MAX_CHARACTERS]).split())
+        terms = tuple((word, 1) for word in words or plain_characters(step).split())
     relations = tuple(_relation(items, i) for i, (name, _) in enumerate(items) if name in _DIRECTED_NAMES)
     return Claim(terms, relations, tuple(sorted(name for name, _ in items if name in _PREPOSITIONS)), light)
 
@@ -293,7 +298,7 @@ def similarity(a: str, b: str) -> float:
     return _similarity(claim(a), claim(b))
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=CACHED)
 def _similarity(a: Claim, b: Claim) -> float:
     shared = len(a.poles.keys() & b.poles.keys())
     if not shared or a == b:
