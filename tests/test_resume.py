@@ -226,6 +226,17 @@ def test_what_a_kill_left_of_the_last_save_is_removed(stopped: Path):
     assert sorted(path.name for path in root.glob("step-*")) == kept
 
 
+def test_adapters_and_checkpoints_may_be_read_as_the_umask_says(pool: Path, tmp_path: Path):
+    out, before = tmp_path / "run", os.umask(0o027)
+    try:
+        assert command("train", "--images", pool, "--out", out, *SHORT)[0] == 0
+    finally:
+        os.umask(before)
+    written = [*(out / "solver").iterdir(), *(path for path in (out / "checkpoints").rglob("*") if path.is_file())]
+    assert any(path.suffix == ".safetensors" for path in written)
+    assert {oct(path.stat().st_mode & 0o777) for path in written} == {"0o640"}
+
+
 # --- what asks a run to stop ------------------------------------------------------------------------------------------
 
 

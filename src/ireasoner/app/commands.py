@@ -135,6 +135,7 @@ class Demo(Command):
         from ireasoner.playground import dataset
 
         data = self.out / "data"
+        style = data / "style"
         flags = {
             "images": str((data / "unlabeled").absolute()),
             "eval_data": str((data / "test" / "test.jsonl").absolute()),
@@ -146,7 +147,11 @@ class Demo(Command):
         }
         config = configs.resolve(flags)
         if (self.out / "config.yaml").exists():
-            if differing := configs.conflicts(configs.load_config(self.out / "config.yaml"), flags):
+            differing = configs.conflicts(configs.load_config(self.out / "config.yaml"), flags)
+            drawn = style.read_text("utf-8") if style.is_file() else self.style
+            if drawn != self.style:
+                differing.append(f"--style is {drawn[:20]!r} in the run, not {self.style!r}")
+            if differing:
                 problem = f"{self.out} holds a run with other options ({'; '.join(differing)})"
                 raise UsageError(f"{problem}: choose another --out")
             finished = (self.out / "summary.json").exists()
@@ -157,6 +162,7 @@ class Demo(Command):
         try:
             dataset.write_unlabeled(data / "unlabeled", 512, self.style)
             dataset.write_questions(data / "test", 512, self.style)
+            style.write_text(self.style, "utf-8")
         except OSError as error:
             raise UsageError(f"cannot write to {data}: {error.strerror}") from None
         return _follow(config, self.out, resuming=False)

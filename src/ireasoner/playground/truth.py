@@ -44,14 +44,17 @@ def truth_beside(images: Path, within: Path | None = None) -> WorldTruth:
 
     Args:
         images: the folder.
-        within: a run directory, which may come from anywhere: the file is read only if it lies inside.
+        within: a run directory, which may come from anywhere: the file is read only if it lies inside. In one that was
+            copied or moved, a demo's pictures are found although the config still names the place where they were.
     """
-    # The folder's name is whatever a config says: it may have no name to derive the file's from, or be a loop of links.
-    with suppress(OSError, RuntimeError, ValueError, UsageError):
-        path = dataset.truth_path(images)
-        inside = within is None or path.resolve().is_relative_to(within.resolve())
-        if inside and path.is_file():  # a pipe would be waited for
-            return read_truth(path)
+    for folder in (images,) if within is None else (images, within / "data" / images.name):
+        # The folder's name is whatever a config says: it may have no name to derive the file's from, or be a loop of
+        # links.
+        with suppress(OSError, RuntimeError, ValueError, UsageError):
+            path = dataset.truth_path(folder)
+            inside = within is None or path.resolve().is_relative_to(within.resolve())
+            if inside and path.is_file():  # a pipe would be waited for
+                return read_truth(path)
     return WorldTruth({})
 
 

@@ -48,6 +48,7 @@ def save_checkpoint(
         clear_remains(root)
         temporary.mkdir(parents=True)
         write(temporary)
+        apply_umask(temporary)
         _publish(temporary, final, step)
         if problem := verify_checkpoint(final):
             raise CheckpointError(f"it did not read back as written ({problem})")
@@ -135,6 +136,15 @@ def _publish(temporary: Path, final: Path, step: int) -> None:
         os.rename(final, next(aside for aside in asides if not os.path.lexists(aside)))
     os.rename(temporary, final)
     _fsync(final.parent, final.parent.parent)  # the new name, and the folder of checkpoints if this is the first one
+
+
+def apply_umask(folder: Path) -> None:
+    """Give the files in a folder the mode that the umask asks for; safetensors lets only their owner read them."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~umask)
 
 
 def clear_remains(root: Path) -> None:

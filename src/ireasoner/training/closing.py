@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from ireasoner import __version__
 from ireasoner.method.types import ROLES, Role
+from ireasoner.training.checkpoints import apply_umask
 from ireasoner.training.config import Config
 from ireasoner.training.evaluation import EvaluationOptions, Scores, compare, evaluate
 from ireasoner.training.recorder import RunDirectoryError, write_json
@@ -125,6 +126,7 @@ def _publish_adapters(run: Run, trained: Sequence[Role]) -> None:
             staging.unlink()
         shutil.rmtree(staging, ignore_errors=True)
         run.policy.save_adapters(staging)
+        apply_umask(staging)
         for role in ROLES:
             shutil.rmtree(run.out / role, ignore_errors=True)
             if role in trained:
