@@ -223,6 +223,20 @@ def test_lora_on_every_linear_layer_of_the_language_model_and_nowhere_else(folde
         load(str(folder), lora_targets=["patch_embed"])
 
 
+def test_special_tokens_in_a_question_are_left_out(folder: Path, pictures: list[Image.Image]):
+    """Many data sets write `<image>` before a question, and what a model writes may hold any token."""
+    policy = load(str(folder))
+    special = {token.content for token in policy.processor.tokenizer.added_tokens_decoder.values() if token.special}
+    plain, *others = ("Where?", *(f"{token}Where?" for token in sorted(special | {policy.processor.image_token})))
+    images = encode_images(policy, pictures[:1])
+    expected, *rest = (
+        build_prompts(policy, images, [solver_messages("{question}", asked)]) for asked in (plain, *others)
+    )
+    assert rest
+    for prompts in rest:
+        assert torch.equal(prompts.text["input_ids"], expected.text["input_ids"])
+
+
 def test_a_limit_of_image_tokens_that_has_no_effect_is_told(folder: Path, pictures: list[Image.Image]):
     large = pictures[0].resize((560, 560))
     free, limited = load(str(folder)), load(str(folder), max_image_tokens=4)

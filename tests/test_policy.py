@@ -135,10 +135,10 @@ def test_fresh_adapters_are_the_reference_and_are_drawn_from_the_seed(pictures: 
             assert torch.equal(a, c) == ("lora_B" in name)
 
 
-def test_a_prompt_with_image_tokens_of_its_own_is_refused(babbler: Policy, pictures: list[Image.Image]):
-    token = babbler.processor.image_token
+def test_a_prompt_with_two_images_is_refused(babbler: Policy, pictures: list[Image.Image]):
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What?"}]}]
     with pytest.raises(ValueError, match="exactly one image, not 2"):
-        ask(babbler, pictures[:1], [f"What is {token}?"])
+        build_prompts(babbler, encode_images(babbler, pictures[:1]), [chat])
 
 
 def test_images_are_scaled_down_to_the_limit(pictures: list[Image.Image]):

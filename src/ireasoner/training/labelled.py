@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,8 +82,6 @@ def _question(line: str, folder: Path, where: str, truth: StepTruth | None) -> L
         raise DataError(f"{where}: needs an object with image, question and answer") from None
     if not isinstance(name, str) or not isinstance(question, str) or not isinstance(answer, str | int | float):
         raise DataError(f"{where}: image and question must be text, answer text or a number")
-    if special := re.search(r"<\|\w+\|>", question):
-        raise DataError(f"{where}: the question holds the special token {special[0]}")
     try:
         image = (folder / name).resolve()
         if not image.is_file():

@@ -284,7 +284,7 @@ def _write_state(run: Run, folder: Path) -> None:
 def _check_config(config: Config, checkpoint: Path) -> None:
     """Check that a run goes on with the options that its checkpoint was saved under.
 
-    It may be extended, and folders and files may have been moved.
+    It may be extended, folders and files may have been moved, and the device may be another one.
 
     Raises:
         UsageError: an option was changed meanwhile, for example because a line of `config.yaml` was lost.
@@ -292,7 +292,8 @@ def _check_config(config: Config, checkpoint: Path) -> None:
     kept = load_config(checkpoint / OPTIONS)
     now, before = ({**c.flat(), "reward_sha256": c.reward_sha256} for c in (config, kept))
     moved = {name for name in ("images", "model", "labels", "eval_data") if now[name] and before[name]}
-    changed = [name for name in now if now[name] != before[name] and name not in {"steps", *moved}]
+    may_differ = {"steps", "device", "recipe", *moved}  # of the recipe, the name; its options are compared
+    changed = [name for name in now if now[name] != before[name] and name not in may_differ]
     if now["steps"] < before["steps"]:
         changed.append("steps")
     if changed:
