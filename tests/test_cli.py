@@ -446,6 +446,18 @@ def test_a_demo_where_another_run_lies(capsys: pytest.CaptureFixture[str], place
     assert "other options" in mistake(capsys, "demo", "--out", tmp_path)
 
 
+def test_a_demo_in_another_style_than_the_one_that_is_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def begin(config: Config, out: Path, **_: object) -> int:
+        return (out / "config.yaml").write_text(dump_config(config)) * 0
+
+    out = tmp_path / "demo"
+    monkeypatch.setattr("ireasoner.app.commands._follow", begin)
+    assert main(["demo", "--out", str(out), "--steps", "1", "--style", "plain"]) == 0
+    assert "--style is 'plain' in the run, not 'chalk'" in mistake(capsys, "demo", "--out", out, "--steps", "1")
+
+
 # --- commands that work -----------------------------------------------------------------------------------------------
 
 

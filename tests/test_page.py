@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -542,6 +543,18 @@ def test_answers_are_marked_where_the_truth_is_known(recorder: HandMade):
     assert "true answer 7" in text
     assert "8 ×17 ×1unreadable ×1 step 1" in text
     assert [text.count(f"×1 {badge}") for badge in ("majority false", "true", "majority", "false")] == [1, 1, 2, 0]
+
+
+def test_a_copied_run_keeps_the_truth_about_its_pictures(tmp_path: Path):
+    images = tmp_path / "run" / "data" / "unlabeled"
+    new_run(tmp_path / "run", images=str(images))
+    dataset.write_unlabeled(images, 2)
+    (image, picture), *_ = dataset.load_truth(images).items()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "run")
+    copy = RecordedRun.open(tmp_path / "copy", lambda config: truth_beside(config.images, tmp_path / "copy"))
+    question = world.questions(picture)[0]
+    assert copy.true_answer(image, question.text) == question.answer
 
 
 def test_truth_outside_the_run_is_read_only_where_it_was_named(tmp_path: Path):
