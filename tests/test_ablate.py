@@ -26,7 +26,7 @@ from PIL import Image
 
 from ireasoner.app.cli import build_parser, main
 from ireasoner.app.display import Display, print_table
-from ireasoner.app.targets import evaluate_target
+from ireasoner.app.targets import evaluate_target, find_target
 from ireasoner.method.types import Episode, Proposal, Question, UsageError
 from ireasoner.playground import dataset, world
 from ireasoner.studies import ablate, ablation_jobs
@@ -511,7 +511,9 @@ def test_an_ablation_stopped_moved_resumed_and_extended(
     for target, name in (("tiny", "base-1"), (str(out / "paper-1"), "paper-1")):
         kept, again = (
             scores_of(out, name),
-            evaluate_target(target, questions, preset=str(out / "preset.yaml"), options=EvaluationOptions(seed=1)),
+            evaluate_target(
+                find_target(target, str(out / "preset.yaml")), questions, options=EvaluationOptions(seed=1)
+            ),
         )
         assert kept["greedy_texts"] == list(again.greedy_texts)
         assert kept["mean@1"] == again.measures["mean@1"].tolist()
@@ -528,20 +530,21 @@ def test_an_ablation_stopped_moved_resumed_and_extended(
     assert result["images"] == len(questions)
     heat = json.loads((out / "cooled.json").read_text())["temperature"]
     again = evaluate_target(
-        "tiny", questions, preset=str(out / "preset.yaml"), options=EvaluationOptions(seed=1, temperature=heat)
+        find_target("tiny", str(out / "preset.yaml")),
+        questions,
+        options=EvaluationOptions(seed=1, temperature=heat),
     )
     assert scores_of(out, f"base-1-at-{heat:.3f}")["mean@1"] == again.measures["mean@1"].tolist()
     # A run's last checkpoint is what it ended with; a damaged one is refused.
     checkpoints = out / "paper-1" / "checkpoints"
-    first = evaluate_target(str(checkpoints / "step-000001"), questions, options=EvaluationOptions(seed=1))
-    assert (
-        first.answer_entropy.tolist()
-        != evaluate_target(str(out / "paper-1"), questions, options=EvaluationOptions(seed=1)).answer_entropy.tolist()
-    )
+    seed = EvaluationOptions(seed=1)
+    first = evaluate_target(find_target(str(checkpoints / "step-000001")), questions, options=seed)
+    last = evaluate_target(find_target(str(out / "paper-1")), questions, options=seed)
+    assert first.answer_entropy.tolist() != last.answer_entropy.tolist()
     (checkpoints / "step-000001" / "solver" / "adapter_config.json").write_text("{}")
     for name in ("step-000001", "step-000009"):
         with pytest.raises(UsageError, match=rf"{name} cannot be used.*there are step-000000, step-000001"):
-            evaluate_target(str(checkpoints / name), questions)
+            find_target(str(checkpoints / name))
 
     assert "steps is 3, not 4" in mistake(capsys, out, "--steps", "4")
     others = json.loads((out / "base-0.json").read_text())

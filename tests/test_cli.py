@@ -421,7 +421,7 @@ def test_a_negative_seed(
 
 def test_a_playground_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert "'oil'" in mistake(capsys, "playground", tmp_path / "world", "--style", "oil")
-    assert "--items takes FIRST and LAST" in mistake(capsys, "playground", tmp_path / "world", "--items", "5", "2")
+    assert "--items takes LEAST and MOST" in mistake(capsys, "playground", tmp_path / "world", "--items", "5", "2")
     assert "--items" in mistake(capsys, "playground", tmp_path / "world", "--items", "1", "9")
     assert not (tmp_path / "world").exists()
 
@@ -493,7 +493,7 @@ def test_eval_compares_what_was_trained_with_its_base_in_whatever_order(
     (run / "solver").mkdir(parents=True)
     (run / "config.yaml").write_text((place / "unfinished" / "config.yaml").read_text())
     accuracy = {"tiny": 0.25, str(run): 0.75}
-    monkeypatch.setattr(commands, "evaluate_target", lambda name, *rest, **options: scores(accuracy[name]))
+    monkeypatch.setattr(commands, "evaluate_target", lambda target, *rest, **options: scores(accuracy[target.name]))
     for models in ([str(run), "tiny"], ["tiny", str(run)]):
         assert main(["eval", *models, "--data", str(place / "good.jsonl"), "--json", str(target)]) == 0
         found = json.loads(target.read_text())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ireasoner.app.targets import evaluate_target
+from ireasoner.app.targets import evaluate_target, find_target
 from ireasoner.method.texts import parse_trajectory, solver_messages
 from ireasoner.method.types import UsageError
 from ireasoner.model.policy import Policy
@@ -530,12 +530,12 @@ def test_an_image_that_cannot_be_decoded_is_named(tiny: Policy, tmp_path: Path):
 
 
 def test_a_plain_model_gets_the_prompt_and_lengths_of_its_preset(questions: list[LabelledQuestion]):
-    found = evaluate_target("tiny", questions[:4], device="cpu")
+    found = evaluate_target(find_target("tiny"), questions[:4], device="cpu")
     assert found.well_formed.mean() > 0.5  # under the 7b preset's long prompt the tiny LMM would not even be readable
-    assert found.greedy_texts == evaluate_target("tiny", questions[:4], preset="tiny", device="cpu").greedy_texts
+    assert found.greedy_texts == evaluate_target(find_target("tiny", "tiny"), questions[:4], device="cpu").greedy_texts
 
 
 def test_the_held_out_files_of_the_world_can_be_evaluated(tmp_path: Path):
     path = dataset.write_questions(tmp_path / "test", 4, "varied")
-    found = evaluate_target("tiny", load_questions(path), device="cpu")
+    found = evaluate_target(find_target("tiny"), load_questions(path), device="cpu")
     assert len(found.greedy_texts) == 4

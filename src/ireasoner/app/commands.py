@@ -198,7 +198,8 @@ class Eval(Measurement):
         if len(self.models) > 2:
             raise UsageError("eval takes one run or model, or two to compare")
         # The base comes first in whatever order they are named, so that the difference is what training changed.
-        models = sorted(self.models, key=lambda name: find_target(name, self.preset).run is not None)
+        targets = [find_target(name, self.preset) for name in self.models]
+        targets.sort(key=lambda target: target.run is not None)
         from ireasoner.playground.truth import step_truth
 
         questions = load_questions(self.data, self.limit, step_truth)
@@ -211,12 +212,10 @@ class Eval(Measurement):
             max_image_pixels=self.max_image_pixels,
         )
         scores = [
-            evaluate_target(name, questions, options, preset=self.preset, device=self.device, truth=step_truth)
-            for name in models
+            evaluate_target(target, questions, options, device=self.device, truth=step_truth) for target in targets
         ]
-        result = display.evaluation_table(
-            [f"{name}, images blanked" if self.blank else name for name in models], scores
-        )
+        named = [f"{target.name}, images blanked" if self.blank else target.name for target in targets]
+        result = display.evaluation_table(named, scores)
         columns = [found.per_question() for found in scores]
         result["per_question"] = columns[0] if len(columns) == 1 else {"before": columns[0], "after": columns[1]}
         if self.blank:
@@ -475,7 +474,7 @@ class Playground(Command):
         from ireasoner.playground import dataset
 
         if not 2 <= self.items[0] <= self.items[1] <= 6:
-            raise UsageError("--items takes FIRST and LAST between 2 and 6, FIRST not above LAST")
+            raise UsageError("--items takes LEAST and MOST between 2 and 6, FIRST not above LAST")
         try:
             unlabeled = self.out / "unlabeled"
             dataset.write_unlabeled(unlabeled, self.images, self.style, self.seed, self.items)

@@ -20,16 +20,22 @@ if TYPE_CHECKING:  # these import torch
 
 @dataclass(frozen=True)
 class Target:
-    """A model to score: its run (None: a plain model), the config to score it under, and the folder of its adapters
-    (None: it has none)."""
+    """A model to score: its name as the user gave it, its run (None: a plain model), the config to score it under, and
+    the folder of its adapters (None: it has none)."""
 
+    name: str
     run: Path | None
     config: Config
     adapters: Path | None
 
 
 def find_target(name: str, preset: str | None = None) -> Target:
-    """Find out what a target is, without loading it; arguments as for `evaluate_target`.
+    """Find out what a target is, without loading it.
+
+    Args:
+        name: a run directory or one of its checkpoints (`RUN/checkpoints/step-000040`), whose trained solver is
+            scored under the run's own prompt and lengths; or a plain model: 'tiny', a folder or a hub id.
+        preset: where a plain model gets its prompt and lengths; None: tiny for the model tiny, otherwise 7b.
 
     Raises:
         ConfigError: the run's config or the preset cannot be read.
@@ -43,7 +49,8 @@ def find_target(name: str, preset: str | None = None) -> Target:
             if (path / "adapter_config.json").is_file() and _run_of(path.parent):
                 instead = str(path.parent)
             raise UsageError(f"the folder {name} is neither a run nor a model: name {instead}")
-        return Target(None, resolve({"model": name, "images": ".", **({"preset": preset} if preset else {})}), None)
+        config = resolve({"model": name, "images": ".", **({"preset": preset} if preset else {})})
+        return Target(name, None, config, None)
     if run != path and (problem := verify_checkpoint(path)):
         held = ", ".join(sorted(found.name for found in path.resolve().parent.glob("step-*")))
         raise UsageError(f"the checkpoint {path} cannot be used: {problem}; there are {held}")
@@ -52,7 +59,7 @@ def find_target(name: str, preset: str | None = None) -> Target:
         raise UsageError(
             f"{run} is not finished: score one of its checkpoints, or go on: ireasoner train --resume {run}"
         )
-    return Target(run, load_config(run / "config.yaml"), path if has_solver else None)
+    return Target(name, run, load_config(run / "config.yaml"), path if has_solver else None)
 
 
 def _run_of(path: Path) -> Path | None:
@@ -62,36 +69,32 @@ def _run_of(path: Path) -> Path | None:
 
 
 def evaluate_target(
-    target: str,
+    target: Target,
     questions: Sequence[LabelledQuestion],
     options: EvaluationOptions | None = None,
     *,
-    preset: str | None = None,
     device: str = "auto",
     truth: StepTruth | None = None,
 ) -> Scores:
     """Score a target on labelled questions.
 
     Args:
-        target: a run directory or one of its checkpoints (`RUN/checkpoints/step-000040`), whose trained solver is
-            scored under the run's own prompt and lengths; or a plain model: 'tiny', a folder or a hub id.
+        target: as `find_target` found it.
         questions: what it is asked.
-        preset: where a plain model gets its prompt and lengths; None: tiny for the model tiny, otherwise 7b.
         options, truth: as for `evaluate`.
         device: where the model runs.
 
     Raises:
-        UsageError: as for `find_target`, or the model cannot be loaded.
+        UsageError: the model or its adapter cannot be loaded.
     """
     from ireasoner.model.loading import load_policy
     from ireasoner.training.evaluation import evaluate
 
-    found = find_target(target, preset)
-    config = found.config
+    config = target.config
     policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
-    role: Role | None = "solver" if found.adapters else None
-    if found.adapters:
-        policy.load_adapters(found.adapters, ["solver"])
-    elif found.run:
-        print(f"{found.run} learned nothing and has no adapter: its model {config.model} is scored.", file=sys.stderr)
+    role: Role | None = "solver" if target.adapters else None
+    if target.adapters:
+        policy.load_adapters(target.adapters, ["solver"])
+    elif target.run:
+        print(f"{target.run} learned nothing and has no adapter: its model {config.model} is scored.", file=sys.stderr)
     return evaluate(policy, questions, role, config.sampling, options, truth=truth)

@@ -22,7 +22,7 @@ def names_a_file(config: Config) -> bool:
 
 
 def read_reward(config: Config) -> bytes:
-    """The file that the recipe's reward is in, unread by Python.
+    """The bytes of the file that the recipe's reward is in; its code is not run.
 
     Raises:
         RewardError: it cannot be read.
