@@ -40,6 +40,7 @@ from ireasoner.model.inputs import build_prompts, encode_images
 from ireasoner.model.loading import load_policy
 from ireasoner.model.policy import Policy
 from ireasoner.playground import world
+from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import ConfigError, load_config, resolve
 from ireasoner.training.images import load_image, read_image
 from ireasoner.training.loop import resume, start
@@ -526,10 +527,22 @@ RUIN |= {"save_every": "1", "keep_checkpoints": "1", "eval_questions": "2"}
 
 
 @pytest.fixture(scope="module")
-def ruined(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def handed_over() -> list[dict[str, torch.Tensor]]:
+    """The solver's adapter at each time that the engine of the run `ruined` was told to take it over."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def ruined(data: Path, tmp_path_factory: pytest.TempPathFactory, handed_over: list[dict[str, torch.Tensor]]) -> Path:
     """A run that collapsed and went back, uninterrupted."""
+
+    def refresh(engine: LiveEngine) -> None:
+        handed_over.append({name: p.detach().clone() for name, p in engine.policy.parameters("solver").items()})
+
     out = tmp_path_factory.mktemp("ruined") / "run"
-    printed = complete(data, out, ENDED_ITSELF, **RUIN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiveEngine, "refresh", refresh)
+        printed = complete(data, out, ENDED_ITSELF, **RUIN)
     assert "The run ends itself and goes back to step" in printed
     return out
 
@@ -558,6 +571,15 @@ def test_a_collapsing_run_ends_itself_and_publishes_the_checkpoint_from_before(r
     assert len(metrics) == summary["steps"]
     assert metrics[0]["watch/majority_fraction"] == metrics[0]["answers/majority_fraction"]
     assert 0 <= metrics[0]["watch/blank_survival"] <= 1
+
+
+def test_the_engine_takes_over_the_adapters_that_a_run_goes_back_to(
+    ruined: Path, handed_over: list[dict[str, torch.Tensor]]
+):
+    published = load_file(ruined / "solver" / "adapter_model.safetensors")
+    last = {name.replace(".solver.", "."): tensor for name, tensor in handed_over[-1].items()}
+    assert published.keys() == last.keys()
+    assert all(torch.equal(published[name], last[name]) for name in last)
 
 
 # Nothing that is cut off after so few tokens can be read.
