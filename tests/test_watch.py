@@ -311,6 +311,10 @@ DEATHS = [
     ("kl", 3.0, "the model has moved very far", True),
     ("kl", 1e-7, "the model hardly moves", False),
     ("moved", 0.0, "the solver's adapter is as it was at the start", True),
+    ("majority_fraction", 1.0, "every group agrees", False),
+    ("distinct_questions", 0.01, "nearly all questions are the same", False),
+    ("token_entropy", 1e-4, "sampling is as good as deterministic", False),
+    ("repetition", 0.95, "solutions are little but repetition", False),
 ]
 
 

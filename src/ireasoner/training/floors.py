@@ -57,6 +57,10 @@ FLOORS = (
     Floor("kl", "the model has moved very far from the one it started from", _above(0.5), _above(2.0), 10),
     Floor("moved", "the solver's adapter is as it was at the start", _at_most(0.0), _at_most(0.0), 50, warns_after=15),
     Floor("kl", "the model hardly moves: the learning rate may be too small", _at_most(1e-5), warns_after=15),
+    Floor("majority_fraction", "every group agrees, so that votes say nothing", _above(0.999), warns_after=15),
+    Floor("distinct_questions", "nearly all questions are the same", _at_most(0.05), warns_after=15),
+    Floor("token_entropy", "sampling is as good as deterministic", _at_most(1e-3), warns_after=15),
+    Floor("repetition", "solutions are little but repetition", _above(0.9), warns_after=15),
 )
 
 
