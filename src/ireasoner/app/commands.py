@@ -226,11 +226,11 @@ class Eval(Measurement):
 
 
 class Label(Command):
-    """Answer a run's own questions yourself, which takes about ten minutes, and learn how often its majority is right.
-    The answers are written as evaluation data. Enter alone skips a question, q stops; every answer is saved at once,
-    and the same command goes on."""
+    """Answer some of a run's own questions about its images, and learn how often its majority answered as you do. Your
+    answers are written as evaluation data. Enter alone skips a question and q stops; every answer is saved at once, and
+    the same command goes on where it was stopped."""
 
-    summary: ClassVar = "answer a run's own questions yourself: evaluation data in ten minutes"
+    summary: ClassVar = "answer a run's own questions yourself, as evaluation data"
     positional: ClassVar = ("run_dir",)
     run_dir: Path
     """A run directory, finished or not."""
