@@ -191,14 +191,12 @@ NASTY = "What \x1b[31mis\x1b[0m\x07 \r\n[bold]it[/bold] \u202e\x9b31m?"
 
 
 def test_a_question_is_text_and_nothing_else(tmp_path: Path, label: Callable[..., str]):
-    recorder, pool = (
-        new_run(tmp_path / "run", images=str(tmp_path / "pool"), model="tiny; rm -rf $HOME\x1b[2J"),
-        tmp_path,
-    )
+    pool = tmp_path / "pool"
+    recorder = new_run(tmp_path / "run", images=str(pool), model="tiny; rm -rf $HOME\x1b[2J")
     name = "a\n\x1b[31mb.png"
-    picture(pool / "pool", name)
+    picture(pool, name)
     recorder.episode(asked(1, printable(name), NASTY))
-    picture(pool / "pool", "long.png")
+    picture(pool, "long.png")
     recorder.episode(asked(2, "long.png", "What? " * 1000))  # would be cut, and then another question was answered
     for missing in ("\ud800.png", "a\x00.png", "x" * 5000, "\\", "é\\x", "gone.png", "."):
         recorder.episode(asked(3, missing, "What?"))
@@ -208,7 +206,7 @@ def test_a_question_is_text_and_nothing_else(tmp_path: Path, label: Callable[...
     assert "1/1" in printed
     assert "'tiny; rm -rf $HOME [2J'" in printed
     (question,) = load_questions(recorder.run_dir / "labelled.jsonl")
-    assert (question.question, question.answer, question.image) == (NASTY, "[Da", (tmp_path / "pool" / name).resolve())
+    assert (question.question, question.answer, question.image) == (NASTY, "[Da", (pool / name).resolve())
 
 
 def test_an_image_that_cannot_be_evaluated_on_is_not_asked_about(run: Path, label: Callable[..., str]):
@@ -244,7 +242,9 @@ def test_a_run_without_questions(tmp_path: Path, label: Callable[..., str]):
     recorder.episode(asked(1, "a.png", "What is known already?", proposal=None))  # from the oracle's labels
     assert "has recorded no readable question of its own" in label([], recorder.run_dir, code=2)
     recorder.episode(asked(2, "elsewhere.png", "What?"))
-    assert f"no image that {recorder.run_dir} asked about is in {tmp_path}/pool" in label([], recorder.run_dir, code=2)
+    assert f"no image that {recorder.run_dir} asked about is in '{tmp_path}/pool'" in label(
+        [], recorder.run_dir, code=2
+    )
     assert "not a run directory" in label([], tmp_path, code=2)
 
 

@@ -20,7 +20,7 @@ from ireasoner.app.display import plain, print_text
 from ireasoner.method.answers import answer_key
 from ireasoner.method.types import UsageError
 from ireasoner.training.config import Config
-from ireasoner.training.images import UnreadableImageError, path_of, printable, read_image
+from ireasoner.training.images import UnreadableImageError, path_of, printable, quoted, read_image
 from ireasoner.training.labelled import LabelledQuestion, load_questions
 from ireasoner.training.recorder import append_record, read_episodes
 from ireasoner.training.statistics import share_interval
@@ -57,7 +57,7 @@ def own_questions(run_dir: Path, images: Path, parts: int, seed: int) -> list[Ow
     rng.shuffle(found)
     by_image = {question.image: question for question in found if os.path.isfile(question.image)}
     if not by_image:
-        raise UsageError(f"no image that {run_dir} asked about is in {images} any more: put them back")
+        raise UsageError(f"no image that {run_dir} asked about is in {quoted(images)} any more: put them back")
     ordered = sorted(by_image.values(), key=lambda question: question.step)
     parts = min(parts, len(ordered))
     ends = [len(ordered) * i // parts for i in range(parts + 1)]
