@@ -24,7 +24,9 @@ from ireasoner.training.config import Config, dump_config, resolve
 from ireasoner.training.evaluation import Scores, compare
 from ireasoner.training.statistics import MEASURES
 
-COMMANDS = ("train", "demo", "eval", "ablate", "view", "report", "runs", "validity", "doctor", "bench", "playground")
+COMMANDS = (
+    "train", "demo", "eval", "label", "ablate", "view", "report", "runs", "validity", "doctor", "bench", "playground",
+)  # fmt: skip
 
 # --- what is imported -------------------------------------------------------------------------------------------------
 

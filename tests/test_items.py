@@ -27,9 +27,9 @@ from PIL import Image, ImageFile
 import hostile
 from hostile import chunk, encoded
 from ireasoner.model.parallel import Processes
-from ireasoner.training import images
+from ireasoner.training import images, items
 from ireasoner.training.images import ImageError, UnreadableImageError, load_image, read_image
-from ireasoner.training.items import ImagePool, Item
+from ireasoner.training.items import SET_ASIDE, ImagePool, Item
 from ireasoner.training.labelled import load_questions
 from ireasoner.training.recorder import Recorder
 from ireasoner.training.state import Run
@@ -835,6 +835,67 @@ def test_processes_draw_the_same_images_even_if_one_cannot_read_them(tmp_path):
     save(folders[1] / "new.png", (folders[1] / "05.png").read_bytes())
     for message in in_two_processes(folders, draw):
         assert "do not see the same images" in message
+
+
+# --- evaluation data ------------------------------------------------------------------------------------------------
+
+
+def test_images_of_the_evaluation_data_are_set_aside_wherever_they_lie_and_whatever_their_names(tmp_path):
+    pool = fill(tmp_path / "pool", 6)
+    shutil.copy(pool / "01.png", pool / "twin.png")  # once more in the pool
+    (pool / "link.png").symlink_to(pool / "01.png")
+    shutil.copy(pool / "02.png", tmp_path / "elsewhere.jpg")
+    save(tmp_path / "other.png", encoded(Image.new("RGB", (2, 2), (77, 0, 0)), "PNG"))  # not in the pool
+    held_out = [pool / "01.png", tmp_path / "elsewhere.jpg", tmp_path / "other.png"]
+    set_aside = ImagePool.scan(pool, seed=0, held_out=held_out)
+    assert set_aside.skipped == dict.fromkeys(("01.png", "02.png", "link.png", "twin.png"), SET_ASIDE)
+    assert len(set_aside) == 4
+    assert set(names(set_aside.take(40))) == {"00.png", "03.png", "04.png", "05.png"}
+    assert set_aside.state()["skipped"] == set_aside.skipped
+
+
+def test_an_image_of_the_same_size_stays_and_others_are_not_read(tmp_path, monkeypatch):
+    pool = fill(tmp_path / "pool", 3)
+    save(pool / "large.png", encoded(corners(), "PNG"))
+    data = (pool / "01.png").read_bytes()
+    held_out = save(tmp_path / "held-out.png", data[:-1] + bytes([data[-1] ^ 1]))
+    digest, read = items._digest, []
+    monkeypatch.setattr(items, "_digest", lambda path: read.append(Path(path).name) or digest(path))
+    assert ImagePool.scan(pool, seed=0, held_out=[held_out]).skipped == {}
+    assert "large.png" not in read
+
+
+def test_a_pool_of_held_out_images_alone_is_one_sentence(tmp_path):
+    pool = fill(tmp_path / "pool", 2)
+    with pytest.raises(
+        ImageError, match=r"All 2 images in the folder '.*pool' belong to the evaluation data"
+    ) as caught:
+        ImagePool.scan(pool, seed=0, held_out=list(pool.iterdir()))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_held_out_image_that_cannot_be_compared_is_named(tmp_path, monkeypatch):
+    pool = fill(tmp_path / "pool", 2)
+
+    def failing(path: str) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    monkeypatch.setattr(items, "_digest", failing)
+    with pytest.raises(ImageError, match=r"01\.png.*Input/output error"):
+        ImagePool.scan(pool, seed=0, held_out=[pool / "01.png"])
+
+
+def test_a_pool_resumes_with_the_same_evaluation_data_alone(tmp_path):
+    pool = fill(tmp_path / "pool", 6)
+    held_out = [pool / "01.png"]
+    whole, cut = (ImagePool.scan(pool, seed=3, held_out=held_out) for _ in range(2))
+    cut.take(4)
+    resumed = ImagePool.scan(pool, seed=3, held_out=held_out)
+    resumed.restore(cut.state())
+    assert names(whole.take(12))[4:] == names(resumed.take(8))
+    for others in ([], [pool / "02.png"], [pool / "01.png", pool / "02.png"]):
+        with pytest.raises(ImageError, match="the evaluation data names others of them"):
+            ImagePool.scan(pool, seed=3, held_out=others).restore(cut.state())
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------

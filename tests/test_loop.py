@@ -383,6 +383,33 @@ def test_resuming_with_the_folder_named_as_it_was_at_the_start_goes_on(
     assert code == 0, printed
 
 
+def test_images_of_the_evaluation_data_are_set_aside_and_a_resumed_run_is_the_same(data: Path, tmp_path: Path):
+    rows = (data / "held-out.jsonl").read_text().splitlines()
+    rows += [json.dumps({"image": f"pool/{name}.png", "question": "What?", "answer": "red"}) for name in ("a", "sub/e")]
+    held_out = data / "held-out-of-the-pool.jsonl"
+    held_out.write_text("\n".join(rows))
+    scale = {"steps": "3", "probe_every": "1", "eval_questions": "1", "eval_data": str(held_out)}
+    options, last = resolve(flags(data, **scale)), "checkpoints/step-000003"
+
+    def die(step: int, metrics: object, episodes: object) -> None:
+        if step == 2:
+            raise RuntimeError("as if killed")
+
+    told: list[str] = []
+    start(options, tmp_path / "whole", Observer(on_message=told.append))
+    with pytest.raises(RuntimeError, match="as if killed"):
+        start(options, tmp_path / "killed", Observer(on_step=die))
+    resume(options, tmp_path / "killed")
+    assert contents(tmp_path / "killed", last) == contents(tmp_path / "whole", last)
+    assert {e.image for e in read_episodes(tmp_path / "whole")} == {"b.png", "c.png", "sub/d.png"}
+    sentence = "Images of the evaluation data that are set aside and not trained on: 2."
+    assert sentence in told
+    events = list(read_records(tmp_path / "whole" / "events.jsonl"))
+    assert [(event["step"], event["text"]) for event in events] == [(0, sentence)]
+    skipped = {record["image"] for record in read_records(tmp_path / "whole" / "skipped.jsonl")}
+    assert {"a.png", "sub/e.png"} <= skipped
+
+
 def test_a_changed_image_folder_is_refused(data: Path, dead: Path, tmp_path: Path):
     # Another picture under a new name; the run's own folder is left alone, for other tests need it.
     folder = Path(shutil.copytree(data / "pool", tmp_path / "pool"))

@@ -184,7 +184,8 @@ def test_healthy_signs_are_no_proof(tmp_path: Path):
     run = signal_run(tmp_path / "run", {"majority_fraction": 0.7})
     found = verdict(run)
     assert (found.tone, found.sentence.split(":")[0]) == ("unsure", "No sign of trouble")
-    assert any("cannot tell a right consensus from a wrong one" in note for note in found.notes)
+    (note,) = (note for note in found.notes if "cannot tell a right consensus from a wrong one" in note)
+    assert "ireasoner label RUN" in note
     assert all(sign.trouble is None for sign in run.watch.signs())
 
 

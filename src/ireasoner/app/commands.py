@@ -6,9 +6,9 @@ Modules that need torch are imported when a command runs, so that `--help` answe
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
-import webbrowser
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -225,6 +225,45 @@ class Eval(Measurement):
         return 0
 
 
+class Label(Command):
+    """Answer some of a run's own questions about its images, and learn how often its majority answered as you do. Your
+    answers are written as evaluation data. Enter alone skips a question and q stops; every answer is saved at once, and
+    the same command goes on where it was stopped."""
+
+    summary: ClassVar = "answer a run's own questions yourself, as evaluation data"
+    positional: ClassVar = ("run_dir",)
+    run_dir: Path
+    """A run directory, finished or not."""
+    questions: Count = 50
+    """How many questions to answer, one an image, spread over the training steps."""
+    out: Path | None = None
+    """The file to write or to go on with (RUN/labelled.jsonl)."""
+    seed: Seed = 0
+    """Seed of the draw of questions."""
+    no_viewer: bool = False
+    """Only print the paths of the images, without opening them on the desktop."""
+
+    def run(self) -> int:
+        from ireasoner.app.labelling import agreement, label
+
+        config = configs.load_config(self.run_dir / "config.yaml")
+        out = self.out or self.run_dir / "labelled.jsonl"
+        show = None if self.no_viewer else display.open_on_desktop
+        if not label(self.run_dir, config, out, self.questions, self.seed, show):
+            print("Nothing was answered.")
+            return 0
+        print(f"\nYour answers: {out}   (the same command goes on)")
+        display.print_text(agreement(out))
+        print("What the model answers before and after training:")
+        _print_command("eval", config.model, self.run_dir, "--data", out)
+        display.print_text(
+            "The run has trained on these images, though without answers. Held-out accuracy takes a new run, which "
+            "sets them aside (add the options of this one):"
+        )
+        _print_command("train", "--images", config.images, "--model", config.model, "--out", "NEW", "--eval-data", out)
+        return 0
+
+
 class Ablate(Command):
     """Train every recipe under every seed, score all of them and the base on the same held-out questions, and write
     OUT/ablation.md, .csv, .png, .json and .npz. Stopped, it goes on with: ireasoner ablate OUT. More recipes or seeds
@@ -305,9 +344,8 @@ class View(OfRun):
 
         def ready(address: str) -> None:
             print(f"{self.run_dir}: {address}   (Ctrl-C ends it)", flush=True)
-            # Where there is no desktop, a browser would be one of text, in this very terminal.
-            if not self.no_browser and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)):
-                webbrowser.open(address)
+            if not self.no_browser:
+                display.open_on_desktop(address)
 
         with suppress(KeyboardInterrupt):  # how a viewer ends
             serve(self.run_dir, self.port, ready, _find_truth(self.run_dir, self.truth))
@@ -488,8 +526,13 @@ class Playground(Command):
 
 COMMANDS: dict[str, type[Command]] = {
     command.__name__.lower(): command
-    for command in (Train, Demo, Eval, Ablate, View, Report, Runs, Validity, Doctor, Bench, Playground)
+    for command in (Train, Demo, Eval, Label, Ablate, View, Report, Runs, Validity, Doctor, Bench, Playground)
 }
+
+
+def _print_command(*words: object) -> None:
+    """A command to copy. What a config says is quoted, because a run may come from anywhere."""
+    print(f"  {display.plain(shlex.join([PROGRAM, *map(str, words)]), 2000)}")
 
 
 def _absolute(flags: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
+import webbrowser
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -60,6 +61,12 @@ def plain(text: str, limit: int = 120) -> str:
     """A model's text, safe to print: one line, no control characters, cut at `limit`."""
     text = "".join(c if c.isprintable() else " " for c in text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def open_on_desktop(address: str) -> None:
+    """Open an address in the browser or viewer. Where there is no desktop, one would start in this very terminal."""
+    if sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
+        webbrowser.open(address)
 
 
 def vote_line(episode: Episode) -> str:

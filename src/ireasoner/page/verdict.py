@@ -94,7 +94,8 @@ def _judge(run: RecordedRun, found: Sequence[Sign]) -> Verdict:
 def _judge_signs(found: Sequence[Sign], step: int) -> Verdict:
     notes = (
         "These signs need no labels, and cannot tell a right consensus from a wrong one: "
-        "labelled questions can (train --eval-data, or ireasoner eval).",
+        "labelled questions can (train --eval-data, or ireasoner eval). Where there are none, ireasoner label RUN asks "
+        "you some of the model's own.",
     )
     if not found:
         return Verdict("unsure", f"Too early to say: {step} steps are fewer than two windows of the watch.", notes)

@@ -99,7 +99,8 @@ class Config(Options):
     labels: Path | None = None
     """JSONL file of image, question, answer, whose questions replace the proposer's (oracle)."""
     eval_data: Path | None = None
-    """JSONL file of held-out image, question, answer, to evaluate on before and after training."""
+    """JSONL file of held-out image, question, answer, to evaluate on before and after training; its images are not
+    trained on."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """Who samples: transformers on the live policy, or vLLM beside it, where installed."""
     device: str = "auto"

@@ -102,6 +102,14 @@ def printable(path: str) -> str:
     return path if path.isprintable() and "\\" not in path else path.encode("unicode_escape").decode("ascii")
 
 
+def path_of(name: str) -> str:
+    """The path of which `printable` made this name. Other text is returned as it is where it cannot be such a name."""
+    try:
+        return name.encode("ascii").decode("unicode_escape") if "\\" in name else name
+    except UnicodeError:
+        return name
+
+
 def reason_of(error: Exception) -> str:
     """What went wrong, in one short line without the path."""
     if isinstance(error, UnidentifiedImageError):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from ireasoner.training.images import (
 
 EXTENSIONS = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
 EXTENSIONS += (".avif", ".heic", ".heif", ".jp2", ".jxl")  # cannot be decoded; found so that they can be reported
+SET_ASIDE = "an image of the evaluation data, set aside"  # the reason why it is passed over
 
 
 class Item(NamedTuple):
@@ -77,17 +79,28 @@ class ImagePool:
         seed: int,
         max_pixels: int = MAX_PIXELS,
         processes: Processes | None = None,
+        held_out: Collection[str | os.PathLike[str]] = (),
     ) -> ImagePool:
         """Find the images below a folder: regular files, or links to one, with an image's extension or first bytes.
 
-        Names that begin with a dot and `__MACOSX` are ignored. Links to folders are reported in `skipped`.
+        Names that begin with a dot and `__MACOSX` are ignored. Links to folders are reported in `skipped`, and so are
+        files with the same bytes as one of the `held_out` image files: the model must not train on these.
 
         Raises:
-            ImageError: the folder is missing, cannot be read, is not a folder, holds no image, or does not hold the
-                same images for all processes.
+            ImageError: the folder is missing, cannot be read, is not a folder, holds no image or held-out ones alone,
+                or does not hold the same images for all processes.
         """
         processes = processes or Processes()
         paths, skipped = _scan(os.fspath(folder))
+        set_aside = _same_files(paths, held_out) if held_out else []
+        if paths and len(set_aside) == len(paths):
+            raise ImageError(
+                f"All {len(paths)} images in the folder {quoted(folder)} belong to the evaluation data, which is not "
+                "trained on: add other images, or evaluate on fewer."
+            )
+        for name in set_aside:
+            del paths[name]
+            skipped[name] = SET_ASIDE
         if not paths:
             seen = f" (skipped: {_first_skips(skipped)})" if skipped else ""
             raise ImageError(f"No image in the folder {quoted(folder)}{seen}: point to a folder of images.")
@@ -146,9 +159,9 @@ class ImagePool:
             )
         if state["fingerprint"] != self._fingerprint:
             raise ImageError(
-                f"Images were added to, removed from or renamed in {quoted(self._folder)} since the run was saved "
-                f"({state['images']} images then, {len(self.names)} now), so that it cannot resume exactly: put the "
-                "folder back as it was, or start a new run."
+                f"Images were added to, removed from or renamed in {quoted(self._folder)} since the run was saved, or "
+                f"the evaluation data names others of them ({state['images']} images then, {len(self.names)} now), so "
+                "that it cannot resume exactly: put both back as they were, or start a new run."
             )
         self.skipped = dict(state["skipped"])
         self._move_to(state["epoch"], state["position"])
@@ -229,6 +242,27 @@ def _scan(folder: str) -> tuple[dict[str, str], dict[str, str]]:
             elif named_image:  # opening a pipe, a socket or a device could block for ever
                 skipped[printable(relative)] = "not a regular file"
     return paths, skipped
+
+
+def _same_files(paths: Mapping[str, str], others: Collection[str | os.PathLike[str]]) -> list[str]:
+    """The names of the files that have the same bytes as one of the others. Only files of equal sizes are read.
+
+    Raises `ImageError` if a file cannot be read: whether the model may train on it is then not known.
+    """
+    others_of_size = defaultdict[int, list[str | os.PathLike[str]]](list)
+    try:
+        for other in others:
+            others_of_size[os.path.getsize(other)].append(other)
+        sizes = {name: size for name, path in paths.items() if (size := os.path.getsize(path)) in others_of_size}
+        digests = {_digest(other) for size in set(sizes.values()) for other in others_of_size[size]}
+        return [name for name in sizes if _digest(paths[name]) in digests]
+    except OSError as error:
+        raise UnreadableImageError(error.filename, reason_of(error)) from error
+
+
+def _digest(path: str | os.PathLike[str]) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _begins_like_an_image(path: str) -> bool:

@@ -165,13 +165,8 @@ class Recorder:
             raise ValueError(f"a record for {name} needs an int as its step, not {record.get('step')!r}")
         if not self.writes:
             return
-        line = json.dumps(_plain(record), allow_nan=False).encode("ascii") + b"\n"
-        # Unbuffered: one write call, so that what was written is known when the disk is full.
-        with _boundary(self.run_dir / name), (self.run_dir / name).open("ab", buffering=0) as file:
-            written = file.write(line)
-            if written < len(line):
-                file.truncate(file.tell() - written)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with _boundary(self.run_dir / name):
+            append_record(self.run_dir / name, record)
 
 
 def _refuse_links(run_dir: Path) -> None:
@@ -265,6 +260,23 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     yield from (record for _, record in _lines(path, damage))
     for text in damage:
         warnings.warn(text, stacklevel=2)
+
+
+def append_record(path: Path, record: Mapping[str, Any], *, sync: bool = False) -> None:
+    """Add a line to a `.jsonl` file, as a whole or not at all; `sync` brings it to the disk before this returns.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    line = json.dumps(_plain(record), allow_nan=False).encode("ascii") + b"\n"
+    # Unbuffered: one write call, so that what was written is known when the disk is full.
+    with path.open("ab", buffering=0) as file:
+        written = file.write(line)
+        if written < len(line):
+            file.truncate(file.tell() - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if sync:
+            os.fsync(file.fileno())
 
 
 def write_json(value: Any) -> str:

@@ -27,7 +27,7 @@ from ireasoner.rollouts.engine import Engine
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.checkpoints import clear_remains, newest_checkpoint, prune, save_checkpoint
 from ireasoner.training.config import Config, dump_config, load_config
-from ireasoner.training.items import ImagePool, Item
+from ireasoner.training.items import SET_ASIDE, ImagePool, Item
 from ireasoner.training.labelled import LabelledQuestion, StepTruth, load_questions
 from ireasoner.training.recorder import Recorder, read_episodes, read_records
 from ireasoner.training.selfplay import SelfPlay
@@ -131,7 +131,8 @@ def open_run(
         recorder.event(state["step"], text)
         observer.on_message(text)
     processes.wait()  # the other processes read the records below, so the main one must have finished rewinding them
-    pool = ImagePool.scan(config.images, config.seed, config.max_image_pixels, processes)
+    held_out = {row.image for row in load_questions(config.eval_data)} if config.eval_data else set()
+    pool = ImagePool.scan(config.images, config.seed, config.max_image_pixels, processes, held_out)
     device = str(processes.device) if processes.count > 1 else config.device
     policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
     observer.on_message(policy.describe() + ".")
@@ -161,6 +162,8 @@ def open_run(
             _restore(run, checkpoint, state)
         except (KeyError, TypeError, ValueError) as error:  # a checkpoint that is whole, but not a run's
             raise RunError(f"{checkpoint} does not fit this run: {type(error).__name__}: {error}") from None
+    elif set_aside := list(pool.skipped.values()).count(SET_ASIDE):
+        run.tell(f"Images of the evaluation data that are set aside and not trained on: {set_aside}.")
     return run, checkpoint is not None
 
 
@@ -192,7 +195,8 @@ def load_labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, st
         if row.image in names:
             labels.setdefault(names[row.image], []).append((row.question, row.answer))
     if not labels:
-        raise RunError(f"no question in {config.labels} is about an image in {config.images}")
+        unless = " that is not set aside for evaluation" if config.eval_data else ""
+        raise RunError(f"no question in {config.labels} is about an image in {config.images}{unless}")
     return labels
 
 
