@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ireasoner.method.types import ScoredTrajectory, Solution
+from ireasoner.method.types import Solution
 
 
 def claim_digest(reasoning_step: str) -> str:
@@ -26,7 +26,7 @@ class ClaimMemory:
     def __init__(self, window: int) -> None:
         self._groups: deque[tuple[str, frozenset[str]]] = deque(maxlen=window)
 
-    def add(self, image: str, group: Sequence[Solution | ScoredTrajectory]) -> None:
+    def add(self, image: str, group: Sequence[Solution]) -> None:
         """Remember a group; unreadable solutions claim nothing."""
         claims = {claim_digest(step) for s in group if s.well_formed for step in s.reasoning_steps}
         if claims:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,7 +136,7 @@ def score_solutions(
         parts = agreement[i].parts | {name: Part(value=float(values[i])) for name, values in other.items()}
         trajectories.append(
             ScoredTrajectory(
-                **asdict(solution),
+                **dict(solution),
                 answer_key=keys[i],
                 in_majority=i in group.vote.members,
                 reward=sum(part.weight * part.value for part in parts.values()),
