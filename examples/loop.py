@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from statistics import fmean
 
-from ireasoner.method.memory import ClaimMemory
+from ireasoner.method.memory import RecentSteps
 from ireasoner.method.scoring import Context, ScoredGroup, score_group, step_weight
 from ireasoner.method.seeds import PROPOSE, SOLVE, draw_seed
 from ireasoner.method.texts import parse_question, parse_trajectory, proposer_messages, solver_messages
@@ -52,7 +52,7 @@ def train(config: Config, out: Path) -> None:
     proposer = Learner(policy, "proposer", config.recipe, config.optimizer)
     solver = Learner(policy, "solver", config.recipe, config.optimizer)
     pool = ImagePool.scan(config.images, config.seed, config.max_image_pixels)
-    memory = ClaimMemory(config.recipe.recurrence_window)
+    memory = RecentSteps(config.recipe.recurrence_window)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "metrics.jsonl").open("w") as log:
         for step in range(1, config.schedule.steps + 1):
@@ -128,7 +128,7 @@ def solve(
 def score(
     config: Config,
     policy: Policy,
-    memory: ClaimMemory,
+    memory: RecentSteps,
     step: int,
     items: list[Item],
     questions: list[Question],
@@ -148,7 +148,7 @@ def score(
             finish_reasons=[c.finish_reason for c in group],
             step_weight=step_weight(recipe, step, config.schedule.steps),
             embed=lambda texts: embed_texts(policy, texts, recipe.max_step_tokens),
-            recent_claims=memory.of_others(items[i].name),
+            recent_steps=memory.of_others(items[i].name),
             seed=(config.seed, step, i),
         )
         scored.append(score_group(questions[i].text, [c.text for c in group], recipe, context))

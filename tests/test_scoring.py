@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from ireasoner.method import rewards
-from ireasoner.method.memory import ClaimMemory, claim_digest
+from ireasoner.method.memory import RecentSteps, step_digest
 from ireasoner.method.recipe import REWARDS, Recipe
 from ireasoner.method.scoring import Context, Group, RewardError, RewardFunction, ScoredGroup, score_group, step_weight
 from ireasoner.method.texts import parse_trajectory
@@ -67,7 +67,7 @@ def pay(
         "finish_reasons": [c.finish_reason for c in completions],
         "step_weight": step_weight(config.recipe, step, LAST),
         "embed": lambda texts: embed_texts(policy, texts, config.recipe.max_step_tokens),
-        "recent_claims": [],
+        "recent_steps": [],
         "seed": (config.seed, step),
         **context,
     }
@@ -129,12 +129,12 @@ def group_of(*texts: str) -> list[Solution]:
     return [parse_trajectory(text) for text in texts]
 
 
-def recurrence(memory: ClaimMemory, image: str, steps: Sequence[str]) -> list[float]:
-    return rewards.recurrence([claim_digest(step) for step in steps], memory.of_others(image)).tolist()
+def recurrence(memory: RecentSteps, image: str, steps: Sequence[str]) -> list[float]:
+    return rewards.recurrence([step_digest(step) for step in steps], memory.of_others(image)).tolist()
 
 
 def test_recurrence_is_the_share_of_other_images_groups_with_the_claim():
-    memory = ClaimMemory(3)
+    memory = RecentSteps(3)
     memory.add("a", group_of(solution("7", "The red bar reaches 7."), solution("6", "The red bar reaches 6.")))
     memory.add("b", group_of(solution("7", "the red bar reaches 7")))
     memory.add("c", group_of("<answer>7</answer>", "Step 1: The red bar reaches 7."))  # unreadable: claims nothing
@@ -143,14 +143,14 @@ def test_recurrence_is_the_share_of_other_images_groups_with_the_claim():
     for i in range(2):
         memory.add("e", group_of(solution("1", f"The blue bar reaches {i}.")))
     assert recurrence(memory, "d", ["The red bar reaches 6."]) == [0.0]  # a is forgotten: 3 are remembered
-    assert recurrence(ClaimMemory(0), "d", ["The red bar reaches 7."]) == [0.0]
+    assert recurrence(RecentSteps(0), "d", ["The red bar reaches 7."]) == [0.0]
 
 
 def test_a_memory_survives_its_state():
-    memory = ClaimMemory(3)
+    memory = RecentSteps(3)
     for name in "ab":
         memory.add(name, group_of(solution("7", "The red bar reaches 7.")))
-    again = ClaimMemory(3)
+    again = RecentSteps(3)
     again.restore(json.loads(json.dumps(memory.state())))
     assert again.state() == memory.state()
     assert again.of_others("") == memory.of_others("")
@@ -159,7 +159,7 @@ def test_a_memory_survives_its_state():
 
 def test_boilerplate_with_a_constant_answer_does_not_pay(policy: Policy):
     """Said of every image, it earns nothing; the same group of true readings earns nearly all."""
-    config, memory = config_of("default"), ClaimMemory(128)
+    config, memory = config_of("default"), RecentSteps(128)
     boilerplate = [solution("yes", "I look at the image carefully.", "Therefore the answer follows.")] * 3
     readings = [solution("7", "The red bar reaches 7."), solution("7", "Red is at 7."), solution("6", "Red is at 6.")]
     for i in range(64):
@@ -167,7 +167,7 @@ def test_boilerplate_with_a_constant_answer_does_not_pay(policy: Policy):
 
     def earned(texts: list[str]) -> tuple[float, ...]:
         memory.add("new.png", group_of(*texts))
-        return pay(policy, config, texts, recent_claims=memory.of_others("new.png")).rewards
+        return pay(policy, config, texts, recent_steps=memory.of_others("new.png")).rewards
 
     assert max(earned(boilerplate)) < 0.05
     honest = earned(readings)
@@ -335,7 +335,7 @@ def test_every_reward_is_the_sum_of_its_recorded_parts(policy: Policy, recipe: s
     ]
     config = config_of(recipe, target_words=9, length_penalty=0.3, target_entropy=0.6)
     truth = {"true_answer": "7"} if recipe == "oracle" else {}
-    paid = pay(policy, config, texts, step, recent_claims=[frozenset({claim_digest("And more.")})], **truth)
+    paid = pay(policy, config, texts, step, recent_steps=[frozenset({step_digest("And more.")})], **truth)
     for t in paid.trajectories:
         assert t.reward == pytest.approx(sum(part.weight * part.value for part in t.parts.values()), abs=1e-12)
         for part in t.parts.values():
@@ -453,7 +453,7 @@ PLAIN = [solution("7"), solution("7", "Red is at 7."), solution("3", "Red is at 
     [
         ("paper", {}, "step_weight"),
         ("paper", {"step_weight": 0.5}, "embed"),
-        ("default", {"step_weight": 0.5}, "recent_claims"),
+        ("default", {"step_weight": 0.5}, "recent_steps"),
         ("random-reward", {}, "seed"),
         ("oracle", {}, "true_answer"),
     ],
@@ -500,7 +500,7 @@ def test_a_reward_of_ones_own_is_paid_and_recorded_under_its_own_names():
         assert group.texts == (*PLAIN, "nothing")
         return {"short": [0.5, 0.25, None, 9.0], "sure": [1.0, 1.0, 0.0, 9.0]}
 
-    scored = own(fn, step_weight=0.5, embed=lambda texts: np.ones((len(texts), 2)) / 2**0.5, recent_claims=[])
+    scored = own(fn, step_weight=0.5, embed=lambda texts: np.ones((len(texts), 2)) / 2**0.5, recent_steps=[])
     assert scored.rewards == (1.5, 1.25, 0.0, 0.0)  # None: nothing; unreadable: nothing, whatever was given
     assert [{name: p.value for name, p in t.parts.items() if p.weight} for t in scored.trajectories] == [
         {"short": 0.5, "sure": 1.0}, {"short": 0.25, "sure": 1.0}, {"short": 0.0, "sure": 0.0},

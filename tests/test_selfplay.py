@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from ireasoner.method import seeds
-from ireasoner.method.memory import claim_digest
+from ireasoner.method.memory import step_digest
 from ireasoner.method.scoring import Context, Group
 from ireasoner.method.types import Completion, Episode
 from ireasoner.model.inputs import build_prompts
@@ -271,7 +271,7 @@ def test_a_group_is_scored_beside_what_was_said_of_other_images(policy: Policy, 
     assert [context.image for context in heard] == ["0.png", "1.png", "2.png"]
     draws = _Draws(config.seed, 2, ["0.png", "1.png", "2.png"])
     for i, context in enumerate(heard):
-        assert context.recent_claims == [frozenset({claim_digest("There are three dots.")})] * 2
+        assert context.recent_steps == [frozenset({step_digest("There are three dots.")})] * 2
         assert context.seed == draws.seed(i, seeds.RANDOM_REWARD)
         assert context.embed is not None
         same, longer, other = context.embed(["red red red red blue", "red red red red red and blue", "blue"])

@@ -219,7 +219,7 @@ def recurrence(claims: Sequence[str], others: Sequence[frozenset[str]]) -> Float
     """f_j: the share of other images' groups that make the same claim; array [claims], 0 without other groups.
 
     Args:
-        claims: what one trajectory's reasoning steps say, as `ireasoner.method.memory.claim_digest` gives it.
+        claims: what one trajectory's reasoning steps say, as `ireasoner.method.memory.step_digest` gives it.
         others: what each of the latest groups of other images said.
     """
     found = [sum(claim in said for said in others) for claim in claims]

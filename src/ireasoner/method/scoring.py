@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ireasoner.method import claims, rewards
 from ireasoner.method.answers import Vote, answer_key, majority
-from ireasoner.method.memory import claim_digest
+from ireasoner.method.memory import step_digest
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.rewards import FloatArray
 from ireasoner.method.texts import parse_trajectory
@@ -61,7 +61,7 @@ class Context:
         finish_reasons: of each text; None: all ended by themselves.
         step_weight: λ, the weight of step agreement.
         embed: texts to normalised embeddings [texts, width], a row of zeros for an empty text.
-        recent_claims: what each of the latest groups of other images claimed (`ireasoner.method.memory`).
+        recent_steps: what each of the latest groups of other images claimed (`ireasoner.method.memory`).
         logprobs: of each text's tokens, under the distribution that was sampled from.
         true_answer: what is true, for the recipe `oracle`.
         seed: of whatever a reward draws at random; a resumed run passes the same.
@@ -73,7 +73,7 @@ class Context:
     finish_reasons: Sequence[FinishReason] | None = None
     step_weight: float | None = None
     embed: Callable[[Sequence[str]], NDArray[np.floating]] | None = None
-    recent_claims: Sequence[frozenset[str]] | None = None
+    recent_steps: Sequence[frozenset[str]] | None = None
     logprobs: Sequence[Sequence[float]] | None = None
     true_answer: str | None = None
     seed: Sequence[int] | None = None
@@ -166,8 +166,8 @@ def _lacking(recipe: Recipe, context: Context) -> str | None:
         return "step_weight"
     if not 0 <= context.step_weight <= 1:
         raise RewardError(f"context.step_weight is {context.step_weight}: a weight lies between 0 and 1")
-    if recipe.recurrence_window and context.recent_claims is None:
-        return "recent_claims"
+    if recipe.recurrence_window and context.recent_steps is None:
+        return "recent_steps"
     if recipe.step_measure == "embedding" and context.embed is None:
         return "embed"
     return None
@@ -213,8 +213,8 @@ def _compare_steps(group: Group, recipe: Recipe, context: Context) -> tuple[list
     compared = [s.reasoning_steps[: recipe.max_reasoning_steps] if s.well_formed else () for s in group.solutions]
     # Of all reasoning steps, also those that claim nothing: an answer behind words that fit every image must not earn
     # the full outcome reward.
-    recent = context.recent_claims or ()
-    recurrences = [rewards.recurrence([claim_digest(step) for step in own], recent) for own in compared]
+    recent = context.recent_steps or ()
+    recurrences = [rewards.recurrence([step_digest(step) for step in own], recent) for own in compared]
     if recipe.step_measure == "claims":
         support = _claim_support(group.solutions, compared)
         return support, recurrences, rewards.claim_scores(support, recurrences)

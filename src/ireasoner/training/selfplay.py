@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, replace
 import numpy as np
 
 from ireasoner.method import seeds
-from ireasoner.method.memory import ClaimMemory
+from ireasoner.method.memory import RecentSteps
 from ireasoner.method.scoring import Context, RewardFunction, score_group, step_weight
 from ireasoner.method.texts import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.method.types import Completion, Episode, Proposal, Question, Sampled, Trajectory
@@ -75,7 +75,7 @@ class SelfPlay:
         self.policy, self.engine, self.config = policy, engine, config
         self.labels, self.reward = labels, reward
         self.processes = processes or Processes()
-        self.memory = ClaimMemory(config.recipe.recurrence_window)
+        self.memory = RecentSteps(config.recipe.recurrence_window)
 
     def play(self, step: int, items: Sequence[Item]) -> Play:
         """Play the items of one step, counted from 1."""
@@ -153,7 +153,7 @@ class SelfPlay:
             logprobs=[c.logprobs for c in completions],
             step_weight=weight,
             embed=lambda texts: embed_texts(self.policy, texts, recipe.max_step_tokens),
-            recent_claims=self.memory.of_others(draws.names[i]),
+            recent_steps=self.memory.of_others(draws.names[i]),
             true_answer=asked.true_answer,
             seed=draws.seed(i, seeds.RANDOM_REWARD),
             reward=self.reward,
