@@ -15,7 +15,16 @@ import yaml
 from ireasoner.method import rewards
 from ireasoner.method.memory import RecentSteps, step_digest
 from ireasoner.method.recipe import REWARDS, Recipe
-from ireasoner.method.scoring import Context, Group, RewardError, RewardFunction, ScoredGroup, score_group, step_weight
+from ireasoner.method.scoring import (
+    BUILT_IN,
+    Context,
+    Group,
+    RewardError,
+    RewardFunction,
+    ScoredGroup,
+    score_group,
+    step_weight,
+)
 from ireasoner.method.texts import parse_trajectory
 from ireasoner.method.types import Completion, FinishReason, Solution
 from ireasoner.model.inputs import embed_texts
@@ -345,6 +354,32 @@ def test_every_reward_is_the_sum_of_its_recorded_parts(policy: Policy, recipe: s
             assert (t.parts["outcome"].weight, t.parts["step_agreement"].weight) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "equation"),
+    [
+        ("paper", "outcome_rewards"),
+        ("paper", "step_agreement_rewards"),
+        ("paper", "prototype_rewards"),
+        ("paper", "solver_rewards"),
+        ("default", "outcome_rewards"),
+        ("default", "novelty_factors"),
+        ("default", "claim_agreement_rewards"),
+        ("default", "solver_rewards"),
+        ("discrete", "discrete_rewards"),
+        ("format-only", "readable_rewards"),
+        ("random-reward", "random_rewards"),
+        ("oracle", "true_answer_rewards"),
+    ],
+)
+def test_the_equations_are_those_that_train(policy: Policy, monkeypatch: Any, recipe: str, equation: str):
+    """Whoever edits one of them changes what is paid: here each is made to give half of what it gives."""
+    before = pay(policy, config_of(recipe), PLAIN, true_answer="7").rewards
+    whole = getattr(rewards, equation)
+    monkeypatch.setattr(rewards, equation, lambda *args, **kwargs: 0.5 * whole(*args, **kwargs))
+    after = pay(policy, config_of(recipe), PLAIN, true_answer="7").rewards
+    assert after[0] < 0.9 * before[0]
+
+
 MALFORMED = {
     "empty": written(""),
     "blank": written(" \n"),
@@ -569,6 +604,7 @@ def test_a_reward_in_a_file_is_not_opened_by_scoring():
 
 
 def test_every_reward_that_a_recipe_may_name_is_paid(policy: Policy):
+    assert ("agreement", *BUILT_IN) == REWARDS
     for reward in REWARDS:
         flags = {"recipe": "oracle"} if reward == "oracle" else {"reward": reward}
         paid = pay(policy, config_of(**flags), PLAIN, true_answer="7")
