@@ -524,7 +524,7 @@ def test_texts_are_read_in_the_contexts_form(form: Any, text: str):
 OWN = Recipe(reward="my_rewards.py:fn")
 
 
-def own(function: RewardFunction, texts: Sequence[str] = (*PLAIN, "nothing"), **context: Any) -> Any:
+def pay_by(function: RewardFunction, texts: Sequence[str] = (*PLAIN, "nothing"), **context: Any) -> Any:
     return score_group(QUESTION, texts, OWN, Context(reward=function, **context))
 
 
@@ -535,7 +535,7 @@ def test_a_reward_of_ones_own_is_paid_and_recorded_under_its_own_names():
         assert group.texts == (*PLAIN, "nothing")
         return {"short": [0.5, 0.25, None, 9.0], "sure": [1.0, 1.0, 0.0, 9.0]}
 
-    scored = own(fn, step_weight=0.5, embed=lambda texts: np.ones((len(texts), 2)) / 2**0.5, recent_steps=[])
+    scored = pay_by(fn, step_weight=0.5, embed=lambda texts: np.ones((len(texts), 2)) / 2**0.5, recent_steps=[])
     assert scored.rewards == (1.5, 1.25, 0.0, 0.0)  # None: nothing; unreadable: nothing, whatever was given
     assert [{name: p.value for name, p in t.parts.items() if p.weight} for t in scored.trajectories] == [
         {"short": 0.5, "sure": 1.0}, {"short": 0.25, "sure": 1.0}, {"short": 0.0, "sure": 0.0},
@@ -545,7 +545,7 @@ def test_a_reward_of_ones_own_is_paid_and_recorded_under_its_own_names():
 
 
 def test_a_reward_of_ones_own_may_be_plain_numbers():
-    scored = own(lambda group, context: np.arange(len(group.solutions), dtype=np.float64))
+    scored = pay_by(lambda group, context: np.arange(len(group.solutions), dtype=np.float64))
     assert scored.rewards == (0.0, 1.0, 2.0, 0.0)
     assert set(scored.trajectories[0].parts) == {"reward"}
 
@@ -570,13 +570,13 @@ def test_a_reward_of_ones_own_may_be_plain_numbers():
 )
 def test_a_reward_of_ones_own_that_cannot_be_is_named(given: Any, named: str):
     with pytest.raises(RewardError, match=named) as caught:
-        own(lambda group, context: given)
+        pay_by(lambda group, context: given)
     assert "my_rewards.py:fn" in str(caught.value)
 
 
 def test_an_error_in_a_reward_of_ones_own_is_named():
     with pytest.raises(RewardError, match=r"my_rewards\.py:fn failed: ZeroDivisionError"):
-        own(lambda group, context: 1 / 0)
+        pay_by(lambda group, context: 1 / 0)
 
 
 @pytest.mark.parametrize(
