@@ -106,7 +106,7 @@ class SelfPlay:
         groups = self.engine.sample(requests, "proposer", max_tokens=longest) if requests else []
         proposals = [group[0] for group in self._exchange(groups, total)]
         asked = [_Asked(parse_question(p.text, p.finish_reason), p, None) for p in proposals]
-        return asked, tuple(map(Sample, images, requests, groups))
+        return asked, tuple(Sample(*row) for row in zip(images, requests, groups, strict=True))
 
     def _solve(
         self, batch: _Batch, images: Mapping[int, EncodedImage], questions: Sequence[Question]
@@ -120,7 +120,7 @@ class SelfPlay:
         ]
         n, longest = sampling.group_size, sampling.max_solution_tokens
         groups = self.engine.sample(requests, "solver", n=n, max_tokens=longest) if requests else []
-        return tuple(map(Sample, readable, requests, groups))
+        return tuple(Sample(*row) for row in zip(readable, requests, groups, strict=True))
 
     def _exchange(self, groups: Sequence[Sequence[Completion]], total: int) -> Sequence[Sequence[Completion]]:
         """The groups of all `total` items, given those of this process's share."""
