@@ -5,7 +5,7 @@
 Every step takes some images. For each, the proposer asks a question; the solver answers it N times, step by step; the
 group's own agreement is the reward (iReasoner, arXiv 2601.05877); both adapters get one REINFORCE update.
 
-Left out, and found in `ireasoner.training`: checkpoints and exact resume, the watch that ends a run that collapses,
+Left out, and part of `ireasoner.training`: checkpoints and exact resume, the watch that ends a run that collapses,
 probes, held-out evaluation, several processes, the gate on hopeless and unanimous groups, labelled questions, the run
 directory that `ireasoner view` shows. Nothing here is needed by `ireasoner train`; it is meant to be read and changed.
 """
@@ -17,8 +17,8 @@ import json
 from pathlib import Path
 from statistics import fmean
 
-from ireasoner.method.memory import ClaimMemory
-from ireasoner.method.scoring import Context, ScoredGroup, score_group, step_weight
+from ireasoner.method.memory import RecentSteps
+from ireasoner.method.scoring import Context, ScoredGroup, score_solutions, step_weight
 from ireasoner.method.seeds import PROPOSE, SOLVE, draw_seed
 from ireasoner.method.texts import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.method.types import Completion, Question
@@ -46,13 +46,13 @@ def main() -> None:
 
 
 def train(config: Config, out: Path) -> None:
-    """Self-evolve a model; the adapters, and a line of numbers for each step, end up in `out`."""
+    """Self-evolve a model; the adapters, and a line of numbers for every step, end up in `out`."""
     policy = load_policy(config.model, config.backbone, device=config.device, seed=config.seed)
     engine: Engine = LiveEngine(policy)
     proposer = Learner(policy, "proposer", config.recipe, config.optimizer)
     solver = Learner(policy, "solver", config.recipe, config.optimizer)
     pool = ImagePool.scan(config.images, config.seed, config.max_image_pixels)
-    memory = ClaimMemory(config.recipe.recurrence_window)
+    memory = RecentSteps(config.recipe.recurrence_window)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "metrics.jsonl").open("w") as log:
         for step in range(1, config.schedule.steps + 1):
@@ -67,7 +67,7 @@ def train(config: Config, out: Path) -> None:
             worth = [0.0] * len(items)
             for i, group in zip(asked, scored, strict=True):
                 worth[i] = group.proposer_reward
-            # Update: the solver at every step, the proposer at every fifth.
+            # Update: the solver at every step, the proposer at every `proposer_every`-th (by default, every fifth).
             learned: dict[str, dict[str, float]] = {}
             if groups:
                 learned["solver"] = update(policy, solver, solving, groups, [list(group.rewards) for group in scored])
@@ -128,7 +128,7 @@ def solve(
 def score(
     config: Config,
     policy: Policy,
-    memory: ClaimMemory,
+    memory: RecentSteps,
     step: int,
     items: list[Item],
     questions: list[Question],
@@ -136,22 +136,19 @@ def score(
     groups: list[list[Completion]],
 ) -> list[ScoredGroup]:
     """What each group earned: agreement on the answer, and on what leads to it."""
-    recipe = config.recipe
-    form = config.sampling.solution_form
-    for i, group in zip(asked, groups, strict=True):  # all of the step's groups are remembered before any is scored
-        memory.add(items[i].name, [parse_trajectory(c.text, c.finish_reason, form) for c in group])
+    recipe, form = config.recipe, config.sampling.solution_form
+    solutions = [[parse_trajectory(c.text, c.finish_reason, form) for c in group] for group in groups]
+    for i, group in zip(asked, solutions, strict=True):  # all of the step's groups are remembered before any is scored
+        memory.add(items[i].name, group)
     scored = []
-    for i, group in zip(asked, groups, strict=True):
+    for i, group in zip(asked, solutions, strict=True):
         context = Context(
-            image=items[i].name,
-            form=form,
-            finish_reasons=[c.finish_reason for c in group],
             step_weight=step_weight(recipe, step, config.schedule.steps),
             embed=lambda texts: embed_texts(policy, texts, recipe.max_step_tokens),
-            recent_claims=memory.of_others(items[i].name),
+            recent_steps=memory.of_others(items[i].name),
             seed=(config.seed, step, i),
         )
-        scored.append(score_group(questions[i].text, [c.text for c in group], recipe, context))
+        scored.append(score_solutions(questions[i].text, group, recipe, context))
     return scored
 
 

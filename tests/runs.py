@@ -134,7 +134,7 @@ def played_run(path: Path, recipe: str = "default", steps: int = 4, images_per_s
                 thumbnail = recorder.thumbnail(image, f"{index:016x}")
             asked = world.sample_question(picture, rng)
             texts = [_solution(asked, rng) for _ in range(config.sampling.group_size)]
-            context = Context(step_weight=0.5, recent_claims=[], embed=_embed, seed=(step,))
+            context = Context(step_weight=0.5, recent_steps=[], embed=_embed, seed=(step,))
             scored = score_group(asked.text, texts, config.recipe, context)
             recorder.episode(_episode(step, name, thumbnail, asked.text, texts, scored))
         recorder.metrics(step, METRICS)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ireasoner.app.cli import main
-from ireasoner.method.memory import claim_digest
+from ireasoner.method.memory import step_digest
 from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.texts import parse_trajectory
 from ireasoner.model.attention import SharedCache
@@ -65,9 +65,9 @@ def test_groups_are_rewarded_as_the_recipe_default_does_it():
     recipe = resolve({"model": "tiny", "images": ".", "recipe": "default"}).recipe
     said = ["The red bar reaches 7. It does.", "The red bar reaches 7. It does.", "The red bar reaches 3. It does."]
     texts = [readable(text) for text in said]
-    first = score_group(QUESTION, texts, recipe, Context(step_weight=0.5, recent_claims=[])).rewards
-    claims = {claim_digest(step) for text in texts for step in parse_trajectory(text).reasoning_steps}
-    again = score_group(QUESTION, texts, recipe, Context(step_weight=0.5, recent_claims=[frozenset(claims)])).rewards
+    first = score_group(QUESTION, texts, recipe, Context(step_weight=0.5, recent_steps=[])).rewards
+    claims = {step_digest(step) for text in texts for step in parse_trajectory(text).reasoning_steps}
+    again = score_group(QUESTION, texts, recipe, Context(step_weight=0.5, recent_steps=[frozenset(claims)])).rewards
     assert bench.reward(said) == pytest.approx(first)
     assert bench.reward(said) == pytest.approx(again)
     assert first[0] > first[2]

@@ -42,12 +42,12 @@ def test_steps_that_differ_in_dressing_alone_have_one_claim(steps: list[str]) ->
 
 
 def test_what_a_claim_holds_by_hand() -> None:
-    found = claim("The red bar is not taller than 1/3 of the blue one.")
-    assert found.terms == (("red", 1), ("bar", 1), ("more", -1), ("1/3", 1), ("blue", 1), ("1", 1))
-    relation = found.relations[0]
+    content = claim("The red bar is not taller than 1/3 of the blue one.")
+    assert content.terms == (("red", 1), ("bar", 1), ("more", -1), ("1/3", 1), ("blue", 1), ("1", 1))
+    relation = content.relations[0]
     assert (relation.axis, relation.pole) == ("more", -1)
     assert (relation.before, relation.after) == ({"red", "bar"}, {"1/3", "blue", "1"})
-    assert found.frame == ("of",)
+    assert content.frame == ("of",)
 
 
 # --- similarity by hand ----------------------------------------------------------------------------------------------

@@ -168,12 +168,13 @@ def test_a_step_of_self_play_and_an_update_of_each_role(folder: Path, sized: lis
     proposed = SelfPlay(policy, engine, config).play(1, items).proposer
     solved = SelfPlay(policy, engine, config, labels).play(1, items).solver
     for role, taught in (("proposer", proposed), ("solver", solved)):
-        assert taught.episodes == (0, 1, 2)
-        prompts = build_prompts(policy, [r.image for r in taught.requests], [r.messages for r in taught.requests])
-        rewards = [[float((i + j) % 2) for j in range(len(group))] for i, group in enumerate(taught.groups)]
+        assert [sample.episode for sample in taught] == [0, 1, 2]
+        requests, groups = [sample.request for sample in taught], [sample.completions for sample in taught]
+        prompts = build_prompts(policy, [r.image for r in requests], [r.messages for r in requests])
+        rewards = [[float((i + j) % 2) for j in range(len(group))] for i, group in enumerate(groups)]
         before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
         trained = learner(policy, role, learning_rate=1e-3, weight_decay=0.0)
-        metrics = teach(trained, prompts, taught.groups, rewards)
+        metrics = teach(trained, prompts, groups, rewards)
         assert metrics["sampler_gap"] < 1e-4
         assert metrics["kl"] > 0
         moved = {name for name, p in policy.model.named_parameters() if not torch.equal(p, before[name])}

@@ -493,9 +493,8 @@ def test_groups_that_teach_nothing_do_not_update_the_solver(data: Path, tmp_path
         kept = [i for i in solved if play.episodes[i].majority_fraction == pytest.approx(2 / 3)]
         assert 0 < len(kept) < len(solved)  # else this shows nothing
         if not gates:
-            rows = [k for k, i in enumerate(play.solver.episodes) if i in kept]
-            requests, groups = ([several[k] for k in rows] for several in (play.solver.requests, play.solver.groups))
-            solver = replace(play.solver, episodes=tuple(range(len(rows))), requests=requests, groups=groups)
+            samples = [sample for sample in play.solver if sample.episode in kept]
+            solver = tuple(replace(sample, episode=row) for row, sample in enumerate(samples))
             play = replace(play, episodes=tuple(play.episodes[i] for i in kept), solver=solver)
         episodes, metrics = update(run, play)
         found.append((metrics, solver_state(run)))

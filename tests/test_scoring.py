@@ -13,9 +13,18 @@ import pytest
 import yaml
 
 from ireasoner.method import rewards
-from ireasoner.method.memory import ClaimMemory, claim_digest
+from ireasoner.method.memory import RecentSteps, step_digest
 from ireasoner.method.recipe import REWARDS, Recipe
-from ireasoner.method.scoring import Context, Group, RewardError, RewardFunction, ScoredGroup, score_group, step_weight
+from ireasoner.method.scoring import (
+    BUILT_IN,
+    Context,
+    Group,
+    RewardError,
+    RewardFunction,
+    ScoredGroup,
+    score_group,
+    step_weight,
+)
 from ireasoner.method.texts import parse_trajectory
 from ireasoner.method.types import Completion, FinishReason, Solution
 from ireasoner.model.inputs import embed_texts
@@ -67,7 +76,7 @@ def pay(
         "finish_reasons": [c.finish_reason for c in completions],
         "step_weight": step_weight(config.recipe, step, LAST),
         "embed": lambda texts: embed_texts(policy, texts, config.recipe.max_step_tokens),
-        "recent_claims": [],
+        "recent_steps": [],
         "seed": (config.seed, step),
         **context,
     }
@@ -129,12 +138,12 @@ def group_of(*texts: str) -> list[Solution]:
     return [parse_trajectory(text) for text in texts]
 
 
-def recurrence(memory: ClaimMemory, image: str, steps: Sequence[str]) -> list[float]:
-    return rewards.recurrence([claim_digest(step) for step in steps], memory.of_others(image)).tolist()
+def recurrence(memory: RecentSteps, image: str, steps: Sequence[str]) -> list[float]:
+    return rewards.recurrence([step_digest(step) for step in steps], memory.of_others(image)).tolist()
 
 
 def test_recurrence_is_the_share_of_other_images_groups_with_the_claim():
-    memory = ClaimMemory(3)
+    memory = RecentSteps(3)
     memory.add("a", group_of(solution("7", "The red bar reaches 7."), solution("6", "The red bar reaches 6.")))
     memory.add("b", group_of(solution("7", "the red bar reaches 7")))
     memory.add("c", group_of("<answer>7</answer>", "Step 1: The red bar reaches 7."))  # unreadable: claims nothing
@@ -143,14 +152,14 @@ def test_recurrence_is_the_share_of_other_images_groups_with_the_claim():
     for i in range(2):
         memory.add("e", group_of(solution("1", f"The blue bar reaches {i}.")))
     assert recurrence(memory, "d", ["The red bar reaches 6."]) == [0.0]  # a is forgotten: 3 are remembered
-    assert recurrence(ClaimMemory(0), "d", ["The red bar reaches 7."]) == [0.0]
+    assert recurrence(RecentSteps(0), "d", ["The red bar reaches 7."]) == [0.0]
 
 
 def test_a_memory_survives_its_state():
-    memory = ClaimMemory(3)
+    memory = RecentSteps(3)
     for name in "ab":
         memory.add(name, group_of(solution("7", "The red bar reaches 7.")))
-    again = ClaimMemory(3)
+    again = RecentSteps(3)
     again.restore(json.loads(json.dumps(memory.state())))
     assert again.state() == memory.state()
     assert again.of_others("") == memory.of_others("")
@@ -159,7 +168,7 @@ def test_a_memory_survives_its_state():
 
 def test_boilerplate_with_a_constant_answer_does_not_pay(policy: Policy):
     """Said of every image, it earns nothing; the same group of true readings earns nearly all."""
-    config, memory = config_of("default"), ClaimMemory(128)
+    config, memory = config_of("default"), RecentSteps(128)
     boilerplate = [solution("yes", "I look at the image carefully.", "Therefore the answer follows.")] * 3
     readings = [solution("7", "The red bar reaches 7."), solution("7", "Red is at 7."), solution("6", "Red is at 6.")]
     for i in range(64):
@@ -167,7 +176,7 @@ def test_boilerplate_with_a_constant_answer_does_not_pay(policy: Policy):
 
     def earned(texts: list[str]) -> tuple[float, ...]:
         memory.add("new.png", group_of(*texts))
-        return pay(policy, config, texts, recent_claims=memory.of_others("new.png")).rewards
+        return pay(policy, config, texts, recent_steps=memory.of_others("new.png")).rewards
 
     assert max(earned(boilerplate)) < 0.05
     honest = earned(readings)
@@ -335,7 +344,7 @@ def test_every_reward_is_the_sum_of_its_recorded_parts(policy: Policy, recipe: s
     ]
     config = config_of(recipe, target_words=9, length_penalty=0.3, target_entropy=0.6)
     truth = {"true_answer": "7"} if recipe == "oracle" else {}
-    paid = pay(policy, config, texts, step, recent_claims=[frozenset({claim_digest("And more.")})], **truth)
+    paid = pay(policy, config, texts, step, recent_steps=[frozenset({step_digest("And more.")})], **truth)
     for t in paid.trajectories:
         assert t.reward == pytest.approx(sum(part.weight * part.value for part in t.parts.values()), abs=1e-12)
         for part in t.parts.values():
@@ -343,6 +352,32 @@ def test_every_reward_is_the_sum_of_its_recorded_parts(policy: Policy, recipe: s
         assert {"outcome", "step_agreement"} <= set(t.parts)  # recorded under every recipe
         if config.recipe.reward != "agreement":
             assert (t.parts["outcome"].weight, t.parts["step_agreement"].weight) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "equation"),
+    [
+        ("paper", "outcome_rewards"),
+        ("paper", "step_agreement_rewards"),
+        ("paper", "prototype_rewards"),
+        ("paper", "solver_rewards"),
+        ("default", "outcome_rewards"),
+        ("default", "novelty_factors"),
+        ("default", "claim_agreement_rewards"),
+        ("default", "solver_rewards"),
+        ("discrete", "discrete_rewards"),
+        ("format-only", "readable_rewards"),
+        ("random-reward", "random_rewards"),
+        ("oracle", "true_answer_rewards"),
+    ],
+)
+def test_the_equations_are_those_that_train(policy: Policy, monkeypatch: Any, recipe: str, equation: str):
+    """Whoever edits one of them changes what is paid: here each is made to give half of what it gives."""
+    before = pay(policy, config_of(recipe), PLAIN, true_answer="7").rewards
+    whole = getattr(rewards, equation)
+    monkeypatch.setattr(rewards, equation, lambda *args, **kwargs: 0.5 * whole(*args, **kwargs))
+    after = pay(policy, config_of(recipe), PLAIN, true_answer="7").rewards
+    assert after[0] < 0.9 * before[0]
 
 
 MALFORMED = {
@@ -453,7 +488,7 @@ PLAIN = [solution("7"), solution("7", "Red is at 7."), solution("3", "Red is at 
     [
         ("paper", {}, "step_weight"),
         ("paper", {"step_weight": 0.5}, "embed"),
-        ("default", {"step_weight": 0.5}, "recent_claims"),
+        ("default", {"step_weight": 0.5}, "recent_steps"),
         ("random-reward", {}, "seed"),
         ("oracle", {}, "true_answer"),
     ],
@@ -489,7 +524,7 @@ def test_texts_are_read_in_the_contexts_form(form: Any, text: str):
 OWN = Recipe(reward="my_rewards.py:fn")
 
 
-def own(function: RewardFunction, texts: Sequence[str] = (*PLAIN, "nothing"), **context: Any) -> Any:
+def pay_by(function: RewardFunction, texts: Sequence[str] = (*PLAIN, "nothing"), **context: Any) -> Any:
     return score_group(QUESTION, texts, OWN, Context(reward=function, **context))
 
 
@@ -500,7 +535,7 @@ def test_a_reward_of_ones_own_is_paid_and_recorded_under_its_own_names():
         assert group.texts == (*PLAIN, "nothing")
         return {"short": [0.5, 0.25, None, 9.0], "sure": [1.0, 1.0, 0.0, 9.0]}
 
-    scored = own(fn, step_weight=0.5, embed=lambda texts: np.ones((len(texts), 2)) / 2**0.5, recent_claims=[])
+    scored = pay_by(fn, step_weight=0.5, embed=lambda texts: np.ones((len(texts), 2)) / 2**0.5, recent_steps=[])
     assert scored.rewards == (1.5, 1.25, 0.0, 0.0)  # None: nothing; unreadable: nothing, whatever was given
     assert [{name: p.value for name, p in t.parts.items() if p.weight} for t in scored.trajectories] == [
         {"short": 0.5, "sure": 1.0}, {"short": 0.25, "sure": 1.0}, {"short": 0.0, "sure": 0.0},
@@ -510,7 +545,7 @@ def test_a_reward_of_ones_own_is_paid_and_recorded_under_its_own_names():
 
 
 def test_a_reward_of_ones_own_may_be_plain_numbers():
-    scored = own(lambda group, context: np.arange(len(group.solutions), dtype=np.float64))
+    scored = pay_by(lambda group, context: np.arange(len(group.solutions), dtype=np.float64))
     assert scored.rewards == (0.0, 1.0, 2.0, 0.0)
     assert set(scored.trajectories[0].parts) == {"reward"}
 
@@ -535,13 +570,13 @@ def test_a_reward_of_ones_own_may_be_plain_numbers():
 )
 def test_a_reward_of_ones_own_that_cannot_be_is_named(given: Any, named: str):
     with pytest.raises(RewardError, match=named) as caught:
-        own(lambda group, context: given)
+        pay_by(lambda group, context: given)
     assert "my_rewards.py:fn" in str(caught.value)
 
 
 def test_an_error_in_a_reward_of_ones_own_is_named():
     with pytest.raises(RewardError, match=r"my_rewards\.py:fn failed: ZeroDivisionError"):
-        own(lambda group, context: 1 / 0)
+        pay_by(lambda group, context: 1 / 0)
 
 
 @pytest.mark.parametrize(
@@ -569,6 +604,7 @@ def test_a_reward_in_a_file_is_not_opened_by_scoring():
 
 
 def test_every_reward_that_a_recipe_may_name_is_paid(policy: Policy):
+    assert ("agreement", *BUILT_IN) == REWARDS
     for reward in REWARDS:
         flags = {"recipe": "oracle"} if reward == "oracle" else {"reward": reward}
         paid = pay(policy, config_of(**flags), PLAIN, true_answer="7")

@@ -13,15 +13,16 @@ from PIL import Image
 from pydantic import ValidationError
 
 from ireasoner.method import seeds
-from ireasoner.method.memory import claim_digest
+from ireasoner.method.memory import step_digest
 from ireasoner.method.scoring import Context, Group
+from ireasoner.method.texts import parse_question, solver_messages
 from ireasoner.method.types import Completion, Episode
-from ireasoner.model.inputs import build_prompts
+from ireasoner.model.inputs import build_prompts, render
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import Config, resolve
 from ireasoner.training.items import Item
-from ireasoner.training.selfplay import Play, SelfPlay, _Draws
+from ireasoner.training.selfplay import Play, SelfPlay, _Batch
 from models import learner, load, teach
 
 MakePolicy = Callable[..., Policy]
@@ -56,9 +57,10 @@ def named(pictures: Sequence[Image.Image]) -> list[Item]:
 
 def taught(policy: Policy, play: Play) -> tuple[Any, list[Sequence[Completion]], list[tuple[float, ...]]]:
     """Prompts, completions and rewards of the solver's groups."""
-    requests = play.solver.requests
+    requests = [sample.request for sample in play.solver]
     prompts = build_prompts(policy, [r.image for r in requests], [r.messages for r in requests])
-    return prompts, list(play.solver.groups), [play.episodes[i].rewards for i in play.solver.episodes]
+    rewards = [play.episodes[sample.episode].rewards for sample in play.solver]
+    return prompts, [sample.completions for sample in play.solver], rewards
 
 
 # --- a played step ---------------------------------------------------------------------------------------------------
@@ -69,12 +71,12 @@ def test_a_played_step_is_complete_and_repeats(policy: Policy, pictures: list[Im
     asked = [e for e in play.episodes if e.question.well_formed]
     assert len(play.episodes) == 3
     assert asked, "the shipped model wrote no readable question for any of three images"
-    assert play.proposer.episodes == (0, 1, 2)
-    assert (len(play.proposer.requests), len(play.solver.requests)) == (3, len(asked))
+    assert [sample.episode for sample in play.proposer] == [0, 1, 2]
+    assert len(play.solver) == len(asked)
     for i, episode in enumerate(play.episodes):
         assert (episode.step, episode.image) == (1, f"{i}.png")
         assert episode.proposal is not None
-        assert episode.proposal.text == play.proposer.groups[i][0].text
+        assert episode.proposal.text == play.proposer[i].completions[0].text
         size = 3 if episode.question.well_formed else 0
         assert len(episode.trajectories) == size
         assert all(set(t.parts) == {"outcome", "step_agreement"} for t in episode.trajectories)
@@ -89,8 +91,8 @@ def test_a_played_step_is_complete_and_repeats(policy: Policy, pictures: list[Im
     assert again.episodes == play.episodes
     other = selfplay(policy).play(2, named(pictures[:3]))
     assert [e.proposal for e in other.episodes] != [e.proposal for e in play.episodes]
-    written = [t.text for i in play.solver.episodes for t in play.episodes[i].trajectories]
-    assert written == [c.text for group in play.solver.groups for c in group]
+    for sample in play.solver:
+        assert [t.text for t in play.episodes[sample.episode].trajectories] == [c.text for c in sample.completions]
 
 
 def test_an_image_plays_the_same_alone_and_with_others(policy: Policy, pictures: list[Image.Image]):
@@ -110,7 +112,7 @@ def test_what_was_sampled_is_what_is_trained(policy: Policy, pictures: list[Imag
     """Prompts and completions stay side by side, from play to update, where some questions went unanswered."""
     labels = {"0.png": [("How many objects are there?", "3")], "2.png": [("Which row is the longest?", "red")]}
     play = selfplay(policy, config_of("oracle"), labels).play(1, named(pictures[:3]))
-    assert [play.episodes[i].image for i in play.solver.episodes] == ["0.png", "2.png"]
+    assert [play.episodes[sample.episode].image for sample in play.solver] == ["0.png", "2.png"]
     prompts, groups, rewards = taught(policy, play)
     frozen = learner(policy, "solver", learning_rate=1e-3, max_grad_norm=1e-30)  # look, but do not touch
     frozen.optimizer = torch.optim.SGD(frozen.parameters.values(), lr=0.0)  # type: ignore[assignment]
@@ -159,30 +161,30 @@ def test_no_repeated_work_in_a_step(make_policy: MakePolicy, pictures: list[Imag
 
 def test_an_image_played_twice_in_a_step_draws_differently(babbler: Policy, pictures: list[Image.Image]):
     twice = [Item("a.png", pictures[0], "0" * 16)] * 2
-    (first,), (second,) = selfplay(babbler).play(1, twice).proposer.groups
+    (first,), (second,) = (sample.completions for sample in selfplay(babbler).play(1, twice).proposer)
     assert first.token_ids != second.token_ids
     labels = {"a.png": [("How many objects are there?", "3")]}
-    groups = selfplay(babbler, config_of("oracle"), labels).play(1, twice).solver.groups
-    assert len({c.token_ids for group in groups for c in group}) == 6
+    samples = selfplay(babbler, config_of("oracle"), labels).play(1, twice).solver
+    assert len({c.token_ids for sample in samples for c in sample.completions}) == 6
     # The first of the two is still what it is alone.
-    (alone,) = selfplay(babbler, config_of("oracle"), labels).play(1, twice[:1]).solver.groups
-    assert [c.text for c in alone] == [c.text for c in groups[0]]
+    (alone,) = selfplay(babbler, config_of("oracle"), labels).play(1, twice[:1]).solver
+    assert [c.text for c in alone.completions] == [c.text for c in samples[0].completions]
 
 
 def test_draws_differ_by_seed_step_image_occurrence_and_purpose():
     names = ["a", "a", "b", "\udcff"]  # the last is a file name that is not UTF-8
     purposes = (seeds.PROPOSE, seeds.SOLVE, seeds.RANDOM_REWARD, seeds.PICK_LABEL)
     drawn = [
-        _Draws(run, step, names).seed(i, purpose)
+        _Batch(run, step, names).seed(i, purpose)
         for run in (0, 1) for step in (1, 2) for i in range(4) for purpose in purposes
     ]  # fmt: skip
     assert len(set(drawn)) == len(drawn) == 64
-    assert _Draws(0, 1, ["b", "a"]).seed(1, seeds.SOLVE) == _Draws(0, 1, names).seed(0, seeds.SOLVE)  # not by place
+    assert _Batch(0, 1, ["b", "a"]).seed(1, seeds.SOLVE) == _Batch(0, 1, names).seed(0, seeds.SOLVE)  # not by place
 
 
 def test_unreadable_questions_are_not_solved(policy: Policy, pictures: list[Image.Image]):
     play = selfplay(policy, config_of(max_question_tokens=2)).play(1, named(pictures[:2]))  # all cut off
-    assert play.solver.requests == ()
+    assert play.solver == ()
     for episode in play.episodes:
         assert episode.question.problem == "cut off before the end token"
         assert (episode.trajectories, episode.rewards, episode.proposer_reward) == ((), (), 0.0)
@@ -195,8 +197,8 @@ def test_labels_replace_the_proposer(policy: Policy, pictures: list[Image.Image]
     }
     player = selfplay(policy, config_of("oracle"), labels)
     play = player.play(1, named(pictures[:3]))
-    assert play.proposer.requests == ()
-    assert len(play.solver.requests) == 2
+    assert play.proposer == ()
+    assert len(play.solver) == 2
     zero, one, two = play.episodes
     assert one.question.problem == "no label for this image"
     assert (one.trajectories, one.rewards, one.proposer_reward) == ((), (), 0.0)
@@ -208,7 +210,7 @@ def test_labels_replace_the_proposer(policy: Policy, pictures: list[Image.Image]
         truth = "text:red" if episode is two else f"number:{dict(labels['0.png'])[episode.question.text]}"
         assert episode.rewards == tuple(float(t.answer_key == truth) for t in episode.trajectories)
     # Which label is asked is drawn anew at each step, and all of them are asked in time.
-    picked = [player._pick_label(_Draws(0, step, ["0.png"]), 0) for step in [*range(1, 20), 1]]
+    picked = [player._pick_label(_Batch(0, step, ["0.png"]), 0) for step in [*range(1, 20), 1]]
     assert {asked.question.text for asked in picked} == {text for text, _ in labels["0.png"]}
     assert picked[0] == picked[-1]
 
@@ -231,11 +233,11 @@ def test_a_reward_of_ones_own_gets_what_self_play_knows(policy: Policy, pictures
     play = SelfPlay(policy, LiveEngine(policy), config, reward=fn).play(3, named(pictures[:3]))
     solved = [e for e in play.episodes if e.trajectories]
     assert len(heard) == len(solved) > 0
-    for (group, context), episode, completions in zip(heard, solved, play.solver.groups, strict=True):
+    for (group, context), episode, sample in zip(heard, solved, play.solver, strict=True):
         assert (context.image, context.form) == (episode.image, "tags")
         assert group.texts == tuple(t.text for t in episode.trajectories)
         assert context.finish_reasons == [t.finish_reason for t in episode.trajectories]
-        assert context.logprobs == [c.logprobs for c in completions]
+        assert context.logprobs == [c.logprobs for c in sample.completions]
         assert context.seed is not None
         assert episode.rewards == tuple(0.25 * t.well_formed for t in episode.trajectories)
 
@@ -269,10 +271,10 @@ def test_a_group_is_scored_beside_what_was_said_of_other_images(policy: Policy, 
     )
     SelfPlay(policy, engine, config, reward=fn).play(2, named(pictures[:3]))
     assert [context.image for context in heard] == ["0.png", "1.png", "2.png"]
-    draws = _Draws(config.seed, 2, ["0.png", "1.png", "2.png"])
+    batch = _Batch(config.seed, 2, ["0.png", "1.png", "2.png"])
     for i, context in enumerate(heard):
-        assert context.recent_claims == [frozenset({claim_digest("There are three dots.")})] * 2
-        assert context.seed == draws.seed(i, seeds.RANDOM_REWARD)
+        assert context.recent_steps == [frozenset({step_digest("There are three dots.")})] * 2
+        assert context.seed == batch.seed(i, seeds.RANDOM_REWARD)
         assert context.embed is not None
         same, longer, other = context.embed(["red red red red blue", "red red red red red and blue", "blue"])
         assert np.allclose(same, longer, atol=1e-6)
@@ -284,12 +286,13 @@ def test_an_episode_reads_back_as_it_was_written(policy: Policy, pictures: list[
         assert Episode.model_validate_json(episode.model_dump_json()) == episode
 
 
-def test_a_question_with_an_image_token_is_unreadable(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch):
-    """Some models' image token is no markup; pasted into a prompt it would stand for a second image."""
+def test_an_image_token_in_a_question_is_no_second_image(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch):
+    """Some models' image token is no markup, so that such a question is readable; it is asked without the token."""
     policy = make_policy()
+    token = policy.processor.image_token
     monkeypatch.setattr(policy.processor, "image_token", "[IMG]")
-    completion = Completion("<question>What is in [IMG]?</question>", (1,), (0.0,), "stop")
-    question = selfplay(policy)._read_question(completion)
-    assert question.problem == "an image token inside the question"
-    other = Completion("<question>What is in IMG?</question>", (1,), (0.0,), "stop")
-    assert selfplay(policy)._read_question(other).well_formed
+    monkeypatch.setattr(policy.processor, "chat_template", policy.processor.chat_template.replace(token, "[IMG]"))
+    asked = render(policy.processor, solver_messages("{question}", "What is in [IMG]?"))
+    assert parse_question("<question>What is in [IMG]?</question>").well_formed
+    assert asked.count("[IMG]") == 1
+    assert "What is in ?" in asked

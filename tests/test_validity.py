@@ -68,7 +68,8 @@ def group(
 
 
 def solution(answer: str | None, steps: Sequence[str]) -> Solution:
-    return Solution(tuple(steps), answer, 5, "no answer" if answer is None else None)
+    problem = "no answer" if answer is None else None
+    return Solution(reasoning_steps=tuple(steps), answer=answer, words_before_answer=5, problem=problem)
 
 
 def episode(

@@ -265,25 +265,33 @@ def _negated(items: list[tuple[str, int]]) -> list[tuple[str, int]]:
 
 
 def _relation(items: list[tuple[str, int]], i: int) -> Relation:
-    """The relation of item i between the terms before and after its pivot: a "than" or the like, or the item itself."""
+    """The relation of item i between the terms before and after its pivot: a "than" or the like, or the item itself.
+
+    In "the red bar is taller than the blue bar", item i is "taller", the pivot "than", and the sides are red and blue.
+    What both sides name, here the bar, is left out: it does not tell which side is which.
+    """
     names = [name for name, _ in items]
+    # The places of what a side may consist of: all terms but the relation itself.
     content = [j for j, (name, pole) in enumerate(items) if pole and name != "times" and j != i]
     if names[i] == "times":  # "twice as many as", "three times that of", "is twice B"; "doubled" alone relates nothing
+        # Before "times" is its number, and before that, in "is twice B", the verb. A pivot at the end leaves one side.
         bare = i if names[max(i - 2, 0)] in _OPENERS else len(items)
         pivot = max((j for j in range(i, len(items)) if names[j] in ("as", "that", "than")), default=bare)
     else:
         pivot = next((j for j in range(i, len(items)) if names[j] == ("to" if names[i] == "from" else "than")), i)
+    # In the usual order, the sides are before and after the pivot; the following kinds of sentences are exceptions.
     before, after = [j for j in content if j < pivot], [j for j in content if j > pivot]
     if names[i] == "from":  # "from 3 to 7"
         before = [j for j in content if i < j < pivot]
-    elif names[i] == "minus" and items[i][1] > 0 and before:  # "180 - 70 - 45"
+    elif names[i] == "minus" and items[i][1] > 0 and before:  # "180 - 70 - 45": only the numbers beside the sign
         before, after = [j for j in before if _NUMBER.match(names[j])][-1:], after[:1]
-    elif not before:  # "above the square is a circle"
+    elif not before:  # "above the square is a circle": the sides change places around the verb
         opener = next((j for j in range(pivot + 1, len(items)) if names[j] in _OPENERS), len(items))
         before, after = [j for j in after if j > opener], [j for j in after if j < opener]
     if names[i + 1 : i + 2] == ["by"]:  # "is exceeded by"
         before, after = after, before
     left, right = frozenset(names[j] for j in before), frozenset(names[j] for j in after)
+    # A light word, such as "from", has no pole of its own; it relates in its usual direction.
     return Relation(names[i], items[i][1] or 1, left - right, right - left)
 
 
@@ -333,13 +341,18 @@ def _replaced(a: Claim, b: Claim, same_words: bool) -> bool:
     If only one claim has more of them than the other, the other may have left something out.
     """
     numbers_a, numbers_b = a.numbers, b.numbers
-    if all(any(relation.axis == "times" for relation in c.relations) for c in (a, b)):  # "half of" and "twice"
+    # "A is half of B" and "B is twice A" claim the same, although one says 1/2 and the other 2: their relations are
+    # compared by `_reversed`, and here a fraction counts as the number below its line.
+    if all(any(relation.axis == "times" for relation in c.relations) for c in (a, b)):
         numbers_a, numbers_b = (Counter(name.removeprefix("1/") for name in c.numbers.elements()) for c in (a, b))
     left_a, left_b = set(numbers_a - numbers_b), set(numbers_b - numbers_a)
-    if not same_words:  # then it does not matter how often a number occurs
+    # Where all words are the same, "3 + 3" and "3 + 4" differ in a number. Between other sentences, one may only say a
+    # number once more than the other, which replaces nothing.
+    if not same_words:
         left_a, left_b = left_a - set(numbers_b), left_b - set(numbers_a)
     if left_a and left_b:
         return True
+    # The same for attributes that exclude each other: "red" for "blue", but not "red" for "left".
     only_a, only_b = a.poles.keys() - b.poles.keys(), b.poles.keys() - a.poles.keys()
     kinds_a, kinds_b = ({_KIND[name] for name in only & _KIND.keys()} for only in (only_a, only_b))
     return bool(kinds_a & kinds_b)
@@ -382,15 +395,15 @@ def beyond_answer(reasoning_steps: Iterable[str], answer: str) -> tuple[str, ...
 
     "Look closely." claims nothing; "Maybe 7." and "So the answer is 7 cm." only repeat the answer 7.
     """
-    said = claim(answer)
+    of_answer = claim(answer)
 
     def goes_beyond(step: str) -> bool:
         rest, announced = _ANNOUNCEMENT.subn("", step[:MAX_CHARACTERS])
-        own = claim(rest)
-        new = set(own.terms) - set(said.terms)
-        if announced and len(new) <= 1 and not own.numbers - said.numbers:
+        content = claim(rest)
+        new = set(content.terms) - set(of_answer.terms)
+        if announced and len(new) <= 1 and not content.numbers - of_answer.numbers:
             return False  # the answer with its unit or noun
-        return not own.light and bool(new or set(own.relations) - set(said.relations))
+        return not content.light and bool(new or set(content.relations) - set(of_answer.relations))
 
     return tuple(step for step in reasoning_steps if goes_beyond(step))
 

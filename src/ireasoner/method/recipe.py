@@ -12,7 +12,9 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
-REWARDS = ("agreement", "discrete", "random", "format", "oracle")  # the functions of `ireasoner.method.scoring`
+# What `reward` may name beside a file: agreement, and the keys of `ireasoner.method.scoring.BUILT_IN`, which cannot be
+# imported here because it reads recipes.
+REWARDS = ("agreement", "discrete", "random", "format", "oracle")
 
 
 class Options(BaseModel):

@@ -1,10 +1,11 @@
 """Every equation that turns a group's answers and reasoning steps into rewards, one pure function each.
 
 They are those of iReasoner (arXiv 2601.05877), what the recipe `default` puts in their place, and the controls; all lie
-in [0, 1]. `ireasoner.method.scoring` puts them together by a recipe. `answers` are canonical answer keys
-(`ireasoner.method.answers.answer_key`), one for each of the N trajectories of a group; None is an unreadable
-trajectory: it casts no vote, stays in N and earns 0. Defaults are the paper's constants, as `Recipe` states them.
-Where a reward is a product, its factors are functions of their own: scoring records each, and multiplies them.
+in [0, 1]. `ireasoner.method.scoring` calls them with the constants of a recipe, in training as everywhere else.
+`answers` are canonical answer keys (`ireasoner.method.answers.answer_key`), one for each of the N trajectories of a
+group; None is an unreadable trajectory: it casts no vote, stays in N and earns 0. Defaults are the paper's constants,
+as `Recipe` states them. Where a reward is a product, its factors are functions too, so that scoring can record them
+beside the product.
 """
 
 from __future__ import annotations
@@ -90,16 +91,16 @@ def prototype_similarities(
     if len(answers) != len(step_embeddings):
         raise ValueError(f"{len(answers)} answers but {len(step_embeddings)} arrays of step embeddings")
     units = [_unit_rows(np.asarray(rows, dtype=np.float64)[:max_reasoning_steps]) for rows in step_embeddings]
-    found, group = [np.full(len(rows), np.nan) for rows in units], majority(answers).members
+    similarities = [np.full(len(rows), np.nan) for rows in units]
     for position in range(max_reasoning_steps):
-        reached = [i for i in group if position < len(units[i]) and units[i][position].any()]
-        if len(reached) < 2:
+        present = [i for i in majority(answers).members if position < len(units[i]) and units[i][position].any()]
+        if len(present) < 2:
             continue
-        vectors = np.stack([units[i][position] for i in reached])
+        vectors = np.stack([units[i][position] for i in present])
         prototype = _unit_rows(vectors.mean(axis=0))
-        for i, cosine in zip(reached, vectors @ prototype, strict=True):
-            found[i][position] = (1.0 + cosine) / 2.0
-    return found
+        for i, cosine in zip(present, vectors @ prototype, strict=True):
+            similarities[i][position] = (1.0 + cosine) / 2.0
+    return similarities
 
 
 def step_agreement_rewards(
@@ -156,10 +157,11 @@ def step_means(scores: Sequence[FloatArray], position_decay: float = 0.0) -> Flo
         position_decay: δ of ω_j = exp(−δ j), j from 0; by default all steps count alike.
     """
     means = np.zeros(len(scores))
-    for i, own in enumerate(scores):
-        counted = np.isfinite(own)
-        if counted.any():
-            means[i] = np.average(own[counted], weights=position_weights(len(own), position_decay)[counted])
+    for i, step_scores in enumerate(scores):
+        counts = np.isfinite(step_scores)
+        if counts.any():
+            weights = position_weights(len(step_scores), position_decay)
+            means[i] = np.average(step_scores[counts], weights=weights[counts])
     return means
 
 
@@ -180,16 +182,16 @@ def leave_one_out_similarities(step_embeddings: Sequence[NDArray[np.floating]]) 
         One array [reasoning steps] for each trajectory; NaN where no other trajectory reaches the position.
     """
     units = [_unit_rows(np.asarray(rows, dtype=np.float64)) for rows in step_embeddings]
-    found = [np.full(len(rows), np.nan) for rows in units]
+    similarities = [np.full(len(rows), np.nan) for rows in units]
     for position in range(max(map(len, units), default=0)):
-        reached = [i for i, rows in enumerate(units) if position < len(rows) and rows[position].any()]
-        if len(reached) < 2:
+        present = [i for i, rows in enumerate(units) if position < len(rows) and rows[position].any()]
+        if len(present) < 2:
             continue
-        total = sum(units[i][position] for i in reached)
-        for i in reached:
+        total = sum(units[i][position] for i in present)
+        for i in present:
             others = _unit_rows(total - units[i][position])
-            found[i][position] = np.clip((1.0 + units[i][position] @ others) / 2.0, 0.0, 1.0)
-    return found
+            similarities[i][position] = np.clip((1.0 + units[i][position] @ others) / 2.0, 0.0, 1.0)
+    return similarities
 
 
 def claim_agreement_rewards(
@@ -219,11 +221,11 @@ def recurrence(claims: Sequence[str], others: Sequence[frozenset[str]]) -> Float
     """f_j: the share of other images' groups that make the same claim; array [claims], 0 without other groups.
 
     Args:
-        claims: what one trajectory's reasoning steps say, as `ireasoner.method.memory.claim_digest` gives it.
+        claims: what one trajectory's reasoning steps say, as `ireasoner.method.memory.step_digest` gives it.
         others: what each of the latest groups of other images said.
     """
-    found = [sum(claim in said for said in others) for claim in claims]
-    return np.array(found, dtype=np.float64) / max(len(others), 1)
+    groups = [sum(claim in group for group in others) for claim in claims]
+    return np.array(groups, dtype=np.float64) / max(len(others), 1)
 
 
 def novelty_factors(recurrences: Sequence[FloatArray]) -> FloatArray:
@@ -267,7 +269,13 @@ def mixing_weight(
 
 def solver_rewards(outcome: FloatArray, step_agreement: FloatArray, weight: float) -> FloatArray:
     """r_i = (1 − λ) r_out,i + λ r_step,i; arrays [N], `weight` is λ(t)."""
-    return (1.0 - weight) * outcome + weight * step_agreement
+    of_outcome, of_step_agreement = solver_weights(weight)
+    return of_outcome * outcome + of_step_agreement * step_agreement
+
+
+def solver_weights(weight: float) -> tuple[float, float]:
+    """1 − λ and λ: what the outcome and the step agreement weigh in the solver's reward."""
+    return 1.0 - weight, weight
 
 
 def proposer_reward(

@@ -1,7 +1,8 @@
 """`score_group`: the one place where a group of texts becomes rewards.
 
-Self-play, the validity study, plug-ins and tests all call it. What it needs beside the texts comes in a `Context`, each
-field of which is optional; a recipe that needs a missing one says so.
+Self-play, the studies and the tests call it, or `score_solutions` where the texts have already been read. It applies
+the equations of `ireasoner.method.rewards`, and explains the result for the record. What it needs beside the texts
+comes in a `Context`, whose fields are optional; a recipe that needs a missing one says so.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ireasoner.method import claims, rewards
 from ireasoner.method.answers import Vote, answer_key, majority
-from ireasoner.method.memory import claim_digest
+from ireasoner.method.memory import step_digest
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.rewards import FloatArray
 from ireasoner.method.texts import parse_trajectory
@@ -61,7 +62,8 @@ class Context:
         finish_reasons: of each text; None: all ended by themselves.
         step_weight: λ, the weight of step agreement.
         embed: texts to normalised embeddings [texts, width], a row of zeros for an empty text.
-        recent_claims: what each of the latest groups of other images claimed (`ireasoner.method.memory`).
+        recent_steps: digests of the reasoning steps of each of the latest groups of other images, as
+            `ireasoner.method.memory.RecentSteps` gives them.
         logprobs: of each text's tokens, under the distribution that was sampled from.
         true_answer: what is true, for the recipe `oracle`.
         seed: of whatever a reward draws at random; a resumed run passes the same.
@@ -73,7 +75,7 @@ class Context:
     finish_reasons: Sequence[FinishReason] | None = None
     step_weight: float | None = None
     embed: Callable[[Sequence[str]], NDArray[np.floating]] | None = None
-    recent_claims: Sequence[frozenset[str]] | None = None
+    recent_steps: Sequence[frozenset[str]] | None = None
     logprobs: Sequence[Sequence[float]] | None = None
     true_answer: str | None = None
     seed: Sequence[int] | None = None
@@ -119,34 +121,41 @@ def score_group(question: str, texts: Sequence[str], recipe: Recipe, context: Co
 def score_solutions(
     question: str, solutions: Sequence[Solution], recipe: Recipe, context: Context, texts: Sequence[str] = ()
 ) -> ScoredGroup:
-    """Score solutions that have already been read; `texts`, if known, are what they were read from."""
+    """Score solutions that have already been read; `texts`, if known, are what they were read from.
+
+    Raises:
+        RewardError: as for `score_group`.
+    """
     keys = tuple(answer_key(s.answer, question) if s.answer is not None else None for s in solutions)
     group = Group(question, tuple(texts), tuple(solutions), keys, majority(keys))
     if not solutions:
         return ScoredGroup(group.vote, (), 0.0)
-    agreement: Sequence[_Agreement] = [_Agreement({}, ())] * len(keys)
     lacking = _lacking(recipe, context)
     if lacking and recipe.reward == "agreement":
         raise RewardError(f"the reward of the recipe {recipe.name!r} needs context.{lacking}")
-    if not lacking:  # beside other rewards, agreement is recorded where it can be known, but nothing is paid for it
-        agreement = _agreement(group, recipe, context)
-    other = {} if recipe.reward == "agreement" else _other_reward(group, recipe, context)
-    trajectories = []
-    for i, solution in enumerate(solutions):
-        parts = agreement[i].parts | {name: Part(value=float(values[i])) for name, values in other.items()}
-        trajectories.append(
-            ScoredTrajectory(
-                **asdict(solution),
-                answer_key=keys[i],
-                in_majority=i in group.vote.members,
-                reward=sum(part.weight * part.value for part in parts.values()),
-                parts=parts,
-                step_scores=agreement[i].step_scores,
-            )
+    # Beside other rewards, agreement is recorded where it can be known, but nothing is paid for it.
+    agreement = None if lacking else _agreement(group, recipe, context)
+    other: dict[str, FloatArray] = {}
+    if agreement and recipe.reward == "agreement":
+        paid = rewards.solver_rewards(agreement.outcome, agreement.steps, agreement.weight)
+    else:
+        other = _other_reward(group, recipe, context)
+        paid = sum(other.values(), np.zeros(len(keys)))
+    parts = _agreement_parts(agreement, group, recipe) if agreement else [{} for _ in keys]
+    trajectories = tuple(
+        ScoredTrajectory(
+            **dict(solution),
+            answer_key=keys[i],
+            in_majority=i in group.vote.members,
+            reward=float(paid[i]),
+            parts=parts[i] | {name: Part(value=float(values[i])) for name, values in other.items()},
+            step_scores=_step_scores(agreement, i) if agreement else (),
         )
+        for i, solution in enumerate(solutions)
+    )
     worth = rewards.proposer_reward(group.vote.entropy, target=recipe.target_entropy, width=recipe.entropy_width)
     # Of fewer than two readable answers nothing can be said about the question.
-    return ScoredGroup(group.vote, tuple(trajectories), worth if group.vote.readable >= 2 else 0.0)
+    return ScoredGroup(group.vote, trajectories, worth if group.vote.readable >= 2 else 0.0)
 
 
 def step_weight(recipe: Recipe, step: int, total_steps: int) -> float:
@@ -166,112 +175,166 @@ def _lacking(recipe: Recipe, context: Context) -> str | None:
         return "step_weight"
     if not 0 <= context.step_weight <= 1:
         raise RewardError(f"context.step_weight is {context.step_weight}: a weight lies between 0 and 1")
-    if recipe.recurrence_window and context.recent_claims is None:
-        return "recent_claims"
+    if recipe.recurrence_window and context.recent_steps is None:
+        return "recent_steps"
     if recipe.step_measure == "embedding" and context.embed is None:
         return "embed"
     return None
 
 
-class _Agreement(NamedTuple):
-    """The parts `outcome` and `step_agreement` of a trajectory, and what each compared reasoning step scored."""
-
-    parts: dict[str, Part]
-    step_scores: tuple[StepScore, ...]
+# --- agreement: first its numbers, then how the record explains them --------------------------------------------------
 
 
-def _agreement(group: Group, recipe: Recipe, context: Context) -> list[_Agreement]:
-    """The agreement of every trajectory; its parts weigh nothing if the recipe pays another reward."""
-    keys, votes, paid = group.answer_keys, Counter(group.answer_keys), recipe.reward == "agreement"
-    weight, decay = context.step_weight or 0.0, recipe.position_decay if recipe.step_measure == "embedding" else 0.0
-    similarities, recurrences, scores = _compare_steps(group, recipe, context)
-    words = [s.words_before_answer for s in group.solutions]
-    shares = rewards.vote_factors(keys, recipe.outcome_exponent)
-    lengths = rewards.length_factors(words, length_penalty=recipe.length_penalty, target_words=recipe.target_words)
-    novelties, means = rewards.novelty_factors(recurrences), rewards.step_means(scores, decay)
-    density = rewards.density_factor(keys, recipe.density_exponent)
-    density_note = f"({len(group.vote.members)}/{len(keys)})^{recipe.density_exponent:g}"
-    found = []
-    for i, key in enumerate(keys):
-        vote = "unreadable, no vote" if key is None else f"({votes[key]}/{len(keys)})^{recipe.outcome_exponent:g}"
-        length = f"words before the answer: {words[i]}"
-        outcome = {"share of the vote": (shares[i], vote), "length": (lengths[i], length)}
-        if recipe.recurrence_window:
-            outcome["not said of other images"] = (novelties[i], "")
-        agreement = {"share of the majority": (density, density_note)} if recipe.step_measure == "embedding" else {}
-        agreement["mean of its steps"] = (means[i], _mean_note(scores[i], decay))
-        parts = {
-            "outcome": _product(outcome, (1.0 - weight) * paid),
-            "step_agreement": _product(agreement, weight * paid),
-        }
-        found.append(_Agreement(parts, _step_scores(similarities[i], recurrences[i], scores[i])))
-    return found
+@dataclass(frozen=True)
+class _Agreement:
+    """The two parts of a group's agreement, arrays [N]; their weight λ; and what the reasoning steps scored.
+
+    The lists have one array [compared reasoning steps] for each trajectory, as `StepScore` explains them; NaN for None.
+    """
+
+    weight: float
+    outcome: FloatArray
+    steps: FloatArray
+    similarities: list[FloatArray]
+    recurrences: list[FloatArray]
+    scores: list[FloatArray]
 
 
-def _compare_steps(group: Group, recipe: Recipe, context: Context) -> tuple[list[FloatArray], ...]:
-    """Similarity, recurrence and score of each trajectory's compared steps, as `StepScore` holds them; NaN for None."""
+def _agreement(group: Group, recipe: Recipe, context: Context) -> _Agreement:
+    """Apply the equations of `rewards` to a group, with the constants of a recipe."""
+    assert context.step_weight is not None
+    weight = context.step_weight
+    keys, words = group.answer_keys, [s.words_before_answer for s in group.solutions]
     compared = [s.reasoning_steps[: recipe.max_reasoning_steps] if s.well_formed else () for s in group.solutions]
+    recent = context.recent_steps or ()
     # Of all reasoning steps, also those that claim nothing: an answer behind words that fit every image must not earn
     # the full outcome reward.
-    recent = context.recent_claims or ()
-    recurrences = [rewards.recurrence([claim_digest(step) for step in own], recent) for own in compared]
+    recurrences = [rewards.recurrence([step_digest(step) for step in steps], recent) for steps in compared]
+    outcome = rewards.outcome_rewards(
+        keys,
+        words,
+        exponent=recipe.outcome_exponent,
+        length_penalty=recipe.length_penalty,
+        target_words=recipe.target_words,
+    )
+    if recipe.recurrence_window:
+        outcome = outcome * rewards.novelty_factors(recurrences)
     if recipe.step_measure == "claims":
         support = _claim_support(group.solutions, compared)
-        return support, recurrences, rewards.claim_scores(support, recurrences)
+        steps = rewards.claim_agreement_rewards(support, recurrences)
+        return _Agreement(weight, outcome, steps, support, recurrences, rewards.claim_scores(support, recurrences))
     assert context.embed is not None
-    embedded = [context.embed(own) for own in compared]
-    scores = rewards.prototype_similarities(group.answer_keys, embedded, max_reasoning_steps=recipe.max_reasoning_steps)
-    return rewards.leave_one_out_similarities(embedded), recurrences, scores
+    embedded = [context.embed(steps) for steps in compared]
+    steps = rewards.step_agreement_rewards(
+        keys,
+        embedded,
+        density_exponent=recipe.density_exponent,
+        position_decay=recipe.position_decay,
+        max_reasoning_steps=recipe.max_reasoning_steps,
+    )
+    scores = rewards.prototype_similarities(keys, embedded, max_reasoning_steps=recipe.max_reasoning_steps)
+    return _Agreement(weight, outcome, steps, rewards.leave_one_out_similarities(embedded), recurrences, scores)
 
 
-def _product(factors: Mapping[str, tuple[float, str]], weight: float) -> Part:
-    """A part that is a product of factors, each with a note or ""."""
-    values = {name: float(value) for name, (value, _) in factors.items()}
-    notes = {name: note for name, (_, note) in factors.items() if note}
-    value = min(math.prod(values.values()), 1.0)  # rounding may leave a cosine just above 1
-    return Part(value=value, weight=weight, factors=values, notes=notes)
+def _claim_support(solutions: Sequence[Solution], compared: Sequence[Sequence[str]]) -> list[FloatArray]:
+    """How far the others of the group support each compared step; NaN where it claims nothing beyond the answer."""
+    claiming = [claims.beyond_answer(steps, s.answer or "") for steps, s in zip(compared, solutions, strict=True)]
+    support = []
+    for steps, kept, values in zip(compared, claiming, claims.agreement(claiming), strict=True):
+        remaining = iter(values)  # of the steps that claim something, in order
+        support.append(np.array([next(remaining) if step in kept else np.nan for step in steps]))
+    return support
+
+
+def _agreement_parts(agreement: _Agreement, group: Group, recipe: Recipe) -> list[dict[str, Part]]:
+    """The parts of each trajectory as they are recorded; they weigh nothing if the recipe pays another reward."""
+    keys, votes, count = group.answer_keys, Counter(group.answer_keys), len(group.answer_keys)
+    words = [s.words_before_answer for s in group.solutions]
+    weights = rewards.solver_weights(agreement.weight) if recipe.reward == "agreement" else (0.0, 0.0)
+    # The factors of the two products by name: their values [N], and a note for each of the N trajectories.
+    shares = rewards.vote_factors(keys, recipe.outcome_exponent)
+    vote_notes = [
+        f"({votes[key]}/{count})^{recipe.outcome_exponent:g}" if key else "unreadable, no vote" for key in keys
+    ]
+    lengths = rewards.length_factors(words, length_penalty=recipe.length_penalty, target_words=recipe.target_words)
+    outcome = {
+        "share of the vote": (shares, vote_notes),
+        "length": (lengths, [f"words before the answer: {number}" for number in words]),
+    }
+    if recipe.recurrence_window:
+        outcome["not said of other images"] = (rewards.novelty_factors(agreement.recurrences), [""] * count)
+    steps, decay = {}, 0.0
+    if recipe.step_measure == "embedding":
+        decay = recipe.position_decay
+        density = np.full(count, rewards.density_factor(keys, recipe.density_exponent))
+        note = f"({len(group.vote.members)}/{count})^{recipe.density_exponent:g}"
+        steps["share of the majority"] = (density, [note] * count)
+    means = rewards.step_means(agreement.scores, decay)
+    steps["mean of its steps"] = (means, [_mean_note(scores, decay) for scores in agreement.scores])
+    parts = _products(agreement.outcome, weights[0], outcome), _products(agreement.steps, weights[1], steps)
+    return [{"outcome": of_outcome, "step_agreement": of_steps} for of_outcome, of_steps in zip(*parts, strict=True)]
+
+
+def _products(values: FloatArray, weight: float, factors: Mapping[str, tuple[FloatArray, Sequence[str]]]) -> list[Part]:
+    """A part for each of the N values, with its factors, each of which has N values and N notes; "" is no note."""
+    return [
+        Part(
+            value=float(value),
+            weight=weight,
+            factors={name: float(numbers[i]) for name, (numbers, _) in factors.items()},
+            notes={name: notes[i] for name, (_, notes) in factors.items() if notes[i]},
+        )
+        for i, value in enumerate(values)
+    ]
 
 
 def _mean_note(scores: FloatArray, position_decay: float) -> str:
     """The scores of a trajectory's steps that count, with their weights in the mean if these differ."""
     weights = rewards.position_weights(len(scores), position_decay)
-    counted = [(s, w) for s, w in zip(scores.tolist(), weights.tolist(), strict=True) if not math.isnan(s)]
-    shown = [f"{s:.4f} (weight {w:.4g})" if position_decay else f"{s:.4f}" for s, w in counted]
+    that_count = [(s, w) for s, w in zip(scores.tolist(), weights.tolist(), strict=True) if not math.isnan(s)]
+    shown = [f"{s:.4f} (weight {w:.4g})" if position_decay else f"{s:.4f}" for s, w in that_count]
     return f"of {', '.join(shown)}" if shown else "no step that counts"
 
 
-def _step_scores(similarities: FloatArray, recurrences: FloatArray, scores: FloatArray) -> tuple[StepScore, ...]:
-    """The records of one trajectory's compared steps."""
-    known, counted = ([None if math.isnan(x) else x for x in values.tolist()] for values in (similarities, scores))
-    rows = zip(known, recurrences.tolist(), counted, strict=True)
-    return tuple(StepScore(similarity=alike, recurrence=said, score=score) for alike, said, score in rows)
+def _step_scores(agreement: _Agreement, i: int) -> tuple[StepScore, ...]:
+    """The records of the compared steps of trajectory i."""
+    similarities, scores = (
+        [None if math.isnan(x) else x for x in values[i].tolist()]
+        for values in (agreement.similarities, agreement.scores)
+    )
+    rows = zip(similarities, agreement.recurrences[i].tolist(), scores, strict=True)
+    return tuple(StepScore(similarity=alike, recurrence=again, score=score) for alike, again, score in rows)
 
 
-def _claim_support(solutions: Sequence[Solution], compared: Sequence[Sequence[str]]) -> list[FloatArray]:
-    """How far the others of the group support each compared step; NaN where it claims nothing beyond the answer."""
-    said = [claims.beyond_answer(own, s.answer or "") for own, s in zip(compared, solutions, strict=True)]
-    support = []
-    for own, some, found in zip(compared, said, claims.agreement(said), strict=True):
-        values = iter(found)
-        support.append(np.array([next(values) if step in some else np.nan for step in own]))
-    return support
+# --- other rewards: ours and the user's -------------------------------------------------------------------------------
+
+
+def _random_reward(group: Group, context: Context) -> Mapping[str, Numbers]:
+    if context.seed is None:
+        raise RewardError("a random reward needs context.seed")
+    return {"random": rewards.random_rewards(group.answer_keys, np.random.default_rng(list(context.seed)))}
+
+
+def _oracle_reward(group: Group, context: Context) -> Mapping[str, Numbers]:
+    if context.true_answer is None:
+        raise RewardError("the oracle's reward needs context.true_answer")
+    true_key = answer_key(context.true_answer, group.question)
+    return {"true_answer": rewards.true_answer_rewards(group.answer_keys, true_key)}
+
+
+# The rewards that ship beside agreement, by the names that a recipe gives them (`ireasoner.method.recipe.REWARDS`).
+BUILT_IN: dict[str, RewardFunction] = {
+    "discrete": lambda group, context: {"majority_answer": rewards.discrete_rewards(group.answer_keys)},
+    "random": _random_reward,
+    "format": lambda group, context: {"readable": rewards.readable_rewards(group.answer_keys)},
+    "oracle": _oracle_reward,
+}
 
 
 def _other_reward(group: Group, recipe: Recipe, context: Context) -> dict[str, FloatArray]:
     """The parts [N] of a reward other than agreement."""
-    keys = group.answer_keys
-    if recipe.reward == "discrete":
-        return {"majority_answer": rewards.discrete_rewards(keys)}
-    if recipe.reward == "format":
-        return {"readable": rewards.readable_rewards(keys)}
-    if recipe.reward == "random":
-        if context.seed is None:
-            raise RewardError("a random reward needs context.seed")
-        return {"random": rewards.random_rewards(keys, np.random.default_rng(list(context.seed)))}
-    if recipe.reward == "oracle":
-        if context.true_answer is None:
-            raise RewardError("the oracle's reward needs context.true_answer")
-        return {"true_answer": rewards.true_answer_rewards(keys, answer_key(context.true_answer, group.question))}
+    if built_in := BUILT_IN.get(recipe.reward):
+        return _checked(group, recipe.reward, built_in(group, context))
     if context.reward is None:
         raise RewardError(
             f"the reward {recipe.reward} lies in a file, which is not opened here: hand in context.reward"
@@ -280,17 +343,17 @@ def _other_reward(group: Group, recipe: Recipe, context: Context) -> dict[str, F
         given = context.reward(group, context)
     except Exception as error:  # the function is the user's and may raise anything
         raise RewardError(f"{recipe.reward} failed: {type(error).__name__}: {error}") from error
-    return _own_reward(group, recipe.reward, given)
+    return _checked(group, recipe.reward, given)
 
 
-def _own_reward(group: Group, name: str, given: Any) -> dict[str, FloatArray]:
-    """The parts that a user's function gave, checked; an unreadable trajectory earns nothing, whatever it was given."""
+def _checked(group: Group, name: str, given: Any) -> dict[str, FloatArray]:
+    """The parts that a function gave, checked; an unreadable trajectory earns nothing, whatever it was given."""
     parts = given if isinstance(given, Mapping) else {"reward": given}
     if not parts or RESERVED_PARTS.intersection(parts):
         raise RewardError(
             f"{name} gave parts called {list(parts)}: name at least one, and none of {sorted(RESERVED_PARTS)}"
         )
-    found: dict[str, FloatArray] = {}
+    checked: dict[str, FloatArray] = {}
     for part, values in parts.items():
         try:
             if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str):
@@ -302,5 +365,5 @@ def _own_reward(group: Group, name: str, given: Any) -> dict[str, FloatArray]:
             raise RewardError(f"{name} gave {len(numbers)} numbers as {part} for {len(group.answer_keys)} texts")
         if not np.isfinite(numbers).all() or np.abs(numbers).max(initial=0) > 1e6:
             raise RewardError(f"{name} gave {numbers} as {part}: rewards must be finite, and at most a million")
-        found[str(part)] = rewards.readable_rewards(group.answer_keys) * numbers
-    return found
+        checked[str(part)] = rewards.readable_rewards(group.answer_keys) * numbers
+    return checked

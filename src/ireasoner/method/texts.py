@@ -64,8 +64,8 @@ class _Block(NamedTuple):
 def _block(text: str, name: str) -> _Block:
     """The first <name> block of `text`. Without a closing tag it ends at the next tag; without any, it is empty."""
     tags = list(_TAG.finditer(text))
-    own = [tag for tag in tags if tag["name"].lower() == name]
-    opening = next((tag for tag in own if not tag["slash"]), None)
+    named = [tag for tag in tags if tag["name"].lower() == name]
+    opening = next((tag for tag in named if not tag["slash"]), None)
     if opening is None:
         return _Block("", len(text), len(text), f"no closed <{name}>")
     later = [tag for tag in tags if tag.start() >= opening.end()]
@@ -73,7 +73,7 @@ def _block(text: str, name: str) -> _Block:
     if closing is None:
         end = later[0].start() if later else len(text)
         return _Block(text[opening.end() : end].strip(), opening.start(), end, f"no closed <{name}>")
-    problem = f"more than one <{name}>" if len(own) > 2 else None
+    problem = f"more than one <{name}>" if len(named) > 2 else None
     return _Block(text[opening.end() : closing.start()].strip(), opening.start(), closing.end(), problem)
 
 
@@ -134,7 +134,12 @@ def parse_trajectory(text: str, finish_reason: FinishReason = "stop", form: Form
         problem = "no reasoning step"
     elif problem is None and not any(c.isprintable() and not c.isspace() for c in answer):
         problem = "empty answer"  # a bare sign such as "+" is an answer, invisible characters are none
-    return Solution(steps, answer if problem is None else None, len(before.split()), problem)
+    return Solution(
+        reasoning_steps=steps,
+        answer=answer if problem is None else None,
+        words_before_answer=len(before.split()),
+        problem=problem,
+    )
 
 
 class _Reading(NamedTuple):

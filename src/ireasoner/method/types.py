@@ -63,20 +63,6 @@ class Question:
         return self.problem is None
 
 
-@dataclass(frozen=True, slots=True)
-class Solution:
-    """A solver's text, read. `problem` says why it could not be read (None: it could); then `answer` is None."""
-
-    reasoning_steps: tuple[str, ...]
-    answer: str | None
-    words_before_answer: int
-    problem: str | None
-
-    @property
-    def well_formed(self) -> bool:
-        return self.problem is None
-
-
 # --- what is recorded -------------------------------------------------------------------------------------------------
 
 # No record of ours comes near these bounds, and within them no sum overflows: a run directory may come from anywhere.
@@ -143,26 +129,31 @@ class Proposal(Sampled):
     advantage: Number | None = None
 
 
-class ScoredTrajectory(Record):
-    """How a solver's text was read, as in `Solution`, and what it earned.
-
-    `answer_key` is None where the text could not be read. `step_scores` has an entry for each reasoning step that was
-    compared, from the first on.
-    """
+class Solution(Record):
+    """A solver's text, read. `problem` says why it could not be read (None: it could); then `answer` is None."""
 
     reasoning_steps: tuple[str, ...]
     answer: str | None
     words_before_answer: Whole
     problem: str | None
+
+    @property
+    def well_formed(self) -> bool:
+        return self.problem is None
+
+
+class ScoredTrajectory(Solution):
+    """What a solution earned.
+
+    `answer_key` is None where the text could not be read. `step_scores` has an entry for each reasoning step that was
+    compared, from the first on.
+    """
+
     answer_key: str | None
     in_majority: bool
     reward: Number
     parts: dict[str, Part]
     step_scores: tuple[StepScore, ...]
-
-    @property
-    def well_formed(self) -> bool:
-        return self.problem is None
 
 
 class Trajectory(ScoredTrajectory, Sampled):

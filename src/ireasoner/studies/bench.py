@@ -28,7 +28,7 @@ from PIL import Image
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ireasoner.method.memory import ClaimMemory
+from ireasoner.method.memory import RecentSteps
 from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.texts import proposer_messages, solver_messages
 from ireasoner.model.backbone import load_processor, resolve_device
@@ -109,7 +109,7 @@ class Bench:
         self.engine = LiveEngine(policy)
         policy.end_tokens = ()  # no completion ends before the forced length
         self.steps = 0  # seeds the draws: equal texts would be scored from a cache
-        self.groups, self.memory = itertools.count(), ClaimMemory(config.recipe.recurrence_window)
+        self.groups, self.memory = itertools.count(), RecentSteps(config.recipe.recurrence_window)
 
     def pictures(self, count: int) -> list[Image.Image]:
         """The images of a step, from the playground's world."""
@@ -176,7 +176,7 @@ class Bench:
     def reward(self, texts: Sequence[str]) -> list[float]:
         """What the texts of one group earn by the config's recipe, read as readable trajectories."""
         recipe, image = self.config.recipe, f"group {next(self.groups)}"  # each counts as another image's
-        context = Context(step_weight=recipe.step_weight_final, recent_claims=self.memory.of_others(image))
+        context = Context(step_weight=recipe.step_weight_final, recent_steps=self.memory.of_others(image))
         scored = score_group(QUESTION, [readable(text) for text in texts], recipe, context)
         self.memory.add(image, scored.trajectories)
         return [*scored.rewards]

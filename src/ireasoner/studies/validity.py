@@ -280,7 +280,7 @@ def sensitivity(sample: Sequence[ReadGroup], measures: Mapping[str, Measure]) ->
             if edited is None:
                 continue
             solutions = [*group.solutions]
-            solutions[chosen] = replace(solutions[chosen], reasoning_steps=edited)
+            solutions[chosen] = solutions[chosen].model_copy(update={"reasoning_steps": edited})
             after = replace(group, solutions=tuple(solutions))
             for name, measure in measures.items():
                 changes[edit][name].append(float(measure(after)[chosen] - before[name]))
@@ -373,8 +373,13 @@ def _group(episode: Episode, compared: int, truth: Truth | None) -> ReadGroup:
         question=(episode.image, episode.question.text),
         keys=tuple(t.answer_key for t in episode.trajectories),
         solutions=tuple(
-            Solution(own[:compared], t.answer, t.words_before_answer, t.problem)
-            for own, t in zip(written, episode.trajectories, strict=True)
+            Solution(
+                reasoning_steps=steps[:compared],
+                answer=t.answer,
+                words_before_answer=t.words_before_answer,
+                problem=t.problem,
+            )
+            for steps, t in zip(written, episode.trajectories, strict=True)
         ),
         words=np.array([t.words_before_answer for t in episode.trajectories], dtype=np.float64),
         truth=np.array([np.mean(own) if own else np.nan for own in checked]),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
 from ireasoner.method import seeds
-from ireasoner.method.memory import ClaimMemory
-from ireasoner.method.scoring import Context, RewardFunction, score_group, step_weight
+from ireasoner.method.memory import RecentSteps
+from ireasoner.method.scoring import Context, RewardFunction, score_solutions, step_weight
 from ireasoner.method.texts import parse_question, parse_trajectory, proposer_messages, solver_messages
-from ireasoner.method.types import Completion, Episode, Proposal, Question, Sampled, Trajectory
+from ireasoner.method.types import Completion, Episode, Proposal, Question, Sampled, Solution, Trajectory
 from ireasoner.model.inputs import EncodedImage, embed_texts, encode_images, render
 from ireasoner.model.parallel import Processes
 from ireasoner.model.policy import Policy
@@ -22,15 +22,12 @@ from ireasoner.training.items import Item
 
 
 @dataclass(frozen=True)
-class RoleSamples:
-    """What one role wrote in a step, as far as this process sampled it: requests and their groups of completions.
+class Sample:
+    """A request and the completions that this process sampled for it; `episode` is an index in `Play.episodes`."""
 
-    `episodes` holds the number of the episode that each request belongs to.
-    """
-
-    episodes: tuple[int, ...]
-    requests: tuple[Request, ...]
-    groups: tuple[Sequence[Completion], ...]
+    episode: int
+    request: Request
+    completions: Sequence[Completion]
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,8 @@ class Play:
     """The episodes of one step, those of all processes, and what this process sampled for each role."""
 
     episodes: tuple[Episode, ...]
-    solver: RoleSamples
-    proposer: RoleSamples
+    solver: tuple[Sample, ...]
+    proposer: tuple[Sample, ...]
 
 
 @dataclass(frozen=True)
@@ -75,104 +72,117 @@ class SelfPlay:
         self.policy, self.engine, self.config = policy, engine, config
         self.labels, self.reward = labels, reward
         self.processes = processes or Processes()
-        self.memory = ClaimMemory(config.recipe.recurrence_window)
+        self.memory = RecentSteps(config.recipe.recurrence_window)
 
     def play(self, step: int, items: Sequence[Item]) -> Play:
         """Play the items of one step, counted from 1."""
-        draws = _Draws(self.config.seed, step, [item.name for item in items])
-        own = self.processes.share(len(items))
-        images = dict(zip(own, encode_images(self.policy, [items[i].image for i in own]), strict=True))
-        asked, proposer = self._ask(draws, images, len(items))
-        solver = self._solve(draws, images, [each.question for each in asked])
-        # Completions are exchanged before they are scored, so that every process remembers what every group claimed.
-        by_episode = dict(zip(solver.episodes, solver.groups, strict=True))
-        groups = self._exchange([by_episode.get(i, []) for i in own], len(items))
+        batch = _Batch(self.config.seed, step, [item.name for item in items])
+        share = self.processes.share(len(items))
+        encoded = encode_images(self.policy, [items[i].image for i in share])
+        images = dict(zip(share, encoded, strict=True))
+        asked, proposer = self._ask(batch, images)
+        solver = self._solve(batch, images, [a.question for a in asked])
+        # Completions are exchanged before they are scored, so that every process remembers the steps of every group.
+        written = {sample.episode: sample.completions for sample in solver}  # nothing for an unreadable question
+        groups = self._exchange([written.get(i, ()) for i in share], len(items))
         form = self.config.sampling.solution_form
         solutions = [[parse_trajectory(c.text, c.finish_reason, form) for c in group] for group in groups]
-        for item, group in zip(items, solutions, strict=True):
-            self.memory.add(item.name, group)
-        # Each process scores its own share and the others take over the result: a user's reward need not give the same
-        # number twice, and advantages must agree.
-        scored = [self._episode(draws, i, asked[i], groups[i]).model_dump(mode="json") for i in own]
-        episodes = [Episode.model_validate(record) for record in self.processes.gather(scored, len(items))]
-        return Play(tuple(episodes), solver, proposer)
+        for name, group in zip(batch.names, solutions, strict=True):
+            self.memory.add(name, group)
+        episodes = [self._episode(batch, i, asked[i], groups[i], solutions[i]) for i in share]
+        return Play(tuple(self._exchange_episodes(episodes, len(items))), solver, proposer)
 
-    def _ask(self, draws: _Draws, images: Mapping[int, EncodedImage], total: int) -> tuple[list[_Asked], RoleSamples]:
-        """One question about each of the `total` items: the proposer's, or a labelled one."""
+    def _ask(self, batch: _Batch, images: Mapping[int, EncodedImage]) -> tuple[list[_Asked], tuple[Sample, ...]]:
+        """One question about every item of the batch, the proposer's or a labelled one; and what this process sampled.
+
+        `images` are those of this process's share, by their index in the batch.
+        """
+        total = len(batch.names)
         if self.labels is not None:
-            return [self._pick_label(draws, i) for i in range(total)], RoleSamples((), (), ())
+            return [self._pick_label(batch, i) for i in range(total)], ()
         messages = proposer_messages(self.config.sampling.proposer_prompt)
-        requests = [Request(image, messages, draws.seed(i, seeds.PROPOSE)) for i, image in images.items()]
+        requests = [Request(image, messages, batch.seed(i, seeds.PROPOSE)) for i, image in images.items()]
         longest = self.config.sampling.max_question_tokens
         groups = self.engine.sample(requests, "proposer", max_tokens=longest) if requests else []
         proposals = [group[0] for group in self._exchange(groups, total)]
-        asked = [_Asked(self._read_question(completion), completion, None) for completion in proposals]
-        return asked, RoleSamples(tuple(images), tuple(requests), tuple(groups))
+        asked = [_Asked(parse_question(p.text, p.finish_reason), p, None) for p in proposals]
+        return asked, tuple(Sample(*row) for row in zip(images, requests, groups, strict=True))
 
-    def _solve(self, draws: _Draws, images: Mapping[int, EncodedImage], questions: Sequence[Question]) -> RoleSamples:
+    def _solve(
+        self, batch: _Batch, images: Mapping[int, EncodedImage], questions: Sequence[Question]
+    ) -> tuple[Sample, ...]:
         """A group of completions for each readable question of this process's share."""
-        own, sampling = [i for i in images if questions[i].well_formed], self.config.sampling
-        messages = [solver_messages(sampling.solver_prompt, questions[i].text) for i in own]
-        requests = [Request(images[i], m, draws.seed(i, seeds.SOLVE)) for i, m in zip(own, messages, strict=True)]
+        sampling = self.config.sampling
+        readable = [i for i in images if questions[i].well_formed]
+        messages = [solver_messages(sampling.solver_prompt, questions[i].text) for i in readable]
+        requests = [
+            Request(images[i], chat, batch.seed(i, seeds.SOLVE)) for i, chat in zip(readable, messages, strict=True)
+        ]
         n, longest = sampling.group_size, sampling.max_solution_tokens
         groups = self.engine.sample(requests, "solver", n=n, max_tokens=longest) if requests else []
-        return RoleSamples(tuple(own), tuple(requests), tuple(groups))
+        return tuple(Sample(*row) for row in zip(readable, requests, groups, strict=True))
 
-    def _exchange(self, groups: Sequence[Sequence[Completion]], total: int) -> list[list[Completion]]:
+    def _exchange(self, groups: Sequence[Sequence[Completion]], total: int) -> Sequence[Sequence[Completion]]:
         """The groups of all `total` items, given those of this process's share."""
         if self.processes.count == 1:
-            return [list(group) for group in groups]
+            return groups
         rows = self.processes.gather([[astuple(c) for c in group] for group in groups], total)
         return [[Completion(text, tuple(ids), tuple(ps), end) for text, ids, ps, end in row] for row in rows]
 
-    def _pick_label(self, draws: _Draws, i: int) -> _Asked:
+    def _exchange_episodes(self, episodes: Sequence[Episode], total: int) -> Sequence[Episode]:
+        """The episodes of all `total` items, given those of this process's share.
+
+        Every process could score all groups, but a user's reward need not give the same number twice, and the
+        advantages of all processes must be computed from the same numbers.
+        """
+        if self.processes.count == 1:
+            return episodes
+        records = self.processes.gather([episode.model_dump(mode="json") for episode in episodes], total)
+        return [Episode.model_validate(record) for record in records]
+
+    def _pick_label(self, batch: _Batch, i: int) -> _Asked:
         """One of the labelled questions about an image, with its true answer."""
-        known = (self.labels or {}).get(draws.names[i], ())
-        if not known:
+        labels = (self.labels or {}).get(batch.names[i], ())
+        if not labels:
             return _Asked(Question("", "", "no label for this image"), None, None)
-        rng = np.random.default_rng(list(draws.seed(i, seeds.PICK_LABEL)))
-        text, truth = known[int(rng.integers(len(known)))]
+        rng = np.random.default_rng(list(batch.seed(i, seeds.PICK_LABEL)))
+        text, truth = labels[int(rng.integers(len(labels)))]
         return _Asked(Question(text, "", None), None, truth)
 
-    def _read_question(self, completion: Completion) -> Question:
-        """As `parse_question`. In the solver's prompt, the model's image token would stand for a second image."""
-        question = parse_question(completion.text, completion.finish_reason)
-        if question.well_formed and self.policy.processor.image_token in question.text:
-            return replace(question, problem="an image token inside the question")
-        return question
-
-    def _episode(self, draws: _Draws, i: int, asked: _Asked, completions: Sequence[Completion]) -> Episode:
+    def _episode(
+        self, batch: _Batch, i: int, asked: _Asked, completions: Sequence[Completion], solutions: Sequence[Solution]
+    ) -> Episode:
         """Score the group of item i and make its record."""
         recipe, sampling, processor = self.config.recipe, self.config.sampling, self.policy.processor
         planned = self.config.planned_steps or self.config.schedule.steps
-        weight = step_weight(recipe, min(draws.step, planned), planned)
+        weight = step_weight(recipe, min(batch.step, planned), planned)
         context = Context(
-            image=draws.names[i],
+            image=batch.names[i],
             form=sampling.solution_form,
             finish_reasons=[c.finish_reason for c in completions],
             logprobs=[c.logprobs for c in completions],
             step_weight=weight,
             embed=lambda texts: embed_texts(self.policy, texts, recipe.max_step_tokens),
-            recent_claims=self.memory.of_others(draws.names[i]),
+            recent_steps=self.memory.of_others(batch.names[i]),
             true_answer=asked.true_answer,
-            seed=draws.seed(i, seeds.RANDOM_REWARD),
+            seed=batch.seed(i, seeds.RANDOM_REWARD),
             reward=self.reward,
         )
-        scored = score_group(asked.question.text, [c.text for c in completions], recipe, context)
+        scored = score_solutions(asked.question.text, solutions, recipe, context, [c.text for c in completions])
         proposal = None
         if asked.proposal:
             prompt = render(processor, proposer_messages(sampling.proposer_prompt))
             proposal = Proposal(**Sampled.fields_of(asked.proposal), prompt=prompt)
         return Episode(
-            step=draws.step,
-            image=draws.names[i],
+            step=batch.step,
+            image=batch.names[i],
             question=asked.question,
             proposal=proposal,
             proposer_reward=scored.proposer_reward,
             prompt=render(processor, solver_messages(sampling.solver_prompt, asked.question.text)),
             trajectories=tuple(
-                Trajectory(**Sampled.fields_of(completion), **dict(earned))
-                for completion, earned in zip(completions, scored.trajectories, strict=True)
+                Trajectory(**Sampled.fields_of(completion), **dict(trajectory))
+                for completion, trajectory in zip(completions, scored.trajectories, strict=True)
             ),
             majority_answer=scored.vote.answer,
             majority_fraction=scored.vote.fraction,
@@ -182,8 +192,11 @@ class SelfPlay:
         )
 
 
-class _Draws:
-    """The seeds of all random draws of a step; `ireasoner.method.seeds` says why they are made anew for each."""
+class _Batch:
+    """The names of a step's images, and the seeds of all random draws about them.
+
+    `ireasoner.method.seeds` says why the seeds are made anew for every draw.
+    """
 
     def __init__(self, run_seed: int, step: int, names: Sequence[str]) -> None:
         self.run_seed, self.step, self.names = run_seed, step, names

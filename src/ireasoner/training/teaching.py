@@ -8,7 +8,7 @@ from ireasoner.method.types import Episode, Role
 from ireasoner.model.inputs import build_prompts
 from ireasoner.model.loss import spread
 from ireasoner.training.config import Config
-from ireasoner.training.selfplay import Play, RoleSamples
+from ireasoner.training.selfplay import Play, Sample
 from ireasoner.training.state import Run
 
 GATES = ("kept", "hopeless", "unanimous")
@@ -21,14 +21,15 @@ def update(run: Run, play: Play) -> tuple[list[Episode], dict[str, float]]:
         The episodes, with the advantages of the trajectories and proposals that were trained on; and metrics by name.
     """
     episodes = list(play.episodes)
+    # Below, `i` is always an index in `episodes`, which holds those of all processes.
     solved = [i for i, episode in enumerate(episodes) if episode.trajectories]
-    gates = [gate(run.config, episodes[i].majority_fraction) for i in solved]
-    metrics = {f"gate/{name}": gates.count(name) / len(solved) for name in GATES if solved}
-    if kept := [i for i, found in zip(solved, gates, strict=True) if found == "kept"]:
+    gates = {i: gate(run.config, episodes[i].majority_fraction) for i in solved}
+    metrics = {f"gate/{name}": list(gates.values()).count(name) / len(solved) for name in GATES if solved}
+    if kept := [i for i in solved if gates[i] == "kept"]:
         advantages, learned = _teach(run, "solver", play.solver, {i: episodes[i].rewards for i in kept})
         metrics |= learned
-        for i, own in advantages.items():
-            pairs = zip(episodes[i].trajectories, own, strict=True)
+        for i in kept:
+            pairs = zip(episodes[i].trajectories, advantages[i], strict=True)
             trajectories = tuple(t.model_copy(update={"advantage": advantage}) for t, advantage in pairs)
             episodes[i] = episodes[i].model_copy(update={"trajectories": trajectories})
     due = run.config.recipe.train_proposer and run.due(run.config.schedule.proposer_every)
@@ -53,20 +54,35 @@ def gate(config: Config, majority_fraction: float) -> str:
 
 
 def _teach(
-    run: Run, role: Role, samples: RoleSamples, rewards: Mapping[int, Sequence[float]]
+    run: Run, role: Role, samples: Sequence[Sample], rewards: Mapping[int, Sequence[float]]
 ) -> tuple[dict[int, list[float]], dict[str, float]]:
-    """Update one role on the episodes that have rewards; return their advantages and the metrics of the update.
+    """Update one role once.
 
     All processes know all rewards and compute the same advantages, but each computes only the gradient of the samples
-    of its own share. The learner adds the gradients up.
+    of its share. The learner adds the gradients up.
+
+    Args:
+        run: whose learner is updated.
+        role: which learner.
+        samples: those of this process; one whose episode has no rewards is left out.
+        rewards: of the groups that teach, those of all processes, by the index of their episode.
+
+    Returns:
+        Advantages by the same indices, and the metrics of the update.
     """
     learner = run.learners[role]
-    advantages = learner.advantages([list(own) for own in rewards.values()])
-    row_of = {i: row for row, i in enumerate(rewards)}
-    own = [k for k, i in enumerate(samples.episodes) if i in row_of]
-    requests = [samples.requests[k] for k in own]
-    prompts = build_prompts(run.policy, [r.image for r in requests], [r.messages for r in requests]) if own else None
-    rows = advantages[[row_of[samples.episodes[k]] for k in own]]
-    found = learner.update(prompts, [samples.groups[k] for k in own], rows, advantages.numel())
-    metrics = {f"{name}/{role}": value for name, value in {**found, "advantage_std": spread(advantages)}.items()}
-    return dict(zip(rewards, advantages.tolist(), strict=True)), metrics
+    advantages_GN = learner.advantages([list(group) for group in rewards.values()])
+    row_of = {episode: row for row, episode in enumerate(rewards)}  # which row of the advantages is an episode's
+    samples = [sample for sample in samples if sample.episode in row_of]
+    requests = [sample.request for sample in samples]
+    prompts = (
+        build_prompts(run.policy, [r.image for r in requests], [r.messages for r in requests]) if samples else None
+    )
+    metrics = learner.update(
+        prompts,
+        [sample.completions for sample in samples],
+        advantages_GN[[row_of[sample.episode] for sample in samples]],
+        advantages_GN.numel(),
+    )
+    metrics = {f"{name}/{role}": value for name, value in {**metrics, "advantage_std": spread(advantages_GN)}.items()}
+    return dict(zip(rewards, advantages_GN.tolist(), strict=True)), metrics
