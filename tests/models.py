@@ -37,7 +37,7 @@ def teach(
 ) -> dict[str, float]:
     """One update on groups and their rewards, as training does it in one process; its metrics."""
     advantages = learner.advantages(rewards)
-    metrics = learner.update(prompts, groups, advantages, advantages.numel())
+    metrics = learner.update(prompts, groups, advantages, rewards)
     return {**metrics, "advantage_std": spread(advantages)}
 
 

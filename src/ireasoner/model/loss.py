@@ -1,7 +1,6 @@
 """The equations of an update: advantages, log-probabilities, exact KL and the REINFORCE loss.
 
-A baseline is read once and then moved once in each step. Log-probabilities and KL are computed over completion tokens
-only and in bounded memory.
+Log-probabilities and KL are computed over completion tokens only and in bounded memory.
 
 Shape suffixes: B rewards of a step, in any shape, G groups of N trajectories, R trajectories, T their completion tokens
 laid end to end, C completion positions (padded), V vocabulary, D width.
@@ -36,13 +35,20 @@ class MovingBaseline:
     value: float | None = None
 
     def advantages(self, rewards_B: Tensor) -> Tensor:
-        """A = r − b, with b from before this batch, in the same shape; then b moves once, towards the batch's mean."""
-        mean = rewards_B.sum().item() / rewards_B.numel()
-        if self.value is None:
-            self.value = mean
-        advantages_B = rewards_B - self.value
-        self.value = self.momentum * self.value + (1.0 - self.momentum) * mean
-        return advantages_B
+        """A = r − b, in the same shape, with b as it is before `update` moves it by these rewards."""
+        return rewards_B - self._before(rewards_B)
+
+    def update(self, rewards_B: Tensor) -> None:
+        """Move b towards the mean of a whole step's rewards; to be called once in a step."""
+        self.value = self.momentum * self._before(rewards_B) + (1.0 - self.momentum) * _mean(rewards_B)
+
+    def _before(self, rewards_B: Tensor) -> float:
+        return _mean(rewards_B) if self.value is None else self.value
+
+
+def _mean(rewards_B: Tensor) -> float:
+    """The mean of float32 rewards in double precision, to which `Tensor.mean` would not divide."""
+    return rewards_B.sum().item() / rewards_B.numel()
 
 
 def leave_one_out_advantages(rewards_GN: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ class Bench:
         with phases.timed("update"):
             prompts = build_prompts(policy, encoded, [solve] * len(images))
             advantages = learner.advantages(earned)
-            learner.update(prompts, groups, advantages, advantages.numel())
+            learner.update(prompts, groups, advantages, earned)
 
     @contextmanager
     def _prefill_timed(self, phases: Phases) -> Iterator[None]:

@@ -61,12 +61,13 @@ def _teach(
     of its own share. The learner adds the gradients up.
     """
     learner = run.learners[role]
-    advantages = learner.advantages([list(own) for own in rewards.values()])
+    paid = list(rewards.values())
+    advantages = learner.advantages(paid)
     row_of = {i: row for row, i in enumerate(rewards)}
     own = [k for k, i in enumerate(samples.episodes) if i in row_of]
     requests = [samples.requests[k] for k in own]
     prompts = build_prompts(run.policy, [r.image for r in requests], [r.messages for r in requests]) if own else None
     rows = advantages[[row_of[samples.episodes[k]] for k in own]]
-    found = learner.update(prompts, [samples.groups[k] for k in own], rows, advantages.numel())
+    found = learner.update(prompts, [samples.groups[k] for k in own], rows, paid)
     metrics = {f"{name}/{role}": value for name, value in {**found, "advantage_std": spread(advantages)}.items()}
     return dict(zip(rewards, advantages.tolist(), strict=True)), metrics
