@@ -14,7 +14,7 @@ from ireasoner.method.types import Completion, Role
 from ireasoner.model.inputs import Prompts, encode_images
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy
-from ireasoner.model.loss import spread
+from ireasoner.model.loss import advantage_std
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
 from ireasoner.model.parallel import Processes
 from ireasoner.model.policy import Policy
@@ -38,7 +38,7 @@ def teach(
     """One update on groups and their rewards, as training does it in one process; its metrics."""
     advantages = learner.advantages(rewards)
     metrics = learner.update(prompts, groups, advantages, rewards)
-    return {**metrics, "advantage_std": spread(advantages)}
+    return {**metrics, "advantage_std": advantage_std(advantages)}
 
 
 def requests(

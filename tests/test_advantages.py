@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ireasoner.model.loss import MovingBaseline, leave_one_out_advantages, spread
+from ireasoner.model.loss import MovingBaseline, advantage_std, leave_one_out_advantages
 
 
 def test_moving_baseline_by_hand():
@@ -92,7 +92,7 @@ def test_rewards_are_not_overwritten():
     assert rewards.tolist() == [pytest.approx([0.2, 0.6])]
 
 
-def test_spread_by_hand():
+def test_advantage_std_by_hand():
     # Mean 0.5; squared deviations 0.25, 0.25, 0, 0: variance 0.125.
-    assert spread(torch.tensor([[1.0, 0.0], [0.5, 0.5]])) == pytest.approx(0.125**0.5)
-    assert spread(torch.zeros(2, 3)) == 0.0
+    assert advantage_std(torch.tensor([[1.0, 0.0], [0.5, 0.5]])) == pytest.approx(0.125**0.5)
+    assert advantage_std(torch.zeros(2, 3)) == 0.0

@@ -62,7 +62,7 @@ class Learner:
         self.kl_coef = recipe.kl_coef
 
     def advantages(self, rewards: Sequence[Sequence[float]]) -> Tensor:
-        """Advantages [G, N] of the groups that all processes have in a step; reading them does not move the baseline."""
+        """Advantages [G, N] of all processes' groups of a step. To read them does not move the baseline."""
         rewards_GN = torch.tensor(rewards, dtype=torch.float32)
         return self.baseline.advantages(rewards_GN) if self._has_baseline else leave_one_out_advantages(rewards_GN)
 

@@ -8,7 +8,6 @@ laid end to end, C completion positions (padded), V vocabulary, D width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -66,11 +65,9 @@ def leave_one_out_advantages(rewards_GN: Tensor) -> Tensor:
     return (rewards_GN - rewards_GN.mean(-1, keepdim=True)) * count / (count - 1)
 
 
-def spread(advantages: Tensor) -> float:
+def advantage_std(advantages: Tensor) -> float:
     """Standard deviation of a step's advantages. 0 means that the step teaches nothing."""
-    count = advantages.numel()
-    mean, square = advantages.sum().item() / count, advantages.square().sum().item() / count
-    return math.sqrt(max(square - mean**2, 0.0))  # rounding can make a variance of 0 negative
+    return advantages.double().std(correction=0).item()
 
 
 class TokenStatistics(NamedTuple):
@@ -135,4 +132,6 @@ def reinforce_loss(logprobs_R: Tensor, kl_R: Tensor, advantages_R: Tensor, kl_co
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, rate: float = PAPER.kl_rate) -> float:
     """β ← clip(β · exp(rate · (KL − τ)/τ), 1e-8, 1e2), after each update; a rate of 0 leaves β as it is."""
     exponent = min(rate * (kl - target) / target, 50.0)  # exp would overflow long after the clip has decided
-    return min(max(kl_coef * float(torch.tensor(exponent, dtype=torch.float64).exp()), 1e-8), 1e2)
+    # Not math.exp: for one number in 200 its last bit differs from that of torch, with which runs were recorded.
+    factor = torch.tensor(exponent, dtype=torch.float64).exp().item()
+    return min(max(kl_coef * factor, 1e-8), 1e2)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ireasoner.method.types import Episode, Role
 from ireasoner.model.inputs import build_prompts
-from ireasoner.model.loss import spread
+from ireasoner.model.loss import advantage_std
 from ireasoner.training.config import Config
 from ireasoner.training.selfplay import Play, RoleSamples
 from ireasoner.training.state import Run
@@ -69,5 +69,5 @@ def _teach(
     prompts = build_prompts(run.policy, [r.image for r in requests], [r.messages for r in requests]) if own else None
     rows = advantages[[row_of[samples.episodes[k]] for k in own]]
     found = learner.update(prompts, [samples.groups[k] for k in own], rows, paid)
-    metrics = {f"{name}/{role}": value for name, value in {**found, "advantage_std": spread(advantages)}.items()}
+    metrics = {f"{name}/{role}": value for name, value in {**found, "advantage_std": advantage_std(advantages)}.items()}
     return dict(zip(rewards, advantages.tolist(), strict=True)), metrics
