@@ -70,7 +70,7 @@ class LiveEngine:
 
     def _run(self, decoding: _Decoding, max_tokens: int, captures: bool) -> None:
         decoding.draw(decoding.prefix.last_hidden_BD)
-        step = decoding.step
+        step, captured = decoding.step, False
         for _ in range(max_tokens - 1):
             left = int((~decoding.done).sum())
             if left == 0:
@@ -79,10 +79,11 @@ class LiveEngine:
             # smaller batch has to be captured anew.
             if left <= (0.5 if captures else 0.75) * len(decoding.rows):
                 decoding.drop_finished()
-                step = decoding.step
+                step, captured = decoding.step, False
             step()
-            if captures and step == decoding.step:  # a step of this batch size has run now
-                step = self._captured(step)
+            # What a step does for the first time at a batch size (choosing kernels, taking memory) cannot be captured.
+            if captures and not captured:
+                step, captured = self._captured(step), True
 
     def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """The captured form of a step that has run once, or the step itself once capturing has failed."""

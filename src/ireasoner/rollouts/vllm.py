@@ -111,12 +111,12 @@ class VllmEngine:
             ids = self.policy.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
             prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": _image(request.image)}}
             # One vLLM request for each completion, so that each has its own seed; vLLM caches what they share.
-            for number in uniforms([request.seed], n, max_tokens)[0, :, 0]:
+            for seed in completion_seeds(request.seed, n):
                 asked.append({**prompt})
                 params.append(
                     SamplingParams(
                         temperature=temperature,
-                        seed=int(number * 2**31),
+                        seed=seed,
                         max_tokens=max_tokens,
                         logprobs=0,  # of the sampled token alone
                         stop_token_ids=list(self.policy.end_tokens),
@@ -152,6 +152,11 @@ class VllmEngine:
     def _completion(self, output: Any) -> Completion:
         logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
         return completion(self.policy, list(output.token_ids), logprobs)
+
+
+def completion_seeds(request_seed: Sequence[int], n: int) -> list[int]:
+    """A seed below 2^31 for each of n completions; the k-th follows from the request's seed and k alone."""
+    return [int(number * 2**31) for number in uniforms([request_seed], n, 1)[0, :, 0]]
 
 
 def _image(image: EncodedImage) -> Any:
