@@ -40,23 +40,27 @@ class Prefix:
     def select(self, rows: Tensor) -> Prefix:
         """Keep some of the rows, or repeat some of them. The cache is changed in place."""
         self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # works for every kind of cache layer
-        return self._rows(self.cache, rows)
+        return self._with_cache(self.cache, rows)
 
-    def repeat(self, count: int, *, room: int | None = None, fixed: bool = False) -> Prefix:
-        """Repeat every prompt `count` times, neighbours together.
+    def repeat(self, count: int) -> Prefix:
+        """Copy every prompt's cache for `count` completions, neighbours together. Any kind of cache can be copied."""
+        return self.select(self._repeated_rows(count))
+
+    def share(self, count: int, *, room: int, fixed: bool = False) -> Prefix:
+        """Keep every prompt's cache once, for `count` completions to decode from; for `SharedCache`, see there.
 
         Args:
-            count: completions of each prompt.
-            room: keep the prompts' cache once for all their completions, with room for this many further positions of
-                each. None: repeat the cache.
-            fixed: see `SharedCache`.
+            count: completions of each prompt, neighbours together.
+            room: positions that a completion may take behind its prompt.
+            fixed: every step is to be the same work on the same memory.
         """
-        rows = torch.arange(len(self.mask_BP), device=self.mask_BP.device).repeat_interleave(count)
-        if room is None:
-            return self.select(rows)
-        return self._rows(SharedCache(self.cache, self.mask_BP, count, room, fixed), rows)
+        cache = SharedCache(self.cache, self.mask_BP, count, room, fixed)
+        return self._with_cache(cache, self._repeated_rows(count))
 
-    def _rows(self, cache: Cache, rows: Tensor) -> Prefix:
+    def _repeated_rows(self, count: int) -> Tensor:
+        return torch.arange(len(self.mask_BP), device=self.mask_BP.device).repeat_interleave(count)
+
+    def _with_cache(self, cache: Cache, rows: Tensor) -> Prefix:
         return Prefix(cache, self.mask_BP[rows], self.last_hidden_BD[rows], self.next_position_B[rows])
 
 

@@ -89,7 +89,7 @@ def _can_share_attention(policy: Policy) -> bool:
     expected = repeated_hidden(policy, run_prompts(), ids_RC, mask_RC)
     try:
         packed = packed_hidden(policy, run_prompts(), ids_RC, mask_RC)
-        prefix = run_prompts().repeat(2, room=3)
+        prefix = run_prompts().share(2, room=3)
         with attending(policy.decoder, prefix.cache):
             decoded = torch.stack([decode(policy, prefix, ids_R) for ids_R in ids_RC.T], dim=1)
     except torch.OutOfMemoryError:  # a RuntimeError too, but says nothing about the model

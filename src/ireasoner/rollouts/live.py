@@ -59,9 +59,12 @@ class LiveEngine:
         prompts = build_prompts(policy, [r.image for r in requests], [r.messages for r in requests])
         draws = uniforms([r.seed for r in requests], n, max_tokens)
         captures = self.capture is not None and policy.shares_attention  # other caches move to new memory as they grow
-        room = max_tokens - 1 if policy.shares_attention else None  # the last token is drawn and not run
         with policy.acting_as(role):
-            prefix = prefill(policy, prompts).repeat(n, room=room, fixed=captures)
+            prefix = prefill(policy, prompts)
+            if policy.shares_attention:
+                prefix = prefix.share(n, room=max_tokens - 1, fixed=captures)  # the last token is drawn and not run
+            else:
+                prefix = prefix.repeat(n)
             decoding = _Decoding(policy, prefix, draws, temperature)
             with attending(policy.decoder, prefix.cache):
                 self._run(decoding, max_tokens, captures)
