@@ -16,7 +16,7 @@ from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy
 from ireasoner.model.loss import advantage_std
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
-from ireasoner.model.parallel import Processes
+from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Engine, Request
 
@@ -26,7 +26,7 @@ def load(model: str = "tiny", *, seed: int = 0, **options: Any) -> Policy:
     return load_policy(model, BackboneOptions(**{"dtype": "float32", **options}), device="cpu", seed=seed)
 
 
-def learner(policy: Policy, role: Role, processes: Processes | None = None, **options: Any) -> Learner:
+def learner(policy: Policy, role: Role, processes: Processes = ALONE, **options: Any) -> Learner:
     """A learner; `options` are those of `Recipe` and of `OptimizerOptions`, by name."""
     of_optimizer = {name: options.pop(name) for name in OptimizerOptions.model_fields if name in options}
     return Learner(policy, role, Recipe(**options), OptimizerOptions(**of_optimizer), processes)

@@ -32,7 +32,7 @@ from ireasoner.model.loss import (
     trajectory_means,
 )
 from ireasoner.model.options import OptimizerOptions
-from ireasoner.model.parallel import Processes
+from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 
 
@@ -49,11 +49,11 @@ class Learner:
     """
 
     def __init__(
-        self, policy: Policy, role: Role, recipe: Recipe, options: OptimizerOptions, processes: Processes | None = None
+        self, policy: Policy, role: Role, recipe: Recipe, options: OptimizerOptions, processes: Processes = ALONE
     ) -> None:
         self.policy, self.recipe, self.options = policy, recipe, options
         self.role: Role = role
-        self.processes = processes or Processes()
+        self.processes = processes
         self.parameters = policy.parameters(role)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=options.learning_rate, weight_decay=options.weight_decay, foreach=True

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ireasoner.model.parallel import Processes
+from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.training.containers import begins_like_an_image
 from ireasoner.training.images import (
     MAX_PIXELS,
@@ -76,7 +76,7 @@ class ImagePool:
         folder: str | os.PathLike[str],
         seed: int,
         max_pixels: int = MAX_PIXELS,
-        processes: Processes | None = None,
+        processes: Processes = ALONE,
     ) -> ImagePool:
         """Find the images below a folder: regular files, or links to one, with an image's extension or first bytes.
 
@@ -86,7 +86,6 @@ class ImagePool:
             ImageError: the folder is missing, cannot be read, is not a folder, holds no image, or does not hold the
                 same images for all processes.
         """
-        processes = processes or Processes()
         paths, skipped = _scan(os.fspath(folder))
         if not paths:
             seen = f" (skipped: {_first_skips(skipped)})" if skipped else ""
