@@ -47,7 +47,8 @@ class SharedLayer(DynamicLayer):
         self.prompt_values = prompt_values
         self.at = at
         self.keys, self.values = (
-            kind.new_zeros(rows, kind.shape[1], room, kind.shape[3]) for kind in (self.prompt_keys, prompt_values)
+            of_prompts.new_zeros(rows, of_prompts.shape[1], room, of_prompts.shape[3])
+            for of_prompts in (self.prompt_keys, prompt_values)
         )
         self.is_initialized = True
 
@@ -57,6 +58,7 @@ class SharedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write one more position of every row in its place; returns all places."""
+        # In place and at an index in a tensor: a captured step finds the memory and the position where they were.
         self.keys.index_copy_(2, self.at, key_states.to(self.keys.dtype))
         self.values.index_copy_(2, self.at, value_states)
         return self.keys, self.values
@@ -110,6 +112,7 @@ class SharedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows, in rising order. Prompts that lose all of their rows are dropped, too."""
+        # `prompt_R` numbers the prompts that are left anew, and each of them has a row: `_arrange` counts on both.
         left_B, prompt_R = torch.unique(self.prompt_R[beam_idx], return_inverse=True)
         for layer in self.layers:
             assert isinstance(layer, SharedLayer)
@@ -159,7 +162,7 @@ def shared_attention(
     # zeros, are hidden below. Elsewhere only the written ones are read.
     if not cache.fixed:
         key, value = key[:, :, : cache.written], value[:, :, : cache.written]
-    key_heads, own = key.shape[1], key.shape[2]
+    key_heads, places = key.shape[1], key.shape[2]
     # The G query heads of a key head are G queries to the same keys; in the grid, the rows of a prompt are so as well.
     query = (query.to(key.dtype) * (width**-0.5 if scaling is None else scaling)).reshape(rows, key_heads, -1, width)
     to_prompt = cache.to_grid(query) @ layer.prompt_keys.transpose(-1, -2)
@@ -169,7 +172,9 @@ def shared_attention(
         to_own = to_own.masked_fill(cache.ahead_T, -torch.inf)
     # One softmax over both: the prompt's positions and the row's own compete as they would in one cache.
     weights = torch.cat([to_prompt, cache.to_grid(to_own)], -1).softmax(-1).to(value.dtype)
-    output = cache.to_rows(weights[..., :-own] @ layer.prompt_values) + cache.to_rows(weights[..., -own:]) @ value
+    # The prompts' values are multiplied in the grid, because the rows of a prompt share them; own values row by row.
+    from_prompt = cache.to_rows(weights[..., :-places] @ layer.prompt_values)
+    output = from_prompt + cache.to_rows(weights[..., -places:]) @ value
     return output.reshape(rows, heads, length, -1).transpose(1, 2).contiguous(), None
 
 

@@ -146,6 +146,8 @@ class Learner:
     ) -> Iterator[tuple[list[int], slice]]:
         """Cut groups into pieces of at most `tokens_per_batch` tokens, padding included, or else of one completion.
 
+        Only the update needs a limit: for the backward pass it keeps the activations of every layer and token.
+
         Yields:
             Rows of prompts, of similar length, and which of their completions.
         """
@@ -202,8 +204,8 @@ class Learner:
             for name, parameter in self.parameters.items()
             for key, like in (("step", number), ("exp_avg", parameter), ("exp_avg_sq", parameter))
         }
-        found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        if tensors and (differing := sorted({name for name, _ in found.items() ^ expected.items()})):
+        given = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        if tensors and (differing := sorted({name for name, _ in given.items() ^ expected.items()})):
             raise ValueError(f"the {self.role}'s optimizer and the state for it differ in {', '.join(differing)}")
         state: dict[int, dict[str, Tensor]] = {}
         for i, name in enumerate(self.parameters if tensors else ()):

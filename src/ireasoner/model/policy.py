@@ -81,14 +81,14 @@ class Policy:
         """A sentence on what is trained, and on a limit of image tokens that has no effect."""
         parameters = self.parameters("solver")
         layers = [name.partition(".lora_A.")[0] for name in parameters if ".lora_A." in name]
-        kinds = sorted({name.rpartition(".")[2] for name in layers})
-        said = (
-            f"LoRA on {len(layers)} layers of {module_name(self.backbone, self.decoder)} ({', '.join(kinds)}): "
+        layer_names = sorted({name.rpartition(".")[2] for name in layers})
+        sentence = (
+            f"LoRA on {len(layers)} layers of {module_name(self.backbone, self.decoder)} ({', '.join(layer_names)}): "
             f"{sum(p.numel() for p in parameters.values()):,} parameters a role"
         )
         if not scales_by_area(self.processor):
-            said += "; max_image_tokens has no effect: the model's processor decides how many tokens an image takes"
-        return said
+            sentence += "; max_image_tokens has no effect: the model's processor decides how many tokens an image takes"
+        return sentence
 
     def save_adapters(self, folder: Path) -> None:
         """Write `folder/proposer` and `folder/solver` as PEFT does, for `PeftModel.from_pretrained`."""

@@ -55,6 +55,8 @@ class LiveEngine:
         The log-probabilities are those of the distribution that was sampled from; at temperature 0, where nothing is
         sampled, those at temperature 1.
         """
+        # All requests go in one batch, whatever their number: nothing is kept for a backward pass, only
+        # the cache for the next tokens, and a step of a large batch takes hardly longer than one of a small batch.
         policy = self.policy
         prompts = build_prompts(policy, [r.image for r in requests], [r.messages for r in requests])
         draws = uniforms([r.seed for r in requests], n, max_tokens)
@@ -75,12 +77,12 @@ class LiveEngine:
         decoding.draw(decoding.prefix.last_hidden_BD)
         step, captured = decoding.step, False
         for _ in range(max_tokens - 1):
-            left = int((~decoding.done).sum())
-            if left == 0:
+            unfinished = int((~decoding.done).sum())
+            if unfinished == 0:
                 return
             # A finished row costs as much as any other, so finished rows are dropped in batches; more rarely where the
             # smaller batch has to be captured anew.
-            if left <= (0.5 if captures else 0.75) * len(decoding.rows):
+            if unfinished <= (0.5 if captures else 0.75) * len(decoding.rows):
                 decoding.drop_finished()
                 step, captured = decoding.step, False
             step()

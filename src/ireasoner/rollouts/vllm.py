@@ -104,7 +104,7 @@ class VllmEngine:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         prompts = build_prompts(self.policy, [r.image for r in requests], [r.messages for r in requests])
-        asked: list[Any] = []
+        vllm_prompts: list[Any] = []
         params: list[Any] = []
         for request in requests:
             text = render(self.policy.processor, request.messages)  # the image is still one token
@@ -112,7 +112,7 @@ class VllmEngine:
             prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": _image(request.image)}}
             # One vLLM request for each completion, so that each has its own seed; vLLM caches what they share.
             for seed in completion_seeds(request.seed, n):
-                asked.append({**prompt})
+                vllm_prompts.append({**prompt})
                 params.append(
                     SamplingParams(
                         temperature=temperature,
@@ -124,11 +124,11 @@ class VllmEngine:
                     )
                 )
         try:
-            answers = self.llm.generate(asked, params, lora_request=self._adapter(role), use_tqdm=False)
+            outputs = self.llm.generate(vllm_prompts, params, lora_request=self._adapter(role), use_tqdm=False)
         except ValueError as error:  # usually a prompt that is too long for `longest`
             raise VllmError(f"vLLM refuses a prompt: {brief(error)}") from error
-        self._check_prompts(prompts, [answer.prompt_token_ids for answer in answers[::n]])
-        flat = [self._completion(answer.outputs[0]) for answer in answers]
+        self._check_prompts(prompts, [output.prompt_token_ids for output in outputs[::n]])
+        flat = [self._completion(output.outputs[0]) for output in outputs]
         return [flat[i : i + n] for i in range(0, len(flat), n)]
 
     def _adapter(self, role: Role | None) -> Any:
@@ -141,12 +141,12 @@ class VllmEngine:
         return LoRARequest(f"{role}-{self.version}", number, str(self._folder / role))
 
     def _check_prompts(self, prompts: Prompts, read: Sequence[Sequence[int]]) -> None:
-        for row, theirs in enumerate(read):
-            ours = prompts.text["input_ids"][row][prompts.mask_BP[row].bool()].tolist()
-            if list(theirs) != ours:
+        for row, vllm_ids in enumerate(read):
+            learner_ids = prompts.text["input_ids"][row][prompts.mask_BP[row].bool()].tolist()
+            if list(vllm_ids) != learner_ids:
                 raise VllmError(
-                    f"vLLM reads a prompt as {len(theirs)} tokens that the learner reads as {len(ours)}: its processor "
-                    "treats images differently; leave out --engine vllm for this model"
+                    f"vLLM reads a prompt as {len(vllm_ids)} tokens that the learner reads as {len(learner_ids)}: its "
+                    "processor treats images differently; leave out --engine vllm for this model"
                 )
 
     def _completion(self, output: Any) -> Completion:

@@ -131,7 +131,7 @@ def open_run(
         observer.on_message(text)
     processes.wait()  # the other processes read the records below, so the main one must have finished rewinding them
     pool = ImagePool.scan(config.images, config.seed, config.max_image_pixels, processes)
-    device = str(processes.device) if processes.count > 1 else config.device
+    device = processes.device if processes.count > 1 else config.device
     policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
     observer.on_message(policy.describe() + ".")
     engine = open_engine(config, policy, processes)
