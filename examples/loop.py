@@ -162,7 +162,7 @@ def update(
     """One REINFORCE step with exact KL to the frozen backbone, on the very token ids that were sampled."""
     advantages = learner.advantages(rewards)
     prompts = build_prompts(policy, [r.image for r in requests], [r.messages for r in requests])
-    return learner.update(prompts, groups, advantages, advantages.numel())
+    return learner.update(prompts, groups, advantages, rewards)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from ireasoner.method.types import Completion, Role
 from ireasoner.model.inputs import Prompts, encode_images
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy
-from ireasoner.model.loss import spread
+from ireasoner.model.loss import advantage_std
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
-from ireasoner.model.parallel import Processes
+from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Engine, Request
 
@@ -26,7 +26,7 @@ def load(model: str = "tiny", *, seed: int = 0, **options: Any) -> Policy:
     return load_policy(model, BackboneOptions(**{"dtype": "float32", **options}), device="cpu", seed=seed)
 
 
-def learner(policy: Policy, role: Role, processes: Processes | None = None, **options: Any) -> Learner:
+def learner(policy: Policy, role: Role, processes: Processes = ALONE, **options: Any) -> Learner:
     """A learner; `options` are those of `Recipe` and of `OptimizerOptions`, by name."""
     of_optimizer = {name: options.pop(name) for name in OptimizerOptions.model_fields if name in options}
     return Learner(policy, role, Recipe(**options), OptimizerOptions(**of_optimizer), processes)
@@ -37,8 +37,8 @@ def teach(
 ) -> dict[str, float]:
     """One update on groups and their rewards, as training does it in one process; its metrics."""
     advantages = learner.advantages(rewards)
-    metrics = learner.update(prompts, groups, advantages, advantages.numel())
-    return {**metrics, "advantage_std": spread(advantages)}
+    metrics = learner.update(prompts, groups, advantages, rewards)
+    return {**metrics, "advantage_std": advantage_std(advantages)}
 
 
 def requests(

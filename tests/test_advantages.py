@@ -5,20 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ireasoner.model.loss import MovingBaseline, leave_one_out_advantages, spread
+from ireasoner.model.loss import MovingBaseline, advantage_std, leave_one_out_advantages
 
 
 def test_moving_baseline_by_hand():
     baseline = MovingBaseline()
-    # First batch: b starts at its mean 0.5, and 0.9 · 0.5 + 0.1 · 0.5 leaves it there.
-    assert baseline.advantages(torch.tensor([1.0, 0.0, 0.0, 1.0])).tolist() == [0.5, -0.5, -0.5, 0.5]
-    assert baseline.value == pytest.approx(0.5)
-    # Second: read at 0.5, then 0.9 · 0.5 + 0.1 · 1 = 0.55.
-    assert baseline.advantages(torch.tensor([1.0, 1.0])).tolist() == [0.5, 0.5]
-    assert baseline.value == pytest.approx(0.55)
-    # Third: read at 0.55, then 0.9 · 0.55 + 0.1 · 0.25 = 0.52.
-    assert baseline.advantages(torch.tensor([0.0, 0.5])).tolist() == pytest.approx([-0.55, -0.05])
-    assert baseline.value == pytest.approx(0.52)
+    batches = [
+        # b starts at the first batch's mean 0.5, and 0.9 · 0.5 + 0.1 · 0.5 leaves it there.
+        ([1.0, 0.0, 0.0, 1.0], [0.5, -0.5, -0.5, 0.5], 0.5),
+        # Read at 0.5, then 0.9 · 0.5 + 0.1 · 1 = 0.55.
+        ([1.0, 1.0], [0.5, 0.5], 0.55),
+        # Read at 0.55, then 0.9 · 0.55 + 0.1 · 0.25 = 0.52.
+        ([0.0, 0.5], [-0.55, -0.05], 0.52),
+    ]
+    for rewards, advantages, moved in batches:
+        before = baseline.value
+        for _ in range(2):  # to read is not to move
+            assert baseline.advantages(torch.tensor(rewards)).tolist() == pytest.approx(advantages)
+        assert baseline.value == before
+        baseline.update(torch.tensor(rewards))
+        assert baseline.value == pytest.approx(moved)
 
 
 def test_no_baseline_that_starts_at_zero():
@@ -27,6 +33,7 @@ def test_no_baseline_that_starts_at_zero():
         baseline = MovingBaseline()
         for _ in range(5):
             assert baseline.advantages(torch.full((5,), reward)).abs().max() < 1e-6
+            baseline.update(torch.full((5,), reward))
 
 
 def test_no_baseline_that_moves_within_a_batch():
@@ -36,6 +43,8 @@ def test_no_baseline_that_moves_within_a_batch():
     order = torch.tensor([3, 0, 4, 1, 2])
     torch.testing.assert_close(rewards - whole.advantages(rewards), torch.full((5,), 0.2))
     torch.testing.assert_close(rewards[order] - shuffled.advantages(rewards[order]), torch.full((5,), 0.2))
+    whole.update(rewards)
+    shuffled.update(rewards[order])
     assert whole.value == pytest.approx(0.5 * 0.2 + 0.5 * 0.5)  # the mean is 2.5 / 5 = 0.5
     assert shuffled.value == pytest.approx(whole.value)
 
@@ -76,12 +85,14 @@ def test_a_group_of_one_has_no_others():
 
 def test_rewards_are_not_overwritten():
     rewards = torch.tensor([[0.2, 0.6]])
-    MovingBaseline().advantages(rewards.flatten())
+    baseline = MovingBaseline()
+    baseline.advantages(rewards.flatten())
+    baseline.update(rewards.flatten())
     leave_one_out_advantages(rewards)
     assert rewards.tolist() == [pytest.approx([0.2, 0.6])]
 
 
-def test_spread_by_hand():
+def test_advantage_std_by_hand():
     # Mean 0.5; squared deviations 0.25, 0.25, 0, 0: variance 0.125.
-    assert spread(torch.tensor([[1.0, 0.0], [0.5, 0.5]])) == pytest.approx(0.125**0.5)
-    assert spread(torch.zeros(2, 3)) == 0.0
+    assert advantage_std(torch.tensor([[1.0, 0.0], [0.5, 0.5]])) == pytest.approx(0.125**0.5)
+    assert advantage_std(torch.zeros(2, 3)) == 0.0

@@ -16,6 +16,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -789,12 +790,13 @@ def test_an_image_lost_during_its_own_step_still_has_its_thumbnail(tmp_path):
         assert (tmp_path / "run" / Run.thumbnail(cast(Run, run), item)).is_file()
 
 
+@dataclass(frozen=True, kw_only=True)
 class Beside(Processes):
     """One of two processes, as threads of this one."""
 
-    def __init__(self, index: int, barrier: threading.Barrier, sent: dict[int, str]) -> None:
-        super().__init__(index, 2)
-        self.barrier, self.sent = barrier, sent
+    count: int = 2
+    barrier: threading.Barrier
+    sent: dict[int, str]
 
     def gather(self, items: Sequence[Any], total: int) -> list[Any]:
         self.sent[self.index] = json.dumps(items)
@@ -808,7 +810,7 @@ def in_two_processes(folders: list[Path], draw: Callable[[ImagePool], Any]) -> l
     barrier, sent = threading.Barrier(2), dict[int, str]()
 
     def work(index: int) -> Any:
-        processes = Beside(index, barrier, sent)
+        processes = Beside(index=index, barrier=barrier, sent=sent)
         try:
             return draw(ImagePool.scan(folders[index], 0, processes=processes))
         except ImageError as error:

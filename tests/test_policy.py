@@ -29,6 +29,7 @@ from ireasoner.model.policy import Policy
 from ireasoner.rollouts import live
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
+from ireasoner.rollouts.vllm import completion_seeds
 from models import load, padded, requests, sample
 from plain import chosen, load_apart, plain_logprobs
 from recorded import recorded
@@ -455,6 +456,13 @@ def test_what_is_drawn_does_not_depend_on_the_rest_of_the_batch(babbler: Policy,
                 assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
     other = sample(engine, asking(babbler, sized[:1], QUESTIONS[:1], [99]), "solver", 8, 24)[0]
     assert [c.text for c in other] != [c.text for c in together[0]]
+
+
+def test_seeds_for_vllm_follow_from_the_request_and_the_completions_number():
+    seeds = completion_seeds((7, 1), 8)
+    assert completion_seeds((7, 1), 3) == seeds[:3]
+    assert len({*seeds, *completion_seeds((7, 2), 8)}) == 16
+    assert all(0 <= seed < 2**31 for seed in seeds)
 
 
 def test_completions_hold_the_end_token_and_text_without_it(babbler: Policy, sized: list[Image.Image]):

@@ -300,14 +300,15 @@ def test_repeated_share(text: str, share: float):
 # --- floors -----------------------------------------------------------------------------------------------------------
 
 SOUND = {
-    "finite": 1.0, "readable_questions": 0.98, "readable": 0.98, "paid": 0.97, "spread": 0.2, "kl": 0.01, "moved": 0.01,
+    "finite": 1.0, "readable_questions": 0.98, "readable": 0.98, "paid": 0.97, "advantage_std": 0.2, "kl": 0.01,
+    "moved": 0.01,
 }  # fmt: skip
 DEATHS = [
     ("finite", 0.0, "gradients are not finite", True),
     ("readable_questions", 0.0, "hardly any question can be read", True),
     ("readable", 0.0, "hardly any solution can be read", True),
     ("paid", 0.0, "every reward is zero", True),
-    ("spread", 0.0, "the rewards of a step are all the same", False),
+    ("advantage_std", 0.0, "the rewards of a step are all the same", False),
     ("kl", 3.0, "the model has moved very far", True),
     ("kl", 1e-7, "the model hardly moves", False),
     ("moved", 0.0, "the solver's adapter is as it was at the start", True),
@@ -353,7 +354,7 @@ def test_every_floor_has_its_death():
 def test_the_cause_is_named_and_not_its_effects():
     watched, told = Watch(config()), list[str]()
     for step in range(1, 16):
-        told += filter(None, [watched.observe(step, SOUND | {"readable": 0.0, "paid": 0.0, "spread": 0.0})])
+        told += filter(None, [watched.observe(step, SOUND | {"readable": 0.0, "paid": 0.0, "advantage_std": 0.0})])
     assert told == ["Warning: hardly any solution can be read (readable 0, since step 1)."]
     assert watched.alarm is not None
     assert watched.alarm.reason == "hardly any solution can be read (readable 0)"
@@ -400,7 +401,7 @@ def test_floor_signals_are_what_they_say():
     unasked = episode("b.png", "", [])
     learned = {"grad_norm/solver": math.nan, "grad_norm/proposer": 1.0, "kl/solver": 0.25, "advantage_std/solver": 0.5}
     assert floor_signals([paid, unasked], learned, 0.125) == {
-        "readable_questions": 0.5, "paid": 0.5, "finite": 0.5, "kl": 0.25, "spread": 0.5, "moved": 0.125,
+        "readable_questions": 0.5, "paid": 0.5, "finite": 0.5, "kl": 0.25, "advantage_std": 0.5, "moved": 0.125,
     }  # fmt: skip
     assert floor_signals([unasked], {}, 0.0) == {"readable_questions": 0.0, "moved": 0.0}
     assert common_problem([paid, paid, unasked]) is None

@@ -25,7 +25,8 @@ from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 NAME = "ireasoner_shared_prompt"
-MORE = ("softcap", "s_aux", "position_bias")  # what some families ask of attention beyond softmax and product
+# Arguments by which some families ask for more of attention than softmax and product.
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 # transformers tells an attention function a layer's number and not its cache; so `attending` leaves the cache here.
 _active: list[SharedCache] = []
 
@@ -46,7 +47,8 @@ class SharedLayer(DynamicLayer):
         self.prompt_values = prompt_values
         self.at = at
         self.keys, self.values = (
-            kind.new_zeros(rows, kind.shape[1], room, kind.shape[3]) for kind in (self.prompt_keys, prompt_values)
+            of_prompts.new_zeros(rows, of_prompts.shape[1], room, of_prompts.shape[3])
+            for of_prompts in (self.prompt_keys, prompt_values)
         )
         self.is_initialized = True
 
@@ -56,6 +58,7 @@ class SharedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write one more position of every row in its place; returns all places."""
+        # In place and at an index in a tensor: a captured step finds the memory and the position where they were.
         self.keys.index_copy_(2, self.at, key_states.to(self.keys.dtype))
         self.values.index_copy_(2, self.at, value_states)
         return self.keys, self.values
@@ -74,7 +77,8 @@ class SharedCache(Cache):
 
     def __init__(self, prompts: Cache, mask_BP: Tensor, count: int, room: int, fixed: bool) -> None:
         self.at = mask_BP.new_zeros(1, dtype=torch.long)  # the own position that comes next
-        self.used = None if fixed else 1  # attention reads this many places; None: all
+        self.fixed = fixed
+        self.written = 1  # places that hold keys when attention reads them: a number on the host, unlike `at`
         rows = len(mask_BP) * count
         layers: list[Any] = [SharedLayer(layer.keys, layer.values, rows, self.at, room) for layer in prompts.layers]  # type: ignore[union-attr, arg-type]
         super().__init__(layers=layers)
@@ -86,10 +90,8 @@ class SharedCache(Cache):
     def advance(self) -> None:
         """Go to the next own position; must be called after each forward pass."""
         self.at += 1
-        if self.used is None:
-            self.ahead_T.copy_(self.places_T > self.at)
-        else:
-            self.used += 1
+        self.ahead_T.copy_(self.places_T > self.at)  # in place, because a captured step reads this very memory
+        self.written += 1
 
     def _arrange(self, prompt_R: Tensor) -> None:
         """Place the rows in a [B, M] grid, side by side with those of the same prompt.
@@ -110,6 +112,7 @@ class SharedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows, in rising order. Prompts that lose all of their rows are dropped, too."""
+        # `prompt_R` numbers the prompts that are left anew, and each of them has a row: `_arrange` counts on both.
         left_B, prompt_R = torch.unique(self.prompt_R[beam_idx], return_inverse=True)
         for layer in self.layers:
             assert isinstance(layer, SharedLayer)
@@ -148,27 +151,30 @@ def shared_attention(
     Raises:
         NotImplementedError: the model's attention is more than softmax and product.
     """
-    if more := [name for name in MORE if others.get(name) is not None]:
-        raise NotImplementedError(f"completions cannot share their prompts in attention with {', '.join(more)}")
+    if unsupported := [name for name in UNSUPPORTED if others.get(name) is not None]:
+        raise NotImplementedError(f"completions cannot share their prompts in attention with {', '.join(unsupported)}")
     cache = _active[-1]
     layer = cache.layers[module.layer_idx]  # type: ignore[index]
     assert isinstance(layer, SharedLayer)
     rows, heads, length, width = query.shape
     assert length == 1  # decoding runs one token at a time
-    key, value = key[:, :, : cache.used], value[:, :, : cache.used]
-    key_heads, own = key.shape[1], key.shape[2]
+    # Where every step must be the same work, all places are read, and those that are still to be written, which hold
+    # zeros, are hidden below. Elsewhere only the written ones are read.
+    if not cache.fixed:
+        key, value = key[:, :, : cache.written], value[:, :, : cache.written]
+    key_heads, places = key.shape[1], key.shape[2]
     # The G query heads of a key head are G queries to the same keys; in the grid, the rows of a prompt are so as well.
     query = (query.to(key.dtype) * (width**-0.5 if scaling is None else scaling)).reshape(rows, key_heads, -1, width)
     to_prompt = cache.to_grid(query) @ layer.prompt_keys.transpose(-1, -2)
     to_prompt = to_prompt.masked_fill(cache.padding_BP[:, None, None], -torch.inf)
     to_own = query @ key.transpose(-1, -2)
-    # Where all places are read at every step, those that are still to be written hold zeros and must be hidden. An
-    # eager step reads only the places that are filled.
-    if cache.used is None:
+    if cache.fixed:
         to_own = to_own.masked_fill(cache.ahead_T, -torch.inf)
     # One softmax over both: the prompt's positions and the row's own compete as they would in one cache.
     weights = torch.cat([to_prompt, cache.to_grid(to_own)], -1).softmax(-1).to(value.dtype)
-    output = cache.to_rows(weights[..., :-own] @ layer.prompt_values) + cache.to_rows(weights[..., -own:]) @ value
+    # The prompts' values are multiplied in the grid, because the rows of a prompt share them; own values row by row.
+    from_prompt = cache.to_rows(weights[..., :-places] @ layer.prompt_values)
+    output = from_prompt + cache.to_rows(weights[..., -places:]) @ value
     return output.reshape(rows, heads, length, -1).transpose(1, 2).contiguous(), None
 
 

@@ -141,7 +141,7 @@ def resolve_device(device: str) -> str:
 
 def module_name(root: torch.nn.Module, module: torch.nn.Module) -> str:
     """The name of `module` below `root`."""
-    return next(name for name, found in root.named_modules() if found is module)
+    return next(name for name, descendant in root.named_modules() if descendant is module)
 
 
 def language_targets(backbone: PreTrainedModel, targets: Sequence[str] = ()) -> str:
@@ -155,11 +155,11 @@ def language_targets(backbone: PreTrainedModel, targets: Sequence[str] = ()) -> 
     """
     decoder = backbone.get_decoder()
     linear = [name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
-    kinds = sorted({name.rpartition(".")[2] for name in linear})
+    layer_names = sorted({name.rpartition(".")[2] for name in linear})
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise ModelError(
-                f"LoRA target {target!r} matches no linear layer of the language model; it has {', '.join(kinds)}"
+                f"LoRA target {target!r} matches no linear layer of the language model; it has {', '.join(layer_names)}"
             )
     within = re.escape(module_name(backbone, decoder)) + r"\.(?:.*\.)?"
-    return f"{within}({'|'.join(map(re.escape, targets or kinds))})"
+    return f"{within}({'|'.join(map(re.escape, targets or layer_names))})"

@@ -40,23 +40,27 @@ class Prefix:
     def select(self, rows: Tensor) -> Prefix:
         """Keep some of the rows, or repeat some of them. The cache is changed in place."""
         self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # works for every kind of cache layer
-        return self._rows(self.cache, rows)
+        return self._with_cache(self.cache, rows)
 
-    def repeat(self, count: int, *, room: int | None = None, fixed: bool = False) -> Prefix:
-        """Repeat every prompt `count` times, neighbours together.
+    def repeat(self, count: int) -> Prefix:
+        """Copy every prompt's cache for `count` completions, neighbours together. Any kind of cache can be copied."""
+        return self.select(self._repeated_rows(count))
+
+    def share(self, count: int, *, room: int, fixed: bool = False) -> Prefix:
+        """Keep every prompt's cache once, for `count` completions to decode from; for `SharedCache`, see there.
 
         Args:
-            count: completions of each prompt.
-            room: keep the prompts' cache once for all their completions, with room for this many further positions of
-                each. None: repeat the cache.
-            fixed: see `SharedCache`.
+            count: completions of each prompt, neighbours together.
+            room: positions that a completion may take behind its prompt.
+            fixed: every step is to be the same work on the same memory.
         """
-        rows = torch.arange(len(self.mask_BP), device=self.mask_BP.device).repeat_interleave(count)
-        if room is None:
-            return self.select(rows)
-        return self._rows(SharedCache(self.cache, self.mask_BP, count, room, fixed), rows)
+        cache = SharedCache(self.cache, self.mask_BP, count, room, fixed)
+        return self._with_cache(cache, self._repeated_rows(count))
 
-    def _rows(self, cache: Cache, rows: Tensor) -> Prefix:
+    def _repeated_rows(self, count: int) -> Tensor:
+        return torch.arange(len(self.mask_BP), device=self.mask_BP.device).repeat_interleave(count)
+
+    def _with_cache(self, cache: Cache, rows: Tensor) -> Prefix:
         return Prefix(cache, self.mask_BP[rows], self.last_hidden_BD[rows], self.next_position_B[rows])
 
 
@@ -83,14 +87,14 @@ def run_backbone(
         embeddings = policy.backbone.get_input_embeddings()(completions[0])
         prompts = prompts.followed_by(_without_image_tokens(policy, completions[0]), completions[1])
     text_positions = (prompts.mask_BP.cumsum(-1) - 1).clamp(min=0)
-    used: list[Tensor] = []
+    positions_used: list[Tensor] = []
 
     def before_decoder(decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         # Models with positions of several dimensions (M-RoPE) have computed them from the mask by now. The others
         # would count padding, and a token's position would depend on what else is in its batch.
         if kwargs.get("position_ids") is None or kwargs["position_ids"].ndim == 2:
             kwargs["position_ids"] = text_positions
-        used.append(kwargs["position_ids"])
+        positions_used.append(kwargs["position_ids"])
         if embeddings is not None:  # of the completions as they are, image tokens among them
             kwargs["inputs_embeds"] = torch.cat([kwargs["inputs_embeds"][:, :start], embeddings], dim=1)
         return args, kwargs
@@ -107,8 +111,8 @@ def run_backbone(
             )
     finally:
         hook.remove()
-    positions = used[0] if used[0].ndim == 2 else used[0][-1]  # in text, all dimensions are the same
-    return output.last_hidden_state, positions
+    positions = positions_used[0]
+    return output.last_hidden_state, positions if positions.ndim == 2 else positions[-1]  # in text, all are the same
 
 
 def _without_image_tokens(policy: Policy, ids_BC: Tensor) -> Tensor:
@@ -244,7 +248,10 @@ def packed_hidden(policy: Policy, prefix: Prefix, ids_RC: Tensor, mask_RC: Tenso
     same_BTT = completion_BT[:, :, None] == completion_BT[:, None]
     earlier_BTT = offset_BT[:, :, None] >= offset_BT[:, None]
     prompt_BTP = prefix.mask_BP.bool()[:, None].expand(-1, place_BT.shape[1], -1)
+    # Padding at the end of a shorter line is hidden as a key; what it becomes as a query is not used.
     visible = torch.cat([prompt_BTP, same_BTT & earlier_BTT & real_BT[:, None]], dim=2)[:, None]
+    # Four dimensions and ready to be added to the scores: transformers would make a mask of two causal over the whole
+    # line, and a completion would see those before it.
     mask = torch.zeros((), dtype=policy.backbone.dtype, device=policy.device)
     mask = mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
     ids_BT = ids_RC.reshape(prompts, -1).gather(1, place_BT)
@@ -262,6 +269,7 @@ def plain_completion_hidden(
     count = len(ids_RC) // len(prompts)
     whole = prompts[[row for row in range(len(prompts)) for _ in range(count)]]
     with policy.acting_as(role), _recomputing(policy):
+        # As in `completion_hidden`, the last token is not run; the prompt's last position predicts the first token.
         hidden, _ = run_backbone(policy, whole, completions=(ids_RC[:, :-1], mask_RC[:, :-1]))
     return hidden[:, prompts.mask_BP.shape[1] - 1 :][mask_RC]
 

@@ -46,8 +46,8 @@ class SeenImage:
         prompt that is sampled from is needed again for the update.
         """
         if text not in self._read:
-            made = self.processor(images=[self.image], text=[text], add_special_tokens=False, return_tensors="pt")
-            self._read[text] = made
+            inputs = self.processor(images=[self.image], text=[text], add_special_tokens=False, return_tensors="pt")
+            self._read[text] = inputs
         return self._read[text]
 
 
@@ -105,9 +105,9 @@ class Prompts:
 
     def __getitem__(self, rows: slice | Sequence[int]) -> Prompts:
         index = list(range(len(self))[rows] if isinstance(rows, slice) else rows)
-        used = self.mask_BP[index].any(0).int().argmax()  # the columns before it are padding in all of these rows
+        start = self.mask_BP[index].any(0).int().argmax()  # the columns before it are padding in all of these rows
         return Prompts(
-            {name: tensor[index, used:] for name, tensor in self.text.items()},
+            {name: tensor[index, start:] for name, tensor in self.text.items()},
             tuple(self.images[i] for i in index),
         )
 
@@ -118,15 +118,19 @@ class Prompts:
 
     def followed_by(self, ids_BC: Tensor, mask_BC: Tensor) -> Prompts:
         """The same prompts with right-padded text behind them."""
-        more = {"input_ids": ids_BC, "attention_mask": mask_BC}
+        appended = {"input_ids": ids_BC, "attention_mask": mask_BC}
         zeros = torch.zeros_like(ids_BC)  # token type 0 is text
-        text = {n: torch.cat([t, more.get(n, zeros).to(t.dtype)], dim=1) for n, t in self.text.items()}
+        text = {n: torch.cat([t, appended.get(n, zeros).to(t.dtype)], dim=1) for n, t in self.text.items()}
         return replace(self, text=text)
 
 
 @torch.no_grad()
 def encode_images(policy: Policy, images: Sequence[Image.Image]) -> list[EncodedImage]:
-    """Run each image through the processor and the vision tower, once and alone: no other image changes anything."""
+    """Run each image through the processor and the vision tower, once and alone: no other image changes anything.
+
+    There is no limit of tokens as in the update: one image is in the tower at a time, without gradients, and what is
+    kept of it are its features.
+    """
     of_tower = inspect.signature(policy.base.get_image_features).parameters
     of_model = inspect.signature(policy.base.forward).parameters
     encoded = []
@@ -138,8 +142,8 @@ def encode_images(policy: Policy, images: Sequence[Image.Image]) -> list[Encoded
         output = policy.base.get_image_features(**tensors, return_dict=True)
         features = {name: value for name, value in output.items() if name not in _INNER and value is not None}
         # The vision tower has seen the pixels; the image's size may still decide on positions.
-        more = [name for name in inputs if name in of_model and not _is_text(name) and not name.startswith("pixel")]
-        encoded.append(EncodedImage(seen, features, {name: inputs[name].to(policy.device) for name in more}))
+        extras = [name for name in inputs if name in of_model and not _is_text(name) and not name.startswith("pixel")]
+        encoded.append(EncodedImage(seen, features, {name: inputs[name].to(policy.device) for name in extras}))
     return encoded
 
 
@@ -172,9 +176,9 @@ def render(processor: Any, chat: list[dict[str, Any]]) -> str:
     would stand for a second image, and others would end the turn.
     """
     special = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
-    said = re.compile("|".join(map(re.escape, sorted(special | {processor.image_token}, key=len, reverse=True))))
+    pattern = re.compile("|".join(map(re.escape, sorted(special | {processor.image_token}, key=len, reverse=True))))
     chat = [
-        {**turn, "content": [{**c, "text": said.sub("", c["text"])} if "text" in c else c for c in turn["content"]]}
+        {**turn, "content": [{**c, "text": pattern.sub("", c["text"])} if "text" in c else c for c in turn["content"]]}
         for turn in chat
     ]
     # The tokenizer's method, because that of some processors requires a video processor for the same text.
@@ -205,7 +209,7 @@ def join_features(features: Sequence[dict[str, Any]]) -> dict[str, Any]:
     def join(values: Sequence[Any]) -> Any:
         if isinstance(values[0], Tensor):
             return torch.cat(list(values))
-        return [each for value in values for each in value]
+        return [tensor for tensors in values for tensor in tensors]
 
     # A list of pooled features has an entry for each image. Any other list has one for each layer, and each of those
     # holds the images.

@@ -32,7 +32,7 @@ from ireasoner.model.loss import (
     trajectory_means,
 )
 from ireasoner.model.options import OptimizerOptions
-from ireasoner.model.parallel import Processes
+from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 
 
@@ -49,11 +49,11 @@ class Learner:
     """
 
     def __init__(
-        self, policy: Policy, role: Role, recipe: Recipe, options: OptimizerOptions, processes: Processes | None = None
+        self, policy: Policy, role: Role, recipe: Recipe, options: OptimizerOptions, processes: Processes = ALONE
     ) -> None:
         self.policy, self.recipe, self.options = policy, recipe, options
         self.role: Role = role
-        self.processes = processes or Processes()
+        self.processes = processes
         self.parameters = policy.parameters(role)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=options.learning_rate, weight_decay=options.weight_decay, foreach=True
@@ -62,35 +62,45 @@ class Learner:
         self.kl_coef = recipe.kl_coef
 
     def advantages(self, rewards: Sequence[Sequence[float]]) -> Tensor:
-        """Advantages [G, N] of a step's groups, those of all processes. The baseline moves once by each call."""
+        """Advantages [G, N] of all processes' groups of a step. To read them does not move the baseline."""
         rewards_GN = torch.tensor(rewards, dtype=torch.float32)
-        if self.role == "solver" and self.recipe.advantage == "rloo":
-            return leave_one_out_advantages(rewards_GN)
-        return self.baseline.advantages(rewards_GN)
+        return self.baseline.advantages(rewards_GN) if self._has_baseline else leave_one_out_advantages(rewards_GN)
+
+    @property
+    def _has_baseline(self) -> bool:
+        return self.role == "proposer" or self.recipe.advantage == "ema"
 
     def update(
-        self, prompts: Prompts | None, groups: Sequence[Sequence[Completion]], advantages_GN: Tensor, total: int
+        self,
+        prompts: Prompts | None,
+        groups: Sequence[Sequence[Completion]],
+        advantages_GN: Tensor,
+        rewards: Sequence[Sequence[float]],
     ) -> dict[str, float]:
-        """Take one optimizer step on this process's groups and those of the others.
+        """Take one optimizer step on this process's groups and those of the others, and move the baseline once.
 
         Args:
             prompts: one of each group; None if this process has no group.
             groups: this process's completions, N of each prompt.
-            advantages_GN: one of each completion.
-            total: the number of completions that all processes have together.
+            advantages_GN: one of each of these completions.
+            rewards: those of all processes' groups, as `advantages` was given them. The gradient is divided by their
+                number, and the baseline moves towards their mean.
 
         Returns:
             Metrics by name, without the role: `loss`, `kl` and `token_entropy` in nats, means over trajectories;
             `kl_coef` in this update; `grad_norm` before clipping; `sampler_gap`, the largest difference between the
             sampler's log-probabilities and the learner's.
         """
+        rewards_GN = torch.tensor(rewards, dtype=torch.float32)
+        if self._has_baseline:
+            self.baseline.update(rewards_GN)
         sums, sampler_gap = torch.zeros(3, dtype=torch.float64), torch.zeros(())
         for rows, columns in self._micro_batches(prompts, groups):
             completions = [completion for row in rows for completion in groups[row][columns]]
             advantages_R = advantages_GN[rows, columns].flatten()
             assert prompts is not None
-            found, gap = self._backward(prompts[rows], completions, advantages_R, total)
-            sums += found
+            shares, gap = self._backward(prompts[rows], completions, advantages_R, rewards_GN.numel())
+            sums += shares
             sampler_gap = sampler_gap.maximum(gap)  # unlike Python's `max`, it keeps NaN
         # Every process divided by the number of completions of all, so that the sum is the gradient of their mean, in
         # whatever way they were dealt out.
@@ -135,6 +145,8 @@ class Learner:
         self, prompts: Prompts | None, groups: Sequence[Sequence[Completion]]
     ) -> Iterator[tuple[list[int], slice]]:
         """Cut groups into pieces of at most `tokens_per_batch` tokens, padding included, or else of one completion.
+
+        Only the update needs a limit: for the backward pass it keeps the activations of every layer and token.
 
         Yields:
             Rows of prompts, of similar length, and which of their completions.
@@ -192,8 +204,8 @@ class Learner:
             for name, parameter in self.parameters.items()
             for key, like in (("step", number), ("exp_avg", parameter), ("exp_avg_sq", parameter))
         }
-        found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        if tensors and (differing := sorted({name for name, _ in found.items() ^ expected.items()})):
+        given = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        if tensors and (differing := sorted({name for name, _ in given.items() ^ expected.items()})):
             raise ValueError(f"the {self.role}'s optimizer and the state for it differ in {', '.join(differing)}")
         state: dict[int, dict[str, Tensor]] = {}
         for i, name in enumerate(self.parameters if tensors else ()):

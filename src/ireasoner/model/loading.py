@@ -60,10 +60,10 @@ def _check_output_layer(policy: Policy) -> None:
     """Refuse models that do more to their logits than the output layer does (caps, scales): ours would differ."""
     ids = torch.tensor([[policy.end_tokens[0]]], device=policy.device)
     logits = policy.backbone(input_ids=ids).logits
-    ours = policy.output_layer(policy.base(input_ids=ids).last_hidden_state)
-    if not torch.allclose(logits.float(), ours.float(), atol=1e-3):
-        kind = policy.backbone.config.model_type
-        raise ModelError(f"{kind} models change their logits after the output layer, which is not supported")
+    recomputed = policy.output_layer(policy.base(input_ids=ids).last_hidden_state)
+    if not torch.allclose(logits.float(), recomputed.float(), atol=1e-3):
+        model_type = policy.backbone.config.model_type
+        raise ModelError(f"{model_type} models change their logits after the output layer, which is not supported")
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def _can_share_attention(policy: Policy) -> bool:
     expected = repeated_hidden(policy, run_prompts(), ids_RC, mask_RC)
     try:
         packed = packed_hidden(policy, run_prompts(), ids_RC, mask_RC)
-        prefix = run_prompts().repeat(2, room=3)
+        prefix = run_prompts().share(2, room=3)
         with attending(policy.decoder, prefix.cache):
             decoded = torch.stack([decode(policy, prefix, ids_R) for ids_R in ids_RC.T], dim=1)
     except torch.OutOfMemoryError:  # a RuntimeError too, but says nothing about the model
@@ -100,4 +100,5 @@ def _can_share_attention(policy: Policy) -> bool:
     # bfloat16 on random models of 3 to 80 layers: 0.2 to 0.8 times eps times this root (0.008 to 0.04 of the norm);
     # if padding is seen, 0.19 of the norm and more. In float32 the sums within a product round as well.
     limit = max(1.5 * torch.finfo(policy.backbone.dtype).eps * len(policy.decoder.layers) ** 0.5, 1e-4)
-    return all(bool((each - expected).float().norm() < limit * expected.float().norm()) for each in (packed, decoded))
+    errors = torch.stack([(hidden - expected).float().norm() for hidden in (packed, decoded)])
+    return bool((errors < limit * expected.float().norm()).all())

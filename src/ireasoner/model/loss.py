@@ -1,7 +1,6 @@
 """The equations of an update: advantages, log-probabilities, exact KL and the REINFORCE loss.
 
-A baseline is read once and then moved once in each step. Log-probabilities and KL are computed over completion tokens
-only and in bounded memory.
+Log-probabilities and KL are computed over completion tokens only and in bounded memory.
 
 Shape suffixes: B rewards of a step, in any shape, G groups of N trajectories, R trajectories, T their completion tokens
 laid end to end, C completion positions (padded), V vocabulary, D width.
@@ -9,7 +8,6 @@ laid end to end, C completion positions (padded), V vocabulary, D width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -36,13 +34,20 @@ class MovingBaseline:
     value: float | None = None
 
     def advantages(self, rewards_B: Tensor) -> Tensor:
-        """A = r − b, with b from before this batch, in the same shape; then b moves once, towards the batch's mean."""
-        mean = rewards_B.sum().item() / rewards_B.numel()
-        if self.value is None:
-            self.value = mean
-        advantages_B = rewards_B - self.value
-        self.value = self.momentum * self.value + (1.0 - self.momentum) * mean
-        return advantages_B
+        """A = r − b, in the same shape, with b as it is before `update` moves it by these rewards."""
+        return rewards_B - self._before(rewards_B)
+
+    def update(self, rewards_B: Tensor) -> None:
+        """Move b towards the mean of a whole step's rewards; to be called once in a step."""
+        self.value = self.momentum * self._before(rewards_B) + (1.0 - self.momentum) * _mean(rewards_B)
+
+    def _before(self, rewards_B: Tensor) -> float:
+        return _mean(rewards_B) if self.value is None else self.value
+
+
+def _mean(rewards_B: Tensor) -> float:
+    """The mean of float32 rewards in double precision, to which `Tensor.mean` would not divide."""
+    return rewards_B.sum().item() / rewards_B.numel()
 
 
 def leave_one_out_advantages(rewards_GN: Tensor) -> Tensor:
@@ -60,11 +65,9 @@ def leave_one_out_advantages(rewards_GN: Tensor) -> Tensor:
     return (rewards_GN - rewards_GN.mean(-1, keepdim=True)) * count / (count - 1)
 
 
-def spread(advantages: Tensor) -> float:
+def advantage_std(advantages: Tensor) -> float:
     """Standard deviation of a step's advantages. 0 means that the step teaches nothing."""
-    count = advantages.numel()
-    mean, square = advantages.sum().item() / count, advantages.square().sum().item() / count
-    return math.sqrt(max(square - mean**2, 0.0))  # rounding can make a variance of 0 negative
+    return advantages.double().std(correction=0).item()
 
 
 class TokenStatistics(NamedTuple):
@@ -129,4 +132,6 @@ def reinforce_loss(logprobs_R: Tensor, kl_R: Tensor, advantages_R: Tensor, kl_co
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, rate: float = PAPER.kl_rate) -> float:
     """β ← clip(β · exp(rate · (KL − τ)/τ), 1e-8, 1e2), after each update; a rate of 0 leaves β as it is."""
     exponent = min(rate * (kl - target) / target, 50.0)  # exp would overflow long after the clip has decided
-    return min(max(kl_coef * float(torch.tensor(exponent, dtype=torch.float64).exp()), 1e-8), 1e2)
+    # Not math.exp: for one number in 200 its last bit differs from that of torch, with which runs were recorded.
+    factor = torch.tensor(exponent, dtype=torch.float64).exp().item()
+    return min(max(kl_coef * factor, 1e-8), 1e2)

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,17 +31,19 @@ class LostProcessError(UsageError):
     """
 
 
+@dataclass(frozen=True)
 class Processes:
     """This process among those of its run.
 
-    Args:
+    Attributes:
         index: its number; process 0 writes the run directory.
         count: how many there are.
         device: where the tensors lie that are exchanged.
     """
 
-    def __init__(self, index: int = 0, count: int = 1, device: torch.device | None = None) -> None:
-        self.index, self.count, self.device = index, count, device or torch.device("cpu")
+    index: int = 0
+    count: int = 1
+    device: str = "cpu"
 
     @property
     def is_main(self) -> bool:
@@ -94,6 +97,9 @@ class Processes:
         self.any(True)
 
 
+ALONE = Processes()  # the only process of its run
+
+
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
     """Join the processes that were started with this one, for a run on `device` ('auto', 'cpu', 'cuda' or 'cuda:N').
@@ -103,7 +109,7 @@ def joined(device: str) -> Iterator[Processes]:
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))  # set by the launcher
     if started == 1:
-        yield Processes()
+        yield ALONE
         return
     if ":" in device:
         raise UsageError(f"--device {device} names one GPU, and several processes were started: use auto, cpu or cuda")
@@ -113,8 +119,7 @@ def joined(device: str) -> Iterator[Processes]:
         raise UsageError("the processes that were started did not find each other: name --device cpu or cuda")
     try:
         # On CPUs, accelerate numbers the device by the process ("cpu:1"); there is only one CPU device.
-        own = torch.device("cpu") if on_cpu else state.device
-        yield Processes(state.process_index, state.num_processes, own)
+        yield Processes(state.process_index, state.num_processes, "cpu" if on_cpu else str(state.device))
     finally:
         state.destroy_process_group()
 

@@ -22,13 +22,18 @@ from ireasoner.model.backbone import ModelError, module_name, scales_by_area
 
 
 class Policy:
-    """The parts of a loaded model; `ireasoner.model.loading` makes it and sets `shares_prompts` and `shares_attention`.
+    """The parts of a loaded model, made by `ireasoner.model.loading`.
 
     Args:
         backbone: the model of transformers that `model` wraps.
         model: PEFT's model, with both adapters.
-        processor: the backbone's own.
+        processor: the one that belongs to the backbone.
         gradient_checkpointing: keep only each layer's input for the backward pass, and compute the rest again.
+
+    Attributes:
+        shares_prompts: whether a prompt is run once for all of its completions in an update. README.md in this folder
+            says for which models that is exact. False until `loading` has tried it out: not to share is always right.
+        shares_attention: whether completions also share their prompt's cache in attention; only with `shares_prompts`.
     """
 
     def __init__(self, backbone: Any, model: PeftModel, processor: Any, gradient_checkpointing: bool = False) -> None:
@@ -42,7 +47,6 @@ class Policy:
         self.end_tokens: tuple[int, ...] = tuple(ends) if isinstance(ends, list) else (ends,)
         pad = processor.tokenizer.pad_token_id
         self.pad_token: int = self.end_tokens[0] if pad is None else pad
-        # Whether completions may share their prompt's cache in an update, and also its attention (README.md).
         self.shares_prompts = self.shares_attention = False
 
     @contextmanager
@@ -54,6 +58,16 @@ class Policy:
         else:
             self.model.set_adapter(role)
             yield
+
+    @contextmanager
+    def without_sharing(self) -> Iterator[None]:
+        """Inside, nothing of a prompt is shared by its completions: slower, and right for any model."""
+        shares = self.shares_prompts, self.shares_attention
+        self.shares_prompts = self.shares_attention = False
+        try:
+            yield
+        finally:
+            self.shares_prompts, self.shares_attention = shares
 
     def parameters(self, role: Role) -> dict[str, torch.nn.Parameter]:
         """A role's trainable tensors (float32), by name."""
@@ -67,20 +81,20 @@ class Policy:
         """A sentence on what is trained, and on a limit of image tokens that has no effect."""
         parameters = self.parameters("solver")
         layers = [name.partition(".lora_A.")[0] for name in parameters if ".lora_A." in name]
-        kinds = sorted({name.rpartition(".")[2] for name in layers})
-        said = (
-            f"LoRA on {len(layers)} layers of {module_name(self.backbone, self.decoder)} ({', '.join(kinds)}): "
+        layer_names = sorted({name.rpartition(".")[2] for name in layers})
+        sentence = (
+            f"LoRA on {len(layers)} layers of {module_name(self.backbone, self.decoder)} ({', '.join(layer_names)}): "
             f"{sum(p.numel() for p in parameters.values()):,} parameters a role"
         )
         if not scales_by_area(self.processor):
-            said += "; max_image_tokens has no effect: the model's processor decides how many tokens an image takes"
-        return said
+            sentence += "; max_image_tokens has no effect: the model's processor decides how many tokens an image takes"
+        return sentence
 
     def save_adapters(self, folder: Path) -> None:
         """Write `folder/proposer` and `folder/solver` as PEFT does, for `PeftModel.from_pretrained`."""
         self.model.save_pretrained(folder, selected_adapters=list(ROLES), save_embedding_layers=False)  # type: ignore[arg-type]
 
-    def moved(self, role: Role) -> float:
+    def largest_lora_b(self, role: Role) -> float:
         """The largest entry of a role's matrices B, which start at 0: 0 means that the role is still the backbone."""
         entries = [p.detach().abs().amax() for name, p in self.parameters(role).items() if ".lora_B." in name]
         return torch.stack(entries).amax().item()

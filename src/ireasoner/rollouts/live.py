@@ -55,13 +55,18 @@ class LiveEngine:
         The log-probabilities are those of the distribution that was sampled from; at temperature 0, where nothing is
         sampled, those at temperature 1.
         """
+        # All requests go in one batch, whatever their number: nothing is kept for a backward pass, only
+        # the cache for the next tokens, and a step of a large batch takes hardly longer than one of a small batch.
         policy = self.policy
         prompts = build_prompts(policy, [r.image for r in requests], [r.messages for r in requests])
         draws = uniforms([r.seed for r in requests], n, max_tokens)
         captures = self.capture is not None and policy.shares_attention  # other caches move to new memory as they grow
-        room = max_tokens - 1 if policy.shares_attention else None  # the last token is drawn and not run
         with policy.acting_as(role):
-            prefix = prefill(policy, prompts).repeat(n, room=room, fixed=captures)
+            prefix = prefill(policy, prompts)
+            if policy.shares_attention:
+                prefix = prefix.share(n, room=max_tokens - 1, fixed=captures)  # the last token is drawn and not run
+            else:
+                prefix = prefix.repeat(n)
             decoding = _Decoding(policy, prefix, draws, temperature)
             with attending(policy.decoder, prefix.cache):
                 self._run(decoding, max_tokens, captures)
@@ -70,19 +75,20 @@ class LiveEngine:
 
     def _run(self, decoding: _Decoding, max_tokens: int, captures: bool) -> None:
         decoding.draw(decoding.prefix.last_hidden_BD)
-        step = decoding.step
+        step, captured = decoding.step, False
         for _ in range(max_tokens - 1):
-            left = int((~decoding.done).sum())
-            if left == 0:
+            unfinished = int((~decoding.done).sum())
+            if unfinished == 0:
                 return
             # A finished row costs as much as any other, so finished rows are dropped in batches; more rarely where the
             # smaller batch has to be captured anew.
-            if left <= (0.5 if captures else 0.75) * len(decoding.rows):
+            if unfinished <= (0.5 if captures else 0.75) * len(decoding.rows):
                 decoding.drop_finished()
-                step = decoding.step
+                step, captured = decoding.step, False
             step()
-            if captures and step == decoding.step:  # a step of this batch size has run now
-                step = self._captured(step)
+            # What a step does for the first time at a batch size (choosing kernels, taking memory) cannot be captured.
+            if captures and not captured:
+                step, captured = self._captured(step), True
 
     def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """The captured form of a step that has run once, or the step itself once capturing has failed."""

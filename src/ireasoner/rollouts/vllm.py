@@ -104,19 +104,19 @@ class VllmEngine:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         prompts = build_prompts(self.policy, [r.image for r in requests], [r.messages for r in requests])
-        asked: list[Any] = []
+        vllm_prompts: list[Any] = []
         params: list[Any] = []
         for request in requests:
             text = render(self.policy.processor, request.messages)  # the image is still one token
             ids = self.policy.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
             prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": _image(request.image)}}
             # One vLLM request for each completion, so that each has its own seed; vLLM caches what they share.
-            for number in uniforms([request.seed], n, max_tokens)[0, :, 0]:
-                asked.append({**prompt})
+            for seed in completion_seeds(request.seed, n):
+                vllm_prompts.append({**prompt})
                 params.append(
                     SamplingParams(
                         temperature=temperature,
-                        seed=int(number * 2**31),
+                        seed=seed,
                         max_tokens=max_tokens,
                         logprobs=0,  # of the sampled token alone
                         stop_token_ids=list(self.policy.end_tokens),
@@ -124,11 +124,11 @@ class VllmEngine:
                     )
                 )
         try:
-            answers = self.llm.generate(asked, params, lora_request=self._adapter(role), use_tqdm=False)
+            outputs = self.llm.generate(vllm_prompts, params, lora_request=self._adapter(role), use_tqdm=False)
         except ValueError as error:  # usually a prompt that is too long for `longest`
             raise VllmError(f"vLLM refuses a prompt: {brief(error)}") from error
-        self._check_prompts(prompts, [answer.prompt_token_ids for answer in answers[::n]])
-        flat = [self._completion(answer.outputs[0]) for answer in answers]
+        self._check_prompts(prompts, [output.prompt_token_ids for output in outputs[::n]])
+        flat = [self._completion(output.outputs[0]) for output in outputs]
         return [flat[i : i + n] for i in range(0, len(flat), n)]
 
     def _adapter(self, role: Role | None) -> Any:
@@ -141,17 +141,22 @@ class VllmEngine:
         return LoRARequest(f"{role}-{self.version}", number, str(self._folder / role))
 
     def _check_prompts(self, prompts: Prompts, read: Sequence[Sequence[int]]) -> None:
-        for row, theirs in enumerate(read):
-            ours = prompts.text["input_ids"][row][prompts.mask_BP[row].bool()].tolist()
-            if list(theirs) != ours:
+        for row, vllm_ids in enumerate(read):
+            learner_ids = prompts.text["input_ids"][row][prompts.mask_BP[row].bool()].tolist()
+            if list(vllm_ids) != learner_ids:
                 raise VllmError(
-                    f"vLLM reads a prompt as {len(theirs)} tokens that the learner reads as {len(ours)}: its processor "
-                    "treats images differently; leave out --engine vllm for this model"
+                    f"vLLM reads a prompt as {len(vllm_ids)} tokens that the learner reads as {len(learner_ids)}: its "
+                    "processor treats images differently; leave out --engine vllm for this model"
                 )
 
     def _completion(self, output: Any) -> Completion:
         logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
         return completion(self.policy, list(output.token_ids), logprobs)
+
+
+def completion_seeds(request_seed: Sequence[int], n: int) -> list[int]:
+    """A seed below 2^31 for each of n completions; the k-th follows from the request's seed and k alone."""
+    return [int(number * 2**31) for number in uniforms([request_seed], n, 1)[0, :, 0]]
 
 
 def _image(image: EncodedImage) -> Any:

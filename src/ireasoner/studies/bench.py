@@ -131,11 +131,8 @@ class Bench:
 
     def plain(self, phases: Phases, images: Sequence[Image.Image]) -> None:
         """The same step without sharing prompts."""
-        policy = self.policy
-        shares = policy.shares_prompts, policy.shares_attention
-        policy.shares_prompts = policy.shares_attention = False
-        self._step(phases, images, copies=self.config.sampling.group_size)
-        policy.shares_prompts, policy.shares_attention = shares
+        with self.policy.without_sharing():
+            self._step(phases, images, copies=self.config.sampling.group_size)
 
     def _step(self, phases: Phases, images: Sequence[Image.Image], copies: int) -> None:
         """A step that samples each group from `copies` requests, each of which has its own prefill."""
@@ -158,7 +155,7 @@ class Bench:
         with phases.timed("update"):
             prompts = build_prompts(policy, encoded, [solve] * len(images))
             advantages = learner.advantages(earned)
-            learner.update(prompts, groups, advantages, advantages.numel())
+            learner.update(prompts, groups, advantages, earned)
 
     @contextmanager
     def _prefill_timed(self, phases: Phases) -> Iterator[None]:

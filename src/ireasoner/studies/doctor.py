@@ -243,8 +243,7 @@ def training_of(policy: Policy, role: Role, requests: Sequence[Request]) -> Find
     prompts, groups = _sample(policy, role, requests)
     own, before = set(policy.parameters(role)), _fingerprints(policy)
     learner = Learner(policy, role, Recipe(), OptimizerOptions(learning_rate=1e-4, weight_decay=0.0))
-    advantages = torch.tensor(ADVANTAGES)
-    learner.update(prompts, groups, advantages, advantages.numel())
+    learner.update(prompts, groups, torch.tensor(ADVANTAGES), rewards=ADVANTAGES)
     after = _fingerprints(policy)
     moved = {name for name in before if before[name] != after[name]}
     figure = f"{len(moved & own)} of {len(own)} own tensors moved, {len(moved - own)} others"

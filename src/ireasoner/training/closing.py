@@ -35,7 +35,7 @@ def finish(run: Run, before: Scores | None) -> dict[str, Any]:
         before: scores of the backbone on the held-out questions; None if there are none.
     """
     best_step = go_back(run) if run.alarm else run.step
-    trained: list[Role] = [role for role in ROLES if run.policy.moved(role) > 0]
+    trained: list[Role] = [role for role in ROLES if run.policy.largest_lora_b(role) > 0]
     if run.processes.is_main:
         _publish_adapters(run, trained)
         tidy_checkpoints(run)

@@ -15,7 +15,7 @@ from ireasoner.method.answers import answer_key, majority
 from ireasoner.method.texts import parse_trajectory, solver_messages
 from ireasoner.method.types import Completion, Form, Role
 from ireasoner.model.inputs import encode_images
-from ireasoner.model.parallel import Processes
+from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.rollouts.live import LiveEngine
@@ -120,7 +120,7 @@ def evaluate(
     truth: StepTruth | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     stop_asked: Callable[[], bool] = lambda: False,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
     engine: Engine | None = None,
 ) -> Scores:
     """Measure greedy, mean@1, maj@5 and pass@5 accuracy, and what the samples are like.
@@ -145,7 +145,7 @@ def evaluate(
         Stopped: it was asked to stop, in one process at least.
     """
     options = options or EvaluationOptions()
-    engine, processes = engine or LiveEngine(policy), processes or Processes()
+    engine = engine or LiveEngine(policy)
     own = processes.share(len(questions))
     found: list[tuple[dict[str, float], str]] = []
     for first in range(0, math.ceil(len(questions) / processes.count), options.batch_size):

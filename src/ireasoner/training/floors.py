@@ -53,7 +53,7 @@ FLOORS = (
     Floor("readable_questions", "hardly any question can be read", _at_most(0.1), _at_most(0.02)),
     Floor("readable", "hardly any solution can be read", _at_most(0.1), _at_most(0.02)),
     Floor("paid", "every reward is zero", _at_most(0.0), _at_most(0.0), ends_after=50),
-    Floor("spread", "the rewards of a step are all the same, so there is nothing to learn from", _at_most(1e-6)),
+    Floor("advantage_std", "the rewards of a step are all the same, so there is nothing to learn from", _at_most(1e-6)),
     Floor("kl", "the model has moved very far from the one it started from", _above(0.5), _above(2.0), 10),
     Floor("moved", "the solver's adapter is as it was at the start", _at_most(0.0), _at_most(0.0), 50, warns_after=15),
     Floor("kl", "the model hardly moves: the learning rate may be too small", _at_most(1e-5), warns_after=15),
@@ -129,7 +129,7 @@ def floor_signals(episodes: Sequence[Episode], learned: Mapping[str, float], mov
     if norms:
         found["finite"] = fmean(math.isfinite(norm) for norm in norms)
     if "kl/solver" in learned:
-        found |= {"kl": learned["kl/solver"], "spread": learned["advantage_std/solver"]}
+        found |= {"kl": learned["kl/solver"], "advantage_std": learned["advantage_std/solver"]}
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ireasoner.model.parallel import Processes
+from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.training.containers import begins_like_an_image
 from ireasoner.training.images import (
     MAX_PIXELS,
@@ -78,7 +78,7 @@ class ImagePool:
         folder: str | os.PathLike[str],
         seed: int,
         max_pixels: int = MAX_PIXELS,
-        processes: Processes | None = None,
+        processes: Processes = ALONE,
         held_out: Collection[str | os.PathLike[str]] = (),
     ) -> ImagePool:
         """Find the images below a folder: regular files, or links to one, with an image's extension or first bytes.
@@ -90,7 +90,6 @@ class ImagePool:
             ImageError: the folder is missing, cannot be read, is not a folder, holds no image or held-out ones alone,
                 or does not hold the same images for all processes.
         """
-        processes = processes or Processes()
         paths, skipped = _scan(os.fspath(folder))
         set_aside = _same_files(paths, held_out) if held_out else []
         if paths and len(set_aside) == len(paths):

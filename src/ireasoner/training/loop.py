@@ -167,7 +167,7 @@ def advance(run: Run) -> None:
         with timed(seconds, "update"):
             episodes, learned = update(run, play)
         record(run, items, episodes)
-    signals |= floor_signals(episodes, learned, run.policy.moved("solver"))
+    signals |= floor_signals(episodes, learned, run.policy.largest_lora_b("solver"))
     metrics = {**play_metrics(episodes), **learned}
     metrics |= {f"watch/{name}": value for name, value in signals.items()}
     metrics |= {f"time/{name}_seconds": value for name, value in seconds.items()}

@@ -14,7 +14,7 @@ from ireasoner.method.scoring import Context, RewardFunction, score_solutions, s
 from ireasoner.method.texts import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.method.types import Completion, Episode, Proposal, Question, Sampled, Solution, Trajectory
 from ireasoner.model.inputs import EncodedImage, embed_texts, encode_images, render
-from ireasoner.model.parallel import Processes
+from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.training.config import Config
@@ -67,11 +67,11 @@ class SelfPlay:
         config: Config,
         labels: Mapping[str, Sequence[tuple[str, str]]] | None = None,
         reward: RewardFunction | None = None,
-        processes: Processes | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.policy, self.engine, self.config = policy, engine, config
         self.labels, self.reward = labels, reward
-        self.processes = processes or Processes()
+        self.processes = processes
         self.memory = RecentSteps(config.recipe.recurrence_window)
 
     def play(self, step: int, items: Sequence[Item]) -> Play:

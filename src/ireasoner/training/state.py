@@ -21,7 +21,7 @@ from ireasoner.method.scoring import RewardFunction
 from ireasoner.method.types import ROLES, Episode, Role, UsageError
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy
-from ireasoner.model.parallel import Processes
+from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Engine
 from ireasoner.rollouts.live import LiveEngine
@@ -97,7 +97,7 @@ def open_run(
     out: Path,
     recorder: Recorder,
     observer: Observer,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
     reward: RewardFunction | None = None,
     truth: StepTruth | None = None,
 ) -> tuple[Run, bool]:
@@ -112,7 +112,6 @@ def open_run(
     Raises:
         UsageError: every checkpoint is damaged, or something that the user named cannot be used.
     """
-    processes = processes or Processes()
     try:
         checkpoint, skipped = newest_checkpoint(out / "checkpoints")
     except OSError as error:
@@ -133,7 +132,7 @@ def open_run(
     processes.wait()  # the other processes read the records below, so the main one must have finished rewinding them
     held_out = {row.image for row in load_questions(config.eval_data)} if config.eval_data else set()
     pool = ImagePool.scan(config.images, config.seed, config.max_image_pixels, processes, held_out)
-    device = str(processes.device) if processes.count > 1 else config.device
+    device = processes.device if processes.count > 1 else config.device
     policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
     observer.on_message(policy.describe() + ".")
     engine = open_engine(config, policy, processes)

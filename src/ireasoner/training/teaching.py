@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ireasoner.method.types import Episode, Role
 from ireasoner.model.inputs import build_prompts
-from ireasoner.model.loss import spread
+from ireasoner.model.loss import advantage_std
 from ireasoner.training.config import Config
 from ireasoner.training.selfplay import Play, Sample
 from ireasoner.training.state import Run
@@ -71,18 +71,16 @@ def _teach(
         Advantages by the same indices, and the metrics of the update.
     """
     learner = run.learners[role]
-    advantages_GN = learner.advantages([list(group) for group in rewards.values()])
+    paid = list(rewards.values())
+    advantages_GN = learner.advantages(paid)
     row_of = {episode: row for row, episode in enumerate(rewards)}  # which row of the advantages is an episode's
     samples = [sample for sample in samples if sample.episode in row_of]
     requests = [sample.request for sample in samples]
     prompts = (
         build_prompts(run.policy, [r.image for r in requests], [r.messages for r in requests]) if samples else None
     )
-    metrics = learner.update(
-        prompts,
-        [sample.completions for sample in samples],
-        advantages_GN[[row_of[sample.episode] for sample in samples]],
-        advantages_GN.numel(),
-    )
-    metrics = {f"{name}/{role}": value for name, value in {**metrics, "advantage_std": spread(advantages_GN)}.items()}
-    return dict(zip(rewards, advantages_GN.tolist(), strict=True)), metrics
+    own_advantages = advantages_GN[[row_of[sample.episode] for sample in samples]]
+    metrics = learner.update(prompts, [sample.completions for sample in samples], own_advantages, paid)
+    metrics["advantage_std"] = advantage_std(advantages_GN)
+    by_role = {f"{name}/{role}": value for name, value in metrics.items()}
+    return dict(zip(rewards, advantages_GN.tolist(), strict=True)), by_role
