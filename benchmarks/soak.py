@@ -48,7 +48,6 @@ from ireasoner.method.texts import parse_question, parse_trajectory
 from ireasoner.method.types import FinishReason, Form, UsageError
 from ireasoner.model.loading import load_policy
 from ireasoner.model.options import BackboneOptions
-from ireasoner.page.curves import PANELS, draw_panel
 from ireasoner.page.gallery import FILTERS
 from ireasoner.page.page import Page, Query
 from ireasoner.page.run import RecordedRun
@@ -110,7 +109,8 @@ class Ended:
         if not self.late and (self.code not in allowed or "Traceback" in self.printed):
             found.append("tracebacks")
         sentences = [line for line in self.printed.splitlines() if line.startswith("ireasoner: ")]
-        if self.code == 2 and (len(sentences) != 1 or not self.printed.endswith(f"{sentences[0]}\n")):
+        no_sentence = self.code == 2 and (len(sentences) != 1 or not self.printed.endswith(f"{sentences[0]}\n"))
+        if no_sentence or any(not (c.isprintable() or c in "\t\r\n") for c in self.printed):
             found.append("wrong")
         return found
 
@@ -257,12 +257,26 @@ def soak_kills(number: int, place: Path, seconds: float, counts: Counts) -> None
 
 # --- damaged run directories ------------------------------------------------------------------------------------------
 
-NUMBERS = ("NaN", "Infinity", "-1", "0", "1e999", "1e308", str(2**64), "9" * 5000, "null", "true", '"x"', "{}", "[]")
+NUMBERS = (
+    "NaN",
+    "Infinity",
+    "-1",
+    "0",
+    "1e999",
+    "1e308",
+    str(2**64),
+    "9" * 5000,
+    "null",
+    "true",
+    '"\\u001b[31m"',
+    "{}",
+    "[]",
+)
 
 
 def damage(run: Path, place: Path, rng: random.Random) -> str:
     """Damage one file or folder of a run; what was done."""
-    path = rng.choice([found for found in sorted(run.rglob("*")) if found.name != ".lock"])
+    path = rng.choice(sorted(rng.choice((run.iterdir(), run.rglob("*")))))
     kinds = ["remove", "file", "folder", "pipe", "link"]
     if path.is_file() and path.stat().st_size:
         kinds += [
@@ -351,18 +365,17 @@ def commands(run: Path, place: Path, rng: random.Random) -> Iterator[tuple[str, 
 
 
 def show(run: Path) -> int:
-    """Make all that `ireasoner view` would serve."""
+    """Make what `ireasoner view` would serve, but for the curves, which the report draws as well."""
     try:
         recorded = RecordedRun.open(run)
     except UsageError as error:
         print(f"ireasoner: {error}", file=sys.stderr)
         return 2
     page = Page(recorded)
+    page.render("page.html")
     for name in FILTERS:
         recorded.refresh()
-        page.render("page.html", Query(show=name))
-    for panel in range(len(PANELS)):
-        draw_panel(recorded, panel)
+        page.render("episodes.html", Query(show=name))
     for path in sorted((run / "images").glob("*")):
         recorded.thumbnail(path.name)
     return 0
