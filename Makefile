@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Two processes that spin on both cores slow each other down many times over.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-torchvision test-vllm lint bench clean
+.PHONY: demo test test-torchvision test-vllm soak lint bench clean
 
 demo: .venv/installed
 	$(BIN)/ireasoner demo
@@ -30,6 +30,11 @@ test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pip install --quiet pytest $$(grep -E '^(accelerate|jinja2|matplotlib|peft|pyyaml|rich)==' requirements.txt)
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
+
+# Kills, damaged files and hostile texts for SECONDS; prints how many broke what they must not. Needs Linux.
+SECONDS = 600
+soak: .venv/installed-dev
+	$(BIN)/python benchmarks/soak.py --seconds $(SECONDS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check src tests tools benchmarks examples

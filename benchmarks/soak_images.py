@@ -25,6 +25,7 @@ from PIL import Image
 from ireasoner.training.images import UnreadableImageError, load_image
 
 MAX_SECONDS, MAX_MEGABYTES = 2.0, 600.0
+BROKEN = ("slow", "fat", "exceptions")
 
 
 def valid_files(side: int) -> list[bytes]:
@@ -130,15 +131,24 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first file (%(default)s)")
     parser.add_argument("--keep", type=Path, default=Path("soak-images"), help="for files that break a promise")
     arguments = parser.parse_args()
-    arguments.keep.mkdir(parents=True, exist_ok=True)
+    counts = soak(60 * arguments.minutes, arguments.first, arguments.keep)
+    return int(any(counts[name] for name in BROKEN))
+
+
+def soak(seconds: float, first: int, keep: Path) -> Counter[str]:
+    """Decode files from number `first` on for so long; how many there were, and how many broke which promise.
+
+    Files that broke one are kept in the folder `keep`.
+    """
+    keep.mkdir(parents=True, exist_ok=True)
     files = valid_files(48) + valid_files(700)
-    assert all(load_image(io_path(arguments.keep, data)) for data in files)
+    assert all(load_image(io_path(keep, data)) for data in files)
     counts, longest, most = Counter[str](), 0.0, 0.0
-    number, end = arguments.first, time.monotonic() + 60 * arguments.minutes
+    number, end = first, time.monotonic() + seconds
     while time.monotonic() < end:
         data = damaged(number, files)
-        path = io_path(arguments.keep, data)
-        (arguments.keep / "last.txt").write_text(f"{number}\n")
+        path = io_path(keep, data)
+        (keep / "last.txt").write_text(f"{number}\n")
         before, started, broken = peak_megabytes(reset=True), time.process_time(), ""
         try:
             load_image(path)
@@ -150,19 +160,19 @@ def main() -> int:
                 break
             counts["exceptions"] += 1
             broken = f"{type(error).__name__}: {error}"
-        seconds, megabytes = time.process_time() - started, peak_megabytes(reset=False) - before
+        used, megabytes = time.process_time() - started, peak_megabytes(reset=False) - before
         counts["files"] += 1
-        counts["slow"] += seconds > MAX_SECONDS
+        counts["slow"] += used > MAX_SECONDS
         counts["fat"] += megabytes > MAX_MEGABYTES
-        longest, most = max(longest, seconds), max(most, megabytes)
-        if broken or seconds > MAX_SECONDS or megabytes > MAX_MEGABYTES:
-            (arguments.keep / f"{number}.bin").write_bytes(data)
-            print(f"file {number}: {seconds:.2f} s, {megabytes:.0f} MB {broken}", flush=True)
+        longest, most = max(longest, used), max(most, megabytes)
+        if broken or used > MAX_SECONDS or megabytes > MAX_MEGABYTES:
+            (keep / f"{number}.bin").write_bytes(data)
+            print(f"file {number}: {used:.2f} s, {megabytes:.0f} MB {broken}", flush=True)
         number += 1
         if counts["files"] % 5000 == 0:
             report(counts, longest, most)
     report(counts, longest, most)
-    return int(any(counts[name] for name in ("slow", "fat", "exceptions")))
+    return counts
 
 
 def io_path(folder: Path, data: bytes) -> Path:
@@ -174,7 +184,7 @@ def io_path(folder: Path, data: bytes) -> Path:
 
 def report(counts: Counter[str], longest: float, most: float) -> None:
     """Print what was found so far."""
-    names = ("files", "decoded", "skipped", "slow", "fat", "exceptions")
+    names = ("files", "decoded", "skipped", *BROKEN)
     told = ", ".join(f"{counts[name]} {name}" for name in names)
     print(f"{told}; longest {longest:.2f} s, most {most:.0f} MB", flush=True)
 

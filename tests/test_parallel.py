@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ireasoner.method.types import ROLES, UsageError
+from ireasoner.method.types import UsageError
 from ireasoner.model import parallel as processes
 from ireasoner.model.parallel import LostProcessError, Processes
 from ireasoner.playground import dataset
@@ -90,9 +90,10 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def assert_bitwise(one: Path, other: Path) -> None:
-    for role in ROLES:
-        mine, theirs = (load_file(path / role / "adapter_model.safetensors") for path in (one, other))
-        assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+    """The same episodes, and the same adapters and optimizers in every checkpoint."""
+    files = sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
+    assert sorted(path.relative_to(one) for path in one.rglob("*.safetensors")) == files
+    assert [name for name in files if (one / name).read_bytes() != (other / name).read_bytes()] == []
     assert (one / "episodes.jsonl").read_bytes() == (other / "episodes.jsonl").read_bytes()
 
 
@@ -111,15 +112,17 @@ def test_a_process_without_images_takes_the_same_steps(place: Path):
     assert_same_run(place / "few-alone", place / "few-together")
 
 
-def workers(launcher: int) -> Iterator[int]:
-    """The launcher's children."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
+def workers(launcher: int) -> dict[int, int]:
+    """The launcher's children that have a rank: their process ids by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            fields = path.read_text().rsplit(")", 1)[1].split()
+            fields = (path / "stat").read_text().rsplit(")", 1)[1].split()
+            environment = (path / "environ").read_bytes().split(b"\0") if int(fields[1]) == launcher else []
         except OSError:
             continue
-        if int(fields[1]) == launcher:
-            yield int(path.parent.name)
+        found |= {int(entry[5:]): int(path.name) for entry in environment if entry.startswith(b"RANK=")}
+    return found
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -132,11 +135,7 @@ def test_a_killed_process_ends_the_run_with_a_message_and_nothing_is_lost(place:
         while not (out / "checkpoints/step-000002").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        ranks = {}
-        for pid in workers(launcher.pid):
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            ranks |= {int(e[5:]): pid for e in environment if e.startswith(b"RANK=")}
-        os.kill(ranks[rank], signal.SIGKILL)
+        os.kill(workers(launcher.pid)[rank], signal.SIGKILL)
         said = launcher.communicate(timeout=120)[1]
     assert launcher.returncode != 0
     assert "another process of this run has ended" in said
@@ -148,6 +147,33 @@ def test_a_killed_process_ends_the_run_with_a_message_and_nothing_is_lost(place:
         assert_same_run(out, together)
     else:
         assert_bitwise(out, together)
+
+
+def test_killed_at_random_moments_two_processes_end_like_the_reference(place: Path, together: Path):
+    """First the launcher and both processes at once, as when the machine fails; then one of them, whichever it is."""
+    out, rng = place / "killed-at-random", random.Random()
+    moments = [(0, rng.uniform(0, 1), (0, 1)), (2, rng.uniform(0, 1), (rng.randrange(2),))]
+    print("after which step, seconds later, ranks:", moments)  # shown if this fails
+    kills = 0
+    for step, delay, ranks in moments:
+        command = ["train", "--resume", str(out)] if step else [*options(place), "--out", str(out)]
+        with subprocess.Popen([*LAUNCH, *command], env=ENVIRONMENT, stderr=subprocess.DEVNULL) as launcher:
+            while launcher.poll() is None and not (out / f"checkpoints/step-{step:06d}").exists():
+                time.sleep(0.01)
+            time.sleep(delay)
+            running = workers(launcher.pid)
+            if len(ranks) == 2:
+                launcher.kill()
+            for rank in ranks:
+                if rank in running:  # otherwise the run has ended before
+                    os.kill(running[rank], signal.SIGKILL)
+                    kills += 1
+            launcher.wait(120)
+    assert kills >= 2
+    done = run(LAUNCH, "train", "--resume", out)
+    assert done.returncode == 0, done.stderr
+    assert_bitwise(out, together)
+    assert not list((out / "checkpoints").glob(".*"))
 
 
 def test_a_mistake_is_said_by_each_process(place: Path):

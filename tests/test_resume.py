@@ -178,7 +178,7 @@ def test_a_file_in_the_place_of_the_adapters_is_no_hindrance(stopped: Path):
     assert (stopped / "solver" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", ".lock"])
 def test_a_named_pipe_is_refused_and_not_waited_for(stopped: Path, name: str):
     (stopped / name).unlink(missing_ok=True)
     os.mkfifo(stopped / name)
@@ -197,7 +197,14 @@ def test_checkpoints_that_may_not_be_listed_are_one_sentence(stopped: Path, monk
     assert f"the checkpoints of {stopped} cannot be read" in printed
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_named_pipe_in_the_place_of_the_summary_is_not_waited_for(stopped: Path):
+    os.mkfifo(stopped / "summary.json")
+    code, printed = command("train", "--resume", stopped)
+    assert code == 2
+    assert "summary.json is damaged: remove it" in printed
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "pipe"])
 def test_a_damaged_adapter_is_one_sentence(finished: Path, pool: Path, tmp_path: Path, damage: str):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
@@ -206,6 +213,8 @@ def test_a_damaged_adapter_is_one_sentence(finished: Path, pool: Path, tmp_path:
         path.write_bytes(path.read_bytes()[:1000])
     else:
         path.unlink()
+    if damage == "pipe":
+        os.mkfifo(path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"image": str(pool / "0.png"), "question": "How many?", "answer": "1"}))
     code, printed = command("eval", out, "--data", rows)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 pytest.importorskip("vllm")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -25,6 +30,7 @@ from ireasoner.rollouts import vllm
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.vllm import VllmEngine, VllmError
 from ireasoner.studies.doctor import fill_adapters
+from ireasoner.training.recorder import read_episodes
 from models import load, padded, requests, sample
 
 QUESTIONS = ("Which bar is the tallest?", "Is red more than blue?", "Where?")
@@ -117,3 +123,27 @@ def test_a_run(tmp_path: Path):
         assert row["sampler_gap/solver"] < 1e-4
     assert metrics[2]["kl/solver"] > 0
     assert "sampler_gap/proposer" in metrics[1]
+
+
+def test_a_run_that_is_killed_at_a_random_moment_ends_like_one_that_is_not(tmp_path: Path):
+    dataset.write_unlabeled(tmp_path / "images", 6, "chalk")
+    begin = [sys.executable, "-m", "ireasoner", "train", "--images", str(tmp_path / "images"), "--model", "tiny"]
+    begin += ["--engine", "vllm", "--device", "cpu", "--steps", "3", "--images-per-step", "2", "--save-every", "1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*begin, "--out", str(whole)], check=True)
+    delay = random.uniform(0, 2)
+    print("killed after", delay)  # shown if this fails
+    with subprocess.Popen([*begin, "--out", str(killed)]) as process:
+        while process.poll() is None and not (killed / "checkpoints" / "step-000001").exists():
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.kill()
+    subprocess.run([sys.executable, "-m", "ireasoner", "train", "--resume", str(killed)], check=True)
+    for one, other in zip(read_episodes(killed), read_episodes(whole), strict=True):
+        assert (one.step, one.image, one.question) == (other.step, other.image, other.question)
+        assert [t.text for t in one.trajectories] == [t.text for t in other.trajectories]
+    for role in ROLES:
+        place = Path("checkpoints", "step-000003", role, "adapter_model.safetensors")
+        mine, theirs = (load_file(run / place) for run in (killed, whole))
+        for name, tensor in mine.items():
+            torch.testing.assert_close(tensor, theirs[name], atol=2e-5, rtol=0)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ireasoner import __version__
 from ireasoner.app.command import Parser, add_command, parsed
 from ireasoner.app.commands import COMMANDS, PROGRAM
-from ireasoner.app.display import quiet_libraries
+from ireasoner.app.display import plain, quiet_libraries
 from ireasoner.method.types import UsageError
 
 # Options by the names that they have elsewhere in the field.
@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return parsed(COMMANDS[given.pop("command")], given).run()
     except UsageError as error:
         rank = os.environ.get("RANK", "0")  # of several processes of one run
-        print(f"{PROGRAM}: {error}" if rank == "0" else f"{PROGRAM}, process {rank}: {error}", file=sys.stderr)
+        said = plain(str(error), 2000)  # it may quote a run directory of somebody else
+        print(f"{PROGRAM}: {said}" if rank == "0" else f"{PROGRAM}, process {rank}: {said}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read the output has gone, as in `ireasoner eval … | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

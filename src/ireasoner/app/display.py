@@ -125,7 +125,7 @@ class Display:
 
     def say(self, message: str) -> None:
         """One line that stays."""
-        self.console.print(Text(message), soft_wrap=self.live is None)
+        self.console.print(Text(plain(message, 2000)), soft_wrap=self.live is None)
 
     def on_start(self, config: Config, first_step: int) -> None:
         self.progress.update(self.task, completed=first_step - 1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ireasoner.app.display import plain
 from ireasoner.method.types import Role, UsageError
 from ireasoner.training.checkpoints import verify_checkpoint
 from ireasoner.training.config import Config, load_config, resolve
@@ -96,5 +97,6 @@ def evaluate_target(
     if target.adapters:
         policy.load_adapters(target.adapters, ["solver"])
     elif target.run:
-        print(f"{target.run} learned nothing and has no adapter: its model {config.model} is scored.", file=sys.stderr)
+        model = plain(config.model)
+        print(f"{target.run} learned nothing and has no adapter: its model {model} is scored.", file=sys.stderr)
     return evaluate(policy, questions, role, config.sampling, options, truth=truth)

@@ -106,8 +106,11 @@ class Policy:
             ModelError: the adapters do not fit this backbone.
         """
         for role in roles:
+            path = folder / role / "adapter_model.safetensors"
             try:
-                tensors = load_file(folder / role / "adapter_model.safetensors")
+                if not path.is_file():  # opening a named pipe would wait for ever
+                    raise OSError(f"{path.name} is missing or is not a file")
+                tensors = load_file(path)
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"the adapter in {folder / role} cannot be read: {error}") from None
             expected = len(self.parameters(role))

@@ -69,6 +69,8 @@ def finished(config: Config, out: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        if not path.is_file():  # reading a named pipe would wait for ever
+            raise ValueError
         summary = json.loads(path.read_text("utf-8"))
         steps, ended_itself = int(summary["steps"]), bool(summary["stopped_early"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

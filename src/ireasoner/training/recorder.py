@@ -195,7 +195,10 @@ def writer_lock(run_dir: Path) -> Iterator[None]:
     """
     with _boundary(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("ab")  # opened without truncating it: it may be a link to another file
+        lock = run_dir / ".lock"
+        if lock.exists() and not lock.is_file():  # opening a named pipe would wait for ever
+            raise RunDirectoryError(f"{lock} is not a file: move it away")
+        file = lock.open("ab")  # opened without truncating it: it may be a link to another file
     with file:
         for _ in range(10):  # `is_locked` of another process holds the lock for a moment
             with _boundary(run_dir):
