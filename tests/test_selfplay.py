@@ -255,6 +255,20 @@ class Scripted:
         pass
 
 
+class Forgetful(Scripted):
+    """Leaves out the last of the groups that it is asked for."""
+
+    def sample(self, requests: Sequence[Any], role: Any, **options: Any) -> list[list[Completion]]:
+        return super().sample(requests, role, **options)[: -1 if role == "solver" else None]
+
+
+def test_an_engine_that_returns_too_few_groups_is_refused(policy: Policy, pictures: list[Image.Image]):
+    """The group would be missing from its episode and from what is trained, and nobody would see it."""
+    engine = Forgetful("<question>How many dots are there?</question>", "\\boxed{3}")
+    with pytest.raises(ValueError, match="zip"):
+        SelfPlay(policy, engine, config_of()).play(1, named(pictures[:2]))
+
+
 def test_a_group_is_scored_beside_what_was_said_of_other_images(policy: Policy, pictures: list[Image.Image]):
     """The claims of the other images alone, in the run's own form; truncated steps look alike from their start."""
     heard: list[Context] = []
