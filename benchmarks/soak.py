@@ -551,7 +551,7 @@ def main() -> int:
             soak_kills(run, place, seconds, counts)
             run += 1
             image = count_images(image, 3.0, arguments.keep, counts)
-            for _ in range(6):
+            for _ in range(12):
                 soak_directory(directory, place, counts)
                 directory += 1
             text = count_texts(text, 3.0, counts)
