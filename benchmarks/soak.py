@@ -484,7 +484,7 @@ def broken_by_rewards(
 
 
 def soak_texts(first: int, seconds: float) -> int:
-    """Read groups of texts for so long, and print a line of JSON for each: number, texts, what they broke, what to tell."""
+    """Read groups of texts for so long; print a line of JSON for each: number, texts, what they broke, what to tell."""
     recipes = [
         resolve({"model": "tiny", "images": ".", "labels": "x", "recipe": name}).recipe for name in names("recipes")
     ]
