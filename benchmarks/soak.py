@@ -318,7 +318,8 @@ def damaged(kind: str, data: bytes, rng: random.Random) -> bytes:
         other = rng.randrange(len(data))
         return data[:start] + data[other : other + rng.randrange(1, 5000)] + data[start:]
     if kind == "long":
-        return data + rng.choice((b"\n", b" ", b"[", b"\0", data[start:] * 20)) * 100_000
+        piece = rng.choice((b"\n", b" ", b"[", b"\0", data[start:]))
+        return data + piece * (1_000_000 // len(piece))
     values = [*re.finditer(rb"(?<=: )[^\s,\]}]+", data)]
     if kind in ("value", "deep") and values:
         value = rng.choice(values)
