@@ -42,6 +42,7 @@ import soak_images
 
 from ireasoner.app.cli import main as ireasoner
 from ireasoner.method.answers import answer_key
+from ireasoner.method.memory import step_digest
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.texts import parse_question, parse_trajectory
@@ -317,7 +318,8 @@ def damaged(kind: str, data: bytes, rng: random.Random) -> bytes:
         other = rng.randrange(len(data))
         return data[:start] + data[other : other + rng.randrange(1, 5000)] + data[start:]
     if kind == "long":
-        return data + rng.choice((b"\n", b" ", b"[", b"\0", data[start:] * 20)) * 100_000
+        piece = rng.choice((b"\n", b" ", b"[", b"\0", data[start:]))
+        return data + piece * (1_000_000 // len(piece))
     values = [*re.finditer(rb"(?<=: )[^\s,\]}]+", data)]
     if kind in ("value", "deep") and values:
         value = rng.choice(values)
@@ -446,7 +448,7 @@ def broken_by_texts(number: int, recipes: list[Recipe]) -> tuple[int, list[str]]
     texts = [reply(rng) for _ in range(rng.choice((1, 2, 5, 8)))]
     question, form = rng.choice((*QUESTIONS, hostile(rng))), rng.choice(("tags", "boxed", "answer-line"))
     ends: list[FinishReason] = [rng.choice(("stop", "stop", "stop", "length")) for _ in texts]
-    memory = [frozenset(rng.choices(("red", "bar", "x"), k=2)) for _ in range(3)]
+    memory = [frozenset(map(step_digest, rng.choices(("a", "a red", "x"), k=2))) for _ in range(3)]
     for text in texts:
         started = time.process_time()
         parse_question(text)
@@ -470,7 +472,7 @@ def broken_by_rewards(
 ) -> list[str]:
     """The promises that the rewards of a group under one recipe break."""
     context = Context(
-        form=form, finish_reasons=ends, step_weight=rng.random(), embed=letters, recent_claims=memory,
+        form=form, finish_reasons=ends, step_weight=rng.random(), embed=letters, recent_steps=memory,
         true_answer=rng.choice(("7", hostile(rng))), seed=(rng.randrange(100),),
     )  # fmt: skip
     started = time.process_time()
@@ -483,18 +485,18 @@ def broken_by_rewards(
 
 
 def soak_texts(first: int, seconds: float) -> int:
-    """Read groups of texts for so long, and print a line of JSON for each: its number, its texts, what they broke."""
+    """Read groups of texts for so long; print a line of JSON for each: number, texts, what they broke, what to tell."""
     recipes = [
         resolve({"model": "tiny", "images": ".", "labels": "x", "recipe": name}).recipe for name in names("recipes")
     ]
     number, end = first, time.monotonic() + seconds
     while time.monotonic() < end:
+        told = ""
         try:
             texts, broken = broken_by_texts(number, recipes)
         except Exception:
-            texts, broken = 1, ["tracebacks"]
-            traceback.print_exc()
-        print(json.dumps([number, texts, broken]), flush=True)
+            texts, broken, told = 1, ["tracebacks"], traceback.format_exc()
+        print(json.dumps([number, texts, broken, told]), flush=True)
         number += 1
     return 0
 
@@ -505,10 +507,10 @@ def soak_texts(first: int, seconds: float) -> int:
 def count_texts(first: int, seconds: float, counts: Counts) -> int:
     """Count what becomes of texts for so long; the number of the next group."""
     ended = forked(lambda: soak_texts(first, seconds))
-    rows = [json.loads(line) for line in ended.printed.splitlines() if re.fullmatch(r"\[\d+, \d+, \[.*\]\]", line)]
-    for number, texts, broken in rows:
+    rows = [json.loads(line) for line in ended.printed.splitlines() if re.fullmatch(r"\[\d+, \d+, \[.*\]", line)]
+    for number, texts, broken, told in rows:
         counts.cases["completions"] += texts - 1
-        counts.add("completions", broken, f"number {number}")
+        counts.add("completions", broken, f"number {number} {told}")
     if problems := ended.broken((0,)):
         counts.add("completions", problems, f"after number {rows[-1][0] if rows else first}: {ended.printed[-3000:]}")
     return rows[-1][0] + 1 if rows else first + 1
@@ -551,7 +553,7 @@ def main() -> int:
             soak_kills(run, place, seconds, counts)
             run += 1
             image = count_images(image, 3.0, arguments.keep, counts)
-            for _ in range(6):
+            for _ in range(12):
                 soak_directory(directory, place, counts)
                 directory += 1
             text = count_texts(text, 3.0, counts)
