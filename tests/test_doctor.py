@@ -81,10 +81,10 @@ def test_a_role_that_never_trains(monkeypatch: pytest.MonkeyPatch):
 def test_a_role_that_trains_the_other_too(monkeypatch: pytest.MonkeyPatch):
     update = Learner.update
 
-    def meddling(self: Learner, *args: Any) -> dict[str, float]:
+    def meddling(self: Learner, *args: Any, **kwargs: Any) -> dict[str, float]:
         with torch.no_grad():
             next(iter(self.policy.parameters("proposer").values())).mul_(1.001)
-        return update(self, *args)
+        return update(self, *args, **kwargs)
 
     monkeypatch.setattr(Learner, "update", meddling)
     assert failed() == {"the solver trains, and only it"}
