@@ -47,7 +47,7 @@ from ireasoner.training.config import dump_config, names, resolve
 from ireasoner.training.custom_reward import sha256_of
 from ireasoner.training.evaluation import EvaluationOptions
 from ireasoner.training.labelled import load_questions
-from ireasoner.training.recorder import writer_lock
+from ireasoner.training.recorder import read_episodes, writer_lock
 from ireasoner.training.statistics import half_width
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
@@ -330,9 +330,10 @@ def test_the_labels_of_the_world_are_true(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """A user's own images and questions."""
+    """A user's own images, and questions about one of them."""
     (tmp_path / "pool").mkdir()
-    Image.new("RGB", (84, 84), "red").save(tmp_path / "pool" / "a.png")
+    for name, colour in (("a", "red"), ("c", "green")):
+        Image.new("RGB", (84, 84), colour).save(tmp_path / "pool" / f"{name}.png")
     row = json.dumps({"image": "pool/a.png", "question": "Which color?", "answer": "red"})
     (tmp_path / "own.jsonl").write_text(f"{row}\n{row}\n")
     (tmp_path / "elsewhere.jsonl").write_text(row.replace("pool/a.png", str(_picture(tmp_path / "b.png"))))
@@ -572,6 +573,8 @@ def test_an_ablation_of_ones_own(own: Path, capsys: pytest.CaptureFixture[str]):
     assert "2 questions about 1 images of" in printed
     assert max(scores_of(out, "base-0")["tokens"]) == 9  # the base is scored at the scale of the arms
     assert not (out / "data").exists()
+    # What is asked about is not trained on.
+    assert {e.image for e in read_episodes(out / "mine-0")} == {"c.png"}
     (own / "mine.yaml").write_text("reward: format\n")
     assert "reward is discrete, not format" in mistake(capsys, out)
     (own / "own.jsonl").write_text((own / "own.jsonl").read_text().replace("red", "blue"))

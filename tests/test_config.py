@@ -92,7 +92,19 @@ def test_the_preset_follows_the_model_unless_named(model: str, preset: str):
 
 def test_recipe_and_preset_options_are_apart_and_together_with_the_runs_own_are_all():
     assert not set(RECIPE_OPTIONS) & set(PRESET_OPTIONS)
-    own = {"images", "max_image_pixels", "model", "recipe", "preset", "seed", "labels", "eval_data", "device", "engine"}
+    own = {
+        "images",
+        "max_image_pixels",
+        "model",
+        "recipe",
+        "preset",
+        "seed",
+        "labels",
+        "eval_data",
+        "held_out",
+        "device",
+        "engine",
+    }
     assert set(PATHS) == set(RECIPE_OPTIONS) | set(PRESET_OPTIONS) | own
     assert all(option(name).description for name in PATHS)
     assert set(resolve(NEEDED).flat()) == set(PATHS)

@@ -37,6 +37,7 @@ from ireasoner.training.statistics import MEASURES, numbered
 UNLABELED, VALIDATION, LABELS_PER_IMAGE = 512, 128, 4
 BISECTIONS = 6
 MAY_CHANGE = ("recipes", "seeds", "cooled")
+MOVABLE = ("images", "labels", "held_out", "model", "device", "recipe")  # options of an arm that another OUT changes
 QUICK_JOBS = 2
 QUICK: dict[str, Any] = {"seeds": 2, "questions": 256, "training": {"steps": "24"}}
 
@@ -115,10 +116,15 @@ def _differing(kept: Mapping[str, Any], given: Mapping[str, Any]) -> str:
 
 
 def arm_config(out: Path, settings: Settings, recipe: str, seed: int) -> Config:
-    """The config of one arm's run. Only a recipe whose reward reads labels is given any."""
+    """The config of one arm's run. Only a recipe whose reward reads labels is given any.
+
+    Images of the user's own questions are not trained on; the embedded world draws others for its questions anyway.
+    """
     labels = settings.labels or (None if settings.images else str(out / "data" / "labels.jsonl"))
     flags = {"images": settings.images or str(out / "data" / "unlabeled"), "model": settings.model, "seed": seed}
-    config = resolve({**settings.training, **flags, "recipe": recipe, **({"labels": labels} if labels else {})})
+    files = {"labels": labels, "held_out": settings.data}
+    flags |= {name: path for name, path in files.items() if path}
+    config = resolve({**settings.training, **flags, "recipe": recipe})
     return config if config.recipe.reward == "oracle" else config.model_copy(update={"labels": None})
 
 
@@ -184,7 +190,7 @@ def _check_run(run: Path, config: Config) -> None:
     if not (run / "config.yaml").exists():
         return
     stored, wanted = load_config(run / "config.yaml"), config.flat()
-    moved = stored.changed(**{name: wanted[name] for name in ("images", "labels", "model", "device", "recipe")})
+    moved = stored.changed(**{name: wanted[name] for name in MOVABLE})
     if differing := _differing(moved.flat(), wanted):
         raise UsageError(f"{run} was trained with other options ({differing}): choose another folder")
     if stored.reward_sha256 not in (None, sha256_of(config)):
@@ -204,7 +210,8 @@ def train_command(out: Path, settings: Settings, recipe: str, run: Path, seed: i
     if (run / "config.yaml").exists():
         return ["train", f"--resume={run}", *([f"--reward={config.recipe.reward}"] if names_a_file(config) else [])]
     options = {"out": run, **settings.training, "images": config.images, "model": settings.model, "recipe": recipe}
-    options |= {"seed": seed, **({"labels": config.labels} if config.labels else {})}
+    files = {"labels": config.labels, "held_out": config.held_out}
+    options |= {"seed": seed, **{name: path for name, path in files.items() if path}}
     command = ["train"]
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"

@@ -101,6 +101,8 @@ class Config(Options):
     eval_data: Path | None = None
     """JSONL file of held-out image, question, answer, to evaluate on before and after training; its images are not
     trained on."""
+    held_out: Path | None = None
+    """Another file of such questions, whose images are not trained on either, and which is not evaluated on."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """Who samples: transformers on the live policy, or vLLM beside it, where installed."""
     device: str = "auto"

@@ -130,7 +130,8 @@ def open_run(
         recorder.event(state["step"], text)
         observer.on_message(text)
     processes.wait()  # the other processes read the records below, so the main one must have finished rewinding them
-    held_out = {row.image for row in load_questions(config.eval_data)} if config.eval_data else set()
+    files = [path for path in (config.eval_data, config.held_out) if path]
+    held_out = {row.image for path in files for row in load_questions(path)}
     pool = ImagePool.scan(config.images, config.seed, config.max_image_pixels, processes, held_out)
     device = processes.device if processes.count > 1 else config.device
     policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
@@ -194,7 +195,7 @@ def load_labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, st
         if row.image in names:
             labels.setdefault(names[row.image], []).append((row.question, row.answer))
     if not labels:
-        unless = " that is not set aside for evaluation" if config.eval_data else ""
+        unless = " that is not set aside for evaluation" if config.eval_data or config.held_out else ""
         raise RunError(f"no question in {config.labels} is about an image in {config.images}{unless}")
     return labels
 
@@ -294,7 +295,7 @@ def _check_config(config: Config, checkpoint: Path) -> None:
     """
     kept = load_config(checkpoint / OPTIONS)
     now, before = ({**c.flat(), "reward_sha256": c.reward_sha256} for c in (config, kept))
-    moved = {name for name in ("images", "model", "labels", "eval_data") if now[name] and before[name]}
+    moved = {name for name in ("images", "model", "labels", "eval_data", "held_out") if now[name] and before[name]}
     may_differ = {"steps", "device", "recipe", *moved}  # of the recipe, the name; its options are compared
     changed = [name for name in now if now[name] != before[name] and name not in may_differ]
     if now["steps"] < before["steps"]:
