@@ -539,3 +539,12 @@ def test_the_held_out_files_of_the_world_can_be_evaluated(tmp_path: Path):
     path = dataset.write_questions(tmp_path / "test", 4, "varied")
     found = evaluate_target(find_target("tiny"), load_questions(path), device="cpu")
     assert len(found.greedy_texts) == 4
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("questions", [1, 2, 3, 7, 50])
+def test_the_interval_of_a_share_stays_between_0_and_1(value: float, questions: int):
+    mean, low, high = share_interval(np.full(questions, value), np.arange(questions))
+    assert mean == value
+    assert 0.0 <= low <= mean <= high <= 1.0
+    assert not str(low).startswith("-")
