@@ -69,7 +69,12 @@ def share_interval(values_Q: NDArray[np.float64], images_Q: NDArray[np.int64]) -
     total = count + quantile**2
     middle = (count * mean + quantile**2 / 2) / total
     half = quantile / total * np.sqrt(count * mean * (1 - mean) + quantile**2 / 4)
-    return mean, max(0.0, float(middle - half)), min(1.0, float(middle + half))  # rounding may go beyond
+    low, high = float(middle - half), float(middle + half)
+    return (
+        mean,
+        max(0.0, min(mean, low)),
+        min(1.0, max(mean, high)),
+    )  # where all are wrong or right, rounding goes beyond
 
 
 def difference_interval(values_Q: NDArray[np.float64], images_Q: NDArray[np.int64]) -> tuple[float, float, float]:
