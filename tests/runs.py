@@ -150,7 +150,7 @@ def played_run(path: Path, recipe: str = "default", steps: int = 4, images_per_s
         }
         for part, mean in parts.items()
     }
-    summary["before"] |= {"questions": 8}
+    summary["before"] |= {"questions": 8, "images": 4}
     recorder.write_text("summary.json", write_json({"stopped_early": False, "steps": steps, **summary}))
     recorder.write_text("versions.json", write_json({"ireasoner": "0", "torch": "0"}))
     (path / "checkpoints" / f"step-{steps:06d}").mkdir(parents=True)

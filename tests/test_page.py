@@ -129,7 +129,7 @@ def cell(mean: float, half: float = 0.125) -> dict[str, float]:
 
 
 def scored(recorder: HandMade, **differences: float) -> HandMade:
-    before = {"questions": 64, **{name: cell(0.25) for name in differences}}
+    before = {"questions": 64, "images": 32, **{name: cell(0.25) for name in differences}}
     after = {"questions": 64, **{name: cell(0.25 + change) for name, change in differences.items()}}
     difference = {name: cell(change) | {"p": 0.0123} for name, change in differences.items()}
     recorder.write_text("summary.json", write_json({"before": before, "after": after, "difference": difference}))

@@ -586,7 +586,7 @@ def test_a_real_run_in_a_browser(viewed: tuple[str, int], browser: Browser):
     with tab(browser) as page:
         page.goto(viewed[0])
         assert page.locator("#state").inner_text() == "finished"
-        assert "8 held-out questions" in page.locator(".verdict").inner_text()
+        assert "8 held-out questions about 4 images" in page.locator(".verdict").inner_text()
         assert page.locator(".panel img").count() >= 11
         until(page, LOADED)
         articles = page.locator("article")

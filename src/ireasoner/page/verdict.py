@@ -40,10 +40,13 @@ class Interval(Record):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measure of held-out accuracy before and after training; the difference is paired by question."""
+    """One measure of held-out accuracy before and after training; the difference is paired by question.
+
+    `asked` says on how many questions, and about how many images if that is known.
+    """
 
     name: str
-    questions: int
+    asked: str
     before: Interval
     after: Interval
     difference: Interval
@@ -55,7 +58,8 @@ def comparisons(summary: Mapping[str, Any]) -> list[Comparison]:
     try:
         for name in [name for name in MEASURES if name in summary["difference"]]:  # the first one decides
             parts = [Interval.model_validate(summary[part][name]) for part in ("before", "after", "difference")]
-            found.append(Comparison(name, int(summary["before"]["questions"]), *parts))
+            asked, images = f"{int(summary['before']['questions'])} held-out questions", summary["before"].get("images")
+            found.append(Comparison(name, asked + (f" about {int(images)} images" if images else ""), *parts))
     except (KeyError, TypeError, ValueError, OverflowError):
         return []
     return found
@@ -136,7 +140,7 @@ def _judge_accuracy(found: Sequence[Comparison]) -> Verdict | None:
     before, after = first.before.percent[0], first.after.percent[0]
     mean, low, high = first.difference.percent
     told = f"{first.name} accuracy {before:.1f} % → {after:.1f} % ({mean:+.1f} points, 95 % interval {low:+.1f} to "
-    told += f"{high:+.1f}) on {first.questions} held-out questions"
+    told += f"{high:+.1f}) on {first.asked}"
     rest = [
         f"{', '.join(names)} {words}"
         for direction, words in ((1, "rose"), (-1, "fell"), (0, "did not clearly move"))
