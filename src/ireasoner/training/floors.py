@@ -47,7 +47,7 @@ def _above(bound: float) -> Callable[[float], bool]:
 
 # In the order of cause and effect: where questions cannot be read there are no solutions, and without solutions no
 # rewards. The runs of docs/experiments.md that learn stay far from all of these: their readable share is above 0.9 and
-# their KL below 0.3. Rewards that are all zero are given more time, because true answers to hard questions may be rare.
+# their KL below 0.1. Rewards that are all zero are given more time, because true answers to hard questions may be rare.
 FLOORS = (
     Floor("finite", "gradients are not finite, and such updates are left out", _at_most(0.5), _at_most(0.5), 10),
     Floor("readable_questions", "hardly any question can be read", _at_most(0.1), _at_most(0.02)),
