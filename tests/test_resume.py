@@ -222,6 +222,18 @@ def test_a_damaged_adapter_is_one_sentence(finished: Path, pool: Path, tmp_path:
     assert f"the adapter in {out / 'solver'} cannot be read" in printed
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-000003"])
+def test_links_that_form_a_loop_are_one_sentence(finished: Path, pool: Path, tmp_path: Path, name: str):
+    out, rows = tmp_path / "run", tmp_path / "rows.jsonl"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / name)
+    (out / name).symlink_to(out / name)
+    rows.write_text(json.dumps({"image": str(pool / "0.png"), "question": "How many?", "answer": "1"}))
+    code, printed = command("eval", out / "checkpoints" / "step-000003", "--data", rows)
+    assert code == 2, printed
+    assert printed.startswith("ireasoner: ")
+
+
 def test_what_a_kill_left_of_the_last_save_is_removed(stopped: Path):
     """A kill between the new checkpoint's name and the removal of the older ones: no further save comes."""
     root = stopped / "checkpoints"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ def find_target(name: str, preset: str | None = None) -> Target:
         config = resolve({"model": name, "images": ".", **({"preset": preset} if preset else {})})
         return Target(name, None, config, None)
     if run != path and (problem := verify_checkpoint(path)):
-        held = ", ".join(sorted(found.name for found in path.resolve().parent.glob("step-*")))
+        held = ", ".join(sorted(found.name for found in Path(os.path.realpath(path)).parent.glob("step-*")))
         raise UsageError(f"the checkpoint {path} cannot be used: {problem}; there are {held}")
     has_solver = (path / "solver").is_dir()
     if not has_solver and not (run / "summary.json").exists():
@@ -65,7 +66,8 @@ def find_target(name: str, preset: str | None = None) -> Target:
 
 def _run_of(path: Path) -> Path | None:
     """The run directory that a path is itself, or that it is a checkpoint of; None for anything else."""
-    run = path.resolve().parent.parent if re.fullmatch(r"step-\d+", path.name) else path
+    # Not Path.resolve, which raises where links form a loop.
+    run = Path(os.path.realpath(path)).parent.parent if re.fullmatch(r"step-\d+", path.name) else path
     return run if (run / "config.yaml").is_file() else None
 
 

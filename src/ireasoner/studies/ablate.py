@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -162,7 +163,7 @@ def prepare(out: Path, settings: Settings) -> None:
     configs = {arm: arm_config(out, settings, recipe, 0) for arm, recipe in arm_names(settings.recipes).items()}
     load_processor(settings.model)
     if settings.images:
-        if out.resolve().is_relative_to(Path(settings.images).resolve()):
+        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(settings.images)):
             raise UsageError(f"{out} lies inside the image folder {settings.images}: choose another folder")
         load_questions(questions_file(out, settings), settings.questions, step_truth)
         pool = ImagePool.scan(settings.images, 0)

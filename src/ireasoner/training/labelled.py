@@ -86,7 +86,7 @@ def _question(line: str, folder: Path, where: str, truth: StepTruth | None) -> L
         image = (folder / name).resolve()
         if not image.is_file():
             raise ValueError
-    except (OSError, ValueError):
+    except (OSError, RuntimeError, ValueError):  # links that form a loop are a RuntimeError
         raise DataError(f"{where}: no image {name[:100]!r}") from None
     picture = row.get("picture") if isinstance(row.get("picture"), dict) else None
     if truth is not None and picture is not None:

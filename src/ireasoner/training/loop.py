@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def start(
     """
     if (out / "config.yaml").exists() or (out / "checkpoints").exists():
         raise RunError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
-    if out.resolve().is_relative_to(config.images.resolve()):
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(config.images)):
         raise RunError(
             f"{out} lies inside the image folder {config.images}, so its thumbnails would be trained on: "
             "choose another --out"
