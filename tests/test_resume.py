@@ -356,12 +356,17 @@ def test_before_is_measured_once_and_an_evaluation_that_fails_leaves_the_adapter
         assert summary[name] == whole[name]
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"questions_sha256": "x", "per_question": {}}'])
-def test_a_damaged_or_foreign_measurement_is_made_again(rows: Path, pool: Path, tmp_path: Path, content: str):
+@pytest.mark.parametrize("content", ["", "{}", '{"questions_sha256": "x", "per_question": {}}', "[]", None])
+def test_a_damaged_or_foreign_measurement_is_made_again(rows: Path, pool: Path, tmp_path: Path, content: str | None):
+    """None: a named pipe in its place, which would be waited for."""
     out, config = tmp_path / "run", config_with(rows, pool)
     with pytest.raises(RuntimeError):
         start(config, out, Evaluations("after", fail))
-    (out / "before.json").write_text(content)
+    if content is None:
+        (out / "before.json").unlink()
+        os.mkfifo(out / "before.json")
+    else:
+        (out / "before.json").write_text(content)
     again = Evaluations()
     assert resume(config, out, again).complete
     assert again.seen == {"before": 1, "after": 1}

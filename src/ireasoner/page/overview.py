@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ireasoner.method.types import UsageError
-from ireasoner.page.run import read_json, state_of
+from ireasoner.page.run import LONGEST_LINE, state_of
 from ireasoner.page.verdict import comparisons, learned_nothing
 from ireasoner.training.config import ConfigError, load_config
-from ireasoner.training.recorder import RunDirectoryError, read_records
+from ireasoner.training.recorder import RunDirectoryError, read_json, read_records
 
 DEPTH = 3  # levels of folders below the one that is searched
 
@@ -38,7 +38,7 @@ def _row(path: Path, name: str) -> tuple[float, list[str]] | None:
         except ConfigError as error:  # another version's run, or some other program's file
             row = [name, "unreadable", "", "", "", "", str(error)]
             return (began, row) if (path / "metrics.jsonl").exists() else None
-        summary, last = read_json(path / "summary.json"), _last_metrics(path / "metrics.jsonl")
+        summary, last = read_json(path / "summary.json", LONGEST_LINE), _last_metrics(path / "metrics.jsonl")
         state = state_of(path, summary)
     except (OSError, RunDirectoryError):
         return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from ireasoner.method.answers import answer_key
 from ireasoner.method.types import Episode, ProbeAnswer, Truth, UsageError
 from ireasoner.training.config import Config, ConfigError, load_config
-from ireasoner.training.recorder import is_locked
+from ireasoner.training.recorder import is_locked, read_json
 from ireasoner.training.watch import Watch
 
 # A run directory may come from anywhere. Nothing that we record comes near these bounds.
@@ -181,7 +180,7 @@ class RecordedRun:
                     self._begin()
                 for name, tail in self._tails.items():
                     self._read(name, tail)
-                self.summary = read_json(self.path / "summary.json")
+                self.summary = read_json(self.path / "summary.json", LONGEST_LINE)
         except (OSError, UsageError):  # deleted, unmounted, or replaced while it was being read
             self.gone = True
 
@@ -196,7 +195,7 @@ class RecordedRun:
 
     def versions(self) -> dict[str, str]:
         """Versions of the packages that the run started with; empty if it did not record them."""
-        return {str(key): str(value) for key, value in read_json(self.path / "versions.json").items()}
+        return {str(key): str(value) for key, value in read_json(self.path / "versions.json", LONGEST_LINE).items()}
 
     def thumbnail(self, name: str) -> Path | None:
         """One of the run's own thumbnails by its recorded name; None for anything outside the run's image folder."""
@@ -281,15 +280,6 @@ class RecordedRun:
         for i, (_, row) in enumerate(rows[:height]):
             found[i, : len(row)] = row
         return found
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a small JSON file; empty if the file is missing or holds something else."""
-    with suppress(OSError, ValueError, RecursionError):
-        if file.is_file() and file.stat().st_size < LONGEST_LINE:
-            found = json.loads(file.read_bytes())
-            return found if isinstance(found, dict) else {}
-    return {}
 
 
 def state_of(path: Path, summary: dict[str, Any]) -> State:

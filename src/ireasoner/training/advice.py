@@ -42,10 +42,10 @@ def differences(config: Config) -> list[tuple[str, Any, Any]] | None:
     if named["recipe"] not in names("recipes") or named["preset"] not in names("presets"):
         return None
     try:
-        usual = resolve(named).flat()
+        usual = resolve(named)
     except ConfigError:
         return None
-    return [(name, value, usual[name]) for name, value in options.items() if name not in named and value != usual[name]]
+    return [(name, *values) for name, values in config.differences(usual).items() if name not in named]
 
 
 def advice(config: Config) -> list[str]:

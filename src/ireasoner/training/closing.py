@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from ireasoner.method.types import ROLES, Role
 from ireasoner.training.checkpoints import apply_umask
 from ireasoner.training.config import Config
 from ireasoner.training.evaluation import EvaluationOptions, Scores, compare, evaluate
-from ireasoner.training.recorder import RunDirectoryError, write_json
+from ireasoner.training.recorder import RunDirectoryError, read_json, write_json
 from ireasoner.training.state import Run, RunError, go_back, tidy_checkpoints
 
 BEFORE = "before.json"
+LARGEST = 2**28  # bytes of a file of results that is read again
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pillow")
 
 
@@ -69,11 +71,9 @@ def finished(config: Config, out: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        if not path.is_file():  # reading a named pipe would wait for ever
-            raise ValueError
-        summary = json.loads(path.read_text("utf-8"))
+        summary = read_json(path, LARGEST)
         steps, ended_itself = int(summary["steps"]), bool(summary["stopped_early"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (KeyError, TypeError, ValueError):
         raise RunError(f"{path} is damaged: remove it, and the run is finished anew") from None
     return summary if ended_itself or steps >= config.schedule.steps else None
 
@@ -87,12 +87,10 @@ def scores_before(run: Run) -> Scores | None:
         return None
     told = json.dumps([[str(q.image), q.question, q.answer] for q in run.questions])
     digest = hashlib.sha256(told.encode()).hexdigest()
-    try:
-        kept = json.loads((run.out / BEFORE).read_text("utf-8"))
+    kept = read_json(run.out / BEFORE, LARGEST)
+    with suppress(KeyError, TypeError, ValueError, AttributeError):
         if kept["questions_sha256"] == digest:
             return Scores.of_questions(kept["per_question"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
     before = evaluate_role(run, "before", None)
     kept = {"questions_sha256": digest, "per_question": before.per_question()}
     run.recorder.write_text(BEFORE, write_json(kept))

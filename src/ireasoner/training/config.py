@@ -134,6 +134,11 @@ class Config(Options):
         values = self.model_dump()
         return {name: values[group][field] if group else values[field] for name, (group, field) in PATHS.items()}
 
+    def differences(self, other: Config) -> dict[str, tuple[Any, Any]]:
+        """The options that differ, by their own names, with the value here and the value there."""
+        here, there = self.flat(), other.flat()
+        return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
+
     def changed(self, **options: Any) -> Config:
         """A copy with other values of some options, by their own names. Raises `ConfigError` as `config_of` does."""
         kept = {"reward_sha256": self.reward_sha256, "planned_steps": self.planned_steps}
@@ -261,10 +266,9 @@ def dump_config(config: Config) -> str:
 
 def conflicts(stored: Config, flags: Mapping[str, Any]) -> list[str]:
     """A sentence about each flag that differs from a stored config. Such flags cannot be given to a resumed run."""
-    kept, given = stored.flat(), config_of({**stored.flat(), **flags}, flags).flat()
-    return [
-        f"{as_flag(name)} is {kept[name]} in the run, not {given[name]}" for name in flags if given[name] != kept[name]
-    ]
+    differing = stored.differences(config_of({**stored.flat(), **flags}, flags))
+    told = ((as_flag(name), *differing[name]) for name in flags if name in differing)
+    return [f"{flag} is {kept} in the run, not {given}" for flag, kept, given in told]
 
 
 _SHORT = reprlib.Repr()

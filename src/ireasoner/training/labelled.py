@@ -61,10 +61,10 @@ def load_questions(path: Path, limit: int | None = None, truth: StepTruth | None
             found.append(_question(line, path.parent, f"{path}, line {number}", truth))
     if not found:
         raise DataError(f"{path} holds no questions")
-    return found if limit is None else _draw(found, limit)
+    return found if limit is None else draw_questions(found, limit)
 
 
-def _draw(questions: Sequence[LabelledQuestion], limit: int) -> list[LabelledQuestion]:
+def draw_questions(questions: Sequence[LabelledQuestion], limit: int) -> list[LabelledQuestion]:
     """So many of the questions, as `load_questions` draws them."""
     turns, of_image = {}, Counter[Path]()
     for i in np.random.default_rng(0).permutation(len(questions)).tolist():

@@ -148,10 +148,10 @@ def _run(
             while run.step < config.schedule.steps and run.alarm is None:
                 if processes.any(run.stop_asked()):  # all processes must stop after the same step
                     save(run)
-                    raise Stopped
+                    return Outcome(run.step, False, None)
                 advance(run)
             return Outcome(run.step, True, finish(run, before))
-        except Stopped:
+        except Stopped:  # during an evaluation; what was trained has been saved
             return Outcome(run.step, False, None)
 
 

@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, Self, TypeGuard
 
@@ -280,6 +280,18 @@ def append_record(path: Path, record: Mapping[str, Any], *, sync: bool = False) 
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if sync:
             os.fsync(file.fileno())
+
+
+def read_json(file: Path, largest: int) -> dict[str, Any]:
+    """The object in a JSON file of at most `largest` bytes; empty if the file is missing or is anything else.
+
+    A named pipe, which would be waited for without end, is not opened.
+    """
+    with suppress(OSError, ValueError, RecursionError):
+        if file.is_file() and file.stat().st_size < largest:
+            found = json.loads(file.read_bytes())
+            return found if isinstance(found, dict) else {}
+    return {}
 
 
 def write_json(value: Any) -> str:

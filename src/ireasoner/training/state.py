@@ -28,7 +28,7 @@ from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.checkpoints import clear_remains, newest_checkpoint, prune, save_checkpoint
 from ireasoner.training.config import Config, dump_config, load_config
 from ireasoner.training.items import SET_ASIDE, ImagePool, Item
-from ireasoner.training.labelled import LabelledQuestion, StepTruth, load_questions
+from ireasoner.training.labelled import LabelledQuestion, StepTruth, draw_questions, load_questions
 from ireasoner.training.recorder import Recorder, read_episodes, read_records
 from ireasoner.training.selfplay import SelfPlay
 from ireasoner.training.watch import Alarm, Signals, Watch
@@ -130,8 +130,8 @@ def open_run(
         recorder.event(state["step"], text)
         observer.on_message(text)
     processes.wait()  # the other processes read the records below, so the main one must have finished rewinding them
-    files = [path for path in (config.eval_data, config.held_out) if path]
-    held_out = {row.image for path in files for row in load_questions(path)}
+    questions = load_questions(config.eval_data, truth=truth) if config.eval_data else []
+    held_out = {q.image for q in (*questions, *(load_questions(config.held_out) if config.held_out else ()))}
     pool = ImagePool.scan(config.images, config.seed, config.max_image_pixels, processes, held_out)
     device = processes.device if processes.count > 1 else config.device
     policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
@@ -151,7 +151,7 @@ def open_run(
         learners={role: Learner(policy, role, config.recipe, config.optimizer, processes) for role in ROLES},
         watch=Watch(config),
         signals=Signals(config.watch.watch_window * config.schedule.images_per_step),
-        questions=load_questions(config.eval_data, config.schedule.eval_questions, truth) if config.eval_data else [],
+        questions=draw_questions(questions, config.schedule.eval_questions),
         truth=truth,
         step=state["step"],
         elapsed=state["elapsed"],
@@ -294,14 +294,18 @@ def _check_config(config: Config, checkpoint: Path) -> None:
         UsageError: an option was changed meanwhile, for example because a line of `config.yaml` was lost.
     """
     kept = load_config(checkpoint / OPTIONS)
-    now, before = ({**c.flat(), "reward_sha256": c.reward_sha256} for c in (config, kept))
-    moved = {name for name in ("images", "model", "labels", "eval_data", "held_out") if now[name] and before[name]}
-    may_differ = {"steps", "device", "recipe", *moved}  # of the recipe, the name; its options are compared
-    changed = [name for name in now if now[name] != before[name] and name not in may_differ]
-    if now["steps"] < before["steps"]:
-        changed.append("steps")
+    changed = config.differences(kept)
+    if config.reward_sha256 != kept.reward_sha256:
+        changed["reward_sha256"] = (config.reward_sha256, kept.reward_sha256)
+    for name in ("images", "model", "labels", "eval_data", "held_out"):
+        if all(changed.get(name, ())):  # moved, and neither lost nor added
+            changed.pop(name, None)
+    for name in ("device", "recipe"):  # of the recipe, the name; its options are compared
+        changed.pop(name, None)
+    if config.schedule.steps > kept.schedule.steps:
+        del changed["steps"]
     if changed:
-        told = "; ".join(f"{name} is {now[name]}, and was {before[name]}" for name in changed)
+        told = "; ".join(f"{name} is {now}, and was {before}" for name, (now, before) in changed.items())
         raise RunError(
             f"config.yaml was changed since {checkpoint} was saved: {told}; the old ones are in its options.yaml"
         )
