@@ -9,7 +9,7 @@ In turns:
 - Damaged image files are decoded (`soak_images.py`).
 - Run directories are damaged, and every command that reads one is tried on them. It must succeed or say in one sentence
   what is wrong (exit code 2), and no sound checkpoint may be lost.
-- Texts that a hostile model might write are read and rewarded under every recipe.
+- Texts that a hostile model might write are read in every form and rewarded, the recipes taking turns.
 
 What is tried runs in forked processes, so that it may hang, crash or fill the memory. The number of a case is the seed
 of its damage or texts: `--first` makes it again. Needs Linux.
@@ -68,6 +68,7 @@ OPTIONS: dict[str, Any] = {
     "keep_checkpoints": KEPT_CHECKPOINTS, "watch": False, "probe_every": 2, "probe_images": 1, "eval_questions": 2,
 }  # fmt: skip
 TIMES = {"elapsed", "training_seconds"}  # keys of `state.json` and `summary.json` that depend on the clock
+KINDS = ("kills", "images", "directories", "completions")
 BROKEN = ("wrong", "lost", "slow", "over 600 MB", "tracebacks")
 
 
@@ -231,7 +232,7 @@ def soak_kills(number: int, place: Path, seconds: float, counts: Counts) -> None
     """
     rng, out = random.Random(number), place / "killed"
     shutil.rmtree(out, ignore_errors=True)
-    for _ in range(rng.randint(2, 8)):
+    for _ in range(rng.randint(2, 20)):
         at, saving = rng.uniform(0, seconds), rng.random() < 0.5
         delay = rng.choice((0, 0.003, 0.01)) if saving else 0.0
         due: list[float] = []
@@ -442,8 +443,8 @@ def letters(texts: Any) -> np.ndarray:
     return counts / np.maximum(1e-9, np.linalg.norm(counts, axis=1, keepdims=True))
 
 
-def broken_by_texts(number: int, recipes: list[Recipe]) -> tuple[int, list[str]]:
-    """Read and reward a group of hostile texts; how many there were, and the promises that they broke."""
+def broken_by_texts(number: int, recipe: Recipe) -> tuple[int, list[str]]:
+    """Read a group of hostile texts and reward it; how many there were, and the promises that they broke."""
     rng, broken = random.Random(number), []
     texts = [reply(rng) for _ in range(rng.choice((1, 2, 5, 8)))]
     question, form = rng.choice((*QUESTIONS, hostile(rng))), rng.choice(("tags", "boxed", "answer-line"))
@@ -456,8 +457,7 @@ def broken_by_texts(number: int, recipes: list[Recipe]) -> tuple[int, list[str]]
             parse_trajectory(text, "stop", each)
         answer_key(text, question)
         broken += ["slow"] * (time.process_time() - started > SPARED + PER_CHARACTER * len(text + question))
-    for recipe in recipes:
-        broken += broken_by_rewards(recipe, question, texts, form, ends, memory, rng)
+    broken += broken_by_rewards(recipe, question, texts, form, ends, memory, rng)
     return len(texts), sorted(set(broken))
 
 
@@ -493,7 +493,7 @@ def soak_texts(first: int, seconds: float) -> int:
     while time.monotonic() < end:
         told = ""
         try:
-            texts, broken = broken_by_texts(number, recipes)
+            texts, broken = broken_by_texts(number, recipes[number % len(recipes)])
         except Exception:
             texts, broken, told = 1, ["tracebacks"], traceback.format_exc()
         print(json.dumps([number, texts, broken, told]), flush=True)
@@ -541,6 +541,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600.0, help="how long, at least (%(default)s)")
     parser.add_argument("--first", type=int, default=0, help="number of the first case of each kind (%(default)s)")
+    parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="kinds of cases (all)")
     parser.add_argument("--keep", type=Path, default=Path("soak-images"), help="for images that break a promise")
     arguments = parser.parse_args()
     end, counts = time.monotonic() + arguments.seconds, Counts()
@@ -549,14 +550,19 @@ def main() -> int:
         place = Path(folder)
         seconds = prepare(place)
         print(f"The run that the others are compared with took {seconds:.1f} s.", flush=True)
-        while run == arguments.first or time.monotonic() < end:
-            soak_kills(run, place, seconds, counts)
-            run += 1
-            image = count_images(image, 3.0, arguments.keep, counts)
-            for _ in range(12):
+        while True:
+            if "kills" in arguments.only:
+                soak_kills(run, place, seconds, counts)
+                run += 1
+            if "images" in arguments.only:
+                image = count_images(image, 3.0, arguments.keep, counts)
+            for _ in range(12 if "directories" in arguments.only else 0):
                 soak_directory(directory, place, counts)
                 directory += 1
-            text = count_texts(text, 3.0, counts)
+            if "completions" in arguments.only:
+                text = count_texts(text, 3.0, counts)
+            if time.monotonic() >= end:
+                break
     print(counts.table())
     return int(counts.broken.total() > 0)
 
