@@ -1,6 +1,6 @@
 """Kill runs, damage files and write hostile texts for as long as one likes, and count what comes of it.
 
-    python benchmarks/soak.py --seconds 600        (or: make soak SECONDS=600)
+    python benchmarks/soak.py --seconds 600        (or: make soak SECONDS=600; Ctrl-C ends it early)
 
 In turns:
 
@@ -18,6 +18,7 @@ of its damage or texts: `--first` makes it again. Needs Linux.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -39,6 +41,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVI
 
 import numpy as np
 import soak_images
+from tqdm import tqdm
 
 from ireasoner.app.cli import main as ireasoner
 from ireasoner.method.answers import answer_key
@@ -170,6 +173,8 @@ def prepare(place: Path) -> float:
     """
     dataset.write_unlabeled(place / "pool", 5, "chalk")
     dataset.write_questions(place / "test", 3, "chalk")
+    # tqdm's own lock is shared with forked processes: one that is killed while it holds it would block all later ones.
+    tqdm.set_lock(threading.RLock())
     load_policy("tiny", BackboneOptions(dtype="float32"), device="cpu", seed=0)  # imports what the children need
     started = time.monotonic()
     ended = forked(lambda: train(place, place / "finished"))
@@ -546,7 +551,7 @@ def main() -> int:
     arguments = parser.parse_args()
     end, counts = time.monotonic() + arguments.seconds, Counts()
     run = directory = image = text = arguments.first
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         seconds = prepare(place)
         print(f"The run that the others are compared with took {seconds:.1f} s.", flush=True)
