@@ -9,9 +9,11 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
@@ -26,10 +28,17 @@ from ireasoner.training.labelled import answer_prior, load_questions, prior_line
 from ireasoner.training.recorder import write_json
 from ireasoner.training.watch import ENDED_ITSELF
 
+if TYPE_CHECKING:  # this imports torch
+    from ireasoner.studies.doctor import Finding
+
 PROGRAM = "ireasoner"
 Style = Literal["chalk", "varied", "plain"]
 Split = Literal["validation", "test"]
 Seed = Annotated[int, Field(ge=0)]
+READ_WITH = (
+    "recipe", "preset", "seed", "eval_data", "held_out", "labels", "reward", "group_size", "max_question_tokens",
+    "max_solution_tokens", "solution_form", "proposer_prompt", "solver_prompt", "max_image_tokens", "max_image_pixels",
+)  # fmt: skip
 SCALE = ("preset", "device", "max_image_pixels", *(name for name in configs.PRESET_OPTIONS if name != "eval_questions"))
 
 
@@ -422,34 +431,57 @@ class Validity(Measurement):
         return 0
 
 
-class Doctor(Command):
+class Doctor(Measurement):
     """Check a model, in about a minute: that the update sees the image, that the reference is the frozen model, that
     updating a role changes that role's adapter and nothing else, that sampler and learner agree, and that only the
-    language model is trainable. Each check comes with its figure; the exit code is 1 if one fails. Nothing is
-    written."""
+    language model is trainable. Each check comes with its figure. With --images, the model then asks and answers about
+    the first images that a run would draw, four at most, as train would have it do with the same options: every text
+    is shown with how it was read and what it earned, and whether training can learn from such texts. The exit code is
+    1 if a check fails or the model cannot learn; nothing is trained, and nothing is written but the file that --json
+    names, which holds all texts in full."""
 
-    summary: ClassVar = "check that this model can be trained correctly on this machine"
+    model_config = ConfigDict(extra="allow")  # the options of a run, which `resolve` checks
+    summary: ClassVar = "check that this model can be trained correctly on this machine, and can learn from your images"
     positional: ClassVar = ("model",)
+    training_options: ClassVar = {"what train would be given (with --images)": READ_WITH}
     model: str
     """A folder, a hub id, or 'tiny'."""
+    images: Path | None = None
+    """Folder of your unlabeled images: read what the model asks and answers about some of them."""
     device: str = "auto"
     """One of auto, cpu, cuda and cuda:N."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the backbone (bfloat16 on a GPU, float32 on a CPU)."""
+    """Of the backbone (with --images the preset's; otherwise bfloat16 on a GPU, float32 on a CPU)."""
 
     def run(self) -> int:
+        config = self._config()  # a mistake in an option must not wait for the checks
         from ireasoner.model.backbone import resolve_device
         from ireasoner.studies.doctor import examine
 
         device = resolve_device(self.device)
-        dtype = self.dtype or ("float32" if device == "cpu" else "bfloat16")
-        print(f"{self.model} in {dtype} on {device}")
-        failed = 0
-        for finding in examine(self.model, dtype=dtype, device=device):
-            display.print_finding(finding)
-            failed += not finding.passed
+        dtype = config.backbone.dtype if config else self.dtype or ("float32" if device == "cpu" else "bfloat16")
+        print(f"{display.plain(self.model)} in {dtype} on {device}")
+        checks = _shown(examine(self.model, dtype=dtype, device=device))
+        failed = sum(not finding.passed for finding in checks)
         print(f"{failed} of the checks failed: do not train on this." if failed else "All checks passed.")
+        result: dict[str, Any] = {"model": self.model, "dtype": dtype, "checks": [asdict(check) for check in checks]}
+        if config is None:
+            print("What this model would write about your images was not looked at: name some with --images FOLDER.")
+        else:
+            result |= _read_and_judge(config)
+            failed += not result["can_learn"]
+        self.keep(result)
         return 1 if failed else 0
+
+    def _config(self) -> configs.Config | None:
+        """The config that train would have; None without images."""
+        given = self.model_extra or {}
+        if self.images is None:
+            if given:
+                raise UsageError(f"{', '.join(map(configs.as_flag, given))}: only with --images FOLDER")
+            return None
+        given = {**given, **({"dtype": self.dtype} if self.dtype else {})}
+        return configs.resolve({**given, "model": self.model, "images": str(self.images), "device": self.device})
 
 
 class Bench(Measurement):
@@ -528,6 +560,48 @@ COMMANDS: dict[str, type[Command]] = {
     command.__name__.lower(): command
     for command in (Train, Demo, Eval, Label, Ablate, View, Report, Runs, Validity, Doctor, Bench, Playground)
 }
+
+
+def _shown(findings: Iterable[Finding]) -> list[Finding]:
+    """The doctor's findings, each printed as soon as it is made."""
+    found = []
+    for finding in findings:
+        display.print_finding(finding)
+        found.append(finding)
+    return found
+
+
+def _read_and_judge(config: configs.Config) -> dict[str, Any]:
+    """Show what the model writes about some images and whether it can learn from that; the result, ready for JSON."""
+    from ireasoner.studies import reading
+    from ireasoner.training.items import first_skips, set_aside_line
+
+    found = reading.read(config)
+    display.print_text(
+        f"\nWhat it writes about {len(found.episodes)} images of {display.plain(str(config.images))}: recipe "
+        f"{display.plain(config.recipe.name)}, preset {display.plain(config.preset)}, {config.sampling.group_size} "
+        "solutions of a question"
+    )
+    for episode in found.episodes:
+        display.print_episode(episode, config)
+    display.print_text("")
+    if found.skipped:
+        display.print_text(f"Images that cannot be used: {display.plain(first_skips(found.skipped), 1000)}.")
+    if config.eval_data or config.held_out:
+        display.print_text(set_aside_line(found.set_aside))
+    findings = _shown(reading.judge(config, found.episodes))
+    sentences = reading.verdict(config, findings)
+    display.print_text("")
+    for sentence in sentences:
+        display.print_text(display.plain(sentence, 1000))
+    return {
+        "can_learn": all(finding.passed for finding in findings),
+        "verdict": sentences,
+        "findings": [asdict(finding) for finding in findings],
+        "set_aside": found.set_aside,
+        "skipped": found.skipped,
+        "episodes": [episode.model_dump(mode="json") for episode in found.episodes],
+    }
 
 
 def _print_command(*words: object) -> None:

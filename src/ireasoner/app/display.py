@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ireasoner.method.types import Episode
+from ireasoner.method.types import Episode, Sampled
 from ireasoner.training.config import Config
 
 if TYPE_CHECKING:  # these import torch
@@ -35,6 +35,7 @@ SHOWN = {
     "kl/solver": "KL",
     "well_formed/solver": "well-formed",
 }
+WIDE = 300  # characters of a text that are shown where all of it is in a file
 OTHER_ROWS = {
     "answer_entropy": "entropy",
     "well_formed": "readable",
@@ -73,9 +74,37 @@ def vote_line(episode: Episode) -> str:
     """An episode in one line: image, question, and how the group voted."""
     if not episode.trajectories:
         return plain(f"{episode.image}: unreadable question ({episode.question.problem})")
+    return f"{plain(episode.image, 30)}: {plain(episode.question.text, 80)} -> {_tally(episode)}"
+
+
+def print_episode(episode: Episode, config: Config) -> None:
+    """What the model wrote about an image, how each text was read, how the group voted, and what it was paid."""
+    question, proposal, sampling = episode.question, episode.proposal, config.sampling
+    print_text(f"\n{plain(episode.image)}")
+    print_text(f"  question: {plain(question.text, WIDE) if question.well_formed else f'not read: {question.problem}'}")
+    if proposal is not None:
+        print_text(f"    {_length(proposal, sampling.max_question_tokens)}; reward {episode.proposer_reward:.3f}")
+        print_text(f"    text: {plain(proposal.text, WIDE)}")
+    if episode.trajectories:
+        print_text(f"  vote: {_tally(episode)}")
+    for number, t in enumerate(episode.trajectories, 1):
+        answer = f"answer {plain(t.answer or '', 60)} (compared as {plain(t.answer_key or '', 60)})"
+        print_text(f"  solution {number}: {answer if t.well_formed else f'not read: {t.problem}'}")
+        print_text(f"    {_length(t, sampling.max_solution_tokens)}; reward {t.reward:.3f}")
+        if t.reasoning_steps:
+            steps = " | ".join(plain(step, 80) for step in t.reasoning_steps)
+            print_text(f"    reasoning steps: {len(t.reasoning_steps)}: {plain(steps, WIDE)}")
+        print_text(f"    text: {plain(t.text, WIDE)}")
+
+
+def _length(written: Sampled, limit: int) -> str:
+    end = "ended by itself" if written.finish_reason == "stop" else "was cut off"
+    return f"{written.num_tokens} of {limit} tokens, {end}"
+
+
+def _tally(episode: Episode) -> str:
     votes = Counter(t.answer if t.answer is not None else "(unreadable)" for t in episode.trajectories)
-    tally = ", ".join(f"{plain(answer, 24)} x{count}" for answer, count in votes.most_common())
-    return f"{plain(episode.image, 30)}: {plain(episode.question.text, 80)} -> {tally}"
+    return ", ".join(f"{plain(answer, 24)} x{count}" for answer, count in votes.most_common())
 
 
 class Output(Console):
@@ -183,7 +212,7 @@ def print_finding(finding: Finding) -> None:
     verdict = Text("ok  ", "bold green") if finding.passed else Text("FAIL", "bold red")
     console = Console(highlight=False)
     console.print(verdict + Text(f"  {finding.name}", "bold"))
-    console.print(Text(f"      {finding.figure}"), soft_wrap=True)
+    console.print(Text(f"      {plain(finding.figure, 1000)}"), soft_wrap=True)
 
 
 def print_text(text: str) -> None:

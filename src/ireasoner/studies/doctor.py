@@ -47,11 +47,12 @@ KL_LIMITS = {"float32": 1e-3, "bfloat16": 0.25}  # difference of KL divergences,
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what must hold, whether it does, and the figure that shows it."""
+    """One check: what must hold, whether it does, the figure that shows it, and what to do about it if that is known."""
 
     name: str
     passed: bool
     figure: str
+    remedy: str = ""
 
 
 def pictures(size: int = 336) -> list[Image.Image]:

@@ -101,7 +101,7 @@ class ImagePool:
             del paths[name]
             skipped[name] = SET_ASIDE
         if not paths:
-            seen = f" (skipped: {_first_skips(skipped)})" if skipped else ""
+            seen = f" (skipped: {first_skips(skipped)})" if skipped else ""
             raise ImageError(f"No image in the folder {quoted(folder)}{seen}: point to a folder of images.")
         pool = cls(os.fspath(folder), seed, paths, skipped, max_pixels, processes)
         if len(set(processes.gather([pool._fingerprint], processes.count))) > 1:
@@ -114,6 +114,11 @@ class ImagePool:
     def __len__(self) -> int:
         """The number of images that have not failed to decode so far."""
         return len(self.names) - sum(name in self.paths for name in self.skipped)
+
+    @property
+    def set_aside(self) -> int:
+        """The number of images that are passed over because the evaluation data has the same."""
+        return list(self.skipped.values()).count(SET_ASIDE)
 
     def take(self, n: int) -> list[Item]:
         """Draw the next `n` images. When all have been drawn, the next epoch begins and they come again.
@@ -197,11 +202,16 @@ class ImagePool:
         if len(self) == 0:
             raise ImageError(
                 f"None of the {len(self.names)} images in {quoted(self._folder)} can be decoded "
-                f"({_first_skips(self.skipped)}): point to a folder of readable images."
+                f"({first_skips(self.skipped)}): point to a folder of readable images."
             )
 
 
-def _first_skips(skipped: Mapping[str, str]) -> str:
+def set_aside_line(count: int) -> str:
+    """How many images the pool shares with the evaluation data, as a sentence."""
+    return f"Images of the evaluation data that are set aside and not trained on: {count}."
+
+
+def first_skips(skipped: Mapping[str, str]) -> str:
     """The first three skips and their reasons, and the number of the others."""
     first = "; ".join(f"{name}: {reason}" for name, reason in islice(skipped.items(), 3))
     return f"{first}; and {len(skipped) - 3} more" if len(skipped) > 3 else first

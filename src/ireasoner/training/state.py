@@ -27,7 +27,7 @@ from ireasoner.rollouts.engine import Engine
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.checkpoints import clear_remains, newest_checkpoint, prune, save_checkpoint
 from ireasoner.training.config import Config, dump_config, load_config
-from ireasoner.training.items import SET_ASIDE, ImagePool, Item
+from ireasoner.training.items import ImagePool, Item, set_aside_line
 from ireasoner.training.labelled import LabelledQuestion, StepTruth, draw_questions, load_questions
 from ireasoner.training.recorder import Recorder, read_episodes, read_records
 from ireasoner.training.selfplay import SelfPlay
@@ -131,13 +131,10 @@ def open_run(
         observer.on_message(text)
     processes.wait()  # the other processes read the records below, so the main one must have finished rewinding them
     questions = load_questions(config.eval_data, truth=truth) if config.eval_data else []
-    held_out = {q.image for q in (*questions, *(load_questions(config.held_out) if config.held_out else ()))}
-    pool = ImagePool.scan(config.images, config.seed, config.max_image_pixels, processes, held_out)
-    device = processes.device if processes.count > 1 else config.device
-    policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
+    pool = open_pool(config, questions, processes)
+    selfplay = open_selfplay(config, pool, processes, reward)
+    policy = selfplay.policy
     observer.on_message(policy.describe() + ".")
-    engine = open_engine(config, policy, processes)
-    labels = load_labels(config, pool) if config.labels else None
     run = Run(
         config=config,
         out=out,
@@ -146,8 +143,8 @@ def open_run(
         processes=processes,
         pool=pool,
         policy=policy,
-        engine=engine,
-        selfplay=SelfPlay(policy, engine, config, labels, reward, processes),
+        engine=selfplay.engine,
+        selfplay=selfplay,
         learners={role: Learner(policy, role, config.recipe, config.optimizer, processes) for role in ROLES},
         watch=Watch(config),
         signals=Signals(config.watch.watch_window * config.schedule.images_per_step),
@@ -162,9 +159,45 @@ def open_run(
             _restore(run, checkpoint, state)
         except (KeyError, TypeError, ValueError) as error:  # a checkpoint that is whole, but not a run's
             raise RunError(f"{checkpoint} does not fit this run: {type(error).__name__}: {error}") from None
-    elif set_aside := list(pool.skipped.values()).count(SET_ASIDE):
-        run.tell(f"Images of the evaluation data that are set aside and not trained on: {set_aside}.")
+    elif pool.set_aside:
+        run.tell(set_aside_line(pool.set_aside))
     return run, checkpoint is not None
+
+
+def open_pool(config: Config, questions: Sequence[LabelledQuestion], processes: Processes = ALONE) -> ImagePool:
+    """The images of the config's folder, without those of the evaluation data.
+
+    Args:
+        config: names the folder, and maybe a file of further questions whose images are held out.
+        questions: those of the evaluation data, which have been read already.
+        processes: those that draw together.
+
+    Raises:
+        UsageError: the folder or the file cannot be used.
+    """
+    held_out = {q.image for q in (*questions, *(load_questions(config.held_out) if config.held_out else ()))}
+    return ImagePool.scan(config.images, config.seed, config.max_image_pixels, processes, held_out)
+
+
+def open_selfplay(
+    config: Config, pool: ImagePool, processes: Processes = ALONE, reward: RewardFunction | None = None
+) -> SelfPlay:
+    """Load the model with new adapters, and make the self-play of a run on it.
+
+    Args:
+        config: options of the run.
+        pool: the run's images; labelled questions are about these.
+        processes: those that play together.
+        reward: the reward function if it is the user's own.
+
+    Raises:
+        UsageError: the model, the engine or the labels cannot be used.
+    """
+    device = processes.device if processes.count > 1 else config.device
+    policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
+    engine = open_engine(config, policy, processes)
+    labels = load_labels(config, pool) if config.labels else None
+    return SelfPlay(policy, engine, config, labels, reward, processes)
 
 
 def open_engine(config: Config, policy: Policy, processes: Processes) -> Engine:

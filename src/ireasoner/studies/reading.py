@@ -1,0 +1,256 @@
+"""Can this model learn here? What it asks and answers about a few of the user's images, before anything is trained.
+
+The images are the first that a run with the same config draws, and the run's own self-play plays them, in steps of as
+many images as the run takes. So what is read here is what training would see. Nothing is updated or written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median, pstdev
+from typing import Literal
+
+from ireasoner.method.texts import parse_trajectory
+from ireasoner.method.types import Episode, Form, Sampled, Trajectory
+from ireasoner.studies.doctor import Finding
+from ireasoner.training.advice import advice
+from ireasoner.training.config import Config, as_flag
+from ireasoner.training.custom_reward import load_reward, names_a_file
+from ireasoner.training.floors import FLOORS
+from ireasoner.training.items import SET_ASIDE
+from ireasoner.training.labelled import load_questions
+from ireasoner.training.state import open_pool, open_selfplay
+from ireasoner.training.teaching import gate
+from ireasoner.training.watch import repeated_share
+
+IMAGES = 4  # at most
+FORMS: tuple[Form, ...] = ("tags", "boxed", "answer-line")
+BOUNDS = {floor.signal: floor for floor in FLOORS}  # what ends a run or warns in it is a failed check here
+
+# Why a text could not be read: its form, although the model ended it or never began as it was asked to; that it was cut
+# off before its answer; or that it went on behind its answer, or in a loop.
+Cause = Literal["form", "length", "end"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model wrote about the first images that a run would draw.
+
+    `skipped` says why an image was passed over, by its name; `set_aside` of them are images of the evaluation data, and
+    not in `skipped`.
+    """
+
+    episodes: tuple[Episode, ...]
+    skipped: Mapping[str, str]
+    set_aside: int
+
+
+def read(config: Config) -> Reading:
+    """Play the first images of a run, at most `IMAGES`, with its self-play and without any update.
+
+    Raises:
+        UsageError: something that the config names cannot be used.
+    """
+    reward = load_reward(config)[0] if names_a_file(config) else None
+    pool = open_pool(config, load_questions(config.eval_data) if config.eval_data else [])
+    items = pool.peek(IMAGES)
+    selfplay = open_selfplay(config, pool, reward=reward)
+    size = config.schedule.images_per_step
+    steps = [items[start : start + size] for start in range(0, len(items), size)]
+    episodes = [episode for step, batch in enumerate(steps, 1) for episode in selfplay.play(step, batch).episodes]
+    skipped = {name: reason for name, reason in pool.skipped.items() if reason != SET_ASIDE}
+    return Reading(tuple(episodes), skipped, pool.set_aside)
+
+
+def judge(config: Config, episodes: Sequence[Episode]) -> list[Finding]:
+    """Whether these texts are of a kind that training can learn from: one finding for each thing that it takes.
+
+    Without a readable question there are no solutions, and nothing is said about them.
+    """
+    groups = [episode for episode in episodes if episode.trajectories]
+    trajectories = [trajectory for episode in groups for trajectory in episode.trajectories]
+    found = [_questions(config, episodes)]
+    if trajectories:
+        found.append(_solutions(config, trajectories))
+    found.append(_ends(config, [e.proposal for e in episodes if e.proposal], trajectories))
+    voting = [group for group in groups if len(_keys(group)) >= 2]
+    if voting and config.recipe.reward in ("agreement", "discrete"):
+        found.append(_votes(config, voting))
+    if trajectories:
+        found.append(_rewards(config, groups))
+    return found
+
+
+def verdict(config: Config, findings: Sequence[Finding]) -> list[str]:
+    """What follows from the findings, in sentences; the first one says whether the model can learn here."""
+    remedies = [finding.remedy for finding in findings if finding.remedy]
+    if all(finding.passed for finding in findings):
+        return ["This model can learn here.", *remedies]
+    return ["This model cannot learn here.", *remedies, *advice(config)]
+
+
+# --- the findings -----------------------------------------------------------------------------------------------------
+
+
+def _questions(config: Config, episodes: Sequence[Episode]) -> Finding:
+    problems = [e.question.problem for e in episodes]
+    causes = [_cause_of_question(e.proposal) for e in episodes if e.proposal and e.question.problem]
+    distinct = len({e.question.text for e in episodes if e.question.well_formed})
+    remedies: dict[Cause, str] = {
+        "length": _longer(config, "max_question_tokens"),
+        "form": "what the model writes is not what --proposer-prompt asks for, which must have the form "
+        "<question>…</question><rationale>…</rationale>; ask in other words, or take a larger or an instruction-tuned "
+        "model",
+        "end": ENDLESS,
+    }
+    return _readable("readable_questions", problems, causes, remedies, f", {distinct} of them different")
+
+
+def _solutions(config: Config, trajectories: Sequence[Trajectory]) -> Finding:
+    sampling = config.sampling
+    causes = [_cause_of_solution(t, sampling.solution_form) for t in trajectories if t.problem]
+    elsewhere = {
+        form: sum(parse_trajectory(t.text, t.finish_reason, form).well_formed for t in trajectories) for form in FORMS
+    }
+    readable = elsewhere.pop(sampling.solution_form)
+    best, count = max(elsewhere.items(), key=lambda item: item[1])
+    remedies: dict[Cause, str] = {
+        "length": _longer(config, "max_solution_tokens"),
+        "form": "what the model writes is not what --solver-prompt asks for and --solution-form "
+        f"{sampling.solution_form} reads; "
+        + (
+            f"with --solution-form {best}, {count} of {len(trajectories)} could be read as they are"
+            if count > readable
+            else "ask in other words, or take a larger or an instruction-tuned model"
+        ),
+        "end": ENDLESS,
+    }
+    return _readable("readable", [t.problem for t in trajectories], causes, remedies)
+
+
+ENDLESS = (
+    "the model goes on without ending its texts; take an instruction-tuned model, and see that the eos_token_id in its "
+    "generation_config.json is the token that ends a turn of its chat template"
+)
+
+
+def _longer(config: Config, name: str) -> str:
+    """What to do where texts are cut off before they have said everything."""
+    return f"the model is cut off before it has said everything; raise {as_flag(name)}, which is {config.flat()[name]}"
+
+
+def _readable(
+    signal: Literal["readable_questions", "readable"],
+    problems: Sequence[str | None],
+    causes: Sequence[Cause],
+    remedies: Mapping[Cause, str],
+    more: str = "",
+) -> Finding:
+    """How many of the questions or solutions can be read; what to do if most cannot.
+
+    Args:
+        signal: whose floor decides.
+        problems: of all texts; None where it could be read.
+        causes: of the model's own unreadable texts. Questions from labels have none.
+        remedies: what to do about each.
+        more: is added to the figure.
+    """
+    what, read = ("questions" if signal == "readable_questions" else "solutions"), problems.count(None)
+    figure, remedy = f"{read} of {len(problems)}{more}", ""
+    if read < len(problems):
+        ((problem, count),) = Counter(p for p in problems if p).most_common(1)
+        figure += f"; what is wrong most often: {problem} ({count})"
+    passed = not BOUNDS[signal].warns(read / len(problems))
+    if 2 * read < len(problems):
+        meaning = f"most {what} cannot be read" if passed else BOUNDS[signal].meaning
+        why = f", because {remedies[Counter(causes).most_common(1)[0][0]]}" if causes else f" ({problem})"
+        remedy = _sentence(meaning + why)
+    return Finding(f"its {what} can be read", passed, figure, remedy)
+
+
+def _ends(config: Config, proposals: Sequence[Sampled], trajectories: Sequence[Sampled]) -> Finding:
+    """Whether texts end before they are cut off. What to do is said with those that cannot be read for it."""
+    told, passed, sampling = [], True, config.sampling
+    limits = (sampling.max_question_tokens, sampling.max_solution_tokens)
+    for what, texts, limit in zip(("questions", "solutions"), (proposals, trajectories), limits, strict=True):
+        if texts:
+            ended = sum(text.finish_reason == "stop" for text in texts)
+            passed &= not BOUNDS["readable"].warns(ended / len(texts))
+            tokens = [text.num_tokens for text in texts]
+            used = f"{median(tokens):g} tokens in the median and {max(tokens)} at most, of {limit} allowed"
+            told.append(f"{ended} of {len(texts)} {what}; they take {used}")
+    return Finding("its texts end by themselves", passed, "; and ".join(told))
+
+
+def _votes(config: Config, groups: Sequence[Episode]) -> Finding:
+    """Whether the answers of a group agree in part. That they all agree may pass, so it is told and no fault."""
+    shares = [group.majority_fraction for group in groups]
+    unanimous = sum(BOUNDS["majority_fraction"].warns(share) for share in shares)
+    apart = sum(max(Counter(_keys(group)).values(), default=0) < 2 for group in groups)
+    figure = f"of {len(groups)} groups with two answers or more, {unanimous} agree entirely and {apart} not at all; "
+    figure += f"the most frequent answer has {100 * sum(shares) / len(shares):.0f} % of a group in the mean"
+    passed, remedy = True, ""
+    if apart == len(groups):
+        passed = False
+        remedy = "No two answers of a group agree, so that votes say nothing: have --proposer-prompt ask for questions "
+        remedy += "with one short answer, or take a model that sees better."
+    elif unanimous == len(groups):
+        remedy = f"{_sentence(BOUNDS['majority_fraction'].meaning)} Harder questions divide it: see --proposer-prompt."
+    return Finding("its answers can be voted on", passed, figure, remedy)
+
+
+def _rewards(config: Config, groups: Sequence[Episode]) -> Finding:
+    """Whether rewards tell a group's solutions apart, by more than their length."""
+    kept = [group for group in groups if gate(config, group.majority_fraction) == "kept"]
+    spreads = [pstdev(_paid_but_for_length(t) for t in group.trajectories) for group in kept]
+    telling = sum(not BOUNDS["advantage_std"].warns(spread) for spread in spreads)
+    earned = [reward for group in groups for reward in group.rewards]
+    figure = f"in {telling} of {len(groups)} groups, by more than the length of the text; rewards from "
+    figure += f"{min(earned):.3f} to {max(earned):.3f}"
+    if len(kept) < len(groups):
+        figure += f"; {len(groups) - len(kept)} groups are outside --gate-low and --gate-high and teach nothing"
+    remedy = "" if telling else "The solutions of a group all earn the same, so that there is nothing to learn from."
+    return Finding("its rewards tell solutions apart", telling > 0, figure, remedy)
+
+
+# --- one text ---------------------------------------------------------------------------------------------------------
+
+
+def _cause_of_question(proposal: Sampled) -> Cause:
+    text = proposal.text.lower()
+    return _cause(proposal, begun="<question>" in text, complete="</rationale>" in text)
+
+
+def _cause_of_solution(trajectory: Sampled, form: Form) -> Cause:
+    """In the forms without an opening tag, a text that was cut off counts as begun."""
+    problem = parse_trajectory(trajectory.text, "stop", form).problem  # as if it had ended there
+    complete = problem is None or not problem.startswith("no ")
+    return _cause(trajectory, begun=form != "tags" or "<think>" in trajectory.text.lower(), complete=complete)
+
+
+def _cause(written: Sampled, *, begun: bool, complete: bool) -> Cause:
+    """Why an unreadable text could not be read.
+
+    Args:
+        written: the text.
+        begun: whether it begins in the form that was asked for.
+        complete: whether it has all parts of this form.
+    """
+    if written.finish_reason == "stop" or not begun:
+        return "form"
+    return "end" if complete or BOUNDS["repetition"].warns(repeated_share(written.text)) else "length"
+
+
+def _keys(group: Episode) -> list[str]:
+    return [t.answer_key for t in group.trajectories if t.answer_key is not None]
+
+
+def _paid_but_for_length(trajectory: Trajectory) -> float:
+    """A trajectory's reward with what was taken off for its length given back."""
+    return sum(part.weight * part.value / (part.factors.get("length") or 1.0) for part in trajectory.parts.values())
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
