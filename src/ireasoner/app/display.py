@@ -81,15 +81,15 @@ def print_episode(episode: Episode, config: Config) -> None:
     """What the model wrote about an image, how each text was read, how the group voted, and what it was paid."""
     question, proposal, sampling = episode.question, episode.proposal, config.sampling
     print_text(f"\n{plain(episode.image)}")
-    print_text(f"  question: {plain(question.text, WIDE) if question.well_formed else f'not read: {question.problem}'}")
+    print_text(f"  question: {plain(question.text if question.well_formed else f'not read: {question.problem}', WIDE)}")
     if proposal is not None:
         print_text(f"    {_length(proposal, sampling.max_question_tokens)}; reward {episode.proposer_reward:.3f}")
         print_text(f"    text: {plain(proposal.text, WIDE)}")
     if episode.trajectories:
         print_text(f"  vote: {_tally(episode)}")
     for number, t in enumerate(episode.trajectories, 1):
-        answer = f"answer {plain(t.answer or '', 60)} (compared as {plain(t.answer_key or '', 60)})"
-        print_text(f"  solution {number}: {answer if t.well_formed else f'not read: {t.problem}'}")
+        read = f"answer {plain(t.answer or '', 60)} (compared as {plain(t.answer_key or '', 60)})"
+        print_text(f"  solution {number}: {read if t.well_formed else plain(f'not read: {t.problem}')}")
         print_text(f"    {_length(t, sampling.max_solution_tokens)}; reward {t.reward:.3f}")
         if t.reasoning_steps:
             steps = " | ".join(plain(step, 80) for step in t.reasoning_steps)
@@ -98,7 +98,7 @@ def print_episode(episode: Episode, config: Config) -> None:
 
 
 def _length(written: Sampled, limit: int) -> str:
-    end = "ended by itself" if written.finish_reason == "stop" else "was cut off"
+    end = "ended by itself" if written.finish_reason == "stop" else "cut off"
     return f"{written.num_tokens} of {limit} tokens, {end}"
 
 

@@ -47,7 +47,7 @@ KL_LIMITS = {"float32": 1e-3, "bfloat16": 0.25}  # difference of KL divergences,
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what must hold, whether it does, the figure that shows it, and what to do about it if that is known."""
+    """One check: what must hold, whether it does, the figure that shows it; and what to do about it, where known."""
 
     name: str
     passed: bool

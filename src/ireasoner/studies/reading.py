@@ -96,7 +96,7 @@ def verdict(config: Config, findings: Sequence[Finding]) -> list[str]:
 
 def _questions(config: Config, episodes: Sequence[Episode]) -> Finding:
     problems = [e.question.problem for e in episodes]
-    causes = [_cause_of_question(e.proposal) for e in episodes if e.proposal and e.question.problem]
+    causes: list[Cause] = [_cause_of_question(e.proposal) for e in episodes if e.proposal and e.question.problem]
     distinct = len({e.question.text for e in episodes if e.question.well_formed})
     remedies: dict[Cause, str] = {
         "length": _longer(config, "max_question_tokens"),
@@ -110,7 +110,7 @@ def _questions(config: Config, episodes: Sequence[Episode]) -> Finding:
 
 def _solutions(config: Config, trajectories: Sequence[Trajectory]) -> Finding:
     sampling = config.sampling
-    causes = [_cause_of_solution(t, sampling.solution_form) for t in trajectories if t.problem]
+    causes: list[Cause] = [_cause_of_solution(t, sampling.solution_form) for t in trajectories if t.problem]
     elsewhere = {
         form: sum(parse_trajectory(t.text, t.finish_reason, form).well_formed for t in trajectories) for form in FORMS
     }
@@ -159,8 +159,8 @@ def _readable(
     """
     what, read = ("questions" if signal == "readable_questions" else "solutions"), problems.count(None)
     figure, remedy = f"{read} of {len(problems)}{more}", ""
-    if read < len(problems):
-        ((problem, count),) = Counter(p for p in problems if p).most_common(1)
+    problem, count = next(iter(Counter(p for p in problems if p).most_common(1)), ("", 0))
+    if problem:
         figure += f"; what is wrong most often: {problem} ({count})"
     passed = not BOUNDS[signal].warns(read / len(problems))
     if 2 * read < len(problems):
