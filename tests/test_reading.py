@@ -86,12 +86,12 @@ def test_what_is_read_is_what_the_first_step_of_training_sees(photos: Path, tmp_
                 del written["advantage"]
         return records
 
-    assert told(reading.read(config).episodes) == told(list(read_episodes(tmp_path / "run")))
+    assert told(reading.read(config, reading.draw(config))) == told(list(read_episodes(tmp_path / "run")))
 
 
 def test_images_are_played_in_the_steps_of_the_run(photos: Path):
     config = resolve({"images": photos, "model": "tiny", "device": "cpu", "images_per_step": 3})
-    assert [e.step for e in reading.read(config).episodes] == [1, 1, 1, 2]
+    assert [e.step for e in reading.read(config, reading.draw(config))] == [1, 1, 1, 2]
 
 
 def test_solutions_that_are_cut_off(photos: Path, unchecked: None, capsys: pytest.CaptureFixture[str]):
@@ -148,12 +148,15 @@ def test_without_images_it_says_that_it_could_read(unchecked: None, capsys: pyte
     assert "--group-size: only with --images FOLDER" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", [("--group-size", "1"), ("--recipe", "none"), ("--eval-data", "/no/such.jsonl")])
-def test_a_mistake_is_one_sentence(
-    photos: Path, unchecked: None, given: tuple[str, str], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "given", [("--group-size", "1"), ("--recipe", "none"), ("--eval-data", "/no/such.jsonl"), ("--images", "/no")]
+)
+def test_a_mistake_is_one_sentence_before_anything_is_checked(
+    photos: Path, given: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ):
     assert doctor("tiny", "--images", photos, *given) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
 
 
 # --- what is printed of a text ----------------------------------------------------------------------------------------

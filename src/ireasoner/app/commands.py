@@ -28,8 +28,9 @@ from ireasoner.training.labelled import answer_prior, load_questions, prior_line
 from ireasoner.training.recorder import write_json
 from ireasoner.training.watch import ENDED_ITSELF
 
-if TYPE_CHECKING:  # this imports torch
+if TYPE_CHECKING:  # these import torch
     from ireasoner.studies.doctor import Finding
+    from ireasoner.studies.reading import Drawn
 
 PROGRAM = "ireasoner"
 Style = Literal["chalk", "varied", "plain"]
@@ -454,21 +455,23 @@ class Doctor(Measurement):
     """Of the backbone (with --images the preset's; otherwise bfloat16 on a GPU, float32 on a CPU)."""
 
     def run(self) -> int:
-        config = self._config()  # a mistake in an option must not wait for the checks
+        config = self._config()
         from ireasoner.model.backbone import resolve_device
+        from ireasoner.studies import reading
         from ireasoner.studies.doctor import examine
 
+        drawn = reading.draw(config) if config else None  # now, so that a mistake need not wait for the checks
         device = resolve_device(self.device)
         dtype = config.backbone.dtype if config else self.dtype or ("float32" if device == "cpu" else "bfloat16")
-        print(f"{display.plain(self.model)} in {dtype} on {device}")
+        print(f"{self.model} in {dtype} on {device}")
         checks = _shown(examine(self.model, dtype=dtype, device=device))
         failed = sum(not finding.passed for finding in checks)
         print(f"{failed} of the checks failed: do not train on this." if failed else "All checks passed.")
         result: dict[str, Any] = {"model": self.model, "dtype": dtype, "checks": [asdict(check) for check in checks]}
-        if config is None:
+        if config is None or drawn is None:
             print("What this model would write about your images was not looked at: name some with --images FOLDER.")
         else:
-            result |= _read_and_judge(config)
+            result |= _read_and_judge(config, drawn)
             failed += not result["can_learn"]
         self.keep(result)
         return 1 if failed else 0
@@ -571,25 +574,25 @@ def _shown(findings: Iterable[Finding]) -> list[Finding]:
     return found
 
 
-def _read_and_judge(config: configs.Config) -> dict[str, Any]:
+def _read_and_judge(config: configs.Config, drawn: Drawn) -> dict[str, Any]:
     """Show what the model writes about some images and whether it can learn from that; the result, ready for JSON."""
     from ireasoner.studies import reading
     from ireasoner.training.items import first_skips, set_aside_line
 
-    found = reading.read(config)
+    episodes = reading.read(config, drawn)
     display.print_text(
-        f"\nWhat it writes about {len(found.episodes)} images of {display.plain(str(config.images))}: recipe "
+        f"\nWhat it writes about {len(episodes)} images of {display.plain(str(config.images))}: recipe "
         f"{display.plain(config.recipe.name)}, preset {display.plain(config.preset)}, {config.sampling.group_size} "
         "solutions of a question"
     )
-    for episode in found.episodes:
+    for episode in episodes:
         display.print_episode(episode, config)
     display.print_text("")
-    if found.skipped:
-        display.print_text(f"Images that cannot be used: {display.plain(first_skips(found.skipped), 1000)}.")
+    if drawn.skipped:
+        display.print_text(f"Images that cannot be used: {display.plain(first_skips(drawn.skipped), 1000)}.")
     if config.eval_data or config.held_out:
-        display.print_text(set_aside_line(found.set_aside))
-    findings = _shown(reading.judge(config, found.episodes))
+        display.print_text(set_aside_line(drawn.pool.set_aside))
+    findings = _shown(reading.judge(config, episodes))
     sentences = reading.verdict(config, findings)
     display.print_text("")
     for sentence in sentences:
@@ -598,9 +601,9 @@ def _read_and_judge(config: configs.Config) -> dict[str, Any]:
         "can_learn": all(finding.passed for finding in findings),
         "verdict": sentences,
         "findings": [asdict(finding) for finding in findings],
-        "set_aside": found.set_aside,
-        "skipped": found.skipped,
-        "episodes": [episode.model_dump(mode="json") for episode in found.episodes],
+        "set_aside": drawn.pool.set_aside,
+        "skipped": drawn.skipped,
+        "episodes": [episode.model_dump(mode="json") for episode in episodes],
     }
 
 

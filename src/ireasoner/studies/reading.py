@@ -19,7 +19,7 @@ from ireasoner.training.advice import advice
 from ireasoner.training.config import Config, as_flag
 from ireasoner.training.custom_reward import load_reward, names_a_file
 from ireasoner.training.floors import FLOORS
-from ireasoner.training.items import SET_ASIDE
+from ireasoner.training.items import SET_ASIDE, ImagePool, Item
 from ireasoner.training.labelled import load_questions
 from ireasoner.training.state import open_pool, open_selfplay
 from ireasoner.training.teaching import gate
@@ -35,33 +35,39 @@ Cause = Literal["form", "length", "end"]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a model wrote about the first images that a run would draw.
+class Drawn:
+    """The first images that a run would draw, and the pool that they come from."""
 
-    `skipped` says why an image was passed over, by its name; `set_aside` of them are images of the evaluation data, and
-    not in `skipped`.
-    """
+    pool: ImagePool
+    items: list[Item]
 
-    episodes: tuple[Episode, ...]
-    skipped: Mapping[str, str]
-    set_aside: int
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Why images were passed over, by their names; without those of the evaluation data, which the pool counts."""
+        return {name: reason for name, reason in self.pool.skipped.items() if reason != SET_ASIDE}
 
 
-def read(config: Config) -> Reading:
-    """Play the first images of a run, at most `IMAGES`, with its self-play and without any update.
+def draw(config: Config) -> Drawn:
+    """The first images of a run, at most `IMAGES`. Nothing is loaded yet: this takes no longer than finding them.
 
     Raises:
-        UsageError: something that the config names cannot be used.
+        UsageError: the folder or the evaluation data cannot be used.
+    """
+    pool = open_pool(config, load_questions(config.eval_data) if config.eval_data else [])
+    return Drawn(pool, pool.peek(IMAGES))
+
+
+def read(config: Config, drawn: Drawn) -> list[Episode]:
+    """Load the model and play these images with the self-play of a run, without any update.
+
+    Raises:
+        UsageError: the model, or something else that the config names, cannot be used.
     """
     reward = load_reward(config)[0] if names_a_file(config) else None
-    pool = open_pool(config, load_questions(config.eval_data) if config.eval_data else [])
-    items = pool.peek(IMAGES)
-    selfplay = open_selfplay(config, pool, reward=reward)
+    selfplay = open_selfplay(config, drawn.pool, reward=reward)
     size = config.schedule.images_per_step
-    steps = [items[start : start + size] for start in range(0, len(items), size)]
-    episodes = [episode for step, batch in enumerate(steps, 1) for episode in selfplay.play(step, batch).episodes]
-    skipped = {name: reason for name, reason in pool.skipped.items() if reason != SET_ASIDE}
-    return Reading(tuple(episodes), skipped, pool.set_aside)
+    steps = [drawn.items[start : start + size] for start in range(0, len(drawn.items), size)]
+    return [episode for step, items in enumerate(steps, 1) for episode in selfplay.play(step, items).episodes]
 
 
 def judge(config: Config, episodes: Sequence[Episode]) -> list[Finding]:
@@ -74,7 +80,9 @@ def judge(config: Config, episodes: Sequence[Episode]) -> list[Finding]:
     found = [_questions(config, episodes)]
     if trajectories:
         found.append(_solutions(config, trajectories))
-    found.append(_ends(config, [e.proposal for e in episodes if e.proposal], trajectories))
+    proposals = [episode.proposal for episode in episodes if episode.proposal]  # none where questions come from labels
+    if proposals or trajectories:
+        found.append(_ends(config, proposals, trajectories))
     voting = [group for group in groups if len(_keys(group)) >= 2]
     if voting and config.recipe.reward in ("agreement", "discrete"):
         found.append(_votes(config, voting))
@@ -105,7 +113,9 @@ def _questions(config: Config, episodes: Sequence[Episode]) -> Finding:
         "model",
         "end": ENDLESS,
     }
-    return _readable("readable_questions", problems, causes, remedies, f", {distinct} of them different")
+    return _readable(
+        "readable_questions", problems, causes, remedies, f", {distinct} of them different" if distinct else ""
+    )
 
 
 def _solutions(config: Config, trajectories: Sequence[Trajectory]) -> Finding:
