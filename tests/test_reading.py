@@ -112,7 +112,7 @@ def test_a_model_that_never_writes_the_form(
 ):
     assert doctor(babbling, "--preset", "tiny", "--images", photos) == 1
     out = capsys.readouterr().out
-    assert "FAIL  its questions can be read\n      0 of 4" in out
+    assert "FAIL  its questions can be read\n      0 of 4, so that nothing was answered; " in out
     assert "its solutions" not in out
     told = out[out.index("This model cannot learn here.") :]
     assert "not what --proposer-prompt asks for" in told

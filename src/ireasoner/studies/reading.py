@@ -113,9 +113,8 @@ def _questions(config: Config, episodes: Sequence[Episode]) -> Finding:
         "model",
         "end": ENDLESS,
     }
-    return _readable(
-        "readable_questions", problems, causes, remedies, f", {distinct} of them different" if distinct else ""
-    )
+    more = f", {distinct} of them different" if distinct else ", so that nothing was answered"
+    return _readable("readable_questions", problems, causes, remedies, more)
 
 
 def _solutions(config: Config, trajectories: Sequence[Trajectory]) -> Finding:
