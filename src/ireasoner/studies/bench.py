@@ -47,11 +47,33 @@ QUESTION_TOKENS = 20
 QUESTION = "What is the value of the red bar?"
 PHASES = ("encode images", "propose", "prefill", "decode", "solve", "read and reward", "update")  # as tables show them
 aten: Any = torch.ops.aten
-CPU_ATTENTION = {  # torch counts the operations of the GPU's fused attention only
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-    ),
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, *(_for_all_heads(query, shape) for shape in (key, value)))
+
+
+def _attention_backward_flops(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(grad, query, *(_for_all_heads(query, shape) for shape in (key, value)))
+
+
+def _for_all_heads(query: torch.Size, shape: torch.Size) -> list[int]:
+    """The shape of keys or values with as many heads as queries: several query heads may share one of theirs."""
+    return [shape[0], query[1], *shape[2:]]
+
+
+# torch counts the operations of the GPU's fused attention only, and before 2.13 only where no heads are shared.
+ATTENTION = {
+    **{
+        getattr(aten, f"_scaled_dot_product_{kind}"): _attention_flops
+        for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    },
+    **{
+        getattr(aten, f"_scaled_dot_product_{kind}_backward"): _attention_backward_flops
+        for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    },
 }
 
 
@@ -320,7 +342,7 @@ def _floors(
     """
     policy, length = bench.policy, prompt.mask_BP.shape[1]
     capture, bench.engine.capture = bench.engine.capture, None  # the counter does not see into a captured step
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         bench.ours(counted := Phases(counter.get_total_flops), images)
     bench.engine.capture = capture
     least = {phase: flops / limits["flops_per_second"] for phase, flops in counted.took.items()}
