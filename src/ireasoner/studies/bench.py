@@ -31,11 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from ireasoner.method.memory import RecentSteps
 from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.texts import proposer_messages, solver_messages
-from ireasoner.model.backbone import load_processor, resolve_device
+from ireasoner.model.backbone import resolve_device
 from ireasoner.model.forward import prefill
 from ireasoner.model.inputs import Prompts, build_prompts, encode_images
 from ireasoner.model.learner import Learner
-from ireasoner.model.loading import load_policy, make_policy
 from ireasoner.model.policy import Policy
 from ireasoner.playground import world
 from ireasoner.rollouts.engine import Request
@@ -227,14 +226,8 @@ def load_bench(
         dtype="float32" if is_random and device == "cpu" else config.backbone.dtype,
         max_image_tokens=max(image_tokens or 0, config.backbone.max_image_tokens),
     )
-    options = config.backbone
-    if not is_random:
-        return Bench(load_policy(model, options, device=device), config, tokens, image_tokens)
-    backbone = random_models.build(model, getattr(torch, options.dtype), device)
-    processor = load_processor("tiny")
-    pixels = options.max_image_tokens * 28**2  # more than the tiny model's own limit
-    processor.image_processor.size = {**dict(processor.image_processor.size), "longest_edge": pixels}
-    return Bench(make_policy(backbone, processor, options), config, tokens, image_tokens)
+    policy = random_models.load_policy(model, config.backbone, device)
+    return Bench(policy, config, tokens, image_tokens)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

@@ -21,16 +21,15 @@ from torch.nn.utils.rnn import pad_sequence
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
-from ireasoner.model.backbone import load_backbone, load_processor
 from ireasoner.model.forward import completion_hidden
 from ireasoner.model.inputs import Prompts, build_prompts, encode_images, render
 from ireasoner.model.learner import Learner
-from ireasoner.model.loading import load_policy
 from ireasoner.model.loss import token_statistics
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
+from ireasoner.studies.random_models import load_backbone, load_policy, load_processor
 
 QUESTIONS = ("Which bar is the tallest?", "Is the red bar taller than the blue one, or can that not be told?")
 CHATS = [solver_messages("{question}", question) for question in QUESTIONS]
@@ -69,18 +68,19 @@ def examine(model: str, *, dtype: Literal["float32", "bfloat16"] = "float32", de
     """Check a model, one finding after another. It is loaded twice, one after the other, and nothing is written.
 
     Args:
-        model: 'tiny', a folder or a hub id.
+        model: 'tiny', a size of `random_models`, a folder or a hub id.
         dtype: of the backbone.
         device: 'cpu', 'cuda' or 'cuda:N'.
 
     Raises:
         ModelError: the model cannot be used at all.
     """
-    processor = load_processor(model)
+    options = BackboneOptions(dtype=dtype)
+    processor = load_processor(model, options.max_image_tokens)
     ids = processor.tokenizer(COMPLETION, add_special_tokens=False)["input_ids"]
     images = pictures()
     frozen = plain_logprobs(load_backbone(model, dtype, device), processor, images[0], QUESTIONS[0], ids)
-    policy = load_policy(model, BackboneOptions(dtype=dtype), device=device)
+    policy = load_policy(model, options, device)
     encoded = encode_images(policy, images)
     prompts = build_prompts(policy, encoded, CHATS[:1] * 2)  # the same question about both pictures
     requests = [Request(encoded[i], CHATS[i], (i,)) for i in range(2)]

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
+from ireasoner.model import backbone, loading
 from ireasoner.model.backbone import TINY_MODEL
+from ireasoner.model.options import BackboneOptions
+from ireasoner.model.policy import Policy
 
 SIZES: dict[str, dict[str, Any]] = {
     "random-25m": {
@@ -81,3 +84,28 @@ def build(size: str, dtype: torch.dtype, device: str) -> Any:
     model.generation_config.eos_token_id = reference.text_config.eos_token_id
     model.generation_config.pad_token_id = reference.text_config.pad_token_id
     return model.requires_grad_(False).eval()
+
+
+def load_backbone(model: str, dtype: str, device: str) -> Any:
+    """As `ireasoner.model.backbone.load_backbone`; a size of `SIZES` has the same random weights every time."""
+    if model in SIZES:
+        return build(model, getattr(torch, dtype), device)
+    return backbone.load_backbone(model, dtype, device)
+
+
+def load_processor(model: str, max_image_tokens: int) -> Any:
+    """As `ireasoner.model.backbone.load_processor`, for a size of `SIZES` too."""
+    if model not in SIZES:
+        return backbone.load_processor(model, max_image_tokens)
+    processor = backbone.load_processor("tiny")
+    pixels = max_image_tokens * 28**2  # more than the tiny model's own limit
+    processor.image_processor.size = {**dict(processor.image_processor.size), "longest_edge": pixels}
+    return processor
+
+
+def load_policy(model: str, options: BackboneOptions, device: str) -> Policy:
+    """As `ireasoner.model.loading.load_policy`, for a size of `SIZES` too."""
+    if model not in SIZES:
+        return loading.load_policy(model, options, device=device)
+    processor = load_processor(model, options.max_image_tokens)
+    return loading.make_policy(load_backbone(model, options.dtype, device), processor, options)
