@@ -176,9 +176,10 @@ def run(command: Sequence[str], limit: float, log: Path, environment: Mapping[st
 
 def tests_found(log: str) -> dict[str, Any]:
     """The outcome of each test that ended, from pytest's own lines, and the figures that tests printed."""
+    lines = re.split(r"^=+ (?!test session starts)", log, maxsplit=1, flags=re.MULTILINE)[0].splitlines()  # no summary
     outcomes: dict[str, str] = {}
     running = ""
-    for line in log.splitlines():
+    for line in lines:
         if started := re.match(r"\S*test_gpu\.py::(\S+)", line):
             running = started[1]
         if running and (ended := re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)):

@@ -108,7 +108,7 @@ def test_extrapolation_by_hand(gpu: Any):
 
 
 def test_tests_that_ended_are_counted_in_a_log_that_ends_early(gpu: Any):
-    log = """
+    log = """===== test session starts =====
 tests/test_gpu.py::test_one PASSED
 tests/test_gpu.py::test_two[a] errors of the gradient in bfloat16: shared 0.02 plain 0.02
 PASSED
@@ -120,3 +120,8 @@ tests/test_gpu.py::test_four
     assert (found["passed"], found["failed"], found["error"], found["skipped"]) == (2, 1, 0, 1)
     assert found["outcomes"]["test_two[b]"] == "failed"
     assert len(found["figures"]) == 1
+    summary = """===== warnings summary =====
+tests/test_gpu.py::test_two[a]
+SKIPPED [1] tests/test_gpu.py:103: is about CUDA
+"""
+    assert gpu.tests_found(log + summary) == found
