@@ -11,20 +11,34 @@ from transformers.cache_utils import DynamicLayer
 
 from ireasoner.method.types import ROLES
 from ireasoner.model.attention import attending
-from ireasoner.model.backbone import ModelError, language_targets, load_backbone, load_processor, resolve_device
+from ireasoner.model.backbone import language_targets, load_backbone, load_processor, resolve_device
 from ireasoner.model.forward import Prefix, decode, new_cache, packed_hidden, repeated_hidden, run_decoder
 from ireasoner.model.options import BackboneOptions
 from ireasoner.model.policy import Policy
+from ireasoner.model.source import ModelError, find_model
 
 
-def load_policy(model: str, options: BackboneOptions, *, device: str = "auto", seed: int = 0) -> Policy:
+def load_policy(
+    model: str, options: BackboneOptions, *, revision: str | None = None, device: str = "auto", seed: int = 0
+) -> Policy:
     """Load a model from 'tiny', a folder or a hub id, with new adapters.
+
+    Args:
+        model: which one.
+        options: how it is held in memory, and its adapters.
+        revision: a branch, tag or commit of a model on the hub; None: the newest.
+        device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
+        seed: of the new adapters.
 
     Raises:
         ModelError: no such model or device, no vision, another architecture, or a LoRA target that matches nothing.
     """
-    backbone = load_backbone(model, options.dtype, resolve_device(device))
-    return make_policy(backbone, load_processor(model, options.max_image_tokens), options, seed=seed)
+    commit = find_model(model, revision).commit  # asked once, so that weights and processor are of the same one
+    backbone = load_backbone(model, options.dtype, resolve_device(device), revision=commit, attention=options.attention)
+    processor = load_processor(model, options.max_image_tokens, revision=commit)
+    policy = make_policy(backbone, processor, options, seed=seed)
+    policy.commit = commit
+    return policy
 
 
 def make_policy(backbone: Any, processor: Any, options: BackboneOptions, *, seed: int = 0) -> Policy:
@@ -73,6 +87,8 @@ def _can_share_attention(policy: Policy) -> bool:
     Families differ in what their attention does, and say so in many ways. A trial on two prompts, one of them padded,
     with two completions each, asks them all in the same way.
     """
+    if "flash" in policy.decoder.config._attn_implementation:
+        return False  # its kernels take no mask of four dimensions, and fail in a way that ends the process
     if any(type(layer) is not DynamicLayer for layer in new_cache(policy).layers):
         return False  # a sliding window forgets what a shared prompt must keep
     ids = torch.arange(5, 21, device=policy.device).view(4, 4)

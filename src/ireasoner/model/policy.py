@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ireasoner.method.types import ROLES, Role
-from ireasoner.model.backbone import ModelError, module_name, scales_by_area
+from ireasoner.model.backbone import module_name, scales_by_area
+from ireasoner.model.source import ModelError
 
 
 class Policy:
@@ -34,6 +35,7 @@ class Policy:
         shares_prompts: whether a prompt is run once for all of its completions in an update. README.md in this folder
             says for which models that is exact. False until `loading` has tried it out: not to share is always right.
         shares_attention: whether completions also share their prompt's cache in attention; only with `shares_prompts`.
+        commit: the backbone's on the hub; None if it is not from there.
     """
 
     def __init__(self, backbone: Any, model: PeftModel, processor: Any, gradient_checkpointing: bool = False) -> None:
@@ -48,6 +50,7 @@ class Policy:
         pad = processor.tokenizer.pad_token_id
         self.pad_token: int = self.end_tokens[0] if pad is None else pad
         self.shares_prompts = self.shares_attention = False
+        self.commit: str | None = None
 
     @contextmanager
     def acting_as(self, role: Role | None) -> Iterator[None]:

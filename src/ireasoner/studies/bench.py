@@ -191,9 +191,14 @@ def readable(text: str) -> str:
 
 
 def load_bench(
-    model: str, tokens: int = 40, group_size: int | None = None, image_tokens: int | None = None, device: str = "auto"
+    model: str,
+    tokens: int = 40,
+    group_size: int | None = None,
+    image_tokens: int | None = None,
+    device: str = "auto",
+    revision: str | None = None,
 ) -> Bench:
-    """Load 'tiny', a size of `random_models`, a folder or a hub id; the rest as for `Bench`.
+    """Load 'tiny', a size of `random_models`, a folder or a hub id (of a revision); the rest as for `Bench`.
 
     Raises:
         ModelError: the model or the device cannot be used.
@@ -207,7 +212,7 @@ def load_bench(
     )
     options = config.backbone
     if not is_random:
-        return Bench(load_policy(model, options, device=device), config, tokens, image_tokens)
+        return Bench(load_policy(model, options, revision=revision, device=device), config, tokens, image_tokens)
     backbone = random_models.build(model, getattr(torch, options.dtype), device)
     processor = load_processor("tiny")
     pixels = options.max_image_tokens * 28**2  # more than the tiny model's own limit

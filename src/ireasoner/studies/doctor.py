@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +27,9 @@ from ireasoner.model.inputs import Prompts, build_prompts, encode_images, render
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy
 from ireasoner.model.loss import token_statistics
-from ireasoner.model.options import BackboneOptions, OptimizerOptions
+from ireasoner.model.options import BackboneOptions, Dtype, OptimizerOptions
 from ireasoner.model.policy import Policy
+from ireasoner.model.source import find_model
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
 
@@ -65,22 +66,28 @@ def pictures(size: int = 336) -> list[Image.Image]:
     return drawn
 
 
-def examine(model: str, *, dtype: Literal["float32", "bfloat16"] = "float32", device: str = "cpu") -> Iterator[Finding]:
+def examine(
+    model: str, *, dtype: Dtype = "float32", device: str = "cpu", revision: str | None = None
+) -> Iterator[Finding]:
     """Check a model, one finding after another. It is loaded twice, one after the other, and nothing is written.
 
     Args:
         model: 'tiny', a folder or a hub id.
         dtype: of the backbone.
         device: 'cpu', 'cuda' or 'cuda:N'.
+        revision: a branch, tag or commit of a model on the hub; None: the newest.
 
     Raises:
         ModelError: the model cannot be used at all.
     """
-    processor = load_processor(model)
+    revision = find_model(model, revision).commit  # so that everything below is of the same one
+    processor = load_processor(model, revision=revision)
     ids = processor.tokenizer(COMPLETION, add_special_tokens=False)["input_ids"]
     images = pictures()
-    frozen = plain_logprobs(load_backbone(model, dtype, device), processor, images[0], QUESTIONS[0], ids)
-    policy = load_policy(model, BackboneOptions(dtype=dtype), device=device)
+    alone = load_backbone(model, dtype, device, revision=revision)
+    frozen = plain_logprobs(alone, processor, images[0], QUESTIONS[0], ids)
+    del alone  # before the model is loaded again
+    policy = load_policy(model, BackboneOptions(dtype=dtype), revision=revision, device=device)
     encoded = encode_images(policy, images)
     prompts = build_prompts(policy, encoded, CHATS[:1] * 2)  # the same question about both pictures
     requests = [Request(encoded[i], CHATS[i], (i,)) for i in range(2)]

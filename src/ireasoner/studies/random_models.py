@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-from ireasoner.model.backbone import TINY_MODEL
+from ireasoner.model.source import TINY_MODEL
 
 SIZES: dict[str, dict[str, Any]] = {
     "random-25m": {
