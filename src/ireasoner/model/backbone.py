@@ -66,15 +66,15 @@ def load_backbone(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below
             attn_implementation=attention,
             # On the CPU they are mapped from the file, and PEFT would take a device map as a wish to offload.
             device_map=None if device == "cpu" else device,
         )
-    if absent := sorted(found["missing_keys"]):  # transformers would draw them at random
-        raise ModelError(
-            f"the files of {model} lack {len(absent)} of the model's weights, {absent[0]} for one: they are not this "
-            "model's, or not all of it"
-        )
+    # What is missing or of another shape, transformers would have drawn at random.
+    unfit = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if unfit:
+        raise source.damaged(f"{len(unfit)} of its weights are missing or of another shape, such as {unfit[0]}")
     if source.commit is not None:
         backbone.name_or_path = source.name  # what PEFT writes beside an adapter, which may go to other machines
     if config.is_encoder_decoder or backbone.get_output_embeddings() is None:
@@ -97,7 +97,8 @@ def _told(problem: str, device: str = "cpu") -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise ModelError(f"{problem}: its weights do not fit in the free memory of {device}") from None
     except Exception as error:
-        raise ModelError(f"{problem}: {brief(error) or type(error).__name__}") from None
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ModelError(f"{problem}: {kind}{brief(error)}") from None
 
 
 def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
@@ -131,7 +132,8 @@ def load_processor(model: str | Path, max_image_tokens: int | None = None, *, re
     Raises:
         ModelError: there is no processor that can be used, or it has no chat template, or it needs another package.
     """
-    folder = str(find_model(model, revision).folder)
+    source = find_model(model, revision)
+    folder = str(source.folder)
     with _told(f"cannot load the processor of {str(model)!r}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if type(config) not in PROCESSOR_MAPPING:
@@ -144,6 +146,8 @@ def load_processor(model: str | Path, max_image_tokens: int | None = None, *, re
         }
         arguments = [parts.get(name) for name in processor_class.get_attributes()]
         processor: Any = processor_class.from_args_and_dict(arguments, settings)
+    if not any((source.folder / name).is_file() for name in processor.tokenizer.vocab_files_names.values()):
+        raise source.damaged(f"{folder} has no tokenizer")  # transformers would make one without words
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if not processor.chat_template:
         raise ModelError(f"{model} has no chat template: an instruction-tuned model is needed")

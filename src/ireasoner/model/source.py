@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 
 from ireasoner.method.types import UsageError
@@ -30,7 +36,7 @@ class ModelError(UsageError):
     """The model cannot be used; the message says why and what to do."""
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """What an error says, as a single line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
@@ -107,7 +113,9 @@ def with_weights(source: Source) -> Source:
     names = [SINGLE]
     if not (source.folder / SINGLE).exists() and (source.folder / INDEX).exists():
         try:
-            names = sorted({os.path.basename(name) for name in _read_json(source, INDEX)["weight_map"].values()})
+            names = sorted(set(_read_json(source, INDEX)["weight_map"].values()))
+            if not names or any(os.path.basename(name) != name for name in names):
+                raise KeyError("files in this folder")
         except (KeyError, TypeError, AttributeError):
             raise source.damaged(f"{source.folder / INDEX} names no files with weights") from None
     if source.commit is not None:
@@ -147,11 +155,13 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     except HFValidationError:
         problem = "there is no such folder, and no model on the hub can have this name"
     except Exception as error:  # among them those of the HTTP library, which differs between versions of the hub's
-        version = f"version {revision} of it" if revision else "it"
-        problem = (
-            f"there is no such folder, and {version} could not be downloaded from the hub: check the network and start "
-            f"again, or name a folder that holds the model ({type(error).__name__}: {brief(error)})"
-        )
+        cause = error.__cause__ or error
+        if isinstance(cause, OfflineModeIsEnabled):
+            problem = "not all of it is on this machine, and HF_HUB_OFFLINE forbids to download it: unset that, "
+        else:
+            reason = brief(cause).partition(" For more information")[0] or type(cause).__name__
+            problem = f"it could not be downloaded from the hub ({reason}): check the network and start again, "
+        problem += "or name a folder that holds the model"
     raise unusable(name, problem)
 
 
