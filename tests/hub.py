@@ -24,17 +24,19 @@ class Hub:
     """What the stand-in serves.
 
     Attributes:
-        models: folders by hub id, and by the commit: {"org/model": {COMMIT: folder}}; the branch main is COMMIT.
-        gated: ids whose files nobody may read.
-        broken: whether every answer is the status 500.
-        cut: the file of which half is sent.
+        models: folders by hub id and commit.
+        main: the commit of every model's main branch.
+        gated, broken, cut: ids of models whose files nobody may read, whose every request is answered by the status
+            500, and of whose weights only half is sent.
         asked: the paths of all requests.
+        address: where it is served.
     """
 
     models: dict[str, dict[str, Path]] = field(default_factory=dict)
+    main: str = COMMIT
     gated: set[str] = field(default_factory=set)
-    broken: bool = False
-    cut: str = ""
+    broken: set[str] = field(default_factory=set)
+    cut: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
     address: str = ""
 
@@ -70,11 +72,11 @@ def serving() -> Iterator[Hub]:
             hub.asked.append(path)
             kind, model, revision, name = split(path)
             commits = hub.models.get(model)
-            if hub.broken:
+            if model in hub.broken:
                 return self.send(500, b"", {})
             if commits is None:
                 return self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
-            commit = COMMIT if revision == "main" else revision
+            commit = hub.main if revision == "main" else revision
             if commit not in commits:
                 return self.send(404, b"", {"X-Error-Code": "RevisionNotFound"})
             folder = commits[commit]
@@ -88,7 +90,8 @@ def serving() -> Iterator[Hub]:
                 return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
             body = (folder / name).read_bytes()
             headers = {"X-Repo-Commit": commit, "ETag": f'"{digest(body)}"'}
-            self.send(200, body if with_body else b"", headers, length=len(body), cut=name == hub.cut)
+            cut = model in hub.cut and name.endswith(".safetensors")
+            self.send(200, body if with_body else b"", headers, length=len(body), cut=cut)
 
         def send(
             self, status: int, body: bytes, headers: dict[str, str], length: int | None = None, cut: bool = False

@@ -104,6 +104,8 @@ def test_recipe_and_preset_options_are_apart_and_together_with_the_runs_own_are_
         "held_out",
         "device",
         "engine",
+        "revision",
+        "vllm_share",
     }
     assert set(PATHS) == set(RECIPE_OPTIONS) | set(PRESET_OPTIONS) | own
     assert all(option(name).description for name in PATHS)
