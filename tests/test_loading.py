@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,11 +22,13 @@ from ireasoner.model import backbone as backbones
 from ireasoner.model import loading
 from ireasoner.model.backbone import load_backbone, load_processor, most_image_tokens
 from ireasoner.model.inputs import SeenImage, build_prompts
+from ireasoner.model.parallel import ALONE
 from ireasoner.model.source import INDEX, SINGLE, TINY_MODEL, ModelError, find_model
 from ireasoner.playground import dataset
 from ireasoner.rollouts.live import LiveEngine
-from ireasoner.training.config import load_config
+from ireasoner.training.config import load_config, resolve
 from ireasoner.training.recorder import read_records
+from ireasoner.training.state import open_engine
 from models import learner, load, requests, sample, teach
 
 LOAD = """
@@ -321,3 +325,22 @@ def test_no_image_takes_more_tokens_than_expected(family: str, tmp_path: Path):
         seen = SeenImage(processor, Image.new("RGB", (width, height)))
         found.append(seen.inputs(processor.image_token)["input_ids"].shape[1])
     assert 0.9 * most <= max(found) <= most
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+def test_what_vllm_is_told(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its share of the GPU, and a context that holds the largest image; nothing here is vLLM's but the name."""
+    told: dict[str, Any] = {}
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **options: told.update(options)))
+    folder = FAMILIES[family](tmp_path)
+    policy = load(folder, max_image_tokens=40)
+    policy.device = torch.device("cuda")
+    flags = {"images": ".", "model": folder, "engine": "vllm", "vllm_share": 0.3, "max_image_tokens": 40}
+    config = resolve(flags)
+    open_engine(config, policy, ALONE)
+    assert told["gpu_memory_utilization"] == 0.3
+    assert told["model"] == folder
+    written = config.sampling.max_question_tokens + config.sampling.max_solution_tokens
+    image = most_image_tokens(policy.processor, config.max_image_pixels)
+    assert (image > 40) == (family == "llava_onevision")
+    assert told["max_model_len"] > image + written

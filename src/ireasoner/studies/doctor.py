@@ -41,8 +41,8 @@ TOKENS = 24  # of each sampled completion
 SPREADS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)  # of made-up adapters, tried until they change what the model says
 CLEAR_KL = 0.05  # nats a token: adapters that clearly change what the model says
 EXACT = 1e-4  # nats: what is computed from the same logits, whatever the precision of the backbone
-# How far two ways of computing the same number may differ by rounding, in the backbone's precision: log-probabilities in
-# nats, as a mean over tokens, and KL divergences, as a share of them.
+# How far two ways of computing the same number may differ by rounding, in the backbone's precision: log-probabilities
+# in nats, as a mean over tokens, and KL divergences, as a share of them.
 LOGPROB_LIMITS = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 KL_LIMITS = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
 

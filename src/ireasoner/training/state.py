@@ -137,15 +137,16 @@ def open_run(
     processes.wait()  # the other processes read the records below, so the main one must have finished rewinding them
     questions = load_questions(config.eval_data, truth=truth) if config.eval_data else []
     held_out = {q.image for q in (*questions, *(load_questions(config.held_out) if config.held_out else ()))}
-    revision = model_revision(config, out)
-    find_model(config.model, revision)  # a name that was mistyped is told before the images are read
+    # Before the images are read, so that a mistyped name is told at once. Every process takes the first one's commit.
+    found = find_model(config.model, model_revision(config, out))
+    commit = processes.gather([found.commit], processes.count)[0]
     pool = ImagePool.scan(config.images, config.seed, config.max_image_pixels, processes, held_out)
     device = resolve_device(processes.device if processes.count > 1 else config.device)
     if config.backbone.dtype == "bfloat16" and lacks_bfloat16(device):
         raise RunError(
             f"{device} only emulates bfloat16, slowly: train with --dtype float16, or float32 if activations overflow"
         )
-    policy = load_policy(config.model, config.backbone, revision=revision, device=device, seed=config.seed)
+    policy = load_policy(config.model, config.backbone, revision=commit, device=device, seed=config.seed)
     observer.on_message(policy.describe() + ".")
     if (images := config.schedule.images_per_step) < processes.count:
         observer.on_message(
