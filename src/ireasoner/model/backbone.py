@@ -26,7 +26,7 @@ from ireasoner.method.types import UsageError
 from ireasoner.model.source import ModelError, brief, find_model, with_weights
 
 SHAPES = (1, 4 / 3, 3 / 2, 2, 3, 4, 6, 12)  # widths of images over their heights, or the other way round
-LARGEST_TRIAL = 2**24  # pixels: more than the largest grid of tiles that processors cut
+LARGEST_TRIAL = 2**23  # pixels: more than the largest grid of tiles that processors cut, of 36 times 384 x 384
 
 
 def load_backbone(
