@@ -343,4 +343,6 @@ def test_what_vllm_is_told(family: str, tmp_path: Path, monkeypatch: pytest.Monk
     written = config.sampling.max_question_tokens + config.sampling.max_solution_tokens
     image = most_image_tokens(policy.processor, config.max_image_pixels)
     assert (image > 40) == (family == "llava_onevision")
-    assert told["max_model_len"] > image + written
+    texts = (config.sampling.proposer_prompt, config.sampling.solver_prompt)
+    prompt = max(len(policy.processor.tokenizer(text)["input_ids"]) for text in texts)
+    assert told["max_model_len"] == image + prompt + written + 128  # for the chat template
