@@ -57,7 +57,7 @@ class _Linear(torch.autograd.Function):
             grad_down_TR = ctx.scaling * (grad_TO @ b)
         if of_x:
             grad_x_TI = product_in_float32(grad_TO.to(weight.dtype), weight)
-            if grad_down_TR is not None:
+            if a is not None and grad_down_TR is not None:
                 grad_x_TI.addmm_(grad_down_TR, a)
             grad_x = grad_x_TI.to(x.dtype).view_as(x)
         if of_a and grad_down_TR is not None:
@@ -100,7 +100,8 @@ class Float32SumLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self.get_base_layer()
-        a = b = None
+        a: Any = None
+        b: Any = None
         scaling = 1.0
         if not self.disable_adapters:
             (name,) = self.active_adapters
