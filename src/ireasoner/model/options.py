@@ -33,7 +33,7 @@ class BackboneOptions(Options):
 class OptimizerOptions(Options):
     """AdamW of one role, and how many tokens an update takes at a time."""
 
-    learning_rate: Positive = 1e-6
+    learning_rate: Positive = 2e-5
     """AdamW learning rate, constant."""
     weight_decay: NonNegative = 0.01
     """AdamW weight decay."""

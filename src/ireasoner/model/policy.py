@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ireasoner.method.types import ROLES, Role
 from ireasoner.model.backbone import module_name, scales_by_area
+from ireasoner.model.lora import linear_in_float32
 from ireasoner.model.source import ModelError
 
 
@@ -77,8 +78,13 @@ class Policy:
         return {name: p for name, p in self.model.named_parameters() if f".{role}." in name}
 
     def output_layer(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., D] to logits [..., vocabulary]."""
-        return self.backbone.get_output_embeddings()(hidden)
+        """Hidden states [..., D] to logits [..., vocabulary], in float32, whatever the backbone's dtype."""
+        layer = self.backbone.get_output_embeddings()
+        return (
+            layer(hidden)
+            if layer.weight.dtype == torch.float32
+            else linear_in_float32(hidden, layer.weight, layer.bias)
+        )
 
     def describe(self) -> str:
         """A sentence on what is trained, and on a limit of image tokens that has no effect."""

@@ -32,6 +32,7 @@ from ireasoner.model.policy import Policy
 from ireasoner.model.source import find_model
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
+from ireasoner.studies.precision import UPDATES, measure_precision
 
 QUESTIONS = ("Which bar is the tallest?", "Is the red bar taller than the blue one, or can that not be told?")
 CHATS = [solver_messages("{question}", question) for question in QUESTIONS]
@@ -45,6 +46,8 @@ EXACT = 1e-4  # nats: what is computed from the same logits, whatever the precis
 # in nats, as a mean over tokens, and KL divergences, as a share of them.
 LOGPROB_LIMITS = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 KL_LIMITS = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
+LEAST_SLOPE = 0.9  # of what updates change in float32, this much must be seen in the backbone's precision
+MOST_ERROR = 0.2  # standard error of this share: where it is larger, rounding hides what updates do
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,12 @@ def pictures(size: int = 336) -> list[Image.Image]:
 
 
 def examine(
-    model: str, *, dtype: Dtype = "float32", device: str = "cpu", revision: str | None = None
+    model: str,
+    *,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    revision: str | None = None,
+    learning_rate: float = OptimizerOptions().learning_rate,
 ) -> Iterator[Finding]:
     """Check a model, one finding after another. It is loaded twice, one after the other, and nothing is written.
 
@@ -77,6 +85,7 @@ def examine(
         dtype: of the backbone.
         device: 'cpu', 'cuda' or 'cuda:N'.
         revision: a branch, tag or commit of a model on the hub; None: the newest.
+        learning_rate: of the run that is meant; the precision is checked for updates of its size.
 
     Raises:
         ModelError: the model cannot be used at all.
@@ -94,6 +103,8 @@ def examine(
     requests = [Request(encoded[i], CHATS[i], (i,)) for i in range(2)]
     yield what_is_trainable(policy)
     yield equal_to_the_model(policy, prompts[:1], ids, frozen, LOGPROB_LIMITS[dtype])
+    if dtype != "float32":
+        yield from survives_rounding(policy, requests, learning_rate)  # while the adapters are new, and add nothing
     yield reference(policy, prompts[:1], ids, frozen, KL_LIMITS[dtype])
     yield sight(policy, prompts, ids)
     yield sampler_and_learner(policy, requests, LOGPROB_LIMITS[dtype])
@@ -138,7 +149,7 @@ def _hidden(
 
 
 def _logprobs(policy: Policy, hidden: Tensor) -> Tensor:
-    return policy.output_layer(hidden).float().log_softmax(-1)
+    return policy.output_layer(hidden).log_softmax(-1)
 
 
 @torch.no_grad()
@@ -244,6 +255,28 @@ def _off_softmax(policy: Policy, request: Request) -> float:
     expected = torch.cat(seen).float().log_softmax(-1).cpu()
     expected = expected[torch.arange(len(expected)), list(completion.token_ids)]
     return (expected - torch.tensor(completion.logprobs)).abs().max().item()
+
+
+def survives_rounding(policy: Policy, requests: Sequence[Request], learning_rate: float) -> Iterator[Finding]:
+    """Updates of this size change in the backbone's precision what they change in float32, and the KL shows them."""
+    prompts = build_prompts(policy, [request.image for request in requests], CHATS)
+    groups = LiveEngine(policy).sample(requests, "solver", n=8, max_tokens=2 * TOKENS)
+    found, target = measure_precision(policy, prompts, groups, learning_rate), Recipe().kl_target
+    figure = (
+        f"{UPDATES} updates at a learning rate of {learning_rate:g} change log-probabilities by {found.moved:.1e} "
+        f"nats; of that, {found.slope:.2f} ± {found.error:.2f} is found in this precision (at least {LEAST_SLOPE:g} "
+        f"is needed), beside {found.rounding:.1e} nats of rounding"
+    )
+    hidden = found.error > MOST_ERROR
+    if hidden:
+        figure += ": rounding hides such updates; raise --learning-rate, or take --dtype float32"
+    passed = not hidden and found.slope + 2 * found.error >= LEAST_SLOPE
+    yield Finding("small updates survive rounding", passed, figure)
+    figure = (
+        f"KL {found.kl:.1e} nats a token in float32, {found.kl_floor:+.1e} by rounding "
+        f"(at most half of the target {target:g} is bearable)"
+    )
+    yield Finding("the KL is that of the policy, not of rounding", abs(found.kl_floor) <= target / 2, figure)
 
 
 def training_of(policy: Policy, role: Role, requests: Sequence[Request]) -> Finding:

@@ -51,9 +51,9 @@ class SamplingOptions(Options):
 class ScheduleOptions(Options):
     """How long a run is, and what happens how often."""
 
-    steps: Count = 2500
+    steps: Count = 625
     """Training steps."""
-    images_per_step: Count = 1
+    images_per_step: Count = 4
     """Images played in each step."""
     proposer_every: Count = 5
     """The proposer is updated every so many steps."""

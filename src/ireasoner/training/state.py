@@ -27,6 +27,7 @@ from ireasoner.model.policy import Policy
 from ireasoner.model.source import find_model
 from ireasoner.rollouts.engine import Engine
 from ireasoner.rollouts.live import LiveEngine
+from ireasoner.training.advice import drowned_in_rounding
 from ireasoner.training.checkpoints import clear_remains, newest_checkpoint, prune, save_checkpoint
 from ireasoner.training.config import Config, dump_config, load_config
 from ireasoner.training.items import SET_ASIDE, ImagePool, Item
@@ -179,8 +180,11 @@ def open_run(
             _restore(run, checkpoint, state)
         except (KeyError, TypeError, ValueError) as error:  # a checkpoint that is whole, but not a run's
             raise RunError(f"{checkpoint} does not fit this run: {type(error).__name__}: {error}") from None
-    elif set_aside := list(pool.skipped.values()).count(SET_ASIDE):
-        run.tell(f"Images of the evaluation data that are set aside and not trained on: {set_aside}.")
+    else:
+        if set_aside := list(pool.skipped.values()).count(SET_ASIDE):
+            run.tell(f"Images of the evaluation data that are set aside and not trained on: {set_aside}.")
+        if warning := drowned_in_rounding(config):
+            run.tell(warning)
     return run, checkpoint is not None
 
 
