@@ -137,7 +137,7 @@ class _Decoding:
 
     def draw(self, hidden: Tensor) -> None:
         """Draw the next token of every row from hidden states [R, D]."""
-        logits, t = self.policy.output_layer(hidden).float(), self.t
+        logits, t = self.policy.output_layer(hidden), self.t
         # Finished rows draw as well, and what comes behind their end is cut off later: to select the others, the host
         # would have to wait for the GPU at every token.
         chosen, chosen_logprobs = _draw(logits, self.uniforms[self.rows, t], self.temperature)

@@ -212,9 +212,14 @@ def readable(text: str) -> str:
 
 
 def load_bench(
-    model: str, tokens: int = 40, group_size: int | None = None, image_tokens: int | None = None, device: str = "auto"
+    model: str,
+    tokens: int = 40,
+    group_size: int | None = None,
+    image_tokens: int | None = None,
+    device: str = "auto",
+    revision: str | None = None,
 ) -> Bench:
-    """Load 'tiny', a size of `random_models`, a folder or a hub id; the rest as for `Bench`.
+    """Load 'tiny', a size of `random_models`, a folder or a hub id (of a revision); the rest as for `Bench`.
 
     Raises:
         ModelError: the model or the device cannot be used.
@@ -226,7 +231,7 @@ def load_bench(
         dtype="float32" if is_random and device == "cpu" else config.backbone.dtype,
         max_image_tokens=max(image_tokens or 0, config.backbone.max_image_tokens),
     )
-    policy = random_models.load_policy(model, config.backbone, device)
+    policy = random_models.load_policy(model, config.backbone, device, revision)
     return Bench(policy, config, tokens, image_tokens)
 
 
