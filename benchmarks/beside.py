@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from ireasoner.model.backbone import TINY_MODEL
+from ireasoner.model.source import TINY_MODEL
 from ireasoner.studies import random_models
 from ireasoner.studies.bench import Bench, load_bench
 

@@ -47,7 +47,9 @@ def main() -> None:
 
 def train(config: Config, out: Path) -> None:
     """Self-evolve a model; the adapters, and a line of numbers for every step, end up in `out`."""
-    policy = load_policy(config.model, config.backbone, device=config.device, seed=config.seed)
+    policy = load_policy(
+        config.model, config.backbone, revision=config.revision, device=config.device, seed=config.seed
+    )
     engine: Engine = LiveEngine(policy)
     proposer = Learner(policy, "proposer", config.recipe, config.optimizer)
     solver = Learner(policy, "solver", config.recipe, config.optimizer)

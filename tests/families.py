@@ -26,7 +26,7 @@ from transformers.models.internvl.configuration_internvl import InternVLConfig
 from transformers.models.llava_onevision.configuration_llava_onevision import LlavaOnevisionConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMConfig
 
-from ireasoner.model.backbone import TINY_MODEL
+from ireasoner.model.source import TINY_MODEL
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"

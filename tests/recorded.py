@@ -36,29 +36,42 @@ class Recorder(TorchDispatchMode):
         return result
 
 
-def recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """In place of `cuda_graph`: like it, capturing leaves everything as it was.
+class Recording:
+    """A recording that is begun and ended by hand. Like a capture, it leaves everything as it was."""
 
-    Raises:
-        RuntimeError: the step waits for the host somewhere.
-    """
-    recorder = Recorder()
-    try:
-        with recorder:
-            step()
-    finally:
-        for tensor, before in reversed(recorder.outside):
+    def __init__(self) -> None:
+        self.recorder = Recorder()
+
+    def begin(self) -> None:
+        self.recorder.__enter__()
+
+    def end(self) -> None:
+        self.recorder.__exit__(None, None, None)
+        for tensor, before in reversed(self.recorder.outside):
             tensor.copy_(before)
 
-    def replay() -> None:
+    def replay(self) -> None:
         made: dict[int, Any] = {}
 
         def now(value: Tensor) -> Tensor:
             return made.get(id(value), value)
 
-        for operation, args, kwargs, result in recorder.calls:
+        for operation, args, kwargs, result in self.recorder.calls:
             args, kwargs = tree_map_only(Tensor, now, (args, kwargs))
             for old, new in zip(tree_leaves(result), tree_leaves(operation(*args, **kwargs)), strict=True):
                 made[id(old)] = new
 
-    return replay
+
+def recorded(step: Callable[[], None]) -> Callable[[], None]:
+    """In place of `CudaGraph`.
+
+    Raises:
+        RuntimeError: the step waits for the host somewhere.
+    """
+    recording = Recording()
+    recording.begin()
+    try:
+        step()
+    finally:
+        recording.end()
+    return recording.replay

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ireasoner.app.cli import main
 from ireasoner.method.texts import SOLVER_PROMPTS
 from ireasoner.method.types import UsageError
+from ireasoner.training.advice import drowned_in_rounding
 from ireasoner.training.config import (
     PATHS,
     PRESET_OPTIONS,
@@ -45,8 +46,8 @@ def mistake(**flags: object) -> str:
 # --- where a value comes from -----------------------------------------------------------------------------------------
 
 
-def test_the_defaults_are_the_papers_constants():
-    config = resolve({**NEEDED, "recipe": "paper", "preset": "7b"})
+def test_the_papers_constants():
+    config = resolve({**NEEDED, "recipe": "paper", "preset": "7b-paper"})
     assert (config.recipe.outcome_exponent, config.recipe.length_penalty, config.recipe.target_words) == (0.7, 0.05, 64)
     assert (config.recipe.density_exponent, config.recipe.position_decay) == (0.7, 0.15)
     assert (config.recipe.max_reasoning_steps, config.recipe.max_step_tokens) == (8, 64)
@@ -71,6 +72,34 @@ def test_the_defaults_are_the_papers_constants():
     assert (config.recipe.kl_coef, config.recipe.kl_target, config.recipe.kl_rate) == (1e-3, 0.02, 0.1)
     assert (config.optimizer.max_grad_norm, config.schedule.proposer_every) == (1.0, 5)
     assert (config.schedule.steps, config.schedule.images_per_step) == (2500, 1)
+
+
+def test_the_default_scale_goes_as_far_as_the_papers_with_as_many_images():
+    ours, papers = resolve({**NEEDED, "preset": "7b"}), resolve({**NEEDED, "preset": "7b-paper"})
+    assert ours.differences(papers).keys() == {"preset", "steps", "images_per_step", "learning_rate"}
+    images = [config.schedule.steps * config.schedule.images_per_step for config in (ours, papers)]
+    assert images == [2500, 2500]
+    updates = 5  # optimizer steps on each group in the published run; here there is one
+    way = papers.schedule.steps * updates * papers.optimizer.learning_rate
+    assert ours.schedule.steps * ours.optimizer.learning_rate == pytest.approx(way)
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "warns"),
+    [
+        ("7b", {}, False),
+        ("7b-paper", {}, True),
+        ("7b-paper", {"dtype": "float32"}, False),
+        ("7b", {"learning_rate": "3e-6"}, True),
+        ("tiny", {}, False),
+    ],
+)
+def test_a_learning_rate_that_drowns_in_rounding_is_named(preset: str, options: dict[str, str], warns: bool):
+    warning = drowned_in_rounding(resolve({**NEEDED, "preset": preset, **options}))
+    assert (warning is not None) == warns
+    if warning:
+        assert "hardly moves a bfloat16 model" in warning
+        assert "The preset 7b has 2e-05" in warning
 
 
 def test_preset_then_recipe_then_flags(tmp_path: Path):
@@ -104,6 +133,8 @@ def test_recipe_and_preset_options_are_apart_and_together_with_the_runs_own_are_
         "held_out",
         "device",
         "engine",
+        "revision",
+        "vllm_share",
     }
     assert set(PATHS) == set(RECIPE_OPTIONS) | set(PRESET_OPTIONS) | own
     assert all(option(name).description for name in PATHS)

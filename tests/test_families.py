@@ -23,12 +23,13 @@ from transformers import AutoModelForImageTextToText
 from families import FAMILIES
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
-from ireasoner.model.backbone import ModelError, load_backbone, load_processor
+from ireasoner.model.backbone import load_backbone, load_processor
 from ireasoner.model.forward import completion_hidden, plain_completion_hidden
 from ireasoner.model.inputs import build_prompts, encode_images
 from ireasoner.model.loading import make_policy
 from ireasoner.model.options import BackboneOptions
 from ireasoner.model.policy import Policy
+from ireasoner.model.source import ModelError
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.studies import doctor
 from ireasoner.training.config import resolve

@@ -109,6 +109,7 @@ def test_a_process_without_images_takes_the_same_steps(place: Path):
     for command, name in ((LAUNCH, "few-together"), (ONE, "few-alone")):
         done = run(command, *few, "--out", place / name)
         assert done.returncode == 0, done.stderr
+        assert ("1 of 2 processes have nothing to play" in done.stdout) == (command is LAUNCH)
     assert_same_run(place / "few-alone", place / "few-together")
 
 

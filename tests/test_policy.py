@@ -22,10 +22,11 @@ from ireasoner.method.texts import proposer_messages, solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
 from ireasoner.model import loading
 from ireasoner.model.attention import SharedCache
-from ireasoner.model.backbone import ModelError, language_targets, load_backbone
+from ireasoner.model.backbone import language_targets, load_backbone
 from ireasoner.model.forward import completion_hidden
 from ireasoner.model.inputs import build_prompts, embed_texts, encode_images
 from ireasoner.model.policy import Policy
+from ireasoner.model.source import ModelError
 from ireasoner.rollouts import live
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine

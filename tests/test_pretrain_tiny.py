@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import pretrain_tiny
 from ireasoner.method.texts import parse_question, parse_trajectory
-from ireasoner.model.backbone import TINY_MODEL, load_processor
+from ireasoner.model.backbone import load_processor
+from ireasoner.model.source import TINY_MODEL
 from ireasoner.playground import dataset, wording, world
 from ireasoner.playground.world import Picture
 from ireasoner.training.config import resolve

@@ -118,7 +118,7 @@ def test_a_run_cannot_be_made_shorter(finished: Path):
     ("line", "told"),
     [
         ("group_size: 2", "group_size is 5, and was 2"),
-        ("learning_rate: 0.003", "learning_rate is 1e-06, and was 0.003"),
+        ("learning_rate: 0.003", "learning_rate is 2e-05, and was 0.003"),
     ],
 )
 def test_a_config_that_lost_a_line_is_named(stopped: Path, line: str, told: str):

@@ -17,7 +17,8 @@ import pytest
 from ireasoner.app.cli import main
 from ireasoner.app.display import Display
 from ireasoner.method.types import UsageError
-from ireasoner.model.backbone import TINY_MODEL, ModelError, load_backbone, load_processor
+from ireasoner.model.backbone import load_backbone, load_processor
+from ireasoner.model.source import TINY_MODEL, ModelError
 from ireasoner.page.server import serve
 from ireasoner.training.config import load_config
 from models import load

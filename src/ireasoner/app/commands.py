@@ -22,6 +22,7 @@ from ireasoner.app.command import Command
 from ireasoner.app.targets import evaluate_target, find_target
 from ireasoner.method.recipe import Count
 from ireasoner.method.types import UsageError
+from ireasoner.model.options import Dtype
 from ireasoner.training import config as configs
 from ireasoner.training.advice import advice
 from ireasoner.training.labelled import answer_prior, load_questions, prior_line
@@ -39,8 +40,15 @@ Seed = Annotated[int, Field(ge=0)]
 READ_WITH = (
     "recipe", "preset", "seed", "eval_data", "held_out", "labels", "reward", "group_size", "max_question_tokens",
     "max_solution_tokens", "solution_form", "proposer_prompt", "solver_prompt", "max_image_tokens", "max_image_pixels",
+    "learning_rate",
 )  # fmt: skip
-SCALE = ("preset", "device", "max_image_pixels", *(name for name in configs.PRESET_OPTIONS if name != "eval_questions"))
+SCALE = (
+    "revision",
+    "preset",
+    "device",
+    "max_image_pixels",
+    *(name for name in configs.PRESET_OPTIONS if name != "eval_questions"),
+)
 
 
 def _writable(path: Path) -> Path:
@@ -193,6 +201,8 @@ class Eval(Measurement):
     """Ask only so many questions, drawn from as many images as possible."""
     preset: str | None = None
     """Preset for plain models: prompts and lengths (7b; tiny for the tiny model)."""
+    revision: str | None = None
+    """Branch, tag or commit of plain models on the hub; a run has its own (the newest commit)."""
     temperature: Annotated[float, Field(ge=0, lt=100)] = 1.0
     """Temperature of the sampled answers."""
     seed: Seed = 0
@@ -208,7 +218,7 @@ class Eval(Measurement):
         if len(self.models) > 2:
             raise UsageError("eval takes one run or model, or two to compare")
         # The base comes first in whatever order they are named, so that the difference is what training changed.
-        targets = [find_target(name, self.preset) for name in self.models]
+        targets = [find_target(name, self.preset, self.revision) for name in self.models]
         targets.sort(key=lambda target: target.run is not None)
         from ireasoner.playground.truth import step_truth
 
@@ -265,12 +275,14 @@ class Label(Command):
         print(f"\nYour answers: {out}   (the same command goes on)")
         display.print_text(agreement(out))
         print("What the model answers before and after training:")
-        _print_command("eval", config.model, self.run_dir, "--data", out)
+        revision = ("--revision", config.revision) if config.revision else ()
+        _print_command("eval", config.model, self.run_dir, "--data", out, *revision)
         display.print_text(
             "The run has trained on these images, though without answers. Held-out accuracy takes a new run, which "
             "sets them aside (add the options of this one):"
         )
-        _print_command("train", "--images", config.images, "--model", config.model, "--out", "NEW", "--eval-data", out)
+        given = ("--images", config.images, "--model", config.model, *revision, "--out", "NEW", "--eval-data", out)
+        _print_command("train", *given)
         return 0
 
 
@@ -451,20 +463,25 @@ class Doctor(Measurement):
     """Folder of your unlabeled images: read what the model asks and answers about some of them."""
     device: str = "auto"
     """One of auto, cpu, cuda and cuda:N."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the backbone (with --images the preset's; otherwise bfloat16 on a GPU, float32 on a CPU)."""
+    dtype: Dtype | None = None
+    """Of the backbone (with --images the preset's; otherwise float32 on a CPU, bfloat16 on a GPU, or float16 where it
+    has none)."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub (the newest commit)."""
 
     def run(self) -> int:
         config = self._config()
-        from ireasoner.model.backbone import resolve_device
+        from ireasoner.model.backbone import lacks_bfloat16, resolve_device
         from ireasoner.studies import reading
         from ireasoner.studies.doctor import examine
 
         drawn = reading.draw(config) if config else None  # now, so that a mistake need not wait for the checks
         device = resolve_device(self.device)
-        dtype = config.backbone.dtype if config else self.dtype or ("float32" if device == "cpu" else "bfloat16")
+        of_device: Dtype = "float32" if device == "cpu" else "float16" if lacks_bfloat16(device) else "bfloat16"
+        dtype = config.backbone.dtype if config else self.dtype or of_device
         print(f"{self.model} in {dtype} on {device}")
-        checks = _shown(examine(self.model, dtype=dtype, device=device))
+        rate = {"learning_rate": config.optimizer.learning_rate} if config else {}
+        checks = _shown(examine(self.model, dtype=dtype, device=device, revision=self.revision, **rate))
         failed = sum(not finding.passed for finding in checks)
         print(f"{failed} of the checks failed: do not train on this." if failed else "All checks passed.")
         result: dict[str, Any] = {"model": self.model, "dtype": dtype, "checks": [asdict(check) for check in checks]}
@@ -483,7 +500,7 @@ class Doctor(Measurement):
             if given:
                 raise UsageError(f"{', '.join(map(configs.as_flag, given))}: only with --images FOLDER")
             return None
-        given = {**given, **({"dtype": self.dtype} if self.dtype else {})}
+        given |= {name: getattr(self, name) for name in ("dtype", "revision") if getattr(self, name)}
         return configs.resolve({**given, "model": self.model, "images": str(self.images), "device": self.device})
 
 
@@ -509,11 +526,13 @@ class Bench(Measurement):
     """Repetitions of each measurement."""
     device: str = "auto"
     """One of auto, cpu, cuda and cuda:N."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub (the newest commit)."""
 
     def run(self) -> int:
         from ireasoner.studies.bench import heading, load_bench, measure, table
 
-        bench = load_bench(self.model, self.tokens, self.group_size, self.image_tokens, self.device)
+        bench = load_bench(self.model, self.tokens, self.group_size, self.image_tokens, self.device, self.revision)
         known = {"ours": bench.ours, "plain": bench.plain}
         result = measure(bench, {name: known[name] for name in self.sides}, self.images_per_step, self.repetitions)
         display.print_text(heading(result))
@@ -623,10 +642,10 @@ def _from_root(name: str, value: Any) -> Any:
         return [each if each in known or not Path(each).is_file() else os.path.abspath(each) for each in value]
     is_path = (
         name in ("images", "labels", "eval_data", "held_out", "data")
-        or (name == "model" and Path(value).is_dir())
+        or (name == "model" and Path(value).expanduser().is_dir())
         or (name == "reward" and ".py:" in value)
     )
-    return os.path.abspath(value) if is_path else value
+    return os.path.abspath(os.path.expanduser(value) if name == "model" else value) if is_path else value
 
 
 def _find_truth(run: Path, file: Path | None = None) -> Any:

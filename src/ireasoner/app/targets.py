@@ -31,13 +31,14 @@ class Target:
     adapters: Path | None
 
 
-def find_target(name: str, preset: str | None = None) -> Target:
+def find_target(name: str, preset: str | None = None, revision: str | None = None) -> Target:
     """Find out what a target is, without loading it.
 
     Args:
         name: a run directory or one of its checkpoints (`RUN/checkpoints/step-000040`), whose trained solver is
             scored under the run's own prompt and lengths; or a plain model: 'tiny', a folder or a hub id.
         preset: where a plain model gets its prompt and lengths; None: tiny for the model tiny, otherwise 7b.
+        revision: of a plain model on the hub; a run has its own.
 
     Raises:
         ConfigError: the run's config or the preset cannot be read.
@@ -51,7 +52,8 @@ def find_target(name: str, preset: str | None = None) -> Target:
             if (path / "adapter_config.json").is_file() and _run_of(path.parent):
                 instead = str(path.parent)
             raise UsageError(f"the folder {name} is neither a run nor a model: name {instead}")
-        config = resolve({"model": name, "images": ".", **({"preset": preset} if preset else {})})
+        given = {"preset": preset, "revision": revision}
+        config = resolve({"model": name, "images": ".", **{option: value for option, value in given.items() if value}})
         return Target(name, None, config, None)
     if run != path and (problem := verify_checkpoint(path)):
         held = ", ".join(sorted(found.name for found in Path(os.path.realpath(path)).parent.glob("step-*")))
@@ -92,9 +94,11 @@ def evaluate_target(
     """
     from ireasoner.model.loading import load_policy
     from ireasoner.training.evaluation import evaluate
+    from ireasoner.training.state import model_revision
 
     config = target.config
-    policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
+    revision = model_revision(config, target.run) if target.run else config.revision
+    policy = load_policy(config.model, config.backbone, revision=revision, device=device, seed=config.seed)
     role: Role | None = "solver" if target.adapters else None
     if target.adapters:
         policy.load_adapters(target.adapters, ["solver"])

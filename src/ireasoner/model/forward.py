@@ -23,9 +23,9 @@ from transformers import Cache, DynamicCache
 
 from ireasoner.method.types import Role
 from ireasoner.model.attention import SharedCache
-from ireasoner.model.backbone import ModelError
 from ireasoner.model.inputs import Prompts, join_features
 from ireasoner.model.policy import Policy
+from ireasoner.model.source import ModelError
 
 
 @dataclass

@@ -140,7 +140,8 @@ def encode_images(policy: Policy, images: Sequence[Image.Image]) -> list[Encoded
         tensors = {name: tensor.to(policy.device) for name, tensor in inputs.items() if name in of_tower}
         tensors["pixel_values"] = tensors["pixel_values"].to(policy.backbone.dtype)
         output = policy.base.get_image_features(**tensors, return_dict=True)
-        features = {name: value for name, value in output.items() if name not in _INNER and value is not None}
+        # Not `items`: in some versions of transformers, a model sets `pooler_output` on an output without such a field.
+        features = {name: value for name, value in vars(output).items() if name not in _INNER and value is not None}
         # The vision tower has seen the pixels; the image's size may still decide on positions.
         extras = [name for name in inputs if name in of_model and not _is_text(name) and not name.startswith("pixel")]
         encoded.append(EncodedImage(seen, features, {name: inputs[name].to(policy.device) for name in extras}))

@@ -11,20 +11,35 @@ from transformers.cache_utils import DynamicLayer
 
 from ireasoner.method.types import ROLES
 from ireasoner.model.attention import attending
-from ireasoner.model.backbone import ModelError, language_targets, load_backbone, load_processor, resolve_device
+from ireasoner.model.backbone import language_targets, load_backbone, load_processor, resolve_device
 from ireasoner.model.forward import Prefix, decode, new_cache, packed_hidden, repeated_hidden, run_decoder
+from ireasoner.model.lora import Float32SumLinear
 from ireasoner.model.options import BackboneOptions
 from ireasoner.model.policy import Policy
+from ireasoner.model.source import ModelError, find_model
 
 
-def load_policy(model: str, options: BackboneOptions, *, device: str = "auto", seed: int = 0) -> Policy:
+def load_policy(
+    model: str, options: BackboneOptions, *, revision: str | None = None, device: str = "auto", seed: int = 0
+) -> Policy:
     """Load a model from 'tiny', a folder or a hub id, with new adapters.
+
+    Args:
+        model: which one.
+        options: how it is held in memory, and its adapters.
+        revision: a branch, tag or commit of a model on the hub; None: the newest.
+        device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
+        seed: of the new adapters.
 
     Raises:
         ModelError: no such model or device, no vision, another architecture, or a LoRA target that matches nothing.
     """
-    backbone = load_backbone(model, options.dtype, resolve_device(device))
-    return make_policy(backbone, load_processor(model, options.max_image_tokens), options, seed=seed)
+    commit = find_model(model, revision).commit  # asked once, so that weights and processor are of the same one
+    backbone = load_backbone(model, options.dtype, resolve_device(device), revision=commit, attention=options.attention)
+    processor = load_processor(model, options.max_image_tokens, revision=commit)
+    policy = make_policy(backbone, processor, options, seed=seed)
+    policy.commit = commit
+    return policy
 
 
 def make_policy(backbone: Any, processor: Any, options: BackboneOptions, *, seed: int = 0) -> Policy:
@@ -40,6 +55,10 @@ def make_policy(backbone: Any, processor: Any, options: BackboneOptions, *, seed
         target_modules=language_targets(backbone, options.lora_targets),
         task_type="CAUSAL_LM",
     )
+    if backbone.dtype != torch.float32:
+        # PEFT's documented way to its own kinds of layers, although the name begins with an underscore. Saved adapters
+        # say nothing about it, and load anywhere.
+        config._register_custom_module({torch.nn.Linear: Float32SumLinear})
     torch.manual_seed(seed)
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
@@ -61,7 +80,8 @@ def _check_output_layer(policy: Policy) -> None:
     ids = torch.tensor([[policy.end_tokens[0]]], device=policy.device)
     logits = policy.backbone(input_ids=ids).logits
     recomputed = policy.output_layer(policy.base(input_ids=ids).last_hidden_state)
-    if not torch.allclose(logits.float(), recomputed.float(), atol=1e-3):
+    # The model's own logits are rounded to its dtype, and ours are not.
+    if not torch.allclose(logits.float(), recomputed, atol=1e-3, rtol=torch.finfo(logits.dtype).eps):
         model_type = policy.backbone.config.model_type
         raise ModelError(f"{model_type} models change their logits after the output layer, which is not supported")
 
@@ -73,6 +93,8 @@ def _can_share_attention(policy: Policy) -> bool:
     Families differ in what their attention does, and say so in many ways. A trial on two prompts, one of them padded,
     with two completions each, asks them all in the same way.
     """
+    if "flash" in policy.decoder.config._attn_implementation:
+        return False  # its kernels take no mask of four dimensions, and fail in a way that ends the process
     if any(type(layer) is not DynamicLayer for layer in new_cache(policy).layers):
         return False  # a sliding window forgets what a shared prompt must keep
     ids = torch.arange(5, 21, device=policy.device).view(4, 4)

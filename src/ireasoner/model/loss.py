@@ -94,14 +94,14 @@ def token_statistics(
         hidden_TD: final hidden states of the policy at the positions before each token.
         reference_hidden_TD: those of the reference, without gradient.
         tokens_T: the sampled token ids.
-        output_layer: hidden states to logits over V; the same for policy and reference.
+        output_layer: hidden states to logits over V, in float32; the same for policy and reference.
         chunk_logits: the largest number of logits to hold at once.
     """
 
     def of_chunk(hidden: Tensor, reference_hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs_TV = output_layer(hidden).float().log_softmax(-1)
+        logprobs_TV = output_layer(hidden).log_softmax(-1)
         with torch.no_grad():
-            reference_TV = output_layer(reference_hidden).float().log_softmax(-1)
+            reference_TV = output_layer(reference_hidden).log_softmax(-1)
         probabilities_TV = logprobs_TV.exp()
         kl_T = (probabilities_TV * (logprobs_TV - reference_TV)).sum(-1)
         with torch.no_grad():

@@ -6,6 +6,8 @@ from typing import Literal
 
 from ireasoner.method.recipe import Count, NonNegative, Options, Positive
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+
 
 class BackboneOptions(Options):
     """How the backbone is held in memory, and where adapters are put on it."""
@@ -20,14 +22,18 @@ class BackboneOptions(Options):
     """Linear layers of the language model that get LoRA (all)."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Backbone weights; adapters stay in float32."""
+    dtype: Dtype = "bfloat16"
+    """Backbone weights; adapters stay in float32. float16 is for GPUs without bfloat16 (V100, T4): large activations
+    overflow in it."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """How attention is computed; with flash_attention_2, completions do not share their prompt's cache (as transformers
+    chooses)."""
 
 
 class OptimizerOptions(Options):
     """AdamW of one role, and how many tokens an update takes at a time."""
 
-    learning_rate: Positive = 1e-6
+    learning_rate: Positive = 2e-5
     """AdamW learning rate, constant."""
     weight_decay: NonNegative = 0.01
     """AdamW weight decay."""

@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ireasoner.method.types import ROLES, Role
-from ireasoner.model.backbone import ModelError, module_name, scales_by_area
+from ireasoner.model.backbone import module_name, scales_by_area
+from ireasoner.model.lora import linear_in_float32
+from ireasoner.model.source import ModelError
 
 
 class Policy:
@@ -34,6 +36,7 @@ class Policy:
         shares_prompts: whether a prompt is run once for all of its completions in an update. README.md in this folder
             says for which models that is exact. False until `loading` has tried it out: not to share is always right.
         shares_attention: whether completions also share their prompt's cache in attention; only with `shares_prompts`.
+        commit: the backbone's on the hub; None if it is not from there.
     """
 
     def __init__(self, backbone: Any, model: PeftModel, processor: Any, gradient_checkpointing: bool = False) -> None:
@@ -48,6 +51,7 @@ class Policy:
         pad = processor.tokenizer.pad_token_id
         self.pad_token: int = self.end_tokens[0] if pad is None else pad
         self.shares_prompts = self.shares_attention = False
+        self.commit: str | None = None
 
     @contextmanager
     def acting_as(self, role: Role | None) -> Iterator[None]:
@@ -74,8 +78,13 @@ class Policy:
         return {name: p for name, p in self.model.named_parameters() if f".{role}." in name}
 
     def output_layer(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., D] to logits [..., vocabulary]."""
-        return self.backbone.get_output_embeddings()(hidden)
+        """Hidden states [..., D] to logits [..., vocabulary], in float32, whatever the backbone's dtype."""
+        layer = self.backbone.get_output_embeddings()
+        return (
+            layer(hidden)
+            if layer.weight.dtype == torch.float32
+            else linear_in_float32(hidden, layer.weight, layer.bias)
+        )
 
     def describe(self) -> str:
         """A sentence on what is trained, and on a limit of image tokens that has no effect."""

@@ -4,9 +4,9 @@ A token is drawn by inverting the cumulative distribution at a uniform number th
 a completion depends on its own seed and, apart from rounding, never on what else is in the batch.
 
 One token of a large model takes thousands of small kernels, which Python launches more slowly than a GPU runs them. On
-a GPU the decoding step is therefore captured once as a CUDA graph and replayed. A replay runs the same kernels on the
-same memory, so nothing in a step may ask the GPU for a value, and whatever changes from token to token lies in tensors
-whose memory stays in place.
+a GPU the decoding step is therefore captured once as a CUDA graph and replayed (`capture`). A replay runs the same
+kernels on the same memory, so nothing in a step may ask the GPU for a value, and whatever changes from token to token
+lies in tensors whose memory stays in place.
 
 Shape suffixes: B prompts, N completions of each, R rows of the shrinking batch, C tokens of a completion, V vocabulary.
 """
@@ -28,6 +28,7 @@ from ireasoner.model.attention import attending
 from ireasoner.model.forward import Prefix, decode, prefill
 from ireasoner.model.inputs import build_prompts
 from ireasoner.model.policy import Policy
+from ireasoner.rollouts.capture import CudaGraph, host_waits
 from ireasoner.rollouts.engine import Request
 
 
@@ -41,7 +42,7 @@ class LiveEngine:
         self.policy = policy
         self.capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
         if policy.device.type == "cuda":
-            self.capture = partial(cuda_graph, torch.cuda.Stream(policy.device))
+            self.capture = partial(CudaGraph, torch.cuda.Stream(policy.device))
 
     def refresh(self) -> None:
         """Nothing to do: the policy that is sampled from is the one that is trained."""
@@ -75,7 +76,7 @@ class LiveEngine:
 
     def _run(self, decoding: _Decoding, max_tokens: int, captures: bool) -> None:
         decoding.draw(decoding.prefix.last_hidden_BD)
-        step, captured = decoding.step, False
+        step, first = decoding.step, captures  # whether the step is the first one of this batch size
         for _ in range(max_tokens - 1):
             unfinished = int((~decoding.done).sum())
             if unfinished == 0:
@@ -83,24 +84,33 @@ class LiveEngine:
             # A finished row costs as much as any other, so finished rows are dropped in batches; more rarely where the
             # smaller batch has to be captured anew.
             if unfinished <= (0.5 if captures else 0.75) * len(decoding.rows):
+                step, first = decoding.step, captures  # the memory of a captured step is returned first
                 decoding.drop_finished()
-                step, captured = decoding.step, False
-            step()
-            # What a step does for the first time at a batch size (choosing kernels, taking memory) cannot be captured.
-            if captures and not captured:
-                step, captured = self._captured(step), True
+            if first:
+                step, first = self._captured(step), False
+            else:
+                step()
 
     def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
-        """The captured form of a step that has run once, or the step itself once capturing has failed."""
-        if self.capture is not None:
-            try:
-                return self.capture(step)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # the model's forward pass asks the GPU for a value
-                warnings.warn(f"decoding cannot be captured as a CUDA graph and will be slower: {error}", stacklevel=2)
-                self.capture = None
-        return step
+        """Run a step, and return what repeats it: its captured form, or the step itself where it cannot be captured.
+
+        It runs as it is at first, because what is done for the first time (choosing kernels, taking memory) cannot be
+        captured, and so that a capture that must fail is never begun.
+        """
+        with host_waits(self.policy.device) as waits:
+            step()
+        if self.capture is None:
+            return step
+        try:
+            if waits:
+                raise RuntimeError(f"a step waits for the GPU in {waits[0]}")
+            return self.capture(step)
+        except torch.OutOfMemoryError:
+            return step  # it has just run, and needs less memory than its graph; that of a smaller batch may fit
+        except RuntimeError as error:
+            warnings.warn(f"decoding cannot be captured as a CUDA graph and will be slower: {error}", stacklevel=2)
+            self.capture = None
+            return step
 
 
 class _Decoding:
@@ -127,7 +137,7 @@ class _Decoding:
 
     def draw(self, hidden: Tensor) -> None:
         """Draw the next token of every row from hidden states [R, D]."""
-        logits, t = self.policy.output_layer(hidden).float(), self.t
+        logits, t = self.policy.output_layer(hidden), self.t
         # Finished rows draw as well, and what comes behind their end is cut off later: to select the others, the host
         # would have to wait for the GPU at every token.
         chosen, chosen_logprobs = _draw(logits, self.uniforms[self.rows, t], self.temperature)
@@ -158,23 +168,6 @@ def completion(policy: Policy, ids: Sequence[int], logprobs: Sequence[float]) ->
     stopped = ids[-1] in policy.end_tokens
     text = policy.processor.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
     return Completion(text, tuple(ids), tuple(logprobs), "stop" if stopped else "length")
-
-
-def cuda_graph(stream: torch.cuda.Stream, step: Callable[[], None]) -> Callable[[], None]:
-    """Capture a step as a CUDA graph, whose replay launches all of its kernels at once.
-
-    Args:
-        stream: of the device on which the step works; always the same one, because cuBLAS keeps a workspace for each.
-        step: has run before, so that nothing in it happens for the first time while it is captured.
-
-    Raises:
-        RuntimeError: the step waits for the host somewhere.
-    """
-    graph = torch.cuda.CUDAGraph()
-    # Thread-local, so that other threads may use the GPU meanwhile: NCCL's watchdog asks it what is done.
-    with torch.cuda.device(stream.device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        step()
-    return graph.replay
 
 
 def _draw(logits_RV: Tensor, uniforms_R: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -17,15 +17,11 @@ from typing import Any
 
 from ireasoner.method.seeds import uniforms
 from ireasoner.method.types import ROLES, Completion, Role, UsageError
-from ireasoner.model.backbone import brief, resolve_model
 from ireasoner.model.inputs import EncodedImage, Prompts, build_prompts, render
 from ireasoner.model.policy import Policy
+from ireasoner.model.source import brief, find_model
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import completion
-
-# The share of a GPU's memory that vLLM may take. The learner's own copy of the weights, activations and logits need the
-# rest.
-GPU_SHARE = 0.45
 
 
 class VllmError(UsageError):
@@ -40,13 +36,15 @@ class VllmEngine:
         self._adapters = adapters  # a folder for those that are handed over
 
     @classmethod
-    def load(cls, policy: Policy, model: str, longest: int) -> VllmEngine:
+    def load(cls, policy: Policy, model: str, longest: int, gpu_share: float = 0.45) -> VllmEngine:
         """Load the backbone into vLLM, in this process, and hand the adapters over.
 
         Args:
             policy: whose adapters are served.
             model: the policy's backbone: 'tiny', a folder or a hub id.
             longest: the largest number of tokens of a prompt and its completion together.
+            gpu_share: the share of a GPU's memory that vLLM takes. The learner's own copy of the weights, activations
+                and logits need the rest.
 
         Raises:
             VllmError: vLLM is not installed, or does not serve the model.
@@ -58,10 +56,10 @@ class VllmEngine:
         except ImportError:
             raise VllmError("--engine vllm needs vLLM: pip install vllm, or leave the option out") from None
         on_gpu = policy.device.type == "cuda"
-        options: dict[str, Any] = {"gpu_memory_utilization": GPU_SHARE} if on_gpu else {"enforce_eager": True}
+        options: dict[str, Any] = {"gpu_memory_utilization": gpu_share} if on_gpu else {"enforce_eager": True}
         try:
             llm = LLM(
-                model=resolve_model(model),
+                model=str(find_model(model, policy.commit).folder),
                 dtype=str(policy.backbone.dtype).removeprefix("torch."),
                 enable_lora=True,
                 max_loras=len(ROLES),

@@ -95,7 +95,7 @@ def settle(out: Path, given: Mapping[str, Any]) -> Settings:
     if stored and (differing := _differing(_fixed(out, stored), _fixed(out, settings))):
         raise UsageError(f"{out} holds an ablation with other options ({differing}): choose another folder")
     # OUT may come from somebody else: it may set the scale and nothing that a recipe sets, such as code to run.
-    if strangers := set(settings.training) - {"preset", "device", *PRESET_OPTIONS}:
+    if strangers := set(settings.training) - {"preset", "revision", "device", *PRESET_OPTIONS}:
         raise UsageError(
             f"{path} holds training options that an ablation does not take: {', '.join(sorted(strangers))}"
         )
@@ -109,7 +109,8 @@ def settle(out: Path, given: Mapping[str, Any]) -> Settings:
 def _fixed(out: Path, settings: Settings) -> dict[str, Any]:
     """What must not change between two calls; training options as resolved, for 24 and 24.0 are the same."""
     config = arm_config(out, settings, "paper", 0).flat()
-    return settings.model_dump(exclude={*MAY_CHANGE, "training"}) | {n: config[n] for n in (*PRESET_OPTIONS, "preset")}
+    training = {name: config[name] for name in (*PRESET_OPTIONS, "preset", "revision")}
+    return settings.model_dump(exclude={*MAY_CHANGE, "training"}) | training
 
 
 def _differing(kept: Mapping[str, Any], given: Mapping[str, Any]) -> str:
@@ -161,7 +162,7 @@ def prepare(out: Path, settings: Settings) -> None:
         UsageError: whatever cannot be used, by name; an arm that was trained with other options.
     """
     configs = {arm: arm_config(out, settings, recipe, 0) for arm, recipe in arm_names(settings.recipes).items()}
-    load_processor(settings.model)
+    load_processor(settings.model, revision=next(iter(configs.values())).revision)
     if settings.images:
         if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(settings.images)):
             raise UsageError(f"{out} lies inside the image folder {settings.images}: choose another folder")
@@ -226,7 +227,10 @@ def eval_command(out: Path, settings: Settings, arm: str, seed: int, *options: s
     Args:
         options: further options, which override those given here.
     """
-    target = [settings.model, f"--preset={out / 'preset.yaml'}"] if arm == "base" else [str(out / f"{arm}-{seed}")]
+    target = [str(out / f"{arm}-{seed}")]
+    if arm == "base":
+        target = [settings.model, f"--preset={out / 'preset.yaml'}"]
+        target += [f"--revision={settings.training['revision']}"] if settings.training.get("revision") else []
     data = f"--data={questions_file(out, settings)}", f"--limit={settings.questions}"
     return ["eval", *target, *data, f"--seed={seed}", f"--device={settings.training.get('device', 'auto')}", *options]
 

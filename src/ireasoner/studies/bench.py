@@ -31,11 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from ireasoner.method.memory import RecentSteps
 from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.texts import proposer_messages, solver_messages
-from ireasoner.model.backbone import load_processor, resolve_device
+from ireasoner.model.backbone import resolve_device
 from ireasoner.model.forward import prefill
 from ireasoner.model.inputs import Prompts, build_prompts, encode_images
 from ireasoner.model.learner import Learner
-from ireasoner.model.loading import load_policy, make_policy
 from ireasoner.model.policy import Policy
 from ireasoner.playground import world
 from ireasoner.rollouts.engine import Request
@@ -47,11 +46,33 @@ QUESTION_TOKENS = 20
 QUESTION = "What is the value of the red bar?"
 PHASES = ("encode images", "propose", "prefill", "decode", "solve", "read and reward", "update")  # as tables show them
 aten: Any = torch.ops.aten
-CPU_ATTENTION = {  # torch counts the operations of the GPU's fused attention only
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-    ),
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, *(_for_all_heads(query, shape) for shape in (key, value)))
+
+
+def _attention_backward_flops(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(grad, query, *(_for_all_heads(query, shape) for shape in (key, value)))
+
+
+def _for_all_heads(query: torch.Size, shape: torch.Size) -> list[int]:
+    """The shape of keys or values with as many heads as queries: several query heads may share one of theirs."""
+    return [shape[0], query[1], *shape[2:]]
+
+
+# torch counts the operations of the GPU's fused attention only, and before 2.13 only where no heads are shared.
+ATTENTION = {
+    **{
+        getattr(aten, f"_scaled_dot_product_{kind}"): _attention_flops
+        for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    },
+    **{
+        getattr(aten, f"_scaled_dot_product_{kind}_backward"): _attention_backward_flops
+        for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    },
 }
 
 
@@ -191,9 +212,14 @@ def readable(text: str) -> str:
 
 
 def load_bench(
-    model: str, tokens: int = 40, group_size: int | None = None, image_tokens: int | None = None, device: str = "auto"
+    model: str,
+    tokens: int = 40,
+    group_size: int | None = None,
+    image_tokens: int | None = None,
+    device: str = "auto",
+    revision: str | None = None,
 ) -> Bench:
-    """Load 'tiny', a size of `random_models`, a folder or a hub id; the rest as for `Bench`.
+    """Load 'tiny', a size of `random_models`, a folder or a hub id (of a revision); the rest as for `Bench`.
 
     Raises:
         ModelError: the model or the device cannot be used.
@@ -205,14 +231,8 @@ def load_bench(
         dtype="float32" if is_random and device == "cpu" else config.backbone.dtype,
         max_image_tokens=max(image_tokens or 0, config.backbone.max_image_tokens),
     )
-    options = config.backbone
-    if not is_random:
-        return Bench(load_policy(model, options, device=device), config, tokens, image_tokens)
-    backbone = random_models.build(model, getattr(torch, options.dtype), device)
-    processor = load_processor("tiny")
-    pixels = options.max_image_tokens * 28**2  # more than the tiny model's own limit
-    processor.image_processor.size = {**dict(processor.image_processor.size), "longest_edge": pixels}
-    return Bench(make_policy(backbone, processor, options), config, tokens, image_tokens)
+    policy = random_models.load_policy(model, config.backbone, device, revision)
+    return Bench(policy, config, tokens, image_tokens)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -320,7 +340,7 @@ def _floors(
     """
     policy, length = bench.policy, prompt.mask_BP.shape[1]
     capture, bench.engine.capture = bench.engine.capture, None  # the counter does not see into a captured step
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         bench.ours(counted := Phases(counter.get_total_flops), images)
     bench.engine.capture = capture
     least = {phase: flops / limits["flops_per_second"] for phase, flops in counted.took.items()}

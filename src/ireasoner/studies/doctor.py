@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +21,16 @@ from torch.nn.utils.rnn import pad_sequence
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
-from ireasoner.model.backbone import load_backbone, load_processor
 from ireasoner.model.forward import completion_hidden
 from ireasoner.model.inputs import Prompts, build_prompts, encode_images, render
 from ireasoner.model.learner import Learner
-from ireasoner.model.loading import load_policy
 from ireasoner.model.loss import token_statistics
-from ireasoner.model.options import BackboneOptions, OptimizerOptions
+from ireasoner.model.options import BackboneOptions, Dtype, OptimizerOptions
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
+from ireasoner.studies.precision import UPDATES, measure_precision
+from ireasoner.studies.random_models import find_commit, load_backbone, load_policy, load_processor
 
 QUESTIONS = ("Which bar is the tallest?", "Is the red bar taller than the blue one, or can that not be told?")
 CHATS = [solver_messages("{question}", question) for question in QUESTIONS]
@@ -40,9 +40,12 @@ TOKENS = 24  # of each sampled completion
 SPREADS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)  # of made-up adapters, tried until they change what the model says
 CLEAR_KL = 0.05  # nats a token: adapters that clearly change what the model says
 EXACT = 1e-4  # nats: what is computed from the same logits, whatever the precision of the backbone
-# How far two ways of computing the same number may differ by rounding, in the backbone's precision:
-LOGPROB_LIMITS = {"float32": 1e-4, "bfloat16": 0.1}  # mean difference of log-probabilities over tokens, in nats
-KL_LIMITS = {"float32": 1e-3, "bfloat16": 0.25}  # difference of KL divergences, as a share of them
+# How far two ways of computing the same number may differ by rounding, in the backbone's precision: log-probabilities
+# in nats, as a mean over tokens, and KL divergences, as a share of them.
+LOGPROB_LIMITS = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
+KL_LIMITS = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
+LEAST_SLOPE = 0.9  # of what updates change in float32, this much must be seen in the backbone's precision
+MOST_ERROR = 0.2  # standard error of this share: where it is larger, rounding hides what updates do
 
 
 @dataclass(frozen=True)
@@ -66,27 +69,41 @@ def pictures(size: int = 336) -> list[Image.Image]:
     return drawn
 
 
-def examine(model: str, *, dtype: Literal["float32", "bfloat16"] = "float32", device: str = "cpu") -> Iterator[Finding]:
+def examine(
+    model: str,
+    *,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    revision: str | None = None,
+    learning_rate: float = OptimizerOptions().learning_rate,
+) -> Iterator[Finding]:
     """Check a model, one finding after another. It is loaded twice, one after the other, and nothing is written.
 
     Args:
-        model: 'tiny', a folder or a hub id.
+        model: 'tiny', a size of `random_models`, a folder or a hub id.
         dtype: of the backbone.
         device: 'cpu', 'cuda' or 'cuda:N'.
+        revision: a branch, tag or commit of a model on the hub; None: the newest.
+        learning_rate: of the run that is meant; the precision is checked for updates of its size.
 
     Raises:
         ModelError: the model cannot be used at all.
     """
-    processor = load_processor(model)
+    revision, options = find_commit(model, revision), BackboneOptions(dtype=dtype)
+    processor = load_processor(model, options.max_image_tokens, revision)
     ids = processor.tokenizer(COMPLETION, add_special_tokens=False)["input_ids"]
     images = pictures()
-    frozen = plain_logprobs(load_backbone(model, dtype, device), processor, images[0], QUESTIONS[0], ids)
-    policy = load_policy(model, BackboneOptions(dtype=dtype), device=device)
+    alone = load_backbone(model, dtype, device, revision)
+    frozen = plain_logprobs(alone, processor, images[0], QUESTIONS[0], ids)
+    del alone  # before the model is loaded again
+    policy = load_policy(model, options, device, revision)
     encoded = encode_images(policy, images)
     prompts = build_prompts(policy, encoded, CHATS[:1] * 2)  # the same question about both pictures
     requests = [Request(encoded[i], CHATS[i], (i,)) for i in range(2)]
     yield what_is_trainable(policy)
     yield equal_to_the_model(policy, prompts[:1], ids, frozen, LOGPROB_LIMITS[dtype])
+    if dtype != "float32":
+        yield from survives_rounding(policy, requests, learning_rate)  # while the adapters are new, and add nothing
     yield reference(policy, prompts[:1], ids, frozen, KL_LIMITS[dtype])
     yield sight(policy, prompts, ids)
     yield sampler_and_learner(policy, requests, LOGPROB_LIMITS[dtype])
@@ -131,7 +148,7 @@ def _hidden(
 
 
 def _logprobs(policy: Policy, hidden: Tensor) -> Tensor:
-    return policy.output_layer(hidden).float().log_softmax(-1)
+    return policy.output_layer(hidden).log_softmax(-1)
 
 
 @torch.no_grad()
@@ -237,6 +254,28 @@ def _off_softmax(policy: Policy, request: Request) -> float:
     expected = torch.cat(seen).float().log_softmax(-1).cpu()
     expected = expected[torch.arange(len(expected)), list(completion.token_ids)]
     return (expected - torch.tensor(completion.logprobs)).abs().max().item()
+
+
+def survives_rounding(policy: Policy, requests: Sequence[Request], learning_rate: float) -> Iterator[Finding]:
+    """Updates of this size change in the backbone's precision what they change in float32, and the KL shows them."""
+    prompts = build_prompts(policy, [request.image for request in requests], CHATS)
+    groups = LiveEngine(policy).sample(requests, "solver", n=8, max_tokens=2 * TOKENS)
+    found, target = measure_precision(policy, prompts, groups, learning_rate), Recipe().kl_target
+    figure = (
+        f"{UPDATES} updates at a learning rate of {learning_rate:g} change log-probabilities by {found.moved:.1e} "
+        f"nats; of that, {found.slope:.2f} ± {found.error:.2f} is found in this precision (at least {LEAST_SLOPE:g} "
+        f"is needed), beside {found.rounding:.1e} nats of rounding"
+    )
+    hidden = found.error > MOST_ERROR
+    if hidden:
+        figure += ": rounding hides such updates; raise --learning-rate, or take --dtype float32"
+    passed = not hidden and found.slope + 2 * found.error >= LEAST_SLOPE
+    yield Finding("small updates survive rounding", passed, figure)
+    figure = (
+        f"KL {found.kl:.1e} nats a token in float32, {found.kl_floor:+.1e} by rounding "
+        f"(at most half of the target {target:g} is bearable)"
+    )
+    yield Finding("the KL is that of the policy, not of rounding", abs(found.kl_floor) <= target / 2, figure)
 
 
 def training_of(policy: Policy, role: Role, requests: Sequence[Request]) -> Finding:

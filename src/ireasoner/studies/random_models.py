@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-from ireasoner.model.backbone import TINY_MODEL
+from ireasoner.model import backbone, loading
+from ireasoner.model.options import BackboneOptions, Dtype
+from ireasoner.model.policy import Policy
+from ireasoner.model.source import TINY_MODEL, find_model
 
 SIZES: dict[str, dict[str, Any]] = {
     "random-25m": {
@@ -81,3 +84,33 @@ def build(size: str, dtype: torch.dtype, device: str) -> Any:
     model.generation_config.eos_token_id = reference.text_config.eos_token_id
     model.generation_config.pad_token_id = reference.text_config.pad_token_id
     return model.requires_grad_(False).eval()
+
+
+def find_commit(model: str, revision: str | None) -> str | None:
+    """The commit of a model on the hub, so that all parts of it are loaded from the same one; None: not of the hub."""
+    return None if model in SIZES else find_model(model, revision).commit
+
+
+def load_backbone(model: str, dtype: Dtype, device: str, revision: str | None = None) -> Any:
+    """As `ireasoner.model.backbone.load_backbone`; a size of `SIZES` has the same random weights every time."""
+    if model in SIZES:
+        return build(model, getattr(torch, dtype), device)
+    return backbone.load_backbone(model, dtype, device, revision=revision)
+
+
+def load_processor(model: str, max_image_tokens: int, revision: str | None = None) -> Any:
+    """As `ireasoner.model.backbone.load_processor`, for a size of `SIZES` too."""
+    if model not in SIZES:
+        return backbone.load_processor(model, max_image_tokens, revision=revision)
+    processor = backbone.load_processor("tiny")
+    pixels = max_image_tokens * 28**2  # more than the tiny model's own limit
+    processor.image_processor.size = {**dict(processor.image_processor.size), "longest_edge": pixels}
+    return processor
+
+
+def load_policy(model: str, options: BackboneOptions, device: str, revision: str | None = None) -> Policy:
+    """As `ireasoner.model.loading.load_policy`, for a size of `SIZES` too."""
+    if model not in SIZES:
+        return loading.load_policy(model, options, revision=revision, device=device)
+    processor = load_processor(model, options.max_image_tokens)
+    return loading.make_policy(load_backbone(model, options.dtype, device), processor, options)

@@ -108,7 +108,8 @@ def embedder(config: Config) -> Embed:
     from ireasoner.model.inputs import embed_texts
     from ireasoner.model.loading import load_policy
 
-    policy = load_policy(config.model, config.backbone, device="cpu")  # only its table of embeddings is used
+    # Only its table of embeddings is used.
+    policy = load_policy(config.model, config.backbone, revision=config.revision, device="cpu")
     row = lru_cache(2048)(lambda step: embed_texts(policy, [step], config.recipe.max_step_tokens)[0])
     return lambda steps: np.stack([row(step) for step in steps]) if steps else np.zeros((0, 1))
 
@@ -309,7 +310,10 @@ def validity(run: Path, truth: Path | None = None, steps: tuple[int, int] | None
     Raises:
         UsageError: no run, no truth where it was asked for, or no readable trajectory.
     """
+    from ireasoner.training.state import model_revision
+
     config, notes = load_config(run / "config.yaml"), []
+    config = config.model_copy(update={"revision": model_revision(config, run)})
     beside = truth_path(config.images)
     known = read_truth(truth or beside) if truth or beside.exists() else None
     scorers = measures(config, notes, truth=known is not None)

@@ -1,16 +1,16 @@
-"""Which options of a run differ from its recipe and preset, and what usually follows: for runs that go wrong."""
+"""What to know about the options of a run: those that differ from its recipe and preset, and what usually follows."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ireasoner.training.config import Config, ConfigError, names, resolve
+from ireasoner.training.config import Config, ConfigError, names, option, resolve
 
 # What usually follows from a larger and from a smaller value.
 LARGER_SMALLER = {
     "learning_rate": (
         "a larger one moves the model faster, and can spoil the form of its texts within a few steps",
-        "a smaller one may not move the model at all, least of all in bfloat16",
+        "a smaller one may not move the model at all, least of all in bfloat16 and float16",
     ),
     "max_grad_norm": ("larger updates get through", "updates become smaller"),
     "max_question_tokens": ("it takes more memory", "questions that are cut off cannot be read, and are not asked"),
@@ -27,9 +27,22 @@ OTHER = {
     "solver_prompt": "if it does not ask for the solution form, what the model writes cannot be read",
     "proposer_prompt": "if it does not ask for <question>…</question>, no question can be read",
     "solution_form": "the model must write its answer in this form to be read",
-    "dtype": "in bfloat16 and float16, small updates are lost in rounding",
+    "dtype": "in bfloat16 and float16, small updates are hard to tell from rounding",
     "reward": "what it pays for is what the model learns",
 }
+
+LEAST_RATE = 1e-5  # below it, updates of a half-precision backbone drown in its rounding (docs/experiments.md)
+
+
+def drowned_in_rounding(config: Config) -> str | None:
+    """A warning if the learning rate is too small for the backbone's precision."""
+    rate, dtype = config.optimizer.learning_rate, config.backbone.dtype
+    if dtype == "float32" or rate >= LEAST_RATE:
+        return None
+    return (
+        f"A learning rate of {rate:g} hardly moves a {dtype} model: its rounding is larger than what updates change. "
+        f"The preset 7b has {option('learning_rate').default:g}; `ireasoner doctor` measures it."
+    )
 
 
 def differences(config: Config) -> list[tuple[str, Any, Any]] | None:

@@ -54,7 +54,7 @@ def finish(run: Run, before: Scores | None) -> dict[str, Any]:
         "after": after.summary() if after else None,
         "difference": compare(before, after) if before and after else None,
         "training_seconds": run.elapsed,
-        "versions": versions(),
+        "versions": versions(run),
     }
     run.recorder.sync()
     run.recorder.write_text("summary.json", write_json(summary))
@@ -113,9 +113,10 @@ def evaluate_role(run: Run, which: str, role: Role | None) -> Scores:
     )
 
 
-def versions() -> dict[str, str]:
-    """Versions of this package and of the packages that the numbers of a run depend on."""
-    return {"ireasoner": __version__, **{name: metadata.version(name) for name in PACKAGES}}
+def versions(run: Run) -> dict[str, str]:
+    """Versions of this package, of the packages that the numbers of a run depend on, and of a model from the hub."""
+    model = {"model": f"{run.config.model}@{run.policy.commit}"} if run.policy.commit else {}
+    return {"ireasoner": __version__, **{name: metadata.version(name) for name in PACKAGES}, **model}
 
 
 def _publish_adapters(run: Run, trained: Sequence[Role]) -> None:

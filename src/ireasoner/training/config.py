@@ -51,9 +51,9 @@ class SamplingOptions(Options):
 class ScheduleOptions(Options):
     """How long a run is, and what happens how often."""
 
-    steps: Count = 2500
+    steps: Count = 625
     """Training steps."""
-    images_per_step: Count = 1
+    images_per_step: Count = 4
     """Images played in each step."""
     proposer_every: Count = 5
     """The proposer is updated every so many steps."""
@@ -92,6 +92,8 @@ class Config(Options):
     """Larger images are skipped, as decoding takes up to 24 bytes of memory a pixel (25 million)."""
     model: str
     """Folder or hub id of an image-text-to-text model; 'tiny' is the one that ships here."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub (the newest commit)."""
     preset: str = "7b"
     """Name of a preset, or a YAML file of preset options (7b; tiny for the model tiny)."""
     seed: NonNegativeInt = 0
@@ -105,6 +107,8 @@ class Config(Options):
     """Another file of such questions, whose images are not trained on either, and which is not evaluated on."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """Who samples: transformers on the live policy, or vLLM beside it, where installed."""
+    vllm_share: Annotated[float, Field(gt=0, lt=1)] = 0.45
+    """Share of a GPU's memory for vLLM; the learner's own copy of the weights and its activations need the rest."""
     device: str = "auto"
     """Where to train: auto, cpu, cuda or cuda:N."""
     reward_sha256: str | None = None

@@ -25,6 +25,7 @@ from ireasoner.training.metrics import play_metrics, timed
 from ireasoner.training.probes import blank_survival, probe
 from ireasoner.training.recorder import Recorder, write_json, writer_lock
 from ireasoner.training.state import (
+    VERSIONS,
     Observer,
     Run,
     RunError,
@@ -138,7 +139,7 @@ def _run(
         else:
             # `config.yaml` makes the directory a run, which is why it is written only after everything has been loaded:
             # a mistake in an option must not leave a run that cannot start.
-            recorder.write_text("versions.json", write_json(versions()))
+            recorder.write_text(VERSIONS, write_json(versions(run)))
             recorder.write_text("config.yaml", dump_config(config))
             probe(run)
             save(run)

@@ -19,22 +19,28 @@ from safetensors.torch import load_file, save_file
 
 from ireasoner.method.scoring import RewardFunction
 from ireasoner.method.types import ROLES, Episode, Role, UsageError
+from ireasoner.model.backbone import lacks_bfloat16, most_image_tokens, resolve_device
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy
 from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
+from ireasoner.model.source import find_model
 from ireasoner.rollouts.engine import Engine
 from ireasoner.rollouts.live import LiveEngine
+from ireasoner.training.advice import drowned_in_rounding
 from ireasoner.training.checkpoints import clear_remains, newest_checkpoint, prune, save_checkpoint
 from ireasoner.training.config import Config, dump_config, load_config
 from ireasoner.training.items import ImagePool, Item, set_aside_line
 from ireasoner.training.labelled import LabelledQuestion, StepTruth, draw_questions, load_questions
-from ireasoner.training.recorder import Recorder, read_episodes, read_records
+from ireasoner.training.recorder import Recorder, read_episodes, read_json, read_records
 from ireasoner.training.selfplay import SelfPlay
 from ireasoner.training.watch import Alarm, Signals, Watch
 
 CONFIG = "config.yaml"
 OPTIONS = "options.yaml"  # the same in a checkpoint, so that nothing but a deliberate extension changes it unnoticed
+
+
+VERSIONS = "versions.json"  # what the run began with: packages, and the commit of a model on the hub
 
 
 class RunError(UsageError):
@@ -131,10 +137,18 @@ def open_run(
         observer.on_message(text)
     processes.wait()  # the other processes read the records below, so the main one must have finished rewinding them
     questions = load_questions(config.eval_data, truth=truth) if config.eval_data else []
+    # Before the images are read, so that a mistyped name is told at once. Every process takes the first one's commit.
+    found = find_model(config.model, model_revision(config, out))
+    commit = processes.gather([found.commit], processes.count)[0]
     pool = open_pool(config, questions, processes)
-    selfplay = open_selfplay(config, pool, processes, reward)
+    selfplay = open_selfplay(config, pool, processes, reward, commit)
     policy = selfplay.policy
     observer.on_message(policy.describe() + ".")
+    if (images := config.schedule.images_per_step) < processes.count:
+        observer.on_message(
+            f"{processes.count - images} of {processes.count} processes have nothing to play or to learn from: a step "
+            f"has images_per_step {images}, shared out among them. Start fewer, or a run with more images a step."
+        )
     run = Run(
         config=config,
         out=out,
@@ -159,9 +173,18 @@ def open_run(
             _restore(run, checkpoint, state)
         except (KeyError, TypeError, ValueError) as error:  # a checkpoint that is whole, but not a run's
             raise RunError(f"{checkpoint} does not fit this run: {type(error).__name__}: {error}") from None
-    elif pool.set_aside:
-        run.tell(set_aside_line(pool.set_aside))
+    else:
+        if pool.set_aside:
+            run.tell(set_aside_line(pool.set_aside))
+        if warning := drowned_in_rounding(config):
+            run.tell(warning)
     return run, checkpoint is not None
+
+
+def model_revision(config: Config, run_dir: Path) -> str | None:
+    """The revision of a run's model: the commit that it began with, once that is recorded, for branches move on."""
+    model, at, commit = str(read_json(run_dir / VERSIONS, 2**20).get("model")).rpartition("@")
+    return commit if at and model == config.model else config.revision
 
 
 def open_pool(config: Config, questions: Sequence[LabelledQuestion], processes: Processes = ALONE) -> ImagePool:
@@ -180,7 +203,11 @@ def open_pool(config: Config, questions: Sequence[LabelledQuestion], processes: 
 
 
 def open_selfplay(
-    config: Config, pool: ImagePool, processes: Processes = ALONE, reward: RewardFunction | None = None
+    config: Config,
+    pool: ImagePool,
+    processes: Processes = ALONE,
+    reward: RewardFunction | None = None,
+    revision: str | None = None,
 ) -> SelfPlay:
     """Load the model with new adapters, and make the self-play of a run on it.
 
@@ -189,12 +216,17 @@ def open_selfplay(
         pool: the run's images; labelled questions are about these.
         processes: those that play together.
         reward: the reward function if it is the user's own.
+        revision: a branch, tag or commit of a model on the hub; None: the newest.
 
     Raises:
         UsageError: the model, the engine or the labels cannot be used.
     """
-    device = processes.device if processes.count > 1 else config.device
-    policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
+    device = resolve_device(processes.device if processes.count > 1 else config.device)
+    if config.backbone.dtype == "bfloat16" and lacks_bfloat16(device):
+        raise RunError(
+            f"{device} only emulates bfloat16, slowly: train with --dtype float16, or float32 if activations overflow"
+        )
+    policy = load_policy(config.model, config.backbone, revision=revision, device=device, seed=config.seed)
     engine = open_engine(config, policy, processes)
     labels = load_labels(config, pool) if config.labels else None
     return SelfPlay(policy, engine, config, labels, reward, processes)
@@ -210,9 +242,10 @@ def open_engine(config: Config, policy: Policy, processes: Processes) -> Engine:
 
     sampling, tokenizer = config.sampling, policy.processor.tokenizer
     # The longest sequence that vLLM has to hold: image, prompt, question, solution, and 128 for the chat template.
+    image = most_image_tokens(policy.processor, config.max_image_pixels)
     prompt = max(len(tokenizer(text)["input_ids"]) for text in (sampling.proposer_prompt, sampling.solver_prompt))
     written = sampling.max_question_tokens + sampling.max_solution_tokens
-    return VllmEngine.load(policy, config.model, config.backbone.max_image_tokens + prompt + written + 128)
+    return VllmEngine.load(policy, config.model, image + prompt + written + 128, config.vllm_share)
 
 
 def load_labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, str]]]:
@@ -321,7 +354,7 @@ def _write_state(run: Run, folder: Path) -> None:
 def _check_config(config: Config, checkpoint: Path) -> None:
     """Check that a run goes on with the options that its checkpoint was saved under.
 
-    It may be extended, folders and files may have been moved, and the device may be another one.
+    It may be extended, folders and files may have been moved, and the device and vLLM's share of it may be others.
 
     Raises:
         UsageError: an option was changed meanwhile, for example because a line of `config.yaml` was lost.
@@ -333,7 +366,9 @@ def _check_config(config: Config, checkpoint: Path) -> None:
     for name in ("images", "model", "labels", "eval_data", "held_out"):
         if all(changed.get(name, ())):  # moved, and neither lost nor added
             changed.pop(name, None)
-    for name in ("device", "recipe"):  # of the recipe, the name; its options are compared
+    if config.model != kept.model:
+        changed.pop("revision", None)  # of the copy on the hub
+    for name in ("device", "vllm_share", "recipe"):  # of the recipe, the name; its options are compared
         changed.pop(name, None)
     if config.schedule.steps > kept.schedule.steps:
         del changed["steps"]

@@ -1,0 +1,109 @@
+"""LoRA for half-precision backbones whose small updates are not lost in rounding.
+
+PEFT rounds a layer's output to the backbone's dtype before it adds the adapter's part, and the sum once more. In
+bfloat16, what an adapter adds is then gone where it is below about 0.3 % of the output, however precise the adapter is.
+Here the backbone's product, its bias and the adapter's part are summed in float32 and rounded once. The rounding error
+then has nothing to do with the adapter: small updates come through on average, as they would in float32.
+
+Shape suffixes: T positions, I and O the inputs and outputs of a layer, R the rank of LoRA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor
+
+
+def product_in_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """The matrix product of [T, I] and [I, O] of one dtype, in float32: nothing is rounded to bfloat16 in between."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, weight, out_dtype=torch.float32)
+    return x.float() @ weight.float()
+
+
+class _Linear(torch.autograd.Function):
+    """x Wᵀ + b + s · (x Aᵀ) Bᵀ in float32, for a frozen W and b, with or without A and B.
+
+    For the backward pass only x is kept, as it is, and x Aᵀ. PEFT keeps a copy of x in float32 for each layer, although
+    several layers share one x (queries, keys and values do).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scaling: float
+    ) -> Tensor:
+        x_TI = x.flatten(0, -2)
+        result_TO = product_in_float32(x_TI.to(weight.dtype), weight.T)
+        if bias is not None:
+            result_TO += bias
+        down_TR = None
+        if a is not None and b is not None:
+            down_TR = x_TI.float() @ a.T
+            result_TO.addmm_(down_TR, b.T, alpha=scaling)
+        ctx.save_for_backward(x, weight, a, b, down_TR)
+        ctx.scaling = scaling
+        return result_TO.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, down_TR = ctx.saved_tensors
+        of_x, _, _, of_a, of_b, _ = ctx.needs_input_grad
+        grad_TO = grads[0].flatten(0, -2)
+        grad_x = grad_a = grad_b = grad_down_TR = None
+        if a is not None:
+            grad_down_TR = ctx.scaling * (grad_TO @ b)
+        if of_x:
+            grad_x_TI = product_in_float32(grad_TO.to(weight.dtype), weight)
+            if a is not None and grad_down_TR is not None:
+                grad_x_TI.addmm_(grad_down_TR, a)
+            grad_x = grad_x_TI.to(x.dtype).view_as(x)
+        if of_a and grad_down_TR is not None:
+            grad_a = grad_down_TR.T @ x.flatten(0, -2).float()
+        if of_b:
+            grad_b = ctx.scaling * (grad_TO.T @ down_TR)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+def linear_in_float32(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """A frozen linear layer with LoRA, summed in float32.
+
+    Args:
+        x: [..., I], in the dtype of the weight or in float32.
+        weight: [O, I], in any dtype; gets no gradient.
+        bias: [O]; gets no gradient.
+        a: LoRA's matrix A, [R, I], in float32; None: no LoRA.
+        b: LoRA's matrix B, [O, R], in float32.
+        scaling: LoRA's alpha / rank.
+
+    Returns:
+        [..., O], in float32.
+    """
+    result: Any = _Linear.apply(x, weight, bias, a, b, scaling)
+    return result
+
+
+class Float32SumLinear(lora.Linear):
+    """PEFT's LoRA layer with its sum in float32, for a linear layer in half precision.
+
+    With the adapters disabled it rounds in the same way, so that an adapter that adds nothing changes nothing.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self.get_base_layer()
+        a: Any = None
+        b: Any = None
+        scaling = 1.0
+        if not self.disable_adapters:
+            (name,) = self.active_adapters
+            a, b, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        return linear_in_float32(x, layer.weight, layer.bias, a, b, scaling).to(x.dtype)
