@@ -17,7 +17,7 @@ from ireasoner.app.cli import main
 from ireasoner.app.display import print_episode
 from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.types import Episode, FinishReason, Proposal, Question, Trajectory
-from ireasoner.model.backbone import TINY_MODEL
+from ireasoner.model.source import TINY_MODEL
 from ireasoner.playground import dataset
 from ireasoner.studies import reading
 from ireasoner.studies.doctor import Finding
