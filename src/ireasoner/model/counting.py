@@ -1,0 +1,104 @@
+"""Counting the memory that a model takes, from the tensors that it makes.
+
+What a pass keeps depends on shapes and types alone, so the count is the same on the meta device, where a model of any
+size takes no memory. It follows the model and its adapters by itself, whatever they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ireasoner.method.types import ROLES
+from ireasoner.model.footprint import Footprint
+from ireasoner.model.forward import new_cache
+from ireasoner.model.loss import CHUNK_LOGITS
+from ireasoner.model.policy import Policy
+
+TRIAL = 64  # tokens of a trial; another one has twice as many
+# Peaks that were measured (docs/experiments.md): of the loss, in tensors as large as a chunk of float32 logits; of
+# drawing a token, in float32 logits.
+LOSS_PEAK, DRAW_PEAK = 6, 8
+
+
+def footprint(policy: Policy) -> Footprint:
+    """What a policy takes; counted once, by running a few tokens of text."""
+    if policy.footprint is None:
+        policy.footprint = _count(policy)
+    return policy.footprint
+
+
+def _count(policy: Policy) -> Footprint:
+    vocabulary, width = policy.backbone.get_output_embeddings().weight.shape
+    itemsize = policy.backbone.dtype.itemsize
+    adapters = [sum(p.nbytes for p in policy.parameters(role).values()) for role in ROLES]
+    once, twice = _saved(policy, TRIAL), _saved(policy, 2 * TRIAL)
+    # Scores of attention grow with the square of the tokens, if they are kept at all. Fused kernels do not keep them,
+    # but there are none on the meta device; so what grows with the square is left out.
+    kept = [2 * one / TRIAL - two / (2 * TRIAL) for one, two in zip(once, twice, strict=True)]
+    once, twice = _cached(policy, TRIAL), _cached(policy, 2 * TRIAL)
+    keys, values = ((two - one) // TRIAL for one, two in zip(once, twice, strict=True))
+    return Footprint(
+        weights=sum(tensor.nbytes for tensor in [*policy.model.parameters(), *policy.model.buffers()]),
+        optimizer=2 * sum(adapters) + 2 * max(adapters),
+        loss=LOSS_PEAK * 4 * max(CHUNK_LOGITS, vocabulary),
+        kept=round(sum(kept)),
+        layer=round(max(kept)),
+        inputs=len(policy.decoder.layers) * width * itemsize,
+        cache=keys + values,
+        shared=max(keys, keys * 4 // itemsize) + values,
+        state=sum(once) - TRIAL * (keys + values),
+        draw=DRAW_PEAK * 4 * vocabulary,
+        feature=width * itemsize,
+    )
+
+
+def _saved(policy: Policy, tokens: int) -> list[int]:
+    """Bytes that the backward pass needs of each layer of the language model, after a pass over so many tokens."""
+    layers = policy.decoder.layers
+    held = {tensor.untyped_storage()._cdata for tensor in [*policy.model.parameters(), *policy.model.buffers()]}
+    saved: list[list[Any]] = [[] for _ in range(len(layers) + 1)]  # what comes before the first layer is apart
+    place = 0
+
+    def enter(index: int) -> None:
+        nonlocal place
+        place = index
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in held:
+            held.add(storage._cdata)
+            saved[place].append(storage)  # kept alive, or another one might get its address
+        return tensor
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, index=index: enter(index)) for index, layer in enumerate(layers, 1)
+    ]
+    try:
+        with (
+            torch.enable_grad(),
+            policy.acting_as("solver"),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            policy.decoder(input_ids=_ids(policy, tokens), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [sum(storage.nbytes() for storage in storages) for storages in saved[1:]]
+
+
+@torch.no_grad()
+def _cached(policy: Policy, tokens: int) -> tuple[int, int]:
+    """Bytes in the cache after a pass over so many tokens: of keys, and of values and everything else."""
+    cache = new_cache(policy)
+    with policy.acting_as(None):
+        policy.decoder(input_ids=_ids(policy, tokens), past_key_values=cache, use_cache=True)
+    held = [(name, each) for layer in cache.layers for name, each in vars(layer).items() if isinstance(each, Tensor)]
+    keys = sum(tensor.nbytes for name, tensor in held if name == "keys")
+    return keys, sum(tensor.nbytes for _, tensor in held) - keys
+
+
+def _ids(policy: Policy, tokens: int) -> Tensor:
+    return torch.full((1, tokens), policy.end_tokens[0], dtype=torch.long, device=policy.device)
