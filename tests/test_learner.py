@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
-from ireasoner.model.forward import completion_hidden
 from ireasoner.model.counting import footprint
+from ireasoner.model.forward import completion_hidden
 from ireasoner.model.inputs import Prompts, build_prompts, encode_images
 from ireasoner.model.learner import Learner
 from ireasoner.model.loss import adapt_kl_coef

@@ -38,19 +38,31 @@ def resolve_model(model: str | Path) -> str:
     return str(TINY_MODEL if model == "tiny" else model)
 
 
+def read_config(model: str) -> Any:
+    """The model's config.json.
+
+    Raises:
+        ModelError: no such model, or one without vision.
+    """
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(model), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the model {model!r}: {brief(error)}") from None
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ModelError(f"{model} is a {config.model_type} model: a model for images and text is needed")
+    return config
+
+
 def load_backbone(model: str, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
     """Load a model without adapters, frozen, in eval mode; from safetensors only, and without running code it brings.
 
     Raises:
         ModelError: no such model, no vision, or an architecture that does not continue its prompt.
     """
-    path = resolve_model(model)
+    config = read_config(model)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            raise ModelError(f"{model} is a {config.model_type} model: a model for images and text is needed")
         backbone: Any = AutoModelForImageTextToText.from_pretrained(  # type: ignore[call-arg]
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            resolve_model(model), dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the model {model!r}: {brief(error)}") from None

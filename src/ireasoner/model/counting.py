@@ -21,6 +21,7 @@ TRIAL = 64  # tokens of a trial; another one has twice as many
 # Peaks that were measured (docs/experiments.md): of the loss, in tensors as large as a chunk of float32 logits; of
 # drawing a token, in float32 logits.
 LOSS_PEAK, DRAW_PEAK = 6, 8
+SPARE = 0.1  # of the free memory: allocators leave gaps, and libraries have buffers of their own
 
 
 def footprint(policy: Policy) -> Footprint:
@@ -28,6 +29,14 @@ def footprint(policy: Policy) -> Footprint:
     if policy.footprint is None:
         policy.footprint = _count(policy)
     return policy.footprint
+
+
+def limit_sampling(policy: Policy, tokens_per_batch: int) -> None:
+    """Let sampling take as much memory as an update of so many tokens would, and no more than the device has free."""
+    policy.sampling_bytes = tokens_per_batch * footprint(policy).update_per_token(False)
+    if policy.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(policy.device)
+        policy.sampling_bytes = min(policy.sampling_bytes, int((1 - SPARE) * free))
 
 
 def _count(policy: Policy) -> Footprint:
@@ -82,7 +91,7 @@ def _saved(policy: Policy, tokens: int) -> list[int]:
             policy.acting_as("solver"),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
-            policy.decoder(input_ids=_ids(policy, tokens), use_cache=False)
+            policy.decoder(**_inputs(policy, tokens), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -94,11 +103,16 @@ def _cached(policy: Policy, tokens: int) -> tuple[int, int]:
     """Bytes in the cache after a pass over so many tokens: of keys, and of values and everything else."""
     cache = new_cache(policy)
     with policy.acting_as(None):
-        policy.decoder(input_ids=_ids(policy, tokens), past_key_values=cache, use_cache=True)
+        policy.decoder(**_inputs(policy, tokens), past_key_values=cache, use_cache=True)
     held = [(name, each) for layer in cache.layers for name, each in vars(layer).items() if isinstance(each, Tensor)]
     keys = sum(tensor.nbytes for name, tensor in held if name == "keys")
     return keys, sum(tensor.nbytes for _, tensor in held) - keys
 
 
-def _ids(policy: Policy, tokens: int) -> Tensor:
-    return torch.full((1, tokens), policy.end_tokens[0], dtype=torch.long, device=policy.device)
+def _inputs(policy: Policy, tokens: int) -> dict[str, Tensor]:
+    """One sequence of text; on the meta device with a mask, or a model would look into tensors to make one."""
+    ids = torch.full((1, tokens), policy.end_tokens[0], dtype=torch.long, device=policy.device)
+    if policy.device.type != "meta":
+        return {"input_ids": ids}
+    mask = torch.zeros(1, 1, tokens, tokens, dtype=policy.backbone.dtype, device=policy.device)
+    return {"input_ids": ids, "attention_mask": mask}

@@ -153,8 +153,8 @@ class Learner:
         entropy = trajectory_means(tokens.token_entropy_T, mask_RC).sum()
         gap = (tokens.logprobs_T.detach() - sampler_logprobs_RC[mask_RC]).abs().max().cpu()
         sums = torch.tensor([loss.item(), kl_R.sum().item(), entropy.item()], dtype=torch.float64)
-        # Not `backward`, which adds to each gradient as soon as it has it: one that ran out of memory halfway would leave
-        # a part behind, and its micro-batch is done again.
+        # Not `backward`, which adds to each gradient as soon as it has it: one that ran out of memory halfway would
+        # leave a part behind, and its micro-batch is done again.
         parameters = list(self.parameters.values())
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss / total, parameters), strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

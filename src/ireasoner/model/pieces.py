@@ -14,8 +14,8 @@ import torch
 from ireasoner.method.types import UsageError
 from ireasoner.model.policy import Policy
 
-
 Result = TypeVar("Result")
+ADVICE = "lower --max-image-tokens, use a smaller model or a larger device, or end what else uses this one"
 
 
 class DoesNotFitError(UsageError):
@@ -73,10 +73,7 @@ def halved(policy: Policy, piece: Piece, what: str) -> list[Piece]:
     if halves := piece.halves():
         policy.on_shortage(f"Out of memory in {what}, which is tried again in halves.")
         return halves
-    raise DoesNotFitError(
-        f"out of memory in {what}, of which a smaller part cannot be made: lower --max-image-tokens, use a smaller model "
-        "or a larger device, or end what else uses this one"
-    )
+    raise DoesNotFitError(f"out of memory in {what}, of which no smaller part can be done: {ADVICE}")
 
 
 def in_pieces(
@@ -123,7 +120,4 @@ def out_of_memory_is_told() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         reason = str(error).partition("\n")[0]
-        raise DoesNotFitError(
-            "memory does not suffice: lower --max-image-tokens or --tokens-per-batch, take a smaller model, or end what "
-            f"else uses the device (torch says: {reason[:200]})"
-        ) from None
+        raise DoesNotFitError(f"out of memory: {ADVICE} (torch says: {reason[:200]})") from None

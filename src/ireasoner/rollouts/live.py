@@ -112,10 +112,8 @@ class LiveEngine:
         policy, (_, n, max_tokens) = self.policy, draws_BNC.shape
         captures = self.capture is not None and policy.shares_attention  # other caches move to new memory as they grow
         prefix = prefill_in_parts(policy, prompts, self._prefilled_at_a_time(prompts))
-        if policy.shares_attention:
-            prefix = prefix.share(n, room=max_tokens - 1, fixed=captures)  # the last token is drawn and not run
-        else:
-            prefix = prefix.repeat(n)
+        room = max_tokens - 1  # the last token is drawn and not run
+        prefix = prefix.share(n, room=room, fixed=captures) if policy.shares_attention else prefix.repeat(n)
         decoding = _Decoding(policy, prefix, draws_BNC, temperature)
         with attending(policy.decoder, prefix.cache):
             self._run(decoding, max_tokens, captures)

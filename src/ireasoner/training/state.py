@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ireasoner.method.scoring import RewardFunction
 from ireasoner.method.types import ROLES, Episode, Role, UsageError
+from ireasoner.model.counting import limit_sampling
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy
 from ireasoner.model.parallel import ALONE, Processes
@@ -73,6 +74,7 @@ class Run:
     stop_asked: Callable[[], bool] = lambda: False
     step: int = 0
     elapsed: float = 0.0
+    shortages: list[str] = field(default_factory=list)  # of memory, in this process, that are still to be told
 
     @property
     def alarm(self) -> Alarm | None:
@@ -136,6 +138,7 @@ def open_run(
     pool = ImagePool.scan(config.images, config.seed, config.max_image_pixels, processes, held_out)
     device = processes.device if processes.count > 1 else config.device
     policy = load_policy(config.model, config.backbone, device=device, seed=config.seed)
+    limit_sampling(policy, config.optimizer.tokens_per_batch)
     observer.on_message(policy.describe() + ".")
     engine = open_engine(config, policy, processes)
     labels = load_labels(config, pool) if config.labels else None
@@ -157,6 +160,7 @@ def open_run(
         step=state["step"],
         elapsed=state["elapsed"],
     )
+    policy.on_shortage = run.shortages.append
     record_skips(run)
     if checkpoint:
         try:
