@@ -60,7 +60,8 @@ class Batching:
             DoesNotFitError: it is a single completion, and checkpointed.
         """
         tokens = self._tokens(lengths, piece)
-        self._lowered[piece.recomputed] = min(self.bound(piece.recomputed), max(1, tokens * 3 // 4))
+        bounds = (self._lowered.get(piece.recomputed, tokens), max(1, tokens * 3 // 4))
+        self._lowered[piece.recomputed] = min(bounds)
         what = f"an update of {tokens} tokens"
         if piece.recomputed or len(piece.rows) > 1:
             return halved(self.policy, piece, what)
