@@ -200,7 +200,7 @@ def test_samples_do_not_depend_on_the_batches(folder: str, pictures: list[Image.
         expected = sample(engine, asked, "solver", 2, 8)
     longest = whole[0] // 3
     each = takes.caches(longest, 8, 2, shares=policy.shares_attention) + longest * takes.layer
-    for limit, prefills in ((2 * 3 * longest * takes.layer, {1, 2, 3}), (2 * each, {2, 3}), (1, {3})):
+    for limit, prefills in ((2 * 3 * longest * takes.layer, {1, 2, 3}), (2 * each, {2, 3}), (1, {6})):
         policy.sampling_bytes = limit
         with passes(policy) as seen:
             assert_same_samples(sample(engine, asked, "solver", 2, 8), expected)

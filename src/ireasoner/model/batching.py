@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from ireasoner.model.counting import footprint
-from ireasoner.model.pieces import Piece, gathered, halved
+from ireasoner.model.pieces import Piece, cut, gathered, halved
 from ireasoner.model.policy import Policy
 
 Lengths = Sequence[tuple[int, int]]  # of each group: tokens of its prompt, and of its longest completion
@@ -41,16 +42,12 @@ class Batching:
         and time, apart from rounding.
         """
         always = self.policy.gradient_checkpointing
+        fits = partial(self._fits, lengths)
         found: list[Piece] = []
         order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-        for rows in gathered(order, lambda rows: self._fits(lengths, Piece(rows, slice(0, count), always))):
+        for rows in gathered(order, lambda rows: fits(Piece(rows, slice(0, count), always))):
             piece = Piece(rows, slice(0, count), always)
-            if not self._fits(lengths, piece):
-                piece = replace(piece, recomputed=True)
-            size = count
-            while size > 1 and not self._fits(lengths, replace(piece, columns=slice(0, size))):
-                size -= 1
-            found += [replace(piece, columns=slice(i, min(i + size, count))) for i in range(0, count, size)]
+            found += cut(piece if fits(piece) else replace(piece, recomputed=True), fits)
         return found
 
     def smaller(self, lengths: Lengths, piece: Piece) -> list[Piece]:

@@ -14,13 +14,9 @@ from torch import Tensor
 from ireasoner.method.types import ROLES
 from ireasoner.model.footprint import Footprint
 from ireasoner.model.forward import new_cache
-from ireasoner.model.loss import CHUNK_LOGITS
 from ireasoner.model.policy import Policy
 
 TRIAL = 64  # tokens of a trial; another one has twice as many
-# Peaks that were measured (docs/experiments.md): of the loss, in tensors as large as a chunk of float32 logits; of
-# drawing a token, in float32 logits.
-LOSS_PEAK, DRAW_PEAK = 6, 8
 SPARE = 0.1  # of the free memory: allocators leave gaps, and libraries have buffers of their own
 
 
@@ -52,14 +48,13 @@ def _count(policy: Policy) -> Footprint:
     return Footprint(
         weights=sum(tensor.nbytes for tensor in [*policy.model.parameters(), *policy.model.buffers()]),
         optimizer=2 * sum(adapters) + 2 * max(adapters),
-        loss=LOSS_PEAK * 4 * max(CHUNK_LOGITS, vocabulary),
         kept=round(sum(kept)),
         layer=round(max(kept)),
         inputs=len(policy.decoder.layers) * width * itemsize,
         cache=keys + values,
         shared=max(keys, keys * 4 // itemsize) + values,
         state=sum(once) - TRIAL * (keys + values),
-        draw=DRAW_PEAK * 4 * vocabulary,
+        logits=4 * vocabulary,
         feature=width * itemsize,
     )
 

@@ -64,6 +64,15 @@ def gathered(rows: Iterable[int], fits: Callable[[Sequence[int]], bool]) -> list
     return batches
 
 
+def cut(piece: Piece, fits: Callable[[Piece], bool]) -> list[Piece]:
+    """A piece, cut between its completions into the largest parts that fit; a part is one completion at least."""
+    first, last = piece.columns.start, piece.columns.stop
+    size = last - first
+    while size > 1 and not fits(replace(piece, columns=slice(first, first + size))):
+        size -= 1
+    return [replace(piece, columns=slice(i, min(i + size, last))) for i in range(first, last, size)]
+
+
 def halved(policy: Policy, piece: Piece, what: str) -> list[Piece]:
     """The halves of a piece that did not fit; `what` says what it was.
 

@@ -32,7 +32,7 @@ from ireasoner.model.attention import attending
 from ireasoner.model.counting import footprint
 from ireasoner.model.forward import Prefix, decode, prefill_in_parts
 from ireasoner.model.inputs import Prompts, build_prompts
-from ireasoner.model.pieces import Piece, gathered, halved, in_pieces
+from ireasoner.model.pieces import Piece, cut, gathered, halved, in_pieces
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Request
 
@@ -92,13 +92,16 @@ class LiveEngine:
             n: completions of each.
             room: longest completion.
         """
-        limit, rows = self.policy.sampling_bytes, list(range(len(lengths)))
-        if limit is not None:
-            order = sorted(rows, key=lambda row: lengths[row])
-            batches = gathered(order, lambda rows: self._takes(lengths, Piece(rows, slice(0, n)), room) <= limit // 2)
-        else:
-            batches = [rows]
-        return [Piece(sorted(rows), slice(0, n)) for rows in batches]
+        limit, columns = self.policy.sampling_bytes, slice(0, n)
+        if limit is None:
+            return [Piece(range(len(lengths)), columns)]
+
+        def fits(piece: Piece) -> bool:
+            return self._takes(lengths, piece, room) <= limit // 2
+
+        order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+        batches = gathered(order, lambda rows: fits(Piece(rows, columns)))
+        return [part for rows in batches for part in cut(Piece(sorted(rows), columns), fits)]
 
     def _takes(self, lengths: Sequence[int], piece: Piece, room: int) -> int:
         """Bytes of the caches of a piece. If the prompts cannot be prefilled in parts, that counts as well."""
