@@ -106,7 +106,7 @@ def _cached(policy: Policy, tokens: int) -> tuple[int, int]:
 
 def _inputs(policy: Policy, tokens: int) -> dict[str, Tensor]:
     """One sequence of text; on the meta device with a mask, or a model would look into tensors to make one."""
-    ids = torch.full((1, tokens), policy.end_tokens[0], dtype=torch.long, device=policy.device)
+    ids = torch.full((1, tokens), policy.pad_token, dtype=torch.long, device=policy.device)
     if policy.device.type != "meta":
         return {"input_ids": ids}
     mask = torch.zeros(1, 1, tokens, tokens, dtype=policy.backbone.dtype, device=policy.device)
