@@ -54,11 +54,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_counted_without_weights_is_what_the_model_keeps(folder: str, dtype: str):
-    """On the meta device attention is not fused, which adds a few per cent to what is kept."""
     options = BackboneOptions(dtype=dtype)  # type: ignore[arg-type]
     real, counted = (footprint(policy) for policy in (load(folder, dtype=dtype), meta_policy(folder, options)))
     for name, value in vars(real).items():
-        assert vars(counted)[name] == pytest.approx(value, rel=0.1 if name in ("kept", "layer") else 0), name
+        assert vars(counted)[name] == pytest.approx(value, rel=0.02 if name in ("kept", "layer") else 0), name
 
 
 def test_a_pass_keeps_what_is_counted(make_policy: MakePolicy):
@@ -69,10 +68,10 @@ def test_a_pass_keeps_what_is_counted(make_policy: MakePolicy):
         saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    ids = torch.full((2, 5 * TRIAL), 7)
+    ids, mask = torch.full((2, 5 * TRIAL), 7), torch.zeros(2, 1, 5 * TRIAL, 5 * TRIAL)
     with policy.acting_as("solver"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        policy.decoder(input_ids=ids, use_cache=False)
-    held = {p.data_ptr() for p in [*policy.model.parameters(), *policy.model.buffers()]}
+        policy.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+    held = {p.data_ptr() for p in [mask, *policy.model.parameters(), *policy.model.buffers()]}
     total = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in held)
     assert total == pytest.approx(ids.numel() * footprint(policy).kept, rel=0.03)
 
@@ -87,15 +86,15 @@ def of_7b(tmp_path_factory: pytest.TempPathFactory) -> Footprint:
 
 
 def test_the_count_of_a_7b(of_7b: Footprint):
-    """8.29e9 parameters of 2 bytes; two adapters of 40.4e6 in float32; 47 GB in all at 3,072 tokens (FACTS)."""
+    """8.29e9 parameters of 2 bytes; two adapters of 40.4e6 in float32; on 48 GB an update of 3,072 tokens fits."""
     text = SIZES["random-7b"]["text_config"]
     assert of_7b.weights == pytest.approx(16.58 * GB + 2 * 40.4e6 * 4, rel=0.02)
     assert of_7b.optimizer == pytest.approx(6 * 40.4e6 * 4, rel=0.01)
     assert of_7b.cache == 2 * 28 * 4 * 128 * 2
     assert of_7b.shared == 28 * 4 * 128 * (4 + 2)  # keys in float32
     assert of_7b.inputs == 28 * text["hidden_size"] * 2
-    assert of_7b.fixed + 3072 * of_7b.update_per_token(False) == pytest.approx(48.5 * GB, rel=0.1)
-    assert of_7b.fixed + 3072 * of_7b.update_per_token(True) == pytest.approx(20.5 * GB, rel=0.1)
+    assert of_7b.fixed + 3072 * of_7b.update_per_token(False) == pytest.approx(39.2 * GB, rel=0.05)
+    assert of_7b.fixed + 3072 * of_7b.update_per_token(True) == pytest.approx(20.7 * GB, rel=0.05)
 
 
 # --- the choice at the start ------------------------------------------------------------------------------------------
@@ -104,14 +103,13 @@ def test_the_count_of_a_7b(of_7b: Footprint):
 def test_a_7b_fits_on_cards_of_24_and_48_gb(of_7b: Footprint):
     config = resolve({"model": "7B", "images": ".", "eval_data": "questions.jsonl"})
     large, small = (fitting.tokens_that_fit(config, of_7b, free) for free in (47 * 2**30, 23 * 2**30))
-    assert 2000 < large < config.optimizer.tokens_per_batch
-    assert 100 < small < 600
+    assert large > config.optimizer.tokens_per_batch  # nothing is changed there
+    assert 300 < small < 700
     for tokens, free in ((large, 47 * 2**30), (small, 23 * 2**30)):
         assert of_7b.fixed + tokens * of_7b.update_per_token(False) < free
         # A group of five at the default lengths is not cut, on the small card with checkpointing.
         checkpointed = tokens * of_7b.update_per_token(False) // of_7b.update_per_token(True)
         assert checkpointed > 1280 + 200 + 5 * 256
-    assert fitting.tokens_that_fit(config, of_7b, 79 * 2**30) > config.optimizer.tokens_per_batch
     with pytest.raises(DoesNotFitError, match=r"^7B does not fit: it takes \d+\.\d GB to train .* 15\.5 GB of the dev"):
         fitting.tokens_that_fit(config, of_7b, 16 * 2**30)
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface
 
 from ireasoner.method.types import ROLES
 from ireasoner.model.footprint import Footprint
 from ireasoner.model.forward import new_cache
 from ireasoner.model.policy import Policy
 
+NAME = "ireasoner_counting"
 TRIAL = 64  # tokens of a trial; another one has twice as many
 SPARE = 0.1  # of the free memory: allocators leave gaps, and libraries have buffers of their own
 
@@ -35,13 +37,38 @@ def limit_sampling(policy: Policy, tokens_per_batch: int) -> None:
         policy.sampling_bytes = min(policy.sampling_bytes, int((1 - SPARE) * free))
 
 
+class _Fused(torch.autograd.Function):
+    """Keeps for the backward pass what fused attention keeps: what goes in and what comes out. Computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        rows, heads, length, _ = query.shape
+        output = value.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+
+def _fused_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention for the meta device, where torch has no fused kernels, and what it has keeps more."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(groups, dim=1) if groups > 1 else each for each in (key, value))
+    output: Any = _Fused.apply(query, key, value)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, _fused_attention)
+
+
 def _count(policy: Policy) -> Footprint:
+    if policy.device.type == "meta":
+        policy.decoder.set_attn_implementation(NAME)
     vocabulary, width = policy.backbone.get_output_embeddings().weight.shape
     itemsize = policy.backbone.dtype.itemsize
     adapters = [sum(p.nbytes for p in policy.parameters(role).values()) for role in ROLES]
     once, twice = _saved(policy, TRIAL), _saved(policy, 2 * TRIAL)
-    # Scores of attention grow with the square of the tokens, if they are kept at all. Fused kernels do not keep them,
-    # but there are none on the meta device; so what grows with the square is left out.
+    # The mask grows with the square of the tokens, and so do scores of attention that is not fused. Both are left out.
     kept = [2 * one / TRIAL - two / (2 * TRIAL) for one, two in zip(once, twice, strict=True)]
     once, twice = _cached(policy, TRIAL), _cached(policy, 2 * TRIAL)
     keys, values = ((two - one) // TRIAL for one, two in zip(once, twice, strict=True))
@@ -105,9 +132,8 @@ def _cached(policy: Policy, tokens: int) -> tuple[int, int]:
 
 
 def _inputs(policy: Policy, tokens: int) -> dict[str, Tensor]:
-    """One sequence of text; on the meta device with a mask, or a model would look into tensors to make one."""
+    """One sequence of text with a mask, as packed completions have; with none, a model would look into tensors to make
+    one, which the meta device does not have."""
     ids = torch.full((1, tokens), policy.pad_token, dtype=torch.long, device=policy.device)
-    if policy.device.type != "meta":
-        return {"input_ids": ids}
     mask = torch.zeros(1, 1, tokens, tokens, dtype=policy.backbone.dtype, device=policy.device)
     return {"input_ids": ids, "attention_mask": mask}
