@@ -92,17 +92,21 @@ def evaluate_target(
     Raises:
         UsageError: the model or its adapter cannot be loaded.
     """
+    from ireasoner.model.counting import limit_sampling
     from ireasoner.model.loading import load_policy
+    from ireasoner.model.pieces import out_of_memory_is_told
     from ireasoner.training.evaluation import evaluate
     from ireasoner.training.state import model_revision
 
     config = target.config
     revision = model_revision(config, target.run) if target.run else config.revision
-    policy = load_policy(config.model, config.backbone, revision=revision, device=device, seed=config.seed)
     role: Role | None = "solver" if target.adapters else None
-    if target.adapters:
-        policy.load_adapters(target.adapters, ["solver"])
-    elif target.run:
-        model = plain(config.model)
-        print(f"{target.run} learned nothing and has no adapter: its model {model} is scored.", file=sys.stderr)
-    return evaluate(policy, questions, role, config.sampling, options, truth=truth)
+    with out_of_memory_is_told():
+        policy = load_policy(config.model, config.backbone, revision=revision, device=device, seed=config.seed)
+        limit_sampling(policy, config.optimizer.tokens_per_batch)
+        if target.adapters:
+            policy.load_adapters(target.adapters, ["solver"])
+        elif target.run:
+            model = plain(config.model)
+            print(f"{target.run} learned nothing and has no adapter: its model {model} is scored.", file=sys.stderr)
+        return evaluate(policy, questions, role, config.sampling, options, truth=truth)

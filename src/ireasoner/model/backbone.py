@@ -29,6 +29,20 @@ SHAPES = (1, 4 / 3, 3 / 2, 2, 3, 4, 6, 12)  # widths of images over their height
 LARGEST_TRIAL = 2**23  # pixels: more than the largest grid of tiles that processors cut, of 36 times 384 x 384
 
 
+def read_config(model: str | Path, revision: str | None = None) -> Any:
+    """The model's config.json.
+
+    Raises:
+        ModelError: no such model, or one without vision.
+    """
+    source = find_model(model, revision)
+    with _told(f"cannot load the model {str(model)!r}"):
+        config = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ModelError(f"{model} is a {config.model_type} model: a model for images and text is needed")
+    return config
+
+
 def load_backbone(
     model: str | Path,
     dtype: str = "float32",
@@ -54,10 +68,7 @@ def load_backbone(
     """
     check_attention(attention, dtype, device)
     source = find_model(model, revision)
-    with _told(f"cannot load the model {str(model)!r}", device):
-        config = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False)
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ModelError(f"{model} is a {config.model_type} model: a model for images and text is needed")
+    config = read_config(model, source.commit)
     with_weights(source)
     with _told(f"cannot load the model {str(model)!r}", device):
         backbone, found = AutoModelForImageTextToText.from_pretrained(  # type: ignore[call-arg]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ireasoner.method.types import Role
 from ireasoner.model.attention import SharedCache
@@ -149,6 +150,21 @@ def prefill(policy: Policy, prompts: Prompts) -> Prefix:
     cache = new_cache(policy)
     hidden, positions = run_backbone(policy, prompts, cache)
     return Prefix(cache, prompts.mask_BP, hidden[:, -1], positions[:, -1] + 1)
+
+
+def prefill_in_parts(policy: Policy, prompts: Prompts, size: int) -> Prefix:
+    """As `prefill`, with at most `size` prompts in a pass. For caches of keys and values alone (`shares_prompts`)."""
+    parts = [prefill(policy, prompts.padded(slice(i, i + size))) for i in range(0, len(prompts), size)]
+    first, *others = parts
+    # Layer by layer, so that the parts' caches and their copy are never all there at once.
+    for layer, *rest in zip(*(part.cache.layers for part in parts), strict=True) if others else ():
+        assert isinstance(layer, DynamicLayer)
+        for name in ("keys", "values"):
+            setattr(layer, name, torch.cat([getattr(each, name) for each in (layer, *rest)]))
+            for each in rest:
+                setattr(each, name, None)
+    joined = (torch.cat([getattr(part, name) for part in parts]) for name in ("last_hidden_BD", "next_position_B"))
+    return Prefix(first.cache, prompts.mask_BP, *joined)
 
 
 def run_decoder(policy: Policy, cache: Cache, ids_RC: Tensor, mask: Tensor | None, positions_RC: Tensor) -> Tensor:

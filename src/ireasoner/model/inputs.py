@@ -111,6 +111,10 @@ class Prompts:
             tuple(self.images[i] for i in index),
         )
 
+    def padded(self, rows: slice) -> Prompts:
+        """Some of the rows, padded like all of them."""
+        return Prompts({name: tensor[rows] for name, tensor in self.text.items()}, self.images[rows])
+
     @property
     def mask_BP(self) -> Tensor:
         """1 at real tokens."""

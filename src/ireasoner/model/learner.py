@@ -12,7 +12,8 @@ Shape suffixes: G groups, N completions of each, R completions of a micro-batch,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.types import Completion, Role
+from ireasoner.model.batching import Batching
 from ireasoner.model.forward import completion_hidden
 from ireasoner.model.inputs import Prompts
 from ireasoner.model.loss import (
@@ -33,6 +35,7 @@ from ireasoner.model.loss import (
 )
 from ireasoner.model.options import OptimizerOptions
 from ireasoner.model.parallel import ALONE, Processes
+from ireasoner.model.pieces import Piece, in_pieces
 from ireasoner.model.policy import Policy
 
 
@@ -60,6 +63,8 @@ class Learner:
         )
         self.baseline = MovingBaseline(recipe.baseline_momentum)
         self.kl_coef = recipe.kl_coef
+        self.batching = Batching(policy, options.tokens_per_batch)
+        self.updates = 0  # how many have changed something here
 
     def advantages(self, rewards: Sequence[Sequence[float]]) -> Tensor:
         """Advantages [G, N] of all processes' groups of a step. To read them does not move the baseline."""
@@ -92,17 +97,26 @@ class Learner:
             sampler's log-probabilities and the learner's.
         """
         rewards_GN = torch.tensor(rewards, dtype=torch.float32)
-        if self._has_baseline:
-            self.baseline.update(rewards_GN)
         scale = self._loss_scale(groups, rewards_GN.numel())
         sums, sampler_gap = torch.zeros(3, dtype=torch.float64), torch.zeros(())
-        for rows, columns in self._micro_batches(prompts, groups):
-            completions = [completion for row in rows for completion in groups[row][columns]]
-            advantages_R = advantages_GN[rows, columns].flatten()
+
+        def backward(piece: Piece) -> tuple[Tensor, Tensor]:
             assert prompts is not None
-            shares, gap = self._backward(prompts[rows], completions, advantages_R, rewards_GN.numel(), scale)
-            sums += shares
-            sampler_gap = sampler_gap.maximum(gap)  # unlike Python's `max`, it keeps NaN
+            completions = [completion for row in piece.rows for completion in groups[row][piece.columns]]
+            advantages_R = advantages_GN[piece.rows, piece.columns].flatten()
+            with self.policy.checkpointing(piece.recomputed):
+                return self._backward(prompts[piece.rows], completions, advantages_R, rewards_GN.numel(), scale)
+
+        if prompts is not None:
+            longest = [max(len(completion.token_ids) for completion in group) for group in groups]
+            lengths = list(zip(prompts.mask_BP.sum(1).tolist(), longest, strict=True))
+            pieces = self.batching.pieces(lengths, len(groups[0]))
+            for _, (shares, gap) in in_pieces(pieces, backward, partial(self.batching.smaller, lengths)):
+                sums += shares
+                sampler_gap = sampler_gap.maximum(gap)  # unlike Python's `max`, it keeps NaN
+        self.updates += 1
+        if self._has_baseline:
+            self.baseline.update(rewards_GN)
         if scale != 1.0:
             for gradient in (p.grad for p in self.parameters.values() if p.grad is not None):
                 gradient.div_(scale)
@@ -139,7 +153,7 @@ class Learner:
     def _backward(
         self, prompts: Prompts, completions: Sequence[Completion], advantages_R: Tensor, total: int, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Add a micro-batch's share of the gradient, times `scale`.
+        """Add a micro-batch's share of the gradient, times `scale`: all of it or, where memory runs out, nothing.
 
         Returns:
             Its share of the mean loss, KL and token entropy, and its sampler gap.
@@ -152,47 +166,18 @@ class Learner:
         kl_R = trajectory_means(tokens.kl_T, mask_RC)
         logprobs_R = trajectory_means(tokens.logprobs_T, mask_RC)
         loss = reinforce_loss(logprobs_R, kl_R, advantages_R.to(self.policy.device), self.kl_coef)
-        (loss / total * scale).backward()
         entropy = trajectory_means(tokens.token_entropy_T, mask_RC).sum()
         gap = (tokens.logprobs_T.detach() - sampler_logprobs_RC[mask_RC]).abs().max().cpu()
-        return torch.tensor([loss.item(), kl_R.sum().item(), entropy.item()], dtype=torch.float64) / total, gap
-
-    def _micro_batches(
-        self, prompts: Prompts | None, groups: Sequence[Sequence[Completion]]
-    ) -> Iterator[tuple[list[int], slice]]:
-        """Cut groups into pieces of at most `tokens_per_batch` tokens, padding included, or else of one completion.
-
-        Only the update needs a limit: for the backward pass it keeps the activations of every layer and token.
-
-        Yields:
-            Rows of prompts, of similar length, and which of their completions.
-        """
-        if prompts is None:
-            return
-        count, limit = len(groups[0]), self.options.tokens_per_batch
-        prompt_lengths = prompts.mask_BP.sum(1).tolist()
-        lengths = [max(len(c.token_ids) for c in group) for group in groups]
-
-        def tokens(rows: Sequence[int], count: int = count) -> int:
-            prompt, completion = max(prompt_lengths[i] for i in rows), max(lengths[i] for i in rows)
-            times = 1 if self.policy.shares_prompts else count
-            return len(rows) * (times * prompt + count * completion)
-
-        rows: list[int] = []
-        for row in sorted(range(len(groups)), key=lambda row: (prompt_lengths[row], lengths[row])):
-            if rows and tokens([*rows, row]) > limit:
-                yield rows, slice(0, count)
-                rows = []
-            if tokens([row]) <= limit:
-                rows = [*rows, row]
-                continue
-            # One group is too much already: it is cut between its completions. The gradient is a sum over completions,
-            # so that where they are cut changes nothing but the memory.
-            size = max((n for n in range(1, count) if tokens([row], n) <= limit), default=1)
-            for first in range(0, count, size):
-                yield [row], slice(first, first + size)
-        if rows:
-            yield rows, slice(0, count)
+        sums = torch.tensor([loss.item(), kl_R.sum().item(), entropy.item()], dtype=torch.float64)
+        # Not `backward`, which adds to each gradient as soon as it has it: one that ran out of memory halfway would
+        # leave a part behind, and its micro-batch is done again.
+        parameters = list(self.parameters.values())
+        # Layers of experts that no token went to are unused.
+        gradients = torch.autograd.grad(loss / total * scale, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return sums / total, gap
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a resumed run needs: copies of the optimizer's tensors (none before its first step), and numbers.

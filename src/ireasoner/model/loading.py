@@ -6,12 +6,14 @@ import warnings
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import DynamicLayer
 
 from ireasoner.method.types import ROLES
 from ireasoner.model.attention import attending
-from ireasoner.model.backbone import language_targets, load_backbone, load_processor, resolve_device
+from ireasoner.model.backbone import language_targets, load_backbone, load_processor, read_config, resolve_device
 from ireasoner.model.forward import Prefix, decode, new_cache, packed_hidden, repeated_hidden, run_decoder
 from ireasoner.model.lora import Float32SumLinear
 from ireasoner.model.options import BackboneOptions
@@ -48,6 +50,30 @@ def make_policy(backbone: Any, processor: Any, options: BackboneOptions, *, seed
     Raises:
         ModelError: an architecture that is not supported, or a LoRA target that matches nothing.
     """
+    policy = _with_adapters(backbone, processor, options, seed)
+    _check_output_layer(policy)
+    policy.shares_attention = _can_share_attention(policy)
+    return policy
+
+
+def meta_policy(model: str, options: BackboneOptions, revision: str | None = None) -> Policy:
+    """A policy without weights, on the meta device, to count how much memory it takes (`counting`).
+
+    Raises:
+        ModelError: as for `load_policy`.
+    """
+    config, dtype = read_config(model, revision), getattr(torch, options.dtype)
+    with init_empty_weights():  # of parameters only: some models compute numbers from tensors while they are built
+        backbone = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    backbone = backbone.to("meta")
+    backbone.tie_weights()
+    processor = load_processor(model, options.max_image_tokens, revision=revision)
+    policy = _with_adapters(backbone.requires_grad_(False).eval(), processor, options)
+    policy.shares_attention = all(type(layer) is DynamicLayer for layer in new_cache(policy).layers)  # as a rule
+    return policy
+
+
+def _with_adapters(backbone: Any, processor: Any, options: BackboneOptions, seed: int = 0) -> Policy:
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
@@ -59,18 +85,17 @@ def make_policy(backbone: Any, processor: Any, options: BackboneOptions, *, seed
         # PEFT's documented way to its own kinds of layers, although the name begins with an underscore. Saved adapters
         # say nothing about it, and load anywhere.
         config._register_custom_module({torch.nn.Linear: Float32SumLinear})
+    on_meta = backbone.device.type == "meta"  # PEFT makes adapters there only if it is told to
     torch.manual_seed(seed)
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        model: PeftModel = get_peft_model(backbone, config, adapter_name=ROLES[0])  # type: ignore[assignment]
-        model.add_adapter(ROLES[1], config)
+        model: PeftModel = get_peft_model(backbone, config, adapter_name=ROLES[0], low_cpu_mem_usage=on_meta)  # type: ignore[assignment]
+        model.add_adapter(ROLES[1], config, low_cpu_mem_usage=on_meta)
     model.eval()  # no dropout anywhere, in sampling or in the update
     policy = Policy(backbone, model, processor, options.gradient_checkpointing)
-    _check_output_layer(policy)
     # A cache that is only ever appended to may be shared by a prompt's completions with gradients; states that are
     # overwritten (linear attention, convolutions) may not.
     policy.shares_prompts = all(isinstance(layer, DynamicLayer) for layer in new_cache(policy).layers)
-    policy.shares_attention = _can_share_attention(policy)
     return policy
 
 

@@ -21,7 +21,8 @@ class BackboneOptions(Options):
     lora_targets: tuple[str, ...] = ()
     """Linear layers of the language model that get LoRA (all)."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory."""
+    """Compute activations again in the backward pass instead of keeping them, in all of an update (only in groups above
+    tokens_per_batch): less memory, a third more time."""
     dtype: Dtype = "bfloat16"
     """Backbone weights; adapters stay in float32. float16 is for GPUs without bfloat16 (V100, T4): large activations
     overflow in it."""
@@ -40,4 +41,5 @@ class OptimizerOptions(Options):
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm, for each role."""
     tokens_per_batch: Count = 3072
-    """Most tokens in one forward pass of the update; larger batches are split."""
+    """Most tokens of an update whose activations are kept at a time; larger groups compute them again in the backward
+    pass. Lowered at a run's start to what the GPU holds; sampling is held to the same memory."""

@@ -6,8 +6,10 @@ what it reads, `forward` runs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from ireasoner.method.types import ROLES, Role
 from ireasoner.model.backbone import module_name, scales_by_area
+from ireasoner.model.footprint import Footprint
 from ireasoner.model.lora import linear_in_float32
 from ireasoner.model.source import ModelError
 
@@ -37,6 +40,10 @@ class Policy:
             says for which models that is exact. False until `loading` has tried it out: not to share is always right.
         shares_attention: whether completions also share their prompt's cache in attention; only with `shares_prompts`.
         commit: the backbone's on the hub; None if it is not from there.
+        footprint: the memory that it takes, once `ireasoner.model.counting` has counted it.
+        sampling_bytes: most memory that sampling may take beside the weights; None: no limit is known. Requests that
+            take more are sampled in several batches. Lowered where memory does not suffice.
+        on_shortage: is told in a sentence where memory did not suffice and what was done instead.
     """
 
     def __init__(self, backbone: Any, model: PeftModel, processor: Any, gradient_checkpointing: bool = False) -> None:
@@ -52,6 +59,9 @@ class Policy:
         self.pad_token: int = self.end_tokens[0] if pad is None else pad
         self.shares_prompts = self.shares_attention = False
         self.commit: str | None = None
+        self.footprint: Footprint | None = None
+        self.sampling_bytes: int | None = None
+        self.on_shortage: Callable[[str], None] = partial(warnings.warn, stacklevel=2)
 
     @contextmanager
     def acting_as(self, role: Role | None) -> Iterator[None]:
@@ -72,6 +82,15 @@ class Policy:
             yield
         finally:
             self.shares_prompts, self.shares_attention = shares
+
+    @contextmanager
+    def checkpointing(self, on: bool) -> Iterator[None]:
+        """Inside, passes with gradients use gradient checkpointing or do not."""
+        before, self.gradient_checkpointing = self.gradient_checkpointing, on
+        try:
+            yield
+        finally:
+            self.gradient_checkpointing = before
 
     def parameters(self, role: Role) -> dict[str, torch.nn.Parameter]:
         """A role's trainable tensors (float32), by name."""

@@ -1,5 +1,7 @@
 """Sampling from the live policy: every completion of a call in one batched decode, each prompt computed once.
 
+Where memory does not allow that, there are several batches, and prompts are computed in several parts.
+
 A token is drawn by inverting the cumulative distribution at a uniform number that comes from the request's own seed. So
 a completion depends on its own seed and, apart from rounding, never on what else is in the batch.
 
@@ -13,7 +15,9 @@ Shape suffixes: B prompts, N completions of each, R rows of the shrinking batch,
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -25,8 +29,10 @@ from torch import Tensor
 from ireasoner.method.seeds import uniforms
 from ireasoner.method.types import Completion, Role
 from ireasoner.model.attention import attending
-from ireasoner.model.forward import Prefix, decode, prefill
-from ireasoner.model.inputs import build_prompts
+from ireasoner.model.counting import footprint
+from ireasoner.model.forward import Prefix, decode, prefill_in_parts
+from ireasoner.model.inputs import Prompts, build_prompts
+from ireasoner.model.pieces import Piece, cut, gathered, halved, in_pieces
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.capture import CudaGraph, host_waits
 from ireasoner.rollouts.engine import Request
@@ -56,23 +62,75 @@ class LiveEngine:
         The log-probabilities are those of the distribution that was sampled from; at temperature 0, where nothing is
         sampled, those at temperature 1.
         """
-        # All requests go in one batch, whatever their number: nothing is kept for a backward pass, only
-        # the cache for the next tokens, and a step of a large batch takes hardly longer than one of a small batch.
         policy = self.policy
         prompts = build_prompts(policy, [r.image for r in requests], [r.messages for r in requests])
-        draws = uniforms([r.seed for r in requests], n, max_tokens)
-        captures = self.capture is not None and policy.shares_attention  # other caches move to new memory as they grow
+        lengths = prompts.mask_BP.sum(1).tolist()
+        draws_BNC = uniforms([r.seed for r in requests], n, max_tokens)
+
+        def complete(piece: Piece) -> list[list[Completion]]:
+            draws = draws_BNC[piece.rows][:, piece.columns]
+            return self._complete(prompts[piece.rows], draws, temperature)
+
+        def smaller(piece: Piece) -> list[Piece]:
+            what = f"sampling {piece.size} completions of up to {max_tokens} tokens"
+            policy.sampling_bytes = min(self._takes(lengths, piece, max_tokens), policy.sampling_bytes or sys.maxsize)
+            return halved(policy, piece, what)
+
+        found: dict[int, list[Completion]] = defaultdict(list)
         with policy.acting_as(role):
-            prefix = prefill(policy, prompts)
-            if policy.shares_attention:
-                prefix = prefix.share(n, room=max_tokens - 1, fixed=captures)  # the last token is drawn and not run
-            else:
-                prefix = prefix.repeat(n)
-            decoding = _Decoding(policy, prefix, draws, temperature)
-            with attending(policy.decoder, prefix.cache):
-                self._run(decoding, max_tokens, captures)
+            for piece, groups in in_pieces(self._pieces(lengths, n, max_tokens), complete, smaller):
+                for row, group in zip(piece.rows, groups, strict=True):
+                    found[row] += group
+        return [found[row] for row in range(len(requests))]
+
+    def _pieces(self, lengths: Sequence[int], n: int, room: int) -> list[Piece]:
+        """Requests in batches whose caches take at most half of the memory; prefill and drawing have the other half.
+
+        The fewer batches the better: a step of a large batch takes hardly longer than one of a small batch.
+
+        Args:
+            lengths: of the prompts.
+            n: completions of each.
+            room: longest completion.
+        """
+        limit, columns = self.policy.sampling_bytes, slice(0, n)
+        if limit is None:
+            return [Piece(range(len(lengths)), columns)]
+
+        def fits(piece: Piece) -> bool:
+            return self._takes(lengths, piece, room) <= limit // 2
+
+        order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+        batches = gathered(order, lambda rows: fits(Piece(rows, columns)))
+        return [part for rows in batches for part in cut(Piece(sorted(rows), columns), fits)]
+
+    def _takes(self, lengths: Sequence[int], piece: Piece, room: int) -> int:
+        """Bytes of the caches of a piece. If the prompts cannot be prefilled in parts, that counts as well."""
+        policy, longest = self.policy, max(lengths[row] for row in piece.rows)
+        takes = footprint(policy)
+        each = takes.caches(longest, room, piece.columns.stop - piece.columns.start, shares=policy.shares_attention)
+        return len(piece.rows) * (each if policy.shares_prompts else each + longest * takes.layer)
+
+    def _complete(self, prompts: Prompts, draws_BNC: NDArray[np.float64], temperature: float) -> list[list[Completion]]:
+        """Sample completions of one batch under the adapter that is active."""
+        policy, (_, n, max_tokens) = self.policy, draws_BNC.shape
+        captures = self.capture is not None and policy.shares_attention  # other caches move to new memory as they grow
+        prefix = prefill_in_parts(policy, prompts, self._prefilled_at_a_time(prompts))
+        room = max_tokens - 1  # the last token is drawn and not run
+        prefix = prefix.share(n, room=room, fixed=captures) if policy.shares_attention else prefix.repeat(n)
+        decoding = _Decoding(policy, prefix, draws_BNC, temperature)
+        with attending(policy.decoder, prefix.cache):
+            self._run(decoding, max_tokens, captures)
         flat = decoding.completions()
         return [flat[i : i + n] for i in range(0, len(flat), n)]
+
+    def _prefilled_at_a_time(self, prompts: Prompts) -> int:
+        """How many prompts go through the model together: while they do, each of their tokens takes far more memory
+        than what is kept of it."""
+        limit = self.policy.sampling_bytes
+        if limit is None or not self.policy.shares_prompts:
+            return len(prompts)
+        return max(1, limit // 2 // (footprint(self.policy).layer * prompts.mask_BP.shape[1]))
 
     def _run(self, decoding: _Decoding, max_tokens: int, captures: bool) -> None:
         decoding.draw(decoding.prefix.last_hidden_BD)

@@ -65,24 +65,30 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+def config_of(size: str) -> Qwen2_5_VLConfig:
+    """The config of a size of `SIZES`, with the special tokens of the tiny model."""
+    reference = AutoConfig.from_pretrained(TINY_MODEL)
+    tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = Qwen2_5_VLConfig(**SIZES[size], **{name: getattr(reference, name) for name in tokens})
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config.text_config, name, getattr(reference.text_config, name))
+    return config
+
+
 def build(size: str, dtype: torch.dtype, device: str) -> Any:
-    """Build a frozen model in eval mode, with the special tokens of the tiny model.
+    """Build a frozen model in eval mode.
 
     Args:
         size: of `SIZES`.
         dtype: of its weights.
         device: where they are drawn, so that a large model never lies in this process's memory.
     """
-    reference = AutoConfig.from_pretrained(TINY_MODEL)
-    tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    config = Qwen2_5_VLConfig(**SIZES[size], **{name: getattr(reference, name) for name in tokens})
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config.text_config, name, getattr(reference.text_config, name))
+    config = config_of(size)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    model.generation_config.eos_token_id = reference.text_config.eos_token_id
-    model.generation_config.pad_token_id = reference.text_config.pad_token_id
+    text: Any = config.text_config
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = text.eos_token_id, text.pad_token_id
     return model.requires_grad_(False).eval()
 
 

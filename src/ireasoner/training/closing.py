@@ -18,6 +18,7 @@ from ireasoner.method.types import ROLES, Role
 from ireasoner.training.checkpoints import apply_umask
 from ireasoner.training.config import Config
 from ireasoner.training.evaluation import EvaluationOptions, Scores, compare, evaluate
+from ireasoner.training.fitting import tell_shortages
 from ireasoner.training.recorder import RunDirectoryError, read_json, write_json
 from ireasoner.training.state import Run, RunError, go_back, tidy_checkpoints
 
@@ -99,7 +100,7 @@ def scores_before(run: Run) -> Scores | None:
 
 def evaluate_role(run: Run, which: str, role: Role | None) -> Scores:
     """Scores of a role (None: the backbone) on the held-out questions. The observer sees `which` as its name."""
-    return evaluate(
+    scores = evaluate(
         run.policy,
         run.questions,
         role,
@@ -111,6 +112,8 @@ def evaluate_role(run: Run, which: str, role: Role | None) -> Scores:
         processes=run.processes,
         engine=run.engine,
     )
+    tell_shortages(run)
+    return scores
 
 
 def versions(run: Run) -> dict[str, str]:

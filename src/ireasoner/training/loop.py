@@ -18,6 +18,7 @@ from ireasoner.model.parallel import joined
 from ireasoner.training.closing import finish, finished, scores_before, versions
 from ireasoner.training.config import Config, dump_config
 from ireasoner.training.custom_reward import load_reward, names_a_file
+from ireasoner.training.fitting import fitted, within_memory
 from ireasoner.training.floors import common_problem, floor_signals
 from ireasoner.training.items import Item
 from ireasoner.training.labelled import StepTruth
@@ -131,6 +132,7 @@ def _run(
         processes = stack.enter_context(joined(config.device))
         if processes.is_main:
             stack.enter_context(writer_lock(out))
+        config = stack.enter_context(fitted(config, out, processes, observer))
         recorder = Recorder.open(out, writes=processes.is_main)
         run, resumed = open_run(config, out, recorder, observer, processes, reward, truth)
         run.stop_asked = stop_asked
@@ -150,7 +152,8 @@ def _run(
                 if processes.any(run.stop_asked()):  # all processes must stop after the same step
                     save(run)
                     return Outcome(run.step, False, None)
-                advance(run)
+                with within_memory(run):
+                    advance(run)
             return Outcome(run.step, True, finish(run, before))
         except Stopped:  # during an evaluation; what was trained has been saved
             return Outcome(run.step, False, None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from ireasoner.method.scoring import RewardFunction
 from ireasoner.method.types import ROLES, Episode, Role, UsageError
 from ireasoner.model.backbone import lacks_bfloat16, most_image_tokens, resolve_device
+from ireasoner.model.counting import limit_sampling
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy
 from ireasoner.model.parallel import ALONE, Processes
@@ -78,6 +79,7 @@ class Run:
     stop_asked: Callable[[], bool] = lambda: False
     step: int = 0
     elapsed: float = 0.0
+    shortages: list[str] = field(default_factory=list)  # of memory, in this process, that are still to be told
 
     @property
     def alarm(self) -> Alarm | None:
@@ -167,6 +169,7 @@ def open_run(
         step=state["step"],
         elapsed=state["elapsed"],
     )
+    policy.on_shortage = run.shortages.append
     record_skips(run)
     if checkpoint:
         try:
@@ -227,6 +230,7 @@ def open_selfplay(
             f"{device} only emulates bfloat16, slowly: train with --dtype float16, or float32 if activations overflow"
         )
     policy = load_policy(config.model, config.backbone, revision=revision, device=device, seed=config.seed)
+    limit_sampling(policy, config.optimizer.tokens_per_batch)
     engine = open_engine(config, policy, processes)
     labels = load_labels(config, pool) if config.labels else None
     return SelfPlay(policy, engine, config, labels, reward, processes)

@@ -1,0 +1,124 @@
+"""Counted memory beside measured peaks: an update and a batch of samples of a model with random weights.
+
+    python benchmarks/memory.py                                       # 25 M parameters, on the CPU
+    python benchmarks/memory.py --model random-7b --dtypes bfloat16   # on a GPU
+
+Every row is measured in a process of its own, above what that process held before. On the CPU that is its resident
+memory, and glibc is told to return what is freed, which would otherwise count as held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROWS = {  # tokens of the image, of a completion; images
+    "update": (1156, 192, 1),
+    "update, checkpointed": (1156, 192, 1),
+    "update, checkpointed, vocabulary of 65,536": (256, 96, 1),
+    "sampling": (1156, 24, 6),
+    "sampling, two prompts at a time": (1156, 24, 6),
+}
+
+
+def measure(row: str, model: str, dtype: str, device: str) -> dict[str, int]:
+    """Counted and measured bytes of a row, and its tokens."""
+    import torch
+
+    from ireasoner.method.texts import solver_messages
+    from ireasoner.method.types import Completion
+    from ireasoner.model.backbone import load_processor
+    from ireasoner.model.counting import footprint
+    from ireasoner.model.inputs import build_prompts, encode_images
+    from ireasoner.model.loading import make_policy
+    from ireasoner.model.options import BackboneOptions
+    from ireasoner.rollouts.engine import Request
+    from ireasoner.studies import random_models
+    from ireasoner.studies.bench import QUESTION, Bench, peak_bytes, reset_peak
+    from ireasoner.training.config import resolve
+
+    image_tokens, written, images = ROWS[row]
+    recomputed = "checkpointed" in row
+    if "vocabulary" in row:
+        random_models.SIZES[model]["text_config"]["vocab_size"] = 65536
+    processor = load_processor("tiny")
+    processor.image_processor.size = {**dict(processor.image_processor.size), "longest_edge": 2 * image_tokens * 28**2}
+    options = BackboneOptions(dtype=dtype, gradient_checkpointing=recomputed)  # type: ignore[arg-type]
+    policy = make_policy(random_models.build(model, getattr(torch, dtype), device), processor, options)
+    config = resolve({"model": model, "images": ".", "tokens_per_batch": 10**6})
+    bench, takes, n = Bench(policy, config, written, image_tokens), footprint(policy), config.sampling.group_size
+    encoded = encode_images(policy, bench.pictures(1)) * images
+    requests = [Request(image, solver_messages("{question}", QUESTION), (i,)) for i, image in enumerate(encoded)]
+    prompts = build_prompts(policy, encoded[:1], [requests[0].messages])
+    prompt, learner = prompts.mask_BP.shape[1], bench.learner()
+
+    def update(length: int) -> None:
+        completion = Completion("", tuple(range(10, 10 + length)), (-1.0,) * length, "length")
+        rewards = [[float(i % 2) for i in range(n)]]
+        learner.update(prompts, [[completion] * n], learner.advantages(rewards), rewards)
+
+    def sample(length: int, requests: list[Request]) -> None:
+        bench.engine.sample(requests, "solver", n=n, max_tokens=length)
+
+    tokens = prompt + n * (written - 1)
+    work: Callable[[], None] = lambda: update(written)  # noqa: E731
+    counted = takes.update(tokens, n * written, recomputed)
+    if "sampling" in row:
+        tokens, work = images * prompt, lambda: sample(written, requests)
+        at_a_time = 2 if "two prompts" in row else images
+        bench.engine._prefilled_at_a_time = lambda _: at_a_time
+        counted = takes.sampling(images, prompt, written, n, at_a_time=at_a_time, shares=policy.shares_attention)
+        sample(4, requests[:1])  # the first pass loads kernels
+    else:
+        update(8)
+    before = torch.cuda.memory_allocated() if device.startswith("cuda") else resident()
+    reset_peak(policy.device)
+    work()
+    return {"tokens": tokens, "counted": counted, "measured": int((peak_bytes(policy.device) or 0) - before)}
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def main() -> None:
+    """Print a table, or measure one row of it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--model", default="random-25m")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.row:
+        print(json.dumps(measure(given.row, given.model, given.dtypes[0], given.device)))
+        return
+    print("| | dtype | tokens | counted, MB | measured, MB | counted / measured |\n|---|---|---|---|---|---|")
+    for dtype in given.dtypes:
+        for row in ROWS:
+            command = [sys.executable, __file__, "--row", row, "--model", given.model, "--dtypes", dtype]
+            done = subprocess.run(
+                [*command, "--device", given.device],
+                env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                sys.exit(done.stderr)
+            found = json.loads(done.stdout.splitlines()[-1])
+            counted, measured = found["counted"] / 1e6, found["measured"] / 1e6
+            numbers = f"{found['tokens']:,} | {counted:,.0f} | {measured:,.0f} | {counted / measured:.2f}"
+            print(f"| {row} | {dtype} | {numbers} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

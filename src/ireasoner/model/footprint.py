@@ -1,0 +1,89 @@
+"""The memory that a model takes to train and to sample from, as `counting` finds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ireasoner.model.loss import CHUNK_LOGITS
+
+# Peaks that were measured (docs/experiments.md): of a layer's backward pass, in what the layer keeps for it; of the
+# loss, in float32 logits of a chunk; of drawing a token, in float32 logits.
+BACKWARD_PEAK, LOSS_PEAK, DRAW_PEAK = 1.5, 6, 8
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a model takes.
+
+    Attributes:
+        weights: the backbone and both adapters.
+        optimizer: AdamW's state of both adapters, and one adapter's gradients twice: their sum so far, and those that
+            are being computed.
+        kept: a token, what the backward pass needs of all layers.
+        layer: a token, what it needs of the largest layer; a pass without gradients holds about as much at a time.
+        inputs: a token, the inputs of all layers, which is what checkpointing keeps.
+        cache: a token, keys and values as the model makes them.
+        shared: a token, keys and values in a `SharedCache`, whose keys are in float32.
+        state: a sequence, what a cache holds beside keys and values (linear attention).
+        logits: a token, over the vocabulary, in float32.
+        feature: an image token, as the vision tower returns it.
+    """
+
+    weights: int
+    optimizer: int
+    kept: int
+    layer: int
+    inputs: int
+    cache: int
+    shared: int
+    state: int
+    logits: int
+    feature: int
+
+    @property
+    def fixed(self) -> int:
+        """What training takes whatever it trains on."""
+        return self.weights + self.optimizer + self._loss(CHUNK_LOGITS)
+
+    def update_per_token(self, recomputed: bool) -> int:
+        """At most what an update takes for each token on top of `fixed`, without or with gradient checkpointing."""
+        return self._kept(recomputed) + int(BACKWARD_PEAK * self.layer)
+
+    def update(self, tokens: int, written: int, recomputed: bool) -> int:
+        """What an update takes on top of weights and optimizer.
+
+        Args:
+            tokens: that it runs.
+            written: tokens of the completions among them.
+            recomputed: whether with gradient checkpointing.
+        """
+        # First the loss, and then one layer after another, run backward while what the others need is there.
+        return tokens * self._kept(recomputed) + max(self._loss(written), int(BACKWARD_PEAK * self.layer) * tokens)
+
+    def sampling(self, prompts: int, prompt: int, room: int, count: int, *, at_a_time: int, shares: bool) -> int:
+        """What sampling takes on top of the weights; `prompts` of them, of which `at_a_time` are computed together.
+
+        The other arguments are those of `caches`.
+        """
+        prefill = prompt * (prompts * self.cache + at_a_time * self.layer)
+        return max(prefill, prompts * self.caches(prompt, room, count, shares=shares))
+
+    def caches(self, prompt: int, room: int, count: int, *, shares: bool) -> int:
+        """What `count` completions of a prompt hold while they are sampled, with drawing their next tokens.
+
+        Args:
+            prompt: tokens of the prompt.
+            room: tokens of a completion.
+            count: how many completions.
+            shares: whether they decode from a `SharedCache`.
+        """
+        # They are made from the caches of the prefill, which are still there meanwhile.
+        own = (prompt + count * room) * self.shared if shares else count * (prompt + room) * self.cache
+        return own + prompt * self.cache + count * (DRAW_PEAK * self.logits + self.state)
+
+    def _kept(self, recomputed: bool) -> int:
+        # The prompt's part of the cache is there twice: completions put their keys and values behind a copy of it.
+        return self.inputs + 2 * self.cache if recomputed else self.kept + self.cache
+
+    def _loss(self, tokens: int) -> int:
+        return LOSS_PEAK * min(tokens * self.logits, max(4 * CHUNK_LOGITS, self.logits))
