@@ -27,8 +27,8 @@ from ireasoner.model.source import INDEX, SINGLE, TINY_MODEL, ModelError, find_m
 from ireasoner.playground import dataset
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import load_config, resolve
+from ireasoner.training.opening import open_engine
 from ireasoner.training.recorder import read_records
-from ireasoner.training.state import open_engine
 from models import learner, load, requests, sample, teach
 
 LOAD = """
@@ -286,7 +286,7 @@ def test_small_gradients_are_not_lost_in_float16(make_policy: Any, pictures: Any
 
 
 def test_bfloat16_on_a_gpu_without_it(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    monkeypatch.setattr("ireasoner.training.state.lacks_bfloat16", lambda device: True)
+    monkeypatch.setattr("ireasoner.training.opening.lacks_bfloat16", lambda device: True)
     arguments = ["train", "--images", str(images), "--model", "tiny", "--device", "cpu", "--steps", "1"]
     assert main([*arguments, "--dtype", "bfloat16", "--out", str(tmp_path / "run")]) == 2
     assert "only emulates bfloat16, slowly: train with --dtype float16" in capsys.readouterr().err

@@ -44,8 +44,9 @@ from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import ConfigError, load_config, resolve
 from ireasoner.training.images import load_image, read_image
 from ireasoner.training.loop import resume, start
+from ireasoner.training.opening import open_run
 from ireasoner.training.recorder import Recorder, read_episodes, read_records
-from ireasoner.training.state import Observer, Run, RunError, open_run
+from ireasoner.training.state import Observer, Run, RunError
 from ireasoner.training.teaching import update
 from ireasoner.training.watch import ENDED_ITSELF
 

@@ -96,7 +96,7 @@ def evaluate_target(
     from ireasoner.model.loading import load_policy
     from ireasoner.model.pieces import out_of_memory_is_told
     from ireasoner.training.evaluation import evaluate
-    from ireasoner.training.state import model_revision
+    from ireasoner.training.opening import model_revision
 
     config = target.config
     revision = model_revision(config, target.run) if target.run else config.revision

@@ -31,8 +31,8 @@ from ireasoner.training.config import PRESET_OPTIONS, Config, dump_config, load_
 from ireasoner.training.custom_reward import names_a_file, sha256_of
 from ireasoner.training.items import ImagePool
 from ireasoner.training.labelled import answer_prior, load_questions, prior_line
+from ireasoner.training.opening import load_labels
 from ireasoner.training.recorder import replace_file, write_json
-from ireasoner.training.state import load_labels
 from ireasoner.training.statistics import MEASURES, numbered
 
 UNLABELED, VALIDATION, LABELS_PER_IMAGE = 512, 128, 4

@@ -21,7 +21,7 @@ from ireasoner.training.custom_reward import load_reward, names_a_file
 from ireasoner.training.floors import FLOORS
 from ireasoner.training.items import SET_ASIDE, ImagePool, Item
 from ireasoner.training.labelled import load_questions
-from ireasoner.training.state import open_pool, open_selfplay
+from ireasoner.training.opening import open_pool, open_selfplay
 from ireasoner.training.teaching import gate
 from ireasoner.training.watch import repeated_share
 

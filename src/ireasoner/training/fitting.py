@@ -22,7 +22,8 @@ from ireasoner.model.parallel import Processes
 from ireasoner.model.pieces import DoesNotFitError, out_of_memory_is_told
 from ireasoner.training.config import Config
 from ireasoner.training.evaluation import EvaluationOptions
-from ireasoner.training.state import CONFIG, Observer, Run, model_revision, save
+from ireasoner.training.opening import model_revision
+from ireasoner.training.state import CONFIG, Observer, Run, save
 
 
 @contextmanager

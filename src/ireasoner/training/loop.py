@@ -23,6 +23,7 @@ from ireasoner.training.floors import common_problem, floor_signals
 from ireasoner.training.items import Item
 from ireasoner.training.labelled import StepTruth
 from ireasoner.training.metrics import play_metrics, timed
+from ireasoner.training.opening import open_run
 from ireasoner.training.probes import blank_survival, probe
 from ireasoner.training.recorder import Recorder, write_json, writer_lock
 from ireasoner.training.state import (
@@ -30,7 +31,6 @@ from ireasoner.training.state import (
     Observer,
     Run,
     RunError,
-    open_run,
     record_extension,
     record_skips,
     regular_step,
