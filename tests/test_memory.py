@@ -19,7 +19,6 @@ from PIL import Image
 from families import FAMILIES
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import Completion
-from ireasoner.model.backbone import TINY_MODEL
 from ireasoner.model.counting import TRIAL, footprint, limit_sampling
 from ireasoner.model.footprint import Footprint
 from ireasoner.model.learner import Learner
@@ -28,6 +27,7 @@ from ireasoner.model.options import BackboneOptions
 from ireasoner.model.parallel import ALONE
 from ireasoner.model.pieces import DoesNotFitError, Piece
 from ireasoner.model.policy import Policy
+from ireasoner.model.source import TINY_MODEL
 from ireasoner.playground import dataset
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.studies.doctor import fill_adapters
