@@ -212,12 +212,12 @@ class Part:
 
     def doctor(self) -> None:
         from ireasoner.app.display import print_finding
+        from ireasoner.model.options import BackboneOptions
         from ireasoner.studies.doctor import examine
 
         asked, findings = self.asked, []
-        for finding in examine(
-            asked.model, dtype="float32" if asked.device == "cpu" else "bfloat16", device=asked.device
-        ):
+        options = BackboneOptions(dtype="float32" if asked.device == "cpu" else "bfloat16")
+        for finding in examine(asked.model, options, device=asked.device):
             print_finding(finding)
             findings.append(asdict(finding))
             self.keep(findings=findings)

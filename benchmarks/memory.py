@@ -34,7 +34,6 @@ def measure(row: str, model: str, dtype: str, device: str) -> dict[str, int]:
     from ireasoner.method.texts import solver_messages
     from ireasoner.method.types import Completion
     from ireasoner.model.backbone import load_processor
-    from ireasoner.model.counting import footprint
     from ireasoner.model.inputs import build_prompts, encode_images
     from ireasoner.model.loading import make_policy
     from ireasoner.model.options import BackboneOptions
@@ -52,7 +51,7 @@ def measure(row: str, model: str, dtype: str, device: str) -> dict[str, int]:
     options = BackboneOptions(dtype=dtype, gradient_checkpointing=recomputed)  # type: ignore[arg-type]
     policy = make_policy(random_models.build(model, getattr(torch, dtype), device), processor, options)
     config = resolve({"model": model, "images": ".", "tokens_per_batch": 10**6})
-    bench, takes, n = Bench(policy, config, written, image_tokens), footprint(policy), config.sampling.group_size
+    bench, takes, n = Bench(policy, config, written, image_tokens), policy.footprint, config.sampling.group_size
     encoded = encode_images(policy, bench.pictures(1)) * images
     requests = [Request(image, solver_messages("{question}", QUESTION), (i,)) for i, image in enumerate(encoded)]
     prompts = build_prompts(policy, encoded[:1], [requests[0].messages])

@@ -42,7 +42,7 @@ def main() -> None:
         f"{UPDATES} updates of {given.model} in bfloat16, on {sum(len(c.token_ids) for g in groups for c in g)} tokens"
     )
     ours = Float32SumLinear.forward
-    for rate in given.rates:
+    for rate in given.learning_rates:
         for name, forward in (("ours", ours), ("PEFT", lora.Linear.forward)):
             Float32SumLinear.forward = forward
             found = measure_precision(policy, prompts, groups, rate)

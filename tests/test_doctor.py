@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft.tuners import lora
 
 from ireasoner.app.cli import main
 from ireasoner.method.types import Role
 from ireasoner.model import loading
 from ireasoner.model.inputs import EncodedImage
 from ireasoner.model.learner import Learner
+from ireasoner.model.lora import Float32SumLinear
+from ireasoner.model.options import BackboneOptions
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts import live
 from ireasoner.rollouts.live import LiveEngine
@@ -23,8 +26,9 @@ from ireasoner.studies import doctor
 from recorded import recorded
 
 
-def failed(dtype: str = "float32") -> set[str]:
-    return {finding.name for finding in doctor.examine("tiny", dtype=dtype) if not finding.passed}
+def failed(dtype: Any = "float32", **options: Any) -> set[str]:
+    findings = doctor.examine("tiny", BackboneOptions(dtype=dtype), **options)
+    return {finding.name for finding in findings if not finding.passed}
 
 
 def test_a_sound_model_passes(capsys: pytest.CaptureFixture[str]):
@@ -133,3 +137,20 @@ def test_the_pictures_differ_and_say_nothing_else():
     one, other = (np.asarray(image) for image in doctor.pictures())
     assert one.shape == other.shape == (336, 336, 3)
     assert 0.1 < (one != other).any(-1).mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "forward", "fails"),
+    [
+        (2e-5, None, set()),
+        (2e-5, lora.Linear.forward, {"small updates survive rounding"}),
+        (1e-7, None, {"small updates survive rounding"}),
+    ],
+    ids=["the default", "sums rounded twice, as PEFT does", "a rate that drowns in rounding"],
+)
+def test_whether_small_updates_survive_rounding(
+    learning_rate: float, forward: Any, fails: set[str], monkeypatch: pytest.MonkeyPatch
+):
+    if forward:
+        monkeypatch.setattr(Float32SumLinear, "forward", forward)
+    assert failed("bfloat16", learning_rate=learning_rate) == fails

@@ -262,7 +262,7 @@ def test_in_bfloat16_shared_prompts_err_no_more_than_the_plain_path(qwen: Path, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_doctor_finds_nothing_wrong(folder: Path, dtype: Any):
     """Among others: sampler and learner agree, and the update's log-probabilities are the model's own."""
-    findings = list(doctor.examine(str(folder), dtype=dtype, device=str(DEVICE)))
+    findings = list(doctor.examine(str(folder), BackboneOptions(dtype=dtype), device=str(DEVICE)))
     assert [(f.name, f.figure) for f in findings if not f.passed] == []
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
-from ireasoner.model.counting import footprint
 from ireasoner.model.forward import completion_hidden
 from ireasoner.model.inputs import Prompts, build_prompts, encode_images
 from ireasoner.model.learner import Learner
@@ -274,7 +273,7 @@ def test_no_second_optimiser_step_whatever_the_micro_batches(scene: Scene):
     # One trajectory at a time; two of the longest, or all of the group whose are short; a group; everything.
     limits = {1: 6, prompt_length + 2 * longest: 3, prompt_length + 3 * longest: 2, 10**6: 1}
     # As if checkpointing saved nothing: a group that would fit with it is not cut (tests/test_memory.py).
-    scene.policy.footprint = replace(footprint(scene.policy), inputs=10**9)
+    scene.policy.footprint = replace(scene.policy.footprint, inputs=10**9)
     for limit, batches in limits.items():
         scene.policy.model.load_state_dict(start, strict=False)
         sizes = []

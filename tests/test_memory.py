@@ -19,7 +19,7 @@ from PIL import Image
 from families import FAMILIES
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import Completion
-from ireasoner.model.counting import TRIAL, footprint, limit_sampling
+from ireasoner.model.counting import TRIAL, limit_sampling
 from ireasoner.model.footprint import Footprint
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import meta_policy
@@ -33,7 +33,7 @@ from ireasoner.rollouts.live import LiveEngine
 from ireasoner.studies.doctor import fill_adapters
 from ireasoner.studies.random_models import SIZES, config_of
 from ireasoner.training import fitting
-from ireasoner.training.config import Config, load_config, resolve
+from ireasoner.training.config import Config, conflicts, load_config, resolve
 from ireasoner.training.loop import resume, start
 from ireasoner.training.recorder import read_records
 from ireasoner.training.state import Observer
@@ -55,7 +55,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_counted_without_weights_is_what_the_model_keeps(folder: str, dtype: str):
     options = BackboneOptions(dtype=dtype)  # type: ignore[arg-type]
-    real, counted = (footprint(policy) for policy in (load(folder, dtype=dtype), meta_policy(folder, options)))
+    real, counted = load(folder, dtype=dtype).footprint, meta_policy(folder, options).footprint
     for name, value in vars(real).items():
         assert vars(counted)[name] == pytest.approx(value, rel=0.02 if name in ("kept", "layer") else 0), name
 
@@ -73,7 +73,7 @@ def test_a_pass_keeps_what_is_counted(make_policy: MakePolicy):
         policy.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
     held = {p.data_ptr() for p in [mask, *policy.model.parameters(), *policy.model.buffers()]}
     total = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in held)
-    assert total == pytest.approx(ids.numel() * footprint(policy).kept, rel=0.03)
+    assert total == pytest.approx(ids.numel() * policy.footprint.kept, rel=0.03)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def of_7b(tmp_path_factory: pytest.TempPathFactory) -> Footprint:
     folder = tmp_path_factory.mktemp("7b")
     shutil.copytree(TINY_MODEL, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
     config_of("random-7b").save_pretrained(folder)
-    return footprint(meta_policy(str(folder), BackboneOptions()))
+    return meta_policy(str(folder), BackboneOptions()).footprint
 
 
 def test_the_count_of_a_7b(of_7b: Footprint):
@@ -102,7 +102,7 @@ def test_the_count_of_a_7b(of_7b: Footprint):
 
 def test_a_7b_fits_on_cards_of_24_and_48_gb(of_7b: Footprint):
     config = resolve({"model": "7B", "images": ".", "eval_data": "questions.jsonl"})
-    large, small = (fitting.tokens_that_fit(config, of_7b, free) for free in (47 * 2**30, 23 * 2**30))
+    large, small = (fitting.tokens_that_fit(config, of_7b, 1280, free) for free in (47 * 2**30, 23 * 2**30))
     assert large > config.optimizer.tokens_per_batch  # nothing is changed there
     assert 300 < small < 700
     for tokens, free in ((large, 47 * 2**30), (small, 23 * 2**30)):
@@ -111,7 +111,7 @@ def test_a_7b_fits_on_cards_of_24_and_48_gb(of_7b: Footprint):
         checkpointed = tokens * of_7b.update_per_token(False) // of_7b.update_per_token(True)
         assert checkpointed > 1280 + 200 + 5 * 256
     with pytest.raises(DoesNotFitError, match=r"^7B does not fit: it takes \d+\.\d GB to train .* 15\.5 GB of the dev"):
-        fitting.tokens_that_fit(config, of_7b, 16 * 2**30)
+        fitting.tokens_that_fit(config, of_7b, 1280, 16 * 2**30)
 
 
 def gpu(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
@@ -123,7 +123,7 @@ def test_the_choice_is_told_and_stored_and_a_resumed_run_keeps_it(tmp_path: Path
     said: list[str] = []
     observer = Observer(on_message=said.append)
     config = resolve({"model": "tiny", "images": ".", "device": "cuda"})
-    takes = footprint(meta_policy("tiny", config.backbone))
+    takes = meta_policy("tiny", config.backbone).footprint
     ample, scarce = (takes.fixed + share * takes.update_per_token(False) for share in (10**6, 2000))
     gpu(monkeypatch, ample)
     with fitting.fitted(config, tmp_path, ALONE, observer) as found:
@@ -131,11 +131,14 @@ def test_the_choice_is_told_and_stored_and_a_resumed_run_keeps_it(tmp_path: Path
     assert said == []
     gpu(monkeypatch, scarce / 0.9)
     with fitting.fitted(config, tmp_path, ALONE, observer) as found:
-        assert 1500 < found.optimizer.tokens_per_batch <= 2000
-        assert found.differences(config).keys() == {"tokens_per_batch"}
+        fitting_tokens = found.fitted_optimizer().tokens_per_batch
+        assert 1500 < fitting_tokens <= 2000
+        assert found == config.model_copy(update={"fitted_tokens_per_batch": fitting_tokens})
+        assert found.changed(seed=1).fitted_optimizer().tokens_per_batch == fitting_tokens
+        assert not conflicts(found, {"tokens_per_batch": config.optimizer.tokens_per_batch})
     (text,) = said
     assert text.startswith("Memory: 1.1 GB are free, and tiny takes 0.8 GB and 0.1 MB for each token of an")
-    assert f"--tokens-per-batch is {found.optimizer.tokens_per_batch}" in text
+    assert f"so {fitting_tokens} tokens are taken at a time" in text
     (tmp_path / "config.yaml").touch()
     with fitting.fitted(config, tmp_path, ALONE, observer) as found:
         assert found == config
@@ -193,7 +196,7 @@ def test_samples_do_not_depend_on_the_batches(folder: str, pictures: list[Image.
     """In every family: prompts computed in parts, requests in several batches, and one at a time."""
     policy = load(folder)
     fill_adapters(policy, 0.3, seed=1)
-    engine, asked, takes = LiveEngine(policy), asked_by(policy, pictures), footprint(policy)
+    engine, asked, takes = LiveEngine(policy), asked_by(policy, pictures), policy.footprint
     with passes(policy) as whole:
         expected = sample(engine, asked, "solver", 2, 8)
     longest = whole[0] // 3
@@ -211,7 +214,7 @@ def test_prompts_are_computed_in_parts_and_decoded_together(make_policy: MakePol
     with passes(policy) as whole:
         expected = sample(engine, asked, "solver", 2, 8)
     # Room for the caches of all three, and in the other half of the memory for one prompt on its way.
-    monkeyed = footprint(policy)
+    monkeyed = policy.footprint
     policy.footprint = Footprint(**{**vars(monkeyed), "layer": 100 * monkeyed.layer})
     policy.sampling_bytes = 2 * 100 * monkeyed.layer * (whole[0] // 3)
     with passes(policy) as seen:
@@ -229,7 +232,7 @@ def test_a_limit_that_is_not_reached_changes_no_bit(make_policy: MakePolicy, pic
 
 def test_a_group_is_checkpointed_before_it_is_cut(make_policy: MakePolicy, pictures: list[Image.Image]):
     scene = make_scene(make_policy(0.2), pictures)
-    start, takes = weights(scene.policy), footprint(scene.policy)
+    start, takes = weights(scene.policy), scene.policy.footprint
     expected, _ = descend(scene.learner(), scene.prompts, scene.groups, REWARDS)
     smaller, larger = sorted(int(length) + 3 * 10 for length in scene.prompts.mask_BP.sum(1))
     # Prompt and completions, under policy and reference; where they are checkpointed, the policy's once more.

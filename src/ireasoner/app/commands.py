@@ -9,7 +9,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -471,24 +471,32 @@ class Doctor(Measurement):
 
     def run(self) -> int:
         config = self._config()
+        from ireasoner.model.pieces import out_of_memory_is_told
+
+        with out_of_memory_is_told():
+            return self._examine(config)
+
+    def _examine(self, config: configs.Config | None) -> int:
         from ireasoner.model.backbone import lacks_bfloat16, resolve_device
+        from ireasoner.model.options import BackboneOptions
         from ireasoner.studies import reading
         from ireasoner.studies.doctor import examine
 
         drawn = reading.draw(config) if config else None  # now, so that a mistake need not wait for the checks
         device = resolve_device(self.device)
         of_device: Dtype = "float32" if device == "cpu" else "float16" if lacks_bfloat16(device) else "bfloat16"
-        dtype = config.backbone.dtype if config else self.dtype or of_device
+        backbone = config.backbone if config else BackboneOptions(dtype=self.dtype or of_device)
+        dtype = backbone.dtype
         print(f"{self.model} in {dtype} on {device}")
         rate = {"learning_rate": config.optimizer.learning_rate} if config else {}
-        checks = _shown(examine(self.model, dtype=dtype, device=device, revision=self.revision, **rate))
+        checks = _shown(examine(self.model, backbone, device=device, revision=self.revision, **rate))
         failed = sum(not finding.passed for finding in checks)
         print(f"{failed} of the checks failed: do not train on this." if failed else "All checks passed.")
         result: dict[str, Any] = {"model": self.model, "dtype": dtype, "checks": [asdict(check) for check in checks]}
         if config is None or drawn is None:
             print("What this model would write about your images was not looked at: name some with --images FOLDER.")
         else:
-            result |= _read_and_judge(config, drawn)
+            result |= _read_and_judge(config, drawn, checks)
             failed += not result["can_learn"]
         self.keep(result)
         return 1 if failed else 0
@@ -530,11 +538,13 @@ class Bench(Measurement):
     """Branch, tag or commit of a model on the hub (the newest commit)."""
 
     def run(self) -> int:
+        from ireasoner.model.pieces import out_of_memory_is_told
         from ireasoner.studies.bench import heading, load_bench, measure, table
 
-        bench = load_bench(self.model, self.tokens, self.group_size, self.image_tokens, self.device, self.revision)
-        known = {"ours": bench.ours, "plain": bench.plain}
-        result = measure(bench, {name: known[name] for name in self.sides}, self.images_per_step, self.repetitions)
+        with out_of_memory_is_told():
+            bench = load_bench(self.model, self.tokens, self.group_size, self.image_tokens, self.device, self.revision)
+            known = {"ours": bench.ours, "plain": bench.plain}
+            result = measure(bench, {name: known[name] for name in self.sides}, self.images_per_step, self.repetitions)
         display.print_text(heading(result))
         for row in result["sizes"]:
             display.print_table(*table(row))
@@ -593,8 +603,12 @@ def _shown(findings: Iterable[Finding]) -> list[Finding]:
     return found
 
 
-def _read_and_judge(config: configs.Config, drawn: Drawn) -> dict[str, Any]:
-    """Show what the model writes about some images and whether it can learn from that; the result, ready for JSON."""
+def _read_and_judge(config: configs.Config, drawn: Drawn, checks: Sequence[Finding]) -> dict[str, Any]:
+    """Show what the model writes about some images and whether it can learn here, for which the checks count as well.
+
+    Returns:
+        The result, ready for JSON.
+    """
     from ireasoner.studies import reading
     from ireasoner.training.items import first_skips, set_aside_line
 
@@ -612,12 +626,12 @@ def _read_and_judge(config: configs.Config, drawn: Drawn) -> dict[str, Any]:
     if config.eval_data or config.held_out:
         display.print_text(set_aside_line(drawn.pool.set_aside))
     findings = _shown(reading.judge(config, episodes))
-    sentences = reading.verdict(config, findings)
+    sentences = reading.verdict(config, [*checks, *findings])
     display.print_text("")
     for sentence in sentences:
         display.print_text(display.plain(sentence, 1000))
     return {
-        "can_learn": all(finding.passed for finding in findings),
+        "can_learn": all(finding.passed for finding in (*checks, *findings)),
         "verdict": sentences,
         "findings": [asdict(finding) for finding in findings],
         "set_aside": drawn.pool.set_aside,

@@ -103,7 +103,7 @@ def evaluate_target(
     role: Role | None = "solver" if target.adapters else None
     with out_of_memory_is_told():
         policy = load_policy(config.model, config.backbone, revision=revision, device=device, seed=config.seed)
-        limit_sampling(policy, config.optimizer.tokens_per_batch)
+        limit_sampling(policy, config.fitted_optimizer().tokens_per_batch)
         if target.adapters:
             policy.load_adapters(target.adapters, ["solver"])
         elif target.run:

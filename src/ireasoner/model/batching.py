@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from ireasoner.model.counting import footprint
 from ireasoner.model.pieces import Piece, cut, gathered, halved
 from ireasoner.model.policy import Policy
 
@@ -30,7 +29,7 @@ class Batching:
         """Most tokens of a pass, without or with gradient checkpointing."""
         bound = self.tokens_per_batch
         if recomputed:
-            takes = footprint(self.policy)
+            takes = self.policy.footprint
             bound = max(bound, bound * takes.update_per_token(False) // takes.update_per_token(True))
         return min(bound, self._lowered.get(recomputed, bound))
 

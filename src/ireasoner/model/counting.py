@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from ireasoner.method.types import ROLES
 from ireasoner.model.footprint import Footprint
 from ireasoner.model.forward import new_cache
+from ireasoner.model.pieces import release_memory
 from ireasoner.model.policy import Policy
 
 NAME = "ireasoner_counting"
@@ -22,17 +23,11 @@ TRIAL = 64  # tokens of a trial; another one has twice as many
 SPARE = 0.1  # of the free memory: allocators leave gaps, and libraries have buffers of their own
 
 
-def footprint(policy: Policy) -> Footprint:
-    """What a policy takes; counted once, by running a few tokens of text."""
-    if policy.footprint is None:
-        policy.footprint = _count(policy)
-    return policy.footprint
-
-
 def limit_sampling(policy: Policy, tokens_per_batch: int) -> None:
     """Let sampling take as much memory as an update of so many tokens would, and no more than the device has free."""
-    policy.sampling_bytes = tokens_per_batch * footprint(policy).update_per_token(False)
+    policy.sampling_bytes = tokens_per_batch * policy.footprint.update_per_token(False)
     if policy.device.type == "cuda":
+        release_memory()  # what an earlier model left behind for reuse does not count as free
         free, _ = torch.cuda.mem_get_info(policy.device)
         policy.sampling_bytes = min(policy.sampling_bytes, int((1 - SPARE) * free))
 
@@ -51,7 +46,7 @@ class _Fused(torch.autograd.Function):
 def _fused_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attention for the meta device, where torch has no fused kernels, and what it has keeps more."""
+    """In place of fused kernels where these cannot run: on the meta device, and flash attention with a mask."""
     groups = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(groups, dim=1) if groups > 1 else each for each in (key, value))
     output: Any = _Fused.apply(query, key, value)
@@ -61,9 +56,18 @@ def _fused_attention(
 AttentionInterface.register(NAME, _fused_attention)
 
 
-def _count(policy: Policy) -> Footprint:
-    if policy.device.type == "meta":
+def count(policy: Policy) -> Footprint:
+    """What a policy takes, from running a few tokens of text."""
+    before: Any = policy.decoder.config._attn_implementation
+    if policy.device.type == "meta" or "flash" in before:
         policy.decoder.set_attn_implementation(NAME)
+    try:
+        return _counted(policy)
+    finally:
+        policy.decoder.set_attn_implementation(before)
+
+
+def _counted(policy: Policy) -> Footprint:
     vocabulary, width = policy.backbone.get_output_embeddings().weight.shape
     itemsize = policy.backbone.dtype.itemsize
     adapters = [sum(p.nbytes for p in policy.parameters(role).values()) for role in ROLES]

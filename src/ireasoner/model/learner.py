@@ -172,8 +172,9 @@ class Learner:
         # Not `backward`, which adds to each gradient as soon as it has it: one that ran out of memory halfway would
         # leave a part behind, and its micro-batch is done again.
         parameters = list(self.parameters.values())
-        # Layers of experts that no token went to are unused.
-        gradients = torch.autograd.grad(loss / total * scale, parameters, allow_unused=True)
+        with self.policy.acting_as(self.role):  # PEFT asks for gradients of the adapter that acts, and of no other
+            # Layers of experts that no token went to are unused.
+            gradients = torch.autograd.grad(loss / total * scale, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

@@ -14,8 +14,9 @@ from transformers.cache_utils import DynamicLayer
 from ireasoner.method.types import ROLES
 from ireasoner.model.attention import attending
 from ireasoner.model.backbone import language_targets, load_backbone, load_processor, read_config, resolve_device
+from ireasoner.model.counting import count
 from ireasoner.model.forward import Prefix, decode, new_cache, packed_hidden, repeated_hidden, run_decoder
-from ireasoner.model.lora import Float32SumLinear
+from ireasoner.model.lora import HALF, Float32SumLinear
 from ireasoner.model.options import BackboneOptions
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import ModelError, find_model
@@ -53,7 +54,7 @@ def make_policy(backbone: Any, processor: Any, options: BackboneOptions, *, seed
     policy = _with_adapters(backbone, processor, options, seed)
     _check_output_layer(policy)
     policy.shares_attention = _can_share_attention(policy)
-    return policy
+    return _counted(policy)
 
 
 def meta_policy(model: str, options: BackboneOptions, revision: str | None = None) -> Policy:
@@ -70,6 +71,12 @@ def meta_policy(model: str, options: BackboneOptions, revision: str | None = Non
     processor = load_processor(model, options.max_image_tokens, revision=revision)
     policy = _with_adapters(backbone.requires_grad_(False).eval(), processor, options)
     policy.shares_attention = all(type(layer) is DynamicLayer for layer in new_cache(policy).layers)  # as a rule
+    return _counted(policy)
+
+
+def _counted(policy: Policy) -> Policy:
+    policy.footprint = count(policy)
+    policy.model.set_adapter(ROLES[0])
     return policy
 
 
@@ -81,7 +88,7 @@ def _with_adapters(backbone: Any, processor: Any, options: BackboneOptions, seed
         target_modules=language_targets(backbone, options.lora_targets),
         task_type="CAUSAL_LM",
     )
-    if backbone.dtype != torch.float32:
+    if backbone.dtype in HALF:
         # PEFT's documented way to its own kinds of layers, although the name begins with an underscore. Saved adapters
         # say nothing about it, and load anywhere.
         config._register_custom_module({torch.nn.Linear: Float32SumLinear})

@@ -16,10 +16,12 @@ import torch
 from peft.tuners import lora
 from torch import Tensor
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 def product_in_float32(x: Tensor, weight: Tensor) -> Tensor:
     """The matrix product of [T, I] and [I, O] of one dtype, in float32: nothing is rounded to bfloat16 in between."""
-    if x.is_cuda and x.dtype != torch.float32:
+    if x.is_cuda and x.dtype in HALF:
         return torch.mm(x, weight, out_dtype=torch.float32)
     return x.float() @ weight.float()
 
@@ -55,15 +57,16 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_a = grad_b = grad_down_TR = None
         if a is not None:
             grad_down_TR = ctx.scaling * (grad_TO @ b)
+        # The gradient for x comes last: it is as large as x in float32, and needs the room that others have left.
+        if of_a and grad_down_TR is not None:
+            grad_a = grad_down_TR.T @ x.flatten(0, -2).float()
+        if of_b:
+            grad_b = ctx.scaling * (grad_TO.T @ down_TR)
         if of_x:
             grad_x_TI = product_in_float32(grad_TO.to(weight.dtype), weight)
             if a is not None and grad_down_TR is not None:
                 grad_x_TI.addmm_(grad_down_TR, a)
             grad_x = grad_x_TI.to(x.dtype).view_as(x)
-        if of_a and grad_down_TR is not None:
-            grad_a = grad_down_TR.T @ x.flatten(0, -2).float()
-        if of_b:
-            grad_b = ctx.scaling * (grad_TO.T @ down_TR)
         return grad_x, None, None, grad_a, grad_b, None
 
 

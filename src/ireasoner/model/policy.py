@@ -40,7 +40,7 @@ class Policy:
             says for which models that is exact. False until `loading` has tried it out: not to share is always right.
         shares_attention: whether completions also share their prompt's cache in attention; only with `shares_prompts`.
         commit: the backbone's on the hub; None if it is not from there.
-        footprint: the memory that it takes, once `ireasoner.model.counting` has counted it.
+        footprint: the memory that it takes, as `ireasoner.model.counting` has counted it when it was loaded.
         sampling_bytes: most memory that sampling may take beside the weights; None: no limit is known. Requests that
             take more are sampled in several batches. Lowered where memory does not suffice.
         on_shortage: is told in a sentence where memory did not suffice and what was done instead.
@@ -59,7 +59,7 @@ class Policy:
         self.pad_token: int = self.end_tokens[0] if pad is None else pad
         self.shares_prompts = self.shares_attention = False
         self.commit: str | None = None
-        self.footprint: Footprint | None = None
+        self.footprint: Footprint
         self.sampling_bytes: int | None = None
         self.on_shortage: Callable[[str], None] = partial(warnings.warn, stacklevel=2)
 
@@ -97,7 +97,7 @@ class Policy:
         return {name: p for name, p in self.model.named_parameters() if f".{role}." in name}
 
     def output_layer(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., D] to logits [..., vocabulary], in float32, whatever the backbone's dtype."""
+        """Hidden states [..., D] to logits [..., vocabulary], in float32 where the backbone is in half precision."""
         layer = self.backbone.get_output_embeddings()
         return (
             layer(hidden)

@@ -74,7 +74,7 @@ def is_folder_name(model: str) -> bool:
         model.startswith((".", "/", "~"))
         or model.count("/") > 1
         or os.path.exists(model)
-        or ("/" in model and os.path.isdir(os.path.dirname(model)))
+        or ("/" in model and any(Path(os.path.dirname(model)).glob("*/config.json")))  # a mistyped neighbour of these
     )
 
 

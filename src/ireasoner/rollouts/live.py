@@ -29,7 +29,6 @@ from torch import Tensor
 from ireasoner.method.seeds import uniforms
 from ireasoner.method.types import Completion, Role
 from ireasoner.model.attention import attending
-from ireasoner.model.counting import footprint
 from ireasoner.model.forward import Prefix, decode, prefill_in_parts
 from ireasoner.model.inputs import Prompts, build_prompts
 from ireasoner.model.pieces import Piece, cut, gathered, halved, in_pieces
@@ -107,7 +106,7 @@ class LiveEngine:
     def _takes(self, lengths: Sequence[int], piece: Piece, room: int) -> int:
         """Bytes of the caches of a piece. If the prompts cannot be prefilled in parts, that counts as well."""
         policy, longest = self.policy, max(lengths[row] for row in piece.rows)
-        takes = footprint(policy)
+        takes = policy.footprint
         each = takes.caches(longest, room, piece.columns.stop - piece.columns.start, shares=policy.shares_attention)
         return len(piece.rows) * (each if policy.shares_prompts else each + longest * takes.layer)
 
@@ -130,7 +129,7 @@ class LiveEngine:
         limit = self.policy.sampling_bytes
         if limit is None or not self.policy.shares_prompts:
             return len(prompts)
-        return max(1, limit // 2 // (footprint(self.policy).layer * prompts.mask_BP.shape[1]))
+        return max(1, limit // 2 // (self.policy.footprint.layer * prompts.mask_BP.shape[1]))
 
     def _run(self, decoding: _Decoding, max_tokens: int, captures: bool) -> None:
         decoding.draw(decoding.prefix.last_hidden_BD)

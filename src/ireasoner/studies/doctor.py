@@ -25,7 +25,7 @@ from ireasoner.model.forward import completion_hidden
 from ireasoner.model.inputs import Prompts, build_prompts, encode_images, render
 from ireasoner.model.learner import Learner
 from ireasoner.model.loss import token_statistics
-from ireasoner.model.options import BackboneOptions, Dtype, OptimizerOptions
+from ireasoner.model.options import BackboneOptions, OptimizerOptions
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
@@ -44,8 +44,8 @@ EXACT = 1e-4  # nats: what is computed from the same logits, whatever the precis
 # in nats, as a mean over tokens, and KL divergences, as a share of them.
 LOGPROB_LIMITS = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 KL_LIMITS = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
+IN_FLOAT32 = BackboneOptions(dtype="float32")
 LEAST_SLOPE = 0.9  # of what updates change in float32, this much must be seen in the backbone's precision
-MOST_ERROR = 0.2  # standard error of this share: where it is larger, rounding hides what updates do
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def pictures(size: int = 336) -> list[Image.Image]:
 
 def examine(
     model: str,
+    options: BackboneOptions = IN_FLOAT32,
     *,
-    dtype: Dtype = "float32",
     device: str = "cpu",
     revision: str | None = None,
     learning_rate: float = OptimizerOptions().learning_rate,
@@ -81,7 +81,7 @@ def examine(
 
     Args:
         model: 'tiny', a size of `random_models`, a folder or a hub id.
-        dtype: of the backbone.
+        options: how the backbone is held, and its adapters.
         device: 'cpu', 'cuda' or 'cuda:N'.
         revision: a branch, tag or commit of a model on the hub; None: the newest.
         learning_rate: of the run that is meant; the precision is checked for updates of its size.
@@ -89,7 +89,7 @@ def examine(
     Raises:
         ModelError: the model cannot be used at all.
     """
-    revision, options = find_commit(model, revision), BackboneOptions(dtype=dtype)
+    revision, dtype = find_commit(model, revision), options.dtype
     processor = load_processor(model, options.max_image_tokens, revision)
     ids = processor.tokenizer(COMPLETION, add_special_tokens=False)["input_ids"]
     images = pictures()
@@ -266,11 +266,9 @@ def survives_rounding(policy: Policy, requests: Sequence[Request], learning_rate
         f"nats; of that, {found.slope:.2f} ± {found.error:.2f} is found in this precision (at least {LEAST_SLOPE:g} "
         f"is needed), beside {found.rounding:.1e} nats of rounding"
     )
-    hidden = found.error > MOST_ERROR
-    if hidden:
-        figure += ": rounding hides such updates; raise --learning-rate, or take --dtype float32"
-    passed = not hidden and found.slope + 2 * found.error >= LEAST_SLOPE
-    yield Finding("small updates survive rounding", passed, figure)
+    shows = found.moved > found.rounding and found.slope + 2 * found.error >= LEAST_SLOPE
+    remedy = "" if shows else "rounding hides updates of this size: raise --learning-rate, or take --dtype float32"
+    yield Finding("small updates survive rounding", shows, figure, remedy)
     figure = (
         f"KL {found.kl:.1e} nats a token in float32, {found.kl_floor:+.1e} by rounding "
         f"(at most half of the target {target:g} is bearable)"

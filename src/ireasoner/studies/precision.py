@@ -19,6 +19,7 @@ from ireasoner.method.types import Completion, Role
 from ireasoner.model.forward import completion_hidden
 from ireasoner.model.inputs import Prompts
 from ireasoner.model.learner import Learner
+from ireasoner.model.lora import HALF
 from ireasoner.model.loss import token_statistics
 from ireasoner.model.options import OptimizerOptions
 from ireasoner.model.policy import Policy
@@ -64,13 +65,14 @@ def measure_precision(
     before = {name: p.detach().clone() for name, p in policy.parameters("solver").items()}
     learner = Learner(policy, "solver", Recipe(), OptimizerOptions(learning_rate=learning_rate))
     rewards = [[float(i % 2) for i in range(len(group))] for group in groups]  # any: they make the updates' direction
-    for _ in range(UPDATES):
-        learner.update(prompts, groups, 2 * torch.tensor(rewards) - 1, rewards)
-    found = compare_precision(policy, prompts, groups)
-    with torch.no_grad():
-        for name, parameter in policy.parameters("solver").items():
-            parameter.copy_(before[name])
-    return found
+    try:
+        for _ in range(UPDATES):
+            learner.update(prompts, groups, 2 * torch.tensor(rewards) - 1, rewards)
+        return compare_precision(policy, prompts, groups)
+    finally:
+        with torch.no_grad():
+            for name, parameter in policy.parameters("solver").items():
+                parameter.copy_(before[name])
 
 
 def compare_precision(policy: Policy, prompts: Prompts, groups: Sequence[Sequence[Completion]]) -> Precision:
@@ -78,7 +80,7 @@ def compare_precision(policy: Policy, prompts: Prompts, groups: Sequence[Sequenc
     found_T, kl = changes(policy, prompts, groups)
     with in_float32(policy):
         expected_T, true_kl = changes(policy, prompts, groups)
-    power = expected_T.square().sum()
+    power = expected_T.square().sum().clamp(min=1e-30)  # 0 where no update was finite
     slope = (found_T @ expected_T) / power
     off = (found_T - slope * expected_T).square().mean()
     return Precision(
@@ -119,7 +121,7 @@ def in_float32(policy: Policy) -> Iterator[None]:
 
     def widen(part: torch.nn.Module, _: Any = None) -> None:
         for parameter in part.parameters():
-            if parameter.dtype in (torch.bfloat16, torch.float16):
+            if parameter.dtype in HALF:
                 halves[parameter] = parameter.data
                 parameter.data = parameter.data.float()
 

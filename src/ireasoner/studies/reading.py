@@ -64,7 +64,7 @@ def read(config: Config, drawn: Drawn) -> list[Episode]:
         UsageError: the model, or something else that the config names, cannot be used.
     """
     reward = load_reward(config)[0] if names_a_file(config) else None
-    selfplay = open_selfplay(config, drawn.pool, reward=reward)
+    selfplay = open_selfplay(config, drawn.pool, reward=reward, revision=config.revision)
     size = config.schedule.images_per_step
     steps = [drawn.items[start : start + size] for start in range(0, len(drawn.items), size)]
     return [episode for step, items in enumerate(steps, 1) for episode in selfplay.play(step, items).episodes]
@@ -92,7 +92,7 @@ def judge(config: Config, episodes: Sequence[Episode]) -> list[Finding]:
 
 
 def verdict(config: Config, findings: Sequence[Finding]) -> list[str]:
-    """What follows from the findings, in sentences; the first one says whether the model can learn here."""
+    """What follows from all findings, in sentences; the first one says whether the model can learn here."""
     remedies = [finding.remedy for finding in findings if finding.remedy]
     if all(finding.passed for finding in findings):
         return ["This model can learn here.", *remedies]

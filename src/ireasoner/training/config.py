@@ -115,6 +115,8 @@ class Config(Options):
     """SHA-256 of the file with the reward function, if the recipe names one of your own."""
     planned_steps: int | None = None
     """Steps that the run was planned for before it was extended; λ moves over these and then stays."""
+    fitted_tokens_per_batch: int | None = None
+    """What the GPU of the run's beginning holds, where that is less than tokens_per_batch."""
     recipe: Recipe = Recipe()
     sampling: SamplingOptions = SamplingOptions()
     backbone: BackboneOptions = BackboneOptions()
@@ -145,8 +147,14 @@ class Config(Options):
 
     def changed(self, **options: Any) -> Config:
         """A copy with other values of some options, by their own names. Raises `ConfigError` as `config_of` does."""
-        kept = {"reward_sha256": self.reward_sha256, "planned_steps": self.planned_steps}
+        kept = {name: getattr(self, name) for name in UNNAMED}
         return config_of({**self.flat(), **options}).model_copy(update=kept)
+
+    def fitted_optimizer(self) -> OptimizerOptions:
+        """The optimizer's options, with the tokens of a batch that fit on the GPU."""
+        asked = self.optimizer.tokens_per_batch
+        fitting = min(asked, self.fitted_tokens_per_batch or asked)
+        return self.optimizer.model_copy(update={"tokens_per_batch": fitting})
 
     def extended(self, steps: int) -> Config:
         """The same run, to go on to a later last step. Raises `ConfigError` if this is not later than its own."""
@@ -156,7 +164,7 @@ class Config(Options):
         return self.changed(steps=steps).model_copy(update={"planned_steps": planned})
 
 
-UNNAMED = ("format", "reward_sha256", "planned_steps")  # in config.yaml, but no options
+UNNAMED = ("format", "reward_sha256", "planned_steps", "fitted_tokens_per_batch")  # in config.yaml, but no options
 # The group of each option ("" for those of no group) and its name there. The option `recipe` is the name of a recipe.
 GROUPS = {
     name: type(field.default) for name, field in Config.model_fields.items() if isinstance(field.default, Options)

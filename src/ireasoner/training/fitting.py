@@ -1,9 +1,9 @@
 """Making a run fit in memory: at its start what the device holds is counted, and a later shortage ends in no lost run.
 
 How many tokens an update takes at a time is lowered to what the GPU holds at the start of a run, and stored in its
-`config.yaml`. The size of all other batches follows from it, so that a run is cut in the same places when it is resumed
-on another GPU. Where memory does not suffice after all, batches are halved until the process ends. Where batches are
-cut changes rounding alone.
+`config.yaml`, so that updates are cut in the same places when the run is resumed on another GPU. The size of all other
+batches follows from it and from the memory that is free. Where memory does not suffice after all, batches are halved
+until the process ends. Where batches are cut changes rounding alone.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from ireasoner.model.backbone import resolve_device
-from ireasoner.model.counting import SPARE, footprint
+from ireasoner.model.backbone import most_image_tokens, resolve_device
+from ireasoner.model.counting import SPARE
 from ireasoner.model.footprint import Footprint
 from ireasoner.model.loading import meta_policy
 from ireasoner.model.parallel import Processes
-from ireasoner.model.pieces import DoesNotFitError, out_of_memory_is_told
+from ireasoner.model.pieces import DoesNotFitError, out_of_memory_is_told, release_memory
 from ireasoner.training.config import Config
 from ireasoner.training.evaluation import EvaluationOptions
 from ireasoner.training.opening import model_revision
@@ -41,22 +41,33 @@ def fitted(config: Config, out: Path, processes: Processes, observer: Observer) 
         free, total = torch.cuda.mem_get_info(device)
         for_vllm = config.vllm_share * total if config.engine == "vllm" else 0
         free = min(processes.gather([free - for_vllm], processes.count))  # every process must get the same config
-        takes = footprint(meta_policy(config.model, config.backbone, model_revision(config, out)))
-        tokens = tokens_that_fit(config, takes, free)
+        policy = meta_policy(config.model, config.backbone, model_revision(config, out))
+        takes, image_tokens = policy.footprint, most_image_tokens(policy.processor, config.max_image_pixels)
+        try:
+            tokens = tokens_that_fit(config, takes, image_tokens, free)
+        except DoesNotFitError as error:
+            aside = f", or lower --vllm-share, which sets {for_vllm / 1e9:.1f} GB aside" if for_vllm else ""
+            raise DoesNotFitError(f"{error}{aside}") from None
         if tokens < config.optimizer.tokens_per_batch and not (out / CONFIG).exists():
-            config = config.changed(tokens_per_batch=tokens)
+            config = config.model_copy(update={"fitted_tokens_per_batch": tokens})
             observer.on_message(_choice(config, takes, free))
     with out_of_memory_is_told():
         yield config
 
 
-def tokens_that_fit(config: Config, takes: Footprint, free: float) -> int:
-    """How many tokens an update may keep the activations of on a device with `free` bytes.
+def tokens_that_fit(config: Config, takes: Footprint, image_tokens: int, free: float) -> int:
+    """How many tokens an update may keep the activations of.
+
+    Args:
+        config: options of the run.
+        takes: what the model takes.
+        image_tokens: the most that an image takes in a prompt.
+        free: bytes of the device that are free.
 
     Raises:
         DoesNotFitError: it does not hold a single completion, even with gradient checkpointing.
     """
-    sampling, image_tokens = config.sampling, config.backbone.max_image_tokens
+    sampling = config.sampling
     images = EvaluationOptions.batch_size if config.eval_data else config.schedule.images_per_step
     held = takes.fixed + images * image_tokens * takes.feature
     # The longest sequence: image, instructions and question of about a question's length each, and solution.
@@ -67,7 +78,8 @@ def tokens_that_fit(config: Config, takes: Footprint, free: float) -> int:
         raise DoesNotFitError(
             f"{config.model} does not fit: it takes {least / 1e9:.1f} GB to train ({takes.weights / 1e9:.1f} of them "
             f"weights) on one completion of {longest} tokens at a time, and {usable / 1e9:.1f} GB of the device's "
-            f"memory can be used: lower --max-image-tokens ({image_tokens}), or use a smaller model or a larger GPU"
+            f"memory can be used: lower --max-image-tokens (an image takes up to {image_tokens}), or use a smaller "
+            f"model or a larger GPU"
         )
     return max(1, int((usable - held) / takes.update_per_token(False)))
 
@@ -75,8 +87,9 @@ def tokens_that_fit(config: Config, takes: Footprint, free: float) -> int:
 def _choice(config: Config, takes: Footprint, free: float) -> str:
     return (
         f"Memory: {free / 1e9:.1f} GB are free, and {config.model} takes {takes.fixed / 1e9:.1f} GB and "
-        f"{takes.update_per_token(False) / 1e6:.1f} MB for each token of an update, so --tokens-per-batch is "
-        f"{config.optimizer.tokens_per_batch}: above it, activations are computed again in the backward pass."
+        f"{takes.update_per_token(False) / 1e6:.1f} MB for each token of an update, so "
+        f"{config.fitted_tokens_per_batch} tokens are taken at a time, not the {config.optimizer.tokens_per_batch} of "
+        "--tokens-per-batch: above it, activations are computed again in the backward pass."
     )
 
 
@@ -101,6 +114,7 @@ def within_memory(run: Run) -> Iterator[None]:
             run.step = step
             run.pool.restore(pool)
             run.selfplay.memory.restore(memory)
+            release_memory()
             save(run)
             told = f"the run is saved after step {step}, and --resume goes on from there"
         raise DoesNotFitError(f"{error}; {told}") from None
@@ -111,6 +125,6 @@ def tell_shortages(run: Run) -> None:
     """Record where memory did not suffice in any process since the last call. Every process must call this."""
     for told in run.processes.gather([run.shortages], run.processes.count):
         for text in told:
-            tokens = run.config.optimizer.tokens_per_batch
+            tokens = run.config.fitted_optimizer().tokens_per_batch
             run.tell(f"{text} With a lower --tokens-per-batch ({tokens} here), less is tried at a time.")
     run.shortages.clear()

@@ -98,7 +98,7 @@ def open_run(
         policy=policy,
         engine=selfplay.engine,
         selfplay=selfplay,
-        learners={role: Learner(policy, role, config.recipe, config.optimizer, processes) for role in ROLES},
+        learners={role: Learner(policy, role, config.recipe, config.fitted_optimizer(), processes) for role in ROLES},
         watch=Watch(config),
         signals=Signals(config.watch.watch_window * config.schedule.images_per_step),
         questions=draw_questions(questions, config.schedule.eval_questions),
@@ -167,7 +167,7 @@ def open_selfplay(
             f"{device} only emulates bfloat16, slowly: train with --dtype float16, or float32 if activations overflow"
         )
     policy = load_policy(config.model, config.backbone, revision=revision, device=device, seed=config.seed)
-    limit_sampling(policy, config.optimizer.tokens_per_batch)
+    limit_sampling(policy, config.fitted_optimizer().tokens_per_batch)
     engine = open_engine(config, policy, processes)
     labels = load_labels(config, pool) if config.labels else None
     return SelfPlay(policy, engine, config, labels, reward, processes)
