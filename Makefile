@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/ireasoner demo
 
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A CPU build of torch cannot load torchvision's own operators; the shim declares them, and nothing here calls them.
 test-torchvision: .venv/installed-dev

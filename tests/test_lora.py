@@ -96,9 +96,10 @@ def test_updates_of_the_default_size_come_through_in_bfloat16(
     assert found.slope + 2 * found.error > 0.9
     assert abs(found.kl_floor) < 0.002
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.parameters("solver").items())
-    monkeypatch.setattr(Float32SumLinear, "forward", lora.Linear.forward)  # rounds the sum, as PEFT does
-    by_peft = measure_precision(policy, prompts, groups, DEFAULT_RATE)
-    assert by_peft.slope + 2 * by_peft.error < 0.9
+    if family in ("tiny", "qwen2_5_vl"):
+        monkeypatch.setattr(Float32SumLinear, "forward", lora.Linear.forward)  # rounds the sum, as PEFT does
+        by_peft = measure_precision(policy, prompts, groups, DEFAULT_RATE)
+        assert by_peft.slope + 2 * by_peft.error < 0.9
 
 
 def test_what_is_compared_with_is_the_model_in_float32(pictures: list[Image.Image]):

@@ -288,7 +288,7 @@ def test_an_update_that_runs_out_of_memory_counts_nothing_twice(told: tuple[Scen
     with failing(scene.policy, set()) as made:
         expected, metrics = descend(scene.learner(), scene.prompts, scene.groups, REWARDS)
     rng = random.Random(0)
-    for calls in [{n} for n in range(0, len(made), 3)] + [set(rng.sample(range(2 * len(made)), 3)) for _ in range(8)]:
+    for calls in [{n} for n in range(0, len(made), 9)] + [set(rng.sample(range(2 * len(made)), 3)) for _ in range(4)]:
         scene.policy.model.load_state_dict(start, strict=False)
         texts.clear()
         with failing(scene.policy, calls) as seen:
