@@ -27,8 +27,8 @@ class BackboneOptions(Options):
     """Backbone weights; adapters stay in float32. float16 is for GPUs without bfloat16 (V100, T4): large activations
     overflow in it."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
-    """How attention is computed; with flash_attention_2, completions do not share their prompt's cache (as transformers
-    chooses)."""
+    """How attention is computed; with flash_attention_2, completions do not share their prompt's cache, and eager takes
+    memory that is not counted beforehand (as transformers chooses)."""
 
 
 class OptimizerOptions(Options):
