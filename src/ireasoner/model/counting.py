@@ -65,6 +65,7 @@ def count(policy: Policy) -> Footprint:
         return _counted(policy)
     finally:
         policy.decoder.set_attn_implementation(before)
+        policy.model.set_adapter(ROLES[0])  # as it is in a new policy
 
 
 def _counted(policy: Policy) -> Footprint:

@@ -54,7 +54,8 @@ def make_policy(backbone: Any, processor: Any, options: BackboneOptions, *, seed
     policy = _with_adapters(backbone, processor, options, seed)
     _check_output_layer(policy)
     policy.shares_attention = _can_share_attention(policy)
-    return _counted(policy)
+    policy.footprint = count(policy)
+    return policy
 
 
 def meta_policy(model: str, options: BackboneOptions, revision: str | None = None) -> Policy:
@@ -71,16 +72,12 @@ def meta_policy(model: str, options: BackboneOptions, revision: str | None = Non
     processor = load_processor(model, options.max_image_tokens, revision=revision)
     policy = _with_adapters(backbone.requires_grad_(False).eval(), processor, options)
     policy.shares_attention = all(type(layer) is DynamicLayer for layer in new_cache(policy).layers)  # as a rule
-    return _counted(policy)
-
-
-def _counted(policy: Policy) -> Policy:
     policy.footprint = count(policy)
-    policy.model.set_adapter(ROLES[0])
     return policy
 
 
 def _with_adapters(backbone: Any, processor: Any, options: BackboneOptions, seed: int = 0) -> Policy:
+    """A policy of a backbone with new adapters, of which nothing has been tried out or counted yet."""
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,

@@ -267,7 +267,7 @@ def survives_rounding(policy: Policy, requests: Sequence[Request], learning_rate
         f"is needed), beside {found.rounding:.1e} nats of rounding"
     )
     shows = found.moved > found.rounding and found.slope + 2 * found.error >= LEAST_SLOPE
-    remedy = "" if shows else "rounding hides updates of this size: raise --learning-rate, or take --dtype float32"
+    remedy = "" if shows else "Rounding hides updates of this size: raise --learning-rate, or take --dtype float32."
     yield Finding("small updates survive rounding", shows, figure, remedy)
     figure = (
         f"KL {found.kl:.1e} nats a token in float32, {found.kl_floor:+.1e} by rounding "

@@ -32,8 +32,6 @@ from ireasoner.training.watch import Alarm, Signals, Watch
 
 CONFIG = "config.yaml"
 OPTIONS = "options.yaml"  # the same in a checkpoint, so that nothing but a deliberate extension changes it unnoticed
-
-
 VERSIONS = "versions.json"  # what the run began with: packages, and the commit of a model on the hub
 
 
