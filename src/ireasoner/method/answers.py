@@ -14,7 +14,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -76,14 +76,15 @@ def answer_key(answer: str, question: str = "") -> str | None:
     bare = _bare(answer)
     if len(bare) > MAX_ANSWER_LENGTH:
         return f"text:{bare.casefold()}"
-    key = _typed_key(_peel(bare))
-    if options:
-        marks = picked(bare, key, options, _key_of_text)
-        if marks or marks is None:
-            return marks and f"option:{marks}"
+    peeled = _peel(bare)
+    value = _value_alone(peeled, question, options)
+    for text in dict.fromkeys((peeled, value)) if options else ():
+        marks = picked(text, options, _typed_key)
+        if marks != "":
+            return f"option:{marks}" if marks else None
     if _HEDGE.search(bare) and not _quoted_by(question):
         return None
-    return _without_noun(_typed_key(_value_alone(_peel(bare), question)), question)
+    return _without_noun(_typed_key(value), question)
 
 
 @lru_cache(256)
@@ -105,7 +106,7 @@ _WRAPPERS = re.compile(r"<\|[a-z_]+\|>|</?(?:b|i|u|em|strong|p|span|div|code|mar
 _FENCE = re.compile(r"^(`{3,}|~{3,})\w*\s+(?P<core>.*?)\s*\1$", re.DOTALL)
 _LEAD_IN = re.compile(
     r"^(?:(?:so|thus|hence|therefore|finally|well|okay),? )?(?:(?:the|my|our) )?(?:final |correct |right )?"
-    r"(?:ans(?:wer)?|result|solution)(?: ?[:=]| (?:is|would be|should be):?(?= )) ?"
+    r"(?:ans(?:wer)?|result|solution|option|choice)(?: ?[:=]| (?:is|would be|should be):?(?= )) ?"
     r"|^(?:(?:so|thus|hence|therefore),? )?(?:i (?:think|believe|guess|would say|say)(?: that)?|it is|it's|it was|this is|"
     r"that is|these are|they are|there (?:is|are|was|were)) (?=\S)"
     r"|^(?:(?:die|meine) )?(?:endgültige |richtige )?(?:antwort|lösung|ergebnis)(?: ?:| (?:ist|lautet):?(?= )) ?"
@@ -113,6 +114,7 @@ _LEAD_IN = re.compile(
     r"|^(?:la )?(?:réponse|solution)(?: (?:finale|correcte))?(?: ?:| est:?(?= )) ?"
     r"|^(?:因此|所以|故)?,? ?(?:正确|最终|最後|最后)?(?:的)?(?:答案|答|結果|结果|答え)(?: ?:|应?该?(?:是|为|為)|は)[ :]*"
     r"|^(?:итоговый )?ответ(?: ?:| -) ?"
+    r"|^(?:es (?:sind|ist|gibt)|das (?:ist|sind)|hay|es|son|il y (?:en )?a|c'est|ce sont|ci sono|c'è|há|são) (?=\S)|^(?:一?共)?有 ?(?=\S)"
     r"|^(?:maybe|probably|possibly|perhaps|most likely|likely) (?=\S)"
     r"|^=+(?![=<>≤≥])",  # but not in "x = 7", which is another answer than "y = 7"
     re.IGNORECASE,
@@ -120,8 +122,12 @@ _LEAD_IN = re.compile(
 _EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3}|`{1,3})(?![\s*_`])(?P<core>.+?)(?<!\s)\1(?!\w)")
 _QUOTED = re.compile(r"^(?:\"(?P<core>[^\"]+)\"|'(?P<single>[^']+)'|[«「『](?P<other>[^»」』]+)[»」』])$")
 _TAIL = re.compile(r"(?: ?(?:[.,;:?]|(?<![\d)])(?<!\b\w)!))+$")  # "yes!" is yes, but 5! and n! are factorials
-_YES_OR_NO = re.compile(r"^(?P<core>yes|no)(?:[,;:]|\.(?! ?\d)| -) ?(?!.*\b(?:yes|but|maybe|perhaps)\b).+$", re.IGNORECASE)
-_JAPANESE_TAIL = re.compile(r"(?<=[^\x00-\x7f])(?:です|だ)$")
+_YES_OR_NO = re.compile(
+    r"^(?P<core>yes|no|ja|nein|oui|non|sí|si|sim|não|да|нет|是|不是|はい|いいえ)(?:[,;:、]|\.(?! ?\d)| -|的) ?"
+    r"(?!.*\b(?:yes|but|maybe|perhaps|aber|mais|pero)\b).*$",
+    re.IGNORECASE,
+)
+_JAPANESE_TAIL = re.compile(r"(?<=\w)(?:です|だ)$")
 _DECORATIONS = (
     (_LEAD_IN, ""),
     (_EMPHASIS, r"\g<core>"),
@@ -131,7 +137,7 @@ _DECORATIONS = (
     (_YES_OR_NO, r"\g<core>"),
 )
 # "A" may be a name rather than an article: in "A and B", "A minus" or "A B C" it stays.
-_ARTICLE = re.compile(r"^(?:the (?=\S)|an? (?!(?:and|or|to|is|plus|minus|than|vs)\b)(?=[^\W\d_]{2}))", re.IGNORECASE)
+_ARTICLE = re.compile(r"^(?:the (?=\S)|an? (?!(?-i:and|or|to|is|plus|minus|than|vs)\b)(?=[^\W\d_]{2}))", re.IGNORECASE)
 
 
 def _peel(text: str) -> str:
@@ -170,15 +176,17 @@ def _from_json(text: str) -> str:
 
 # --- answers that do not commit themselves ---------------------------------------------------------------------------
 
-_LIMIT = r"more|less|fewer|greater|higher|lower|above|below|over|under|later|earlier|older|younger|so|not|equal|up"
+_LIMIT = "more|less|fewer|greater|higher|lower|above|below|over|under|later|earlier|older|younger|so|not|equal|up"
+_UNSURE = r"maybe|perhaps|possibly|vielleicht|peut-être|quizás?|tal vez|forse|talvez|возможно|может быть"
 _HEDGE = re.compile(
-    rf"(?<!\bmore)(?<!\bwhether) \b(?:or|oder|ou|или)\b (?!(?:{_LIMIT})\b)|\w(?:还是|或者|或)\w|^(?:either|entweder|soit) "
-    r"|(?:[,;.?] ?|\bor |\bbut )(?:or )?(?:maybe|perhaps|possibly|(?:it )?(?:could|might|may) (?:also )?be|vielleicht|peut-être|quizás?|可能)\b"
-    r"|(?<=\w)[,;.] ?(?:no,|wait|actually|sorry|rather|correction|i mean|nein,|non,)"
-    r"|\b(?:i |we )?(?:do not|don't|can ?not|can't|could not|couldn't) (?:be )?(?:know|tell|determined?|say|answer(?:ed)?|see|find|sure)\b"
+    rf"(?<!\bmore)(?<!\bwhether) (?:(?-i:or)|oder|ou|или|либо) (?!(?:{_LIMIT})\b)|(?<=\w) (?-i:o) (?=\w)|^\w or \w$"
+    r"|\w(?:还是|或者|或(?!以|更)|または)\w|(?<=[A-Z\d一-龯ァ-ヶ])か(?=[A-Z\d一-龯ァ-ヶ])|可能.*可能|要么|^(?:either|entweder|soit) "
+    rf"|(?:[,;.?]|\bor|\bbut) ?(?:or )?(?:(?:{_UNSURE}|also|actually)\b|(?:it )?(?:could|might|may) (?:also )?be\b)|^(?:{_UNSURE}|可能)$"
+    r"|(?<=\w)[,;.] ?(?:no,|no wait|wait|sorry|rather|correction|i mean|nein,|non,)|^yes\W+no\W*$|^no\W+yes\W*$|^yes (?:or|and) no$"
+    r"|\b(?:do not|don't|can ?not|can't|could not|couldn't) (?:be )?(?:know|tell|determined?|say|answer(?:ed)?|see|find|sure)\b"
     r"|^(?:i am |i'm )?(?:not sure|unsure|uncertain|unable to)|^no (?:idea|clue)\b|^(?:unclear|unknown)$|not enough information"
-    r"|\?.*\?|^[^?]*\w\? \w|^yes ?(?:/|or|and) ?no$"
-    r"|^(?:ich weiß (?:es )?nicht|no (?:lo )?sé|je ne sais pas|我?不(?:知道|确定|清楚))",
+    r"|\?.*\?|^[^?]*\w\? \w"
+    r"|^(?:ich weiß (?:es )?nicht|no (?:lo )?sé|non (?:lo )?so|não sei|je ne sais pas|не знаю|我?不(?:知道|确定|清楚)|我?无法确定|分?わか(?:りません|らない))",
     re.IGNORECASE,
 )
 
@@ -202,13 +210,13 @@ _GENERIC = frozenset(
     "answer final correct of in it this that year age speed temperature time date radius diameter".split()
 )
 _COUNTS = re.compile(
-    r"\b(?:how (?:many|much|old|long)|number of|what (?:percent(?:age)?|fraction)|combien|wie ?viele?|cu[aá]nt[oa]s|quant[ie]|quant[oa]s)\b"
+    r"\b(?:how (?:many|much)|number of|what (?:percent(?:age)?|fraction)|combien|wie ?viele?|cu[aá]nt[oa]s|quant[ie]|quant[oa]s)\b"
     r"|多少|几",
     re.IGNORECASE,
 )
 
 
-def _value_alone(text: str, question: str) -> str:
+def _value_alone(text: str, question: str, options: Mapping[str, str]) -> str:
     """The value in an answer without its reason, a calculation that gives it, or a subject that the question names."""
     text = _REASON.sub("", text) or text
     if (match := _BRACKETED.fullmatch(text)) and _same_value(match["inside"], match["head"]):
@@ -221,11 +229,11 @@ def _value_alone(text: str, question: str) -> str:
     if not match:
         return text
     subject, rest = frozenset(re.findall(r"\w+", match["subject"].casefold())), _peel(match["rest"])
-    if subject <= _GENERIC and len(subject) > len(subject & {"a", "an", "it", "this", "that"}):
-        return rest if _numeric(rest) else text
+    if subject <= _GENERIC and _numeric(rest):
+        return rest
     # To "Which bar is 20?", "the red bar is 20" is not "20".
-    asked = subject <= words | _GENERIC and not frozenset(re.findall(r"\w+", rest.casefold())) <= words
-    return rest if words and asked else text
+    known = frozenset(re.findall(r"\w+", rest.casefold())) <= words and _typed_key(rest) not in options.values()
+    return rest if subject <= words | _GENERIC and words and not known else text
 
 
 def _same_value(calculation: str, value: str) -> bool:
@@ -238,7 +246,8 @@ def _without_noun(key: str, question: str) -> str:
     """`number:5` for `number:5 circles` if the question is how many circles there are."""
     if not key.startswith("number:") or " " not in key or not (asked := _COUNTS.search(question[:4096])):
         return key
-    words = re.findall(r"[^\W\d_]+|[%$€£]", question[asked.start() : asked.start() + 200])
+    phrase = re.split(r"[?\n:;.]", question[asked.start() :], maxsplit=1)[0]
+    words = re.findall(r"[^\W\d_]+", phrase)[:12]
     names = {unit_name(word) for word in words} | {word.casefold() for word in words}
     number, _, unit = key.partition(" ")
     nouns = re.findall(r"[^\W\d_]+|[^\w\s]", unit)
@@ -250,16 +259,20 @@ def _without_noun(key: str, question: str) -> str:
 # In two letters of which either case is a chemical symbol or a genotype, case tells: CO and Co, AA and Aa.
 _CASED = re.compile(r"(?P<letter>[A-Za-z])(?i:(?P=letter))|CO|CS|CU|HF|HO|NI|NP|OS|PB|PO|SB|SC|SN|BI")
 _LIST = re.compile(r"(?P<open>[(\[{]?)(?P<items>[^()\[\]{}]*,[^()\[\]{}]*)(?P<close>[)\]}]?)")
-_WITH_UNIT = re.compile(r"(?P<value>.*?[\dπ)]) ?(?P<unit>°|[^\W\d_]+(?:\^[23])?)")
+_WITH_UNIT = re.compile(r"(?P<value>.*?[\dπ)]) ?(?P<unit>°|(?!π|pi\b)[^\W\d_]+(?:\^[23])?)")
 
 
 def _numeric(text: str) -> str | None:
     """The canonical form of a text that is all number, quantity or formula, else None."""
-    irrational = re.search(r"sqrt|π|\bpi\b", text) is not None
-    if irrational and (match := _WITH_UNIT.fullmatch(text)) and is_unit(match["unit"]):
-        value = expression(match["value"])
-        return value and f"{value} {unit_name(match['unit'])}"
-    return (expression(text) if irrational else None) or quantity(text) or expression(text)
+    if re.search(r"sqrt|π|\bpi\b", text):
+        if (match := _WITH_UNIT.fullmatch(text)) and is_unit(match["unit"]):
+            value = expression(match["value"])
+            return value and f"{value} {unit_name(match['unit'])}"
+        return expression(text)
+    measured = quantity(text)
+    # `12x` is a product, but `12 m` is not.
+    formula = measured is None or (re.search(r"\d[a-z]$", text) and text[-1] not in "mgshltdk")
+    return (expression(text) if formula else None) or measured
 
 
 def _typed_key(text: str) -> str:

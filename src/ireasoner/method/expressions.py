@@ -31,7 +31,9 @@ def expression(text: str) -> str | None:
     Sums and products of plain numbers are left alone, as `3-5` may be a range and `3×4` a size. `text` is without LaTeX.
     """
     plain = not re.search(r"[^\W\d_]", text)
-    if len(text) > MAX_LENGTH or text.count("sqrt") > MAX_ROOTS or (plain and re.search(r"[+*×]|(?<=.)-", text)):
+    if len(text) > MAX_LENGTH or text.count("sqrt") > MAX_ROOTS or (plain and re.search(r"[+*×]|(?<=.)-|/.*/", text)):
+        return None
+    if re.search(r"\de[-+]?\d", text) or re.search(r"[^\W\d_]{3}", re.sub(r"sqrt|sin|cos|tan|log|ln|pi", "", text)):
         return None
     source = _in_python(text.casefold())
     if source is None:
@@ -54,7 +56,7 @@ def arithmetic(text: str) -> str | None:
     if len(text) > MAX_LENGTH or not re.fullmatch(r"[\d .+*/()×÷-]+", text):
         return None
     try:
-        value = _value(ast.parse(_in_python(text) or "", mode="eval").body)
+        value = _value(ast.parse(_in_python(text.strip()) or "", mode="eval").body)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
     return str(value) if value.is_finite else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_LOOKALIKES = str.maketrans("‐‑‒–—―−‘’‚‛′ʼ“”„‟″⁄∕⋅∙✕✖º˚。", "-------''''''\"\"\"\"\"//××××°°.")
+_LOOKALIKES = str.maketrans("‐‑‒–—―−‘’‚‛′ʼ“”„‟″⁄∕⋅∙✕✖º˚。∶【】", "-------''''''\"\"\"\"\"//××××°°.:[]")
 
 
 def plain_characters(text: str) -> str:
@@ -23,18 +23,18 @@ def plain_characters(text: str) -> str:
     text = re.sub(r"([¼-¾⅐-⅞])", r" \1 ", text)
     text = re.sub(r"(?<=\d)([₀-₉]+)", r"_\1", text)
     text = unicodedata.normalize("NFKC", text).translate(_LOOKALIKES)
-    return text.replace(">=", "≥").replace("<=", "≤").replace("!=", "≠")
+    return text.replace(">=", "≥").replace("<=", "≤").replace("!=", "≠").replace("+/-", "±")
 
 
 _ESCAPED = str.maketrans("${}", "＄｛｝")  # stand-ins for \$ \{ \} while $ { } are read as syntax; NFKC left no others
 _UNESCAPED = str.maketrans("＄｛｝", "${}")
 _SYMBOL_NAMES = (
     "times× cdot× ast× div÷ pm± approx≈ sim≈ infty∞ circ° degree° le≤ leq≤ leqslant≤ ge≥ geq≥ geqslant≥ lt< gt> ne≠ neq≠ "
-    "angle∠ triangle△ perp⊥ parallel∥ cup∪ cap∩ to→ rightarrow→ therefore∴"
+    "angle∠ triangle△ perp⊥ parallel∥ cup∪ cap∩ to→ rightarrow→ lvert| rvert| vert| mid|"
 )
 _SYMBOLS = {name[:-1]: name[-1] for name in _SYMBOL_NAMES.split()}
 _SYMBOLS |= dict.fromkeys("left right big Big bigl bigr Bigl Bigr displaystyle textstyle limits".split(), "")
-_SYMBOLS |= {"quad": " ", "qquad": " "}
+_SYMBOLS |= {"quad": " ", "qquad": " "} | {name: name for name in "sin cos tan log ln exp lim min max gcd deg".split()}
 _WRAPPER = re.compile(
     r"boxed|fbox|mbox|emph|operatorname|underline|(?:text|math)(?:bf|it|rm|sf|tt|normal|md|up)?|pmb|boldsymbol"
 )
@@ -42,7 +42,10 @@ _WRAPPER = re.compile(
 _MATHS = re.compile(r"^\$ ?([^$]+?) ?\$$|\$(?! )([^$]+)(?<! )\$(?!\d)")
 _FRACTION = re.compile(r"\\[dtc]?frac *(?:\{([^{}]*)\}|(\d)) *(?:\{([^{}]*)\}|(\d))")
 _POWER = re.compile(r"(?<=[\^_])\{([^{}]*)\}(?!\d)")
-_ROOT = re.compile(r"(?:\\sqrt|√) *(?:\[([^\[\]{}]*)\])? *(?:\{([^{}]*)\}|\(([^(){}]*)\)|(\d+(?:\.\d+)?|[^\W\d_]))")
+_ROOT = re.compile(
+    r"(?:\\sqrt|√|(?P<cube>∛)) *(?:\[(?P<degree>[^\[\]{}]*)\])? *"
+    r"(?:\{(?P<braced>[^{}]+)\}|\((?P<bracketed>[^(){}]+)\)|(?P<plain>\d+(?:\.\d+)?|[^\W\d_]))"
+)
 _COMMAND = re.compile(r"\\(?![dtc]?frac|sqrt)([A-Za-z]+) *\{([^{}]*)\}")
 
 
@@ -62,8 +65,8 @@ def _grouped(content: str) -> str:
 
 
 def _root(match: re.Match[str]) -> str:
-    content = next(group for group in match.groups()[1:] if group is not None)
-    return f" sqrt({content}) " if not match[1] or match[1] == "2" else f" ({content})^(1/{match[1]}) "
+    degree, content = "3" if match["cube"] else match["degree"] or "2", match["braced"] or match["bracketed"] or match["plain"]
+    return f" sqrt({content}) " if degree == "2" else f" ({content})^(1/{degree}) "
 
 
 def without_latex(text: str) -> str:
@@ -80,5 +83,7 @@ def without_latex(text: str) -> str:
         text = _POWER.sub(lambda m: _grouped(m[1]), text)
         text = _COMMAND.sub(lambda m: m[2] if _WRAPPER.fullmatch(m[1]) else f"{m[1]}({m[2]})", text)
     text = re.sub(r"(?<![A-Za-z\\]) sqrt|sqrt(?=\()", lambda m: m[0].strip(), text).translate(_UNESCAPED)
+    text = re.sub(r"\btriangle (?=[A-Z])", "△", re.sub(r"\bangle (?=[A-Z])", "∠", text)).replace("infinity", "∞")
+    text = re.sub(r"([∠△]) ", r"\1", re.sub(r"\^\((\d*[+-])\)", r"^\1", text))  # Ca^{2+}
     text = re.sub(r"(?<=\d)\^\(?(st|nd|rd|th)\)?(?!\w)", r"\1", text)  # 1^{st}
     return re.sub(r"(?<=[A-Za-z])_(?=\d)", "", text).replace("^°", "°")  # CO_2 is CO₂ is CO2

@@ -9,22 +9,25 @@ from ireasoner.method.latex import plain_characters
 
 MAX_QUESTION_LENGTH = 4096  # characters; a longer question is not searched for options
 
-# How options are marked: within a line, then at the start of a line or after a sign. All options are marked alike. A
-# marker in brackets may follow a word, `(A)cat(B)dog`, but not a letter: `f(a)`.
-_START = r"(?:^|(?<=[\n,;?.:!|])|(?<=\n )|(?<=[,;?.:!|] )|(?<=  ))"
+# How options may be marked, the surest way first; all options of a question are marked alike. A marker in brackets may
+# follow a word, `(A)cat(B)dog`, but not a single letter, `f(a)`.
 _MARKERS = [
     re.compile(form, re.MULTILINE)
     for form in (
-        r"(?<![(\[])(?<!\b[^\W\d_])[(\[](?P<mark>[A-Za-z])[)\]]",
+        r"^[ \t]*[-*]? ?[(\[]?(?P<mark>[A-Z])(?:[)\]][.:]?|[.:、])",
+        r"^[ \t]*(?P<mark>[A-Z]) ?[-|] ",
+        r"(?<![(\[])(?<!\b[A-Za-z])[(\[](?P<mark>[A-Za-z])[)\]]",
         r"(?<![\w(])(?P<mark>[A-Za-z])\)",
-        r"(?<![\w(])(?P<mark>[A-Z])(?:[.:](?=\s)|、)",
-        rf"{_START}(?P<mark>[A-Za-z])[.:](?! ?[A-Za-z]\.)",
-        rf"{_START}(?P<mark>[A-Z]) ?(?:-|\|) ",
+        r"(?<![A-Za-z0-9_(])(?P<mark>[A-Z])(?:[.:](?=\s)|、)",
+        r"(?<![A-Za-z0-9_(.:])(?P<mark>[A-Z])\.(?![A-Z]\.)",
+        r"(?:^|(?<=[,;:?]) ?)(?P<mark>[a-z])[.:] ?",
+        r"(?:^|(?<=[,;?:|]) ?)(?P<mark>[A-Z]) ?[-|=] ",
+        r"^[ \t]*[(\[]?(?P<mark>\d{1,2})(?:[)\]]|[.、:](?!\d))",
         r"(?<![\w(])[(\[](?P<mark>\d{1,2})[)\]]",
-        rf"{_START}(?P<mark>\d{{1,2}})(?:[.)](?!\d)|、)",
         r"(?<![\w(.])(?P<mark>\d{1,2})[.)](?=\s)",
     )
 ]
+_CIRCLED = str.maketrans({chr(0x2460 + n): f"({n + 1})" for n in range(20)})  # ① and so on
 
 
 def marked_options(question: str) -> dict[str, str]:
@@ -35,7 +38,8 @@ def marked_options(question: str) -> dict[str, str]:
     """
     if len(question) > MAX_QUESTION_LENGTH:
         return {}
-    question = re.sub(r"(?<!\w)\*\*|\*\*(?!\w)", "", plain_characters(question))  # `**A)** red`, but not `2**3`
+    question = plain_characters(question.translate(_CIRCLED))
+    question = re.sub(r"(?<!\w)\*\*|\*\*(?!\w)", "", question)  # `**A)** red`, but not `2**3`
     for marker in _MARKERS:
         run: list[re.Match[str]] = []
         for match in marker.finditer(question):
@@ -46,7 +50,10 @@ def marked_options(question: str) -> dict[str, str]:
                 run = [match]
         if len(run) >= 2:
             ends = [*(match.start() for match in run[1:]), len(question)]
-            return {m["mark"].upper(): _text(question[m.end() : end]) for m, end in zip(run, ends, strict=True)}
+            found = {m["mark"].upper(): _text(question[m.end() : end]) for m, end in zip(run, ends, strict=True)}
+            texts = [text.strip(" .,;:?") for text in found.values()]
+            if all(texts) or (not any(texts) and run[0][0][0] in "(["):  # but not "by A. B. Smith" or "figures (a) and (b) show"
+                return found
     return {}
 
 
@@ -70,69 +77,80 @@ _PICK = re.compile(
     r"(?:[)\].:、]*|(?:[)\]][.:]? ?|[.:] |[.:、]|\ [-|] )(?P<rest>.+))",
     re.IGNORECASE,
 )
-# Words around a letter that only say that it is picked.
+# What may stand around a mark and only says that it is picked.
 _FILLER = re.compile(
-    rf"\b(?:i(?:'d)?|would|we|choose|chose|pick|select|go|with|for|it|is|it's|this|that|so|thus|hence|therefore|the|my|final|"
-    rf"correct|right|true|best|most likely|likely|probably|answer|option|choice|letter|be|must|should|as|because .*|since .*|"
-    rf"la|el|es|correcta|correcto|opción|respuesta|die|das|der|ist|richtig|richtige|antwort|est|bonne|correcte|réponse)\b"
-    r"|[选選故应應为為是的项項答案正确正確填本题題因此所以]|[\s.,:;!'\"*()\[\]。，]",
+    r"\b(?:i(?:'d)?|we|would|will|choose|chose|pick|select|go|with|for|it|it's|is|this|that|so|thus|hence|therefore|the|my|final|"
+    r"correct|right|true|best|most|likely|probably|must|should|be|as|one|because .*|since .*|die|das|der|ist|richtige?|la|el|es|"
+    r"correct[oae]|est|bonne|elijo|wähle|ich|je|choisis|option|choice|answer|letter|antwort|opción|respuesta|réponse)\b"
+    r"|[选選择擇故应應为為是的项項正确正確填本题題因此所以]|答案|\W",
     re.IGNORECASE,
 )
 _DENIAL = re.compile(
-    r"\b(?:not|isn't|wrong|incorrect|false|neither|nor|except|nicht|falsch|kein|pas|faux|fausse|no es|incorrect[oa]|fals[oa])\b"
+    r"\b(?:not|wrong|incorrect|false|neither|nor|except|nicht|falsch|kein|pas|faux|fausse|no es|incorrect[oa]|fals[oa]|não|non|не)\b"
     r"|n't\b|[不错錯误誤非]|\?",
     re.IGNORECASE,
 )
-_JOINED = re.compile(r"(?:[\s,;&+/()\[\].:、]|\b(?:and|und|y|e|et|both|options?|choices?|answers?|are|the|correct)\b|[和与及以选選])*", re.I)
-_OR = re.compile(r"\b(?:or|oder|o|ou|либо|или)\b|/|或|还是|\?", re.IGNORECASE)
+_AND = r"and|und|y|e|et|и"
+_JOINED = re.compile(
+    rf"(?:[\s,;&+()\[\].:、]|\b(?:{_AND}|both|options?|choices?|answers?|are|the|correct)\b|[和与與及以选選とがは])*", re.IGNORECASE
+)
+_OR = re.compile(r"\b(?:or|oder|o|ou|либо|или)\b|[/|?]|或|还是|要么|または|(?<=\w)か(?=\w)", re.IGNORECASE)
+_ARTICLE = re.compile(rf"A (?!(?:{_AND}|or|oder|o|ou|plus|is|ist|es|est)\b)(?=[a-z])")
 
 
-def picked(answer: str, key: str | None, options: Mapping[str, str | None], key_of: Callable[[str], str | None]) -> str | None:
+def picked(answer: str, options: Mapping[str, str], key_of: Callable[[str], str]) -> str | None:
     """Which options an answer picks: `A`, or `A,C` for several; "" for none of them; None if it does not commit itself.
 
-    `options` maps each mark to the key of its text, `key` is that of the answer alone, and `key_of` gives others.
+    Args:
+        answer: without decoration.
+        options: the options that the question offers, from mark to the key of the text.
+        key_of: gives the key of a text.
     """
-    by_text = [mark for mark, option in options.items() if option and option == key]
-    if len(by_text) == 1 and not re.fullmatch(r"\W*\w\W*", answer):
-        return by_text[0]
+    key = key_of(answer)
+    by_text = [mark for mark, option in options.items() if option == key]
     match = _PICK.fullmatch(answer)
-    mark = match["mark"].upper() if match else ""
-    if match and mark in options:
-        rest = match["rest"]
-        if not rest:
-            return mark
-        rest_key = key_of(rest)
-        if rest_key and rest_key == options[mark]:
-            return mark
-        others = set(_mentioned(rest, options)) - {mark}
-        if not others and not _DENIAL.search(rest) and rest_key not in options.values():
-            return mark  # "A. The red bar" picks A although the option is "red"; "A. Blue" contradicts itself
-    elif len(by_text) == 1:
-        return by_text[0]
-    return _several(answer, options, key_of)
+    mark, rest = (match["mark"].upper(), match["rest"]) if match else ("", None)
+    if mark not in options or (rest and by_text):
+        if by_text:
+            return by_text[0] if len(by_text) == 1 else ""
+        return _mentioned_only(answer, options, key_of)
+    if not rest or key_of(rest) == options[mark]:
+        return mark
+    contradicted = _DENIAL.search(rest) or key_of(rest) in options.values() or set(_mentioned(rest, options)) - {mark}
+    # "A. The red bar" picks A although the option says "red"; "A. Blue" contradicts itself.
+    return _mentioned_only(answer, options, key_of) if contradicted else mark
 
 
-def _mentioned(answer: str, options: Mapping[str, str | None]) -> list[str]:
+def _mentioned(answer: str, options: Mapping[str, str]) -> list[str]:
     """The marks of options in an answer, in order: capital letters that stand alone, and marks in brackets."""
+    answer = _ARTICLE.sub("", answer)
     found = re.findall(r"[(\[]([A-Za-z]|\d{1,2})[)\]]|(?<![A-Za-z0-9'.])([A-Z])(?![A-Za-z0-9'])", answer)
-    if re.fullmatch(r"[a-z](?:(?:,| and| or|/|&)+ ?[a-z])+", answer):
+    if re.fullmatch(r"[a-z](?:[ ,/&|]|\b(?:and|or)\b|\b[a-z]\b)*", answer):
         found = [(letter, "") for letter in re.findall(r"\b[a-z]\b", answer)]
-    if answer[:2] == "A " and not re.match(r"A (?:or|and|is|&|,)", answer):  # an article
-        found = found[1:]
     return [mark for mark in dict.fromkeys((one or other).upper() for one, other in found) if mark in options]
 
 
-def _several(answer: str, options: Mapping[str, str | None], key_of: Callable[[str], str | None]) -> str | None:
+def _mentioned_only(answer: str, options: Mapping[str, str], key_of: Callable[[str], str]) -> str | None:
+    """What `picked` says of an answer that mentions the marks of options, or their texts, in a sentence."""
     marks = _mentioned(answer, options)
-    # The texts of the options stand for their letters: "(A) red and (B) blue", "red or blue".
+    if re.fullmatch(r"[A-Z]+", answer) and len(answer) < len(options) and list(options) != [*answer]:
+        letters = sorted(set(answer))
+        return ",".join(letters) if "".join(letters) == answer and set(letters) <= options.keys() else ""
     if not marks:
-        parts = [key_of(part) for part in _OR.split(answer) if part.strip()]
-        return None if len(set(parts)) > 1 and set(parts) <= {o for o in options.values() if o} else ""
+        texts = {key_of(part) for part in _OR.split(answer) if part.strip(" ,")}
+        return None if len(texts) > 1 and texts <= set(options.values()) else ""
     if _DENIAL.search(answer) or (len(marks) > 1 and _OR.search(answer)):
         return None
+    rest = re.sub(rf"(?<![A-Za-z0-9])(?i:{'|'.join(marks)})(?![A-Za-z0-9])", "", answer)
     if len(marks) == 1:
-        mark = marks[0]
-        left = _FILLER.sub("", re.sub(rf"[(\[]?(?<![A-Za-z0-9]){mark}(?![A-Za-z0-9])[)\]]?", "", answer))
-        return mark if not left or key_of(left) == options[mark] else ""
-    rest = re.sub(r"(?<![A-Za-z0-9])[A-Za-z](?![A-Za-z0-9])", "", answer)
-    return ",".join(sorted(marks)) if _JOINED.fullmatch(rest) else ""
+        said = _FILLER.sub("", rest)
+        return marks[0] if not said or key_of(rest.strip(" ().:,")) == options[marks[0]] else ""
+    return ",".join(sorted(marks)) if _JOINED.fullmatch(_without_texts(rest, marks, options, key_of)) else None
+
+
+def _without_texts(rest: str, marks: list[str], options: Mapping[str, str], key_of: Callable[[str], str]) -> str:
+    """`rest` without the texts of the options that it names, as in "(A) red and (B) blue"."""
+    texts = {options[mark] for mark in marks}
+    return "".join(
+        part for part in re.split(rf"([()\[\],;]|\b(?:{_AND})\b)", rest) if not part.strip() or key_of(part) not in texts
+    )

@@ -30,7 +30,7 @@ NUMBER_WORD = (
     f"(?:twen|thir|for|fif|six|seven|eigh|nine)ty|{'|'.join(SCALES)})(?!\\w)"
 )
 _LANGUAGES = ("de", "fr", "es", "pt", "it", "nl")
-_OTHER_WORDS = frozenset("cent once dix elf due dos mil set sei one me die on".split())  # numbers in one language only
+_OTHER_WORDS = frozenset("cent once dix elf due dos mil set sei one me die on non".split())  # numbers in one language only
 _MULTIPLES = {"十": 10, "拾": 10, "百": 100, "千": 1000, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
 
 
@@ -51,6 +51,8 @@ def _foreign_cardinal(text: str) -> int | None:
         return None
     if not text.isascii() and (value := _chinese_cardinal(text)) is not None:
         return value
+    if text in WORDS["russian"]:
+        return WORDS["russian"].index(text)
     for language in _LANGUAGES:
         try:
             return text2num(text, language)
@@ -103,12 +105,12 @@ def unit_name(word: str) -> str:
     if lower in UNITS:
         return UNITS[lower]
     if len(word) == 1 and word not in _CASED:
-        return lower
+        return lower.upper() if lower in "vwnjacfω" else lower
     if len(word) > 32 or lower.startswith("pound"):  # of money or of mass
         return lower
     registry = _registry()
     for name in (word, lower):
-        if name in registry:
+        if registry.parse_unit_name(name):
             return str(registry.get_symbol(name))
     found = {prefix + name for prefix, name, _ in registry.parse_unit_name(word, case_sensitive=False)}
     return str(registry.get_symbol(found.pop())) if len(found) == 1 else lower
@@ -116,7 +118,7 @@ def unit_name(word: str) -> str:
 
 def is_unit(word: str) -> bool:
     """Whether a word is the name of a unit or a currency."""
-    return word.casefold() in UNITS or unit_name(word) in _registry()
+    return word.casefold() in UNITS or bool(_registry().parse_unit_name(unit_name(word)))
 
 
 def _unit(text: str) -> str:
@@ -133,7 +135,7 @@ def _unit(text: str) -> str:
 
 def tight(text: str) -> str:
     """`text` without spaces that have no meaning: `x = 7` becomes `x=7`, but `A+ B` stays different from `A + B`."""
-    return re.sub(r"(?<=\w) ([+-]) (?=\w)", r"\1", re.sub(r" ?([=,;:/^()<>≤≥≠≈±×]) ?", r"\1", text))
+    return re.sub(r"(?<=\w) ([+-]) (?=\w)", r"\1", re.sub(r" ?([=,;:/|^()<>≤≥≠≈±×]) ?", r"\1", text))
 
 
 # --- one quantity ----------------------------------------------------------------------------------------------------
@@ -149,7 +151,9 @@ def quantity(text: str) -> str | None:
 
 
 def _any_of(names: Iterable[str]) -> str:
-    return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    """A pattern of any of these names; `mn` and `bn` are millions and billions, but `MN` and `mN` are newtons."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return "|".join(f"(?-i:{name})" if name in ("mn", "bn", "tn") else re.escape(name) for name in longest_first)
 
 
 _SCALE_WORDS = SCALES | {name: 10 ** int(power) for power, names in WORDS["scales"].items() for name in names}
@@ -174,13 +178,13 @@ _SHORT = re.compile(
 def _measure(text: str) -> str | None:
     """The canonical form of a number with or without a unit, as in `≥5 cm`, `1.2 million dollars` or "two thirds"."""
     relation, text = _relation(text)
-    if (short := _SHORT.fullmatch(text)) and (short["before"] or short["after"] or short["letter"] == "k"):
+    if (short := _SHORT.fullmatch(text)) and (short["before"] or short["after"] or text[-2:-1].isdigit() and text[-1] in "kK"):
         text = f"{short['before'] or ''}{short['number']} {_LETTERS[short['letter'].lower()]}{short['after'] or ''}"
     match = _QUANTITY.fullmatch(_with_points(_in_digits(text)))
     value = _value(match) if match else None
     if not match or value is None or (relation and match["relation"]):
         return None
-    unit = _unit(" ".join(filter(None, (match["money"], match["unit"]))))
+    unit = _unit(" ".join(filter(None, ((match["money"] or "").rstrip("."), match["unit"]))))
     return f"{relation or match['relation']}{value} {unit}".strip()
 
 
@@ -228,7 +232,8 @@ _CHINESE_NUMBER = re.compile(rf"[〇零一二两兩三四五六七八九{''.join
 
 def _in_digits(text: str) -> str:
     """`text` with a number in words at its start in digits: "two thirds of it" is "2/3 of it"; else as it is."""
-    sign, text = re.fullmatch(r"(minus |negative |-)?(.*)", text, re.IGNORECASE | re.DOTALL).groups("")
+    sign, text = re.fullmatch(r"(minus |negative |-)?(.*)", text, re.IGNORECASE | re.DOTALL).groups("")  # pyright: ignore
+    text = re.sub(r"^百分之(.+)", r"\1%", text)
     if match := _SPELLED.match(text):
         value = cardinal(re.split("[ -]", match[0].lower()))
         text = f"{value}{text[match.end() :]}" if value is not None else text
@@ -306,30 +311,53 @@ def _range(text: str) -> str | None:
 _CLOCK = re.compile(r"(?P<hour>\d{1,2})(?:[:.](?P<minute>\d\d))? ?(?P<half>[ap])\.? ?m\.?", re.IGNORECASE)
 _CLOCK_24 = re.compile(r"(?P<hour>1[3-9]|2[0-3])[:h](?P<minute>[0-5]\d)(?: ?(?:h|uhr|hrs|hours))?", re.IGNORECASE)
 _NAMED_TIMES = {"noon": "12:00", "midday": "12:00", "midnight": "00:00"}
+_SPOKEN = re.compile(r"(?:(?P<part>half|a? ?quarter|\d\d?|[a-z-]+)(?: minutes)? (?P<way>past|to) )?(?P<hour>[a-z]+|\d\d?)(?P<sharp> o'clock)?")
 
 
 def _time(text: str) -> str | None:
-    """`15:30` for "3:30 PM" and "15:30"; "3:30" alone stays text, as nobody knows which half of the day it means."""
+    """`15:30` for "3:30 PM" and "15:30"; `3:30` for "3:30" and "half past three", of either half of the day."""
     if match := _CLOCK.fullmatch(text):
         hour, minute = int(match["hour"]), int(match["minute"] or 0)
         if not 1 <= hour <= 12 or minute > 59:
             return None
         return f"{hour % 12 + 12 * (match['half'].lower() == 'p'):02}:{minute:02}"
-    match = _CLOCK_24.fullmatch(text)
-    return f"{match['hour']}:{match['minute']}" if match else _NAMED_TIMES.get(text.lower())
+    if match := _CLOCK_24.fullmatch(text):
+        return f"{match['hour']}:{match['minute']}"
+    return _NAMED_TIMES.get(text.lower().removeprefix("12 ")) or _spoken_time(text.lower())
+
+
+def _spoken_time(text: str) -> str | None:
+    if re.fullmatch(r"\d{1,2}:[0-5]\d", text):
+        return text
+    match = _SPOKEN.fullmatch(text)
+    if not match or not (match["part"] or match["sharp"]):
+        return None
+    hour = int(match["hour"]) if match["hour"].isdigit() else cardinal([match["hour"]])
+    part = {"half": 30, "quarter": 15, "a quarter": 15, None: 0}.get(match["part"], match["part"])
+    minutes = part if isinstance(part, int) else int(part) if part.isdigit() else cardinal([part])
+    if hour is None or minutes is None or not 1 <= hour <= 12 or minutes > 59:
+        return None
+    total = 60 * hour + (minutes if match["way"] != "to" else -minutes)
+    return f"{(total // 60 - 1) % 12 + 1}:{total % 60:02}"
 
 
 _MONTHS = {name: number for number, names in enumerate(WORDS["months"], 1) for name in names.split()}
 _MONTH = rf"(?P<month>{_any_of(_MONTHS)})(?![^\W\d_])\.?"
+_ENGLISH_MONTH = (
+    r"(?P<month>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|"
+    r"nov(?:ember)?|dec(?:ember)?)(?![^\W\d_])\.?"
+)
 _DAY, _YEAR = r"(?P<day>\d{1,2})(?:st|nd|rd|th|er|\.)?", r"(?P<year>\d{4})"
 _DATES = [
     re.compile(form, re.IGNORECASE)
     for form in (
         rf"(?:the )?{_DAY}[ -](?:of |de )?{_MONTH}(?:(?:,? |-)(?:de |del )?{_YEAR})?",
-        rf"{_MONTH}[ -](?:the )?{_DAY}(?:,? {_YEAR})?",
+        rf"{_ENGLISH_MONTH}[ -](?:the )?{_DAY}(?:,? {_YEAR})?",
         rf"{_MONTH}(?:,? (?:of |de |del )?|-){_YEAR}",
         rf"{_YEAR},? {_MONTH}(?: {_DAY})?",
         rf"{_YEAR}(?P<sign>[-/.])(?P<number>\d{{1,2}})(?P=sign){_DAY}",
+        rf"{_DAY}(?P<sign>[-/.])(?P<number>\d{{1,2}})(?P=sign){_YEAR}",
+        rf"(?P<number>\d{{1,2}})(?P<sign>[-/.]){_DAY}(?P=sign){_YEAR}",
         rf"{_YEAR} ?年 ?(?P<number>\d{{1,2}}) ?月(?: ?{_DAY} ?[日号])?",
     )
 ]
@@ -341,9 +369,11 @@ def _date(text: str) -> str | None:
 
     `03/05/2021` is the third of May or the fifth of March and stays text.
     """
-    match = next(filter(None, (form.fullmatch(_WEEKDAY.sub("", text)) for form in _DATES)), None)
-    if not match:
-        return None
+    readings = {_read_date(match) for form in _DATES if (match := form.fullmatch(_WEEKDAY.sub("", text)))} - {None}
+    return readings.pop() if len(readings) == 1 else None
+
+
+def _read_date(match: re.Match[str]) -> str | None:
     found = {"year": "", "day": "", "number": "", "month": ""} | {k: v or "" for k, v in match.groupdict().items()}
     month, day = int(found["number"] or _MONTHS[found["month"].lower()]), int(found["day"] or 1)
     if not (1 <= month <= 12 and 1 <= day <= 31):
