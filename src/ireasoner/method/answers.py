@@ -82,7 +82,7 @@ def answer_key(answer: str, question: str = "") -> str | None:
         marks = picked(text, options, _typed_key)
         if marks != "":
             return f"option:{marks}" if marks else None
-    if _HEDGE.search(bare) and not _quoted_by(question):
+    if not _commits(bare, question):
         return None
     return _without_noun(_typed_key(value), question)
 
@@ -115,7 +115,7 @@ _LEAD_IN = re.compile(
     r"|^(?:因此|所以|故)?,? ?(?:正确|最终|最後|最后)?(?:的)?(?:答案|答|結果|结果|答え)(?: ?:|应?该?(?:是|为|為)|は)[ :]*"
     r"|^(?:итоговый )?ответ(?: ?:| -) ?"
     r"|^(?:es (?:sind|ist|gibt)|das (?:ist|sind)|hay|es|son|il y (?:en )?a|c'est|ce sont|ci sono|c'è|há|são) (?=\S)|^(?:一?共)?有 ?(?=\S)"
-    r"|^(?:maybe|probably|possibly|perhaps|most likely|likely) (?=\S)"
+    r"|^(?:it (?:could|might|may|must|should|would) be|maybe|probably|possibly|perhaps|most likely|likely) (?=\S)"
     r"|^=+(?![=<>≤≥])",  # but not in "x = 7", which is another answer than "y = 7"
     re.IGNORECASE,
 )
@@ -176,11 +176,14 @@ def _from_json(text: str) -> str:
 
 # --- answers that do not commit themselves ---------------------------------------------------------------------------
 
-_LIMIT = "more|less|fewer|greater|higher|lower|above|below|over|under|later|earlier|older|younger|so|not|equal|up"
+_LIMIT = (
+    "more|less|fewer|greater|higher|lower|above|below|over|under|later|earlier|older|younger|so|not|equal|up|gates?|"
+    "mehr|weniger|höher|älter|jünger|plus|moins|más|menos|mayor|mais|più|meno|больше|меньше|более|менее"
+)
 _UNSURE = r"maybe|perhaps|possibly|vielleicht|peut-être|quizás?|tal vez|forse|talvez|возможно|может быть"
 _HEDGE = re.compile(
-    rf"(?<!\bmore)(?<!\bwhether) (?:(?-i:or)|oder|ou|или|либо) (?!(?:{_LIMIT})\b)|(?<=\w) (?-i:o) (?=\w)|^\w or \w$"
-    r"|\w(?:还是|或者|或(?!以|更)|または)\w|(?<=[A-Z\d一-龯ァ-ヶ])か(?=[A-Z\d一-龯ァ-ヶ])|可能.*可能|要么|^(?:either|entweder|soit) "
+    rf"(?<!\bmore)(?<!\bwhether) (?:(?-i:or)|oder|ou|или|либо) (?!(?:{_LIMIT})\b)|(?<=\w) (?-i:o) (?!(?:{_LIMIT})\b)(?=\w)|^\w or \w$"
+    r"|\w(?:还是|或者|或(?!以|更)|または)\w|(?<=[A-Z\d一-龯ァ-ヶ])か(?=[A-Z\d一-龯ァ-ヶ])|可能.*可能|要么|^(?:either|entweder|soit)\b.* (?:or|oder|soit) "
     rf"|(?:[,;.?]|\bor|\bbut) ?(?:or )?(?:(?:{_UNSURE}|also|actually)\b|(?:it )?(?:could|might|may) (?:also )?be\b)|^(?:{_UNSURE}|可能)$"
     r"|(?<=\w)[,;.] ?(?:no,|no wait|wait|sorry|rather|correction|i mean|nein,|non,)|^yes\W+no\W*$|^no\W+yes\W*$|^yes (?:or|and) no$"
     r"|\b(?:do not|don't|can ?not|can't|could not|couldn't) (?:be )?(?:know|tell|determined?|say|answer(?:ed)?|see|find|sure)\b"
@@ -191,9 +194,16 @@ _HEDGE = re.compile(
 )
 
 
-def _quoted_by(question: str) -> bool:
-    """Whether the question asks for words that are written in the image, where "or" may be one of them."""
-    return bool(re.search(r"\b(?:say|says|written|read|reads|text|title|titled|motto|slogan|called|name|word)\b", question))
+_NAMED = re.compile(
+    r"\b(?:say|says|said|written|printed|reads?|texts?|titled?|motto|slogan|tagline|headline|caption|label(?:led|ed)?|called|names?|"
+    r"words?|phrase|quot(?:e|ed|ation)|brand|song|movie|film|book|album|gate)\b",
+    re.IGNORECASE,
+)
+
+
+def _commits(answer: str, question: str) -> bool:
+    """Whether an answer names one thing. An "or" may be part of a name, if one is asked for or the answer is in quotes."""
+    return not _HEDGE.search(answer) or bool(_NAMED.search(question[:4096]) or _QUOTED.match(answer.rstrip(".")))
 
 
 # --- what an answer says beside its value -----------------------------------------------------------------------------

@@ -80,7 +80,7 @@ _PICK = re.compile(
 # What may stand around a mark and only says that it is picked.
 _FILLER = re.compile(
     r"\b(?:i(?:'d)?|we|would|will|choose|chose|pick|select|go|with|for|it|it's|is|this|that|so|thus|hence|therefore|the|my|final|"
-    r"correct|right|true|best|most|likely|probably|must|should|be|as|one|because .*|since .*|die|das|der|ist|richtige?|la|el|es|"
+    r"correct|right|true|only|both|all|of|are|statements?|options|choices|answers|best|most|likely|probably|must|should|be|as|one|because .*|since .*|die|das|der|ist|richtige?|la|el|es|"
     r"correct[oae]|est|bonne|elijo|wähle|ich|je|choisis|option|choice|answer|letter|antwort|opción|respuesta|réponse)\b"
     r"|[选選择擇故应應为為是的项項正确正確填本题題因此所以]|答案|\W",
     re.IGNORECASE,
@@ -92,7 +92,7 @@ _DENIAL = re.compile(
 )
 _AND = r"and|und|y|e|et|и"
 _JOINED = re.compile(
-    rf"(?:[\s,;&+()\[\].:、]|\b(?:{_AND}|both|options?|choices?|answers?|are|the|correct)\b|[和与與及以选選とがは])*", re.IGNORECASE
+    rf"(?:[\s,;&+(){{}}\[\].:、]|\b(?:{_AND}|both|options?|choices?|answers?|are|the|correct)\b|[和与與及以选選とがは])*", re.IGNORECASE
 )
 _OR = re.compile(r"\b(?:or|oder|o|ou|либо|или)\b|[/|?]|或|还是|要么|または|(?<=\w)か(?=\w)", re.IGNORECASE)
 _ARTICLE = re.compile(rf"A (?!(?:{_AND}|or|oder|o|ou|plus|is|ist|es|est)\b)(?=[a-z])")
@@ -141,16 +141,15 @@ def _mentioned_only(answer: str, options: Mapping[str, str], key_of: Callable[[s
         return None if len(texts) > 1 and texts <= set(options.values()) else ""
     if _DENIAL.search(answer) or (len(marks) > 1 and _OR.search(answer)):
         return None
-    rest = re.sub(rf"(?<![A-Za-z0-9])(?i:{'|'.join(marks)})(?![A-Za-z0-9])", "", answer)
-    if len(marks) == 1:
-        said = _FILLER.sub("", rest)
-        return marks[0] if not said or key_of(rest.strip(" ().:,")) == options[marks[0]] else ""
-    return ",".join(sorted(marks)) if _JOINED.fullmatch(_without_texts(rest, marks, options, key_of)) else None
+    said = re.split(rf"[(\[]?(?<![A-Za-z0-9])(?:{'|'.join(marks)})(?![A-Za-z0-9])[)\].:]*", answer, flags=re.IGNORECASE)
+    # What follows a mark may be the text of its option, as in "A. red and C. blue".
+    named = [mark.upper() for mark in re.findall(rf"(?<![A-Za-z0-9])(?:{'|'.join(marks)})(?![A-Za-z0-9])", answer, re.IGNORECASE)]
+    left = [said[0], *(text for mark, text in zip(named, said[1:], strict=True) if not _is_text(text, options[mark], key_of))]
+    if not _JOINED.sub("", _FILLER.sub("", " ".join(left))):
+        return ",".join(sorted(marks))
+    return "" if len(marks) == 1 else None
 
 
-def _without_texts(rest: str, marks: list[str], options: Mapping[str, str], key_of: Callable[[str], str]) -> str:
-    """`rest` without the texts of the options that it names, as in "(A) red and (B) blue"."""
-    texts = {options[mark] for mark in marks}
-    return "".join(
-        part for part in re.split(rf"([()\[\],;]|\b(?:{_AND})\b)", rest) if not part.strip() or key_of(part) not in texts
-    )
+def _is_text(text: str, option: str, key_of: Callable[[str], str]) -> bool:
+    bare = re.sub(rf"[ ,;()]*(?:\b(?:{_AND})\b)?[ ,;(]*$", "", text).strip(" :-.")
+    return bool(bare) and key_of(bare) == option

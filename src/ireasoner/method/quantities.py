@@ -207,8 +207,17 @@ def _value(match: re.Match[str]) -> Fraction | None:
 _RELATIONS = {name: sign for sign, names in WORDS["relations"].items() for name in names}
 _FIRST = re.compile(rf"(?:{_any_of(_RELATIONS)})(?:(?<=\W)|(?![a-z])) ?(?=[^ ])", re.IGNORECASE)
 _LAST = {
-    "≥": re.compile(r",? (?:or|and) (?:more|greater|higher|above|over|later|older|up)$|(?<=\d)\+$", re.IGNORECASE),
-    "≤": re.compile(r",? (?:or|and) (?:less|fewer|lower|below|under|earlier|younger)$", re.IGNORECASE),
+    "≥": re.compile(
+        r",? (?:or|and) (?:more|greater|higher|above|over|later|older|up)$|(?<=\d)\+$| oder mehr$| ou plus$| o más$| ou mais$|"
+        r" o più$| или (?:больше|более)$|[个岁]?(?:或|及)?(?:以上|更多)$",
+        re.IGNORECASE,
+    ),
+    "≤": re.compile(
+        r",? (?:or|and) (?:less|fewer|lower|below|under|earlier|younger)$| oder weniger$| ou moins$| o menos$| ou menos$|"
+        r" o meno$| или (?:меньше|менее)$|[个岁]?(?:或|及)?(?:以下|更少)$",
+        re.IGNORECASE,
+    ),
+    "≈": re.compile(r" or so$", re.IGNORECASE),
 }
 
 
