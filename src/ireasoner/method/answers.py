@@ -111,11 +111,12 @@ _LEAD_IN = re.compile(
     r"that is|these are|they are|there (?:is|are|was|were)) (?=\S)"
     r"|^(?:(?:die|meine) )?(?:endgültige |richtige )?(?:antwort|lösung|ergebnis)(?: ?:| (?:ist|lautet):?(?= )) ?"
     r"|^(?:la |el )?(?:respuesta|resultado|risposta|resposta)(?: (?:final|correcta|finale|corretta|correta))?(?: ?:| (?:es|è|é):?(?= )) ?"
-    r"|^(?:la )?(?:réponse|solution)(?: (?:finale|correcte))?(?: ?:| est:?(?= )) ?"
+    r"|^(?:la )?(?:bonne )?(?:réponse|solution)(?: (?:finale|correcte))?(?: ?:| est:?(?= )) ?"
     r"|^(?:因此|所以|故)?,? ?(?:正确|最终|最後|最后)?(?:的)?(?:答案|答|結果|结果|答え)(?: ?:|应?该?(?:是|为|為)|は)[ :]*"
-    r"|^(?:итоговый )?ответ(?: ?:| -) ?"
+    r"|^(?:итоговый )?ответ(?: ?:| -| это|(?= \\d)) ?"
     r"|^(?:es (?:sind|ist|gibt)|das (?:ist|sind)|hay|es|son|il y (?:en )?a|c'est|ce sont|ci sono|c'è|há|são) (?=\S)|^(?:一?共)?有 ?(?=\S)"
     r"|^(?:it (?:could|might|may|must|should|would) be|maybe|probably|possibly|perhaps|most likely|likely) (?=\S)"
+    r"|^(?:so|thus|hence|therefore)(?:,| (?=[\d$(])) ?"
     r"|^=+(?![=<>≤≥])",  # but not in "x = 7", which is another answer than "y = 7"
     re.IGNORECASE,
 )
@@ -156,22 +157,27 @@ def _bare(answer: str) -> str:
     if len(collapsed) > MAX_ANSWER_LENGTH:
         return collapsed
     text = _FENCE.sub(r"\g<core>", answer.strip())
-    text = _WRAPPERS.sub(" ", html.unescape(" ".join(_from_json(text).split())))
+    text = _WRAPPERS.sub(" ", _unescaped(" ".join(_from_json(text).split())))
     text = " ".join(plain_characters(text).split())
     text = " ".join(without_latex(text).split()) if len(text) <= MAX_ANSWER_LENGTH else collapsed
     return re.sub(r"\( ?(.*?) ?\)", r"(\1)", text) or collapsed
 
 
+def _unescaped(text: str) -> str:
+    """`text` with `<` for `&lt;` and the like."""
+    return text if re.search(r"&#x?[0-9a-f]{9}", text, re.IGNORECASE) else html.unescape(text)
+
+
 def _from_json(text: str) -> str:
     """The value of `{"answer": "4"}`; other texts as they are."""
-    if not text.startswith("{"):
+    if not text.startswith("{") or len(text) > MAX_ANSWER_LENGTH:
         return text
     try:
-        found = json.loads(text)
-    except ValueError:
+        found = json.loads(text, parse_int=str, parse_float=str)
+    except (ValueError, RecursionError):
         return text
     values = [v for k, v in found.items() if len(found) == 1 or "answer" in k.lower()]
-    return str(values[0]) if len(values) == 1 and isinstance(values[0], str | int | float) else text
+    return values[0] if len(values) == 1 and isinstance(values[0], str) else text
 
 
 # --- answers that do not commit themselves ---------------------------------------------------------------------------
@@ -187,7 +193,7 @@ _HEDGE = re.compile(
     rf"|(?:[,;.?]|\bor|\bbut) ?(?:or )?(?:(?:{_UNSURE}|also|actually)\b|(?:it )?(?:could|might|may) (?:also )?be\b)|^(?:{_UNSURE}|可能)$"
     r"|(?<=\w)[,;.] ?(?:no,|no wait|wait|sorry|rather|correction|i mean|nein,|non,)|^yes\W+no\W*$|^no\W+yes\W*$|^yes (?:or|and) no$"
     r"|\b(?:do not|don't|can ?not|can't|could not|couldn't) (?:be )?(?:know|tell|determined?|say|answer(?:ed)?|see|find|sure)\b"
-    r"|^(?:i am |i'm )?(?:not sure|unsure|uncertain|unable to)|^no (?:idea|clue)\b|^(?:unclear|unknown)$|not enough information"
+    r"|^(?:i am |i'm )?(?:not sure|unsure|uncertain|unable to)\b|^no (?:idea|clue)\b|^(?:unclear|unknown)$|not enough information"
     r"|\?.*\?|^[^?]*\w\? \w"
     r"|^(?:ich weiß (?:es )?nicht|no (?:lo )?sé|non (?:lo )?so|não sei|je ne sais pas|не знаю|我?不(?:知道|确定|清楚)|我?无法确定|分?わか(?:りません|らない))",
     re.IGNORECASE,
@@ -247,9 +253,10 @@ def _value_alone(text: str, question: str, options: Mapping[str, str]) -> str:
 
 
 def _same_value(calculation: str, value: str) -> bool:
-    """Whether `60 - 45` gives `15`, or "five" is `5`."""
-    result = arithmetic(calculation)
-    return _numeric(value) is not None and (_numeric(calculation) if result is None else result) == _numeric(value)
+    """Whether `60 - 45`, `= 60 - 45` and `60 - 45 = 15` give `15`, or "five" is `5`."""
+    number = _numeric(value)
+    results = [arithmetic(side) or _numeric(side.strip()) for side in calculation.split("=") if side.strip()]
+    return number is not None and bool(results) and all(result == number for result in results)
 
 
 def _without_noun(key: str, question: str) -> str:
@@ -268,6 +275,9 @@ def _without_noun(key: str, question: str) -> str:
 
 # In two letters of which either case is a chemical symbol or a genotype, case tells: CO and Co, AA and Aa.
 _CASED = re.compile(r"(?P<letter>[A-Za-z])(?i:(?P=letter))|CO|CS|CU|HF|HO|NI|NP|OS|PB|PO|SB|SC|SN|BI")
+_BARE_PICK = re.compile(
+    r"(?:option |choice )?[(\[]?([a-z])[)\]]?[.:]?(?: is (?:correct|right|the (?:correct |right )?(?:answer|option|choice)))?", re.IGNORECASE
+)
 _LIST = re.compile(r"(?P<open>[(\[{]?)(?P<items>[^()\[\]{}]*,[^()\[\]{}]*)(?P<close>[)\]}]?)")
 _WITH_UNIT = re.compile(r"(?P<value>.*?[\dπ)]) ?(?P<unit>°|(?!π|pi\b)[^\W\d_]+(?:\^[23])?)")
 
@@ -289,13 +299,15 @@ def _typed_key(text: str) -> str:
     """The key of an answer from `_bare`, leaving options aside: as a number if all of it is one, else as text."""
     if len(text) > MAX_ANSWER_LENGTH:
         return f"text:{text.casefold()}"
-    text = _peel(_ARTICLE.sub("", re.sub(r"(?<=\d) ?[xX*×] ?(?=\d)", "×", text)))
-    if (number := _numeric(text)) is not None:
+    text = re.sub(r"(?<=\d) ?[xX*×] ?(?=\d)", "×", text)
+    whole = _numeric(text)  # with its article: "a third" is no ordinal
+    text = _peel(_ARTICLE.sub("", text))
+    if (number := whole or _numeric(text)) is not None:
         return unicodedata.normalize("NFKC", f"number:{number}")
     if match := _LIST.fullmatch(text):
         items = [_numeric(item.strip()) or _plain(item.strip()) for item in match["items"].split(",")]
         return f"text:{match['open']}{','.join(items)}{match['close']}"
-    if match := re.fullmatch(r"(?:option |choice )?[(\[]?([A-Za-z])[)\]]?[.:]?", text, re.IGNORECASE):
+    if match := _BARE_PICK.fullmatch(text):
         text = match[1]  # an option that only the image shows
     return f"text:{_plain(text)}"
 

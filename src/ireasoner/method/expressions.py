@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MAX_LENGTH, MAX_DIGITS, MAX_EXPONENT = 128, 15, 20  # of a formula; of a number; of a power
 MAX_ROOTS = 4  # clearing a denominator of them may double its length for each
 
-_TOKEN = re.compile(r" *(?:(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<name>sqrt|sin|cos|tan|log|ln|pi|[^\W\d_])|(?P<sign>[-+*/^()×÷]))")
+_TOKEN = re.compile(r" *(?:(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<name>sqrt|sin|cos|tan|log|ln|(?<![a-z])pi(?![a-z])|[^\W\d_])|(?P<sign>[-+*/^()×÷]))")
 _OPERATORS = {"×": "*", "÷": "/", "^": "**"}
 
 
@@ -33,7 +33,7 @@ def expression(text: str) -> str | None:
     plain = not re.search(r"[^\W\d_]", text)
     if len(text) > MAX_LENGTH or text.count("sqrt") > MAX_ROOTS or (plain and re.search(r"[+*×]|(?<=.)-|/.*/", text)):
         return None
-    if re.search(r"\de[-+]?\d", text) or re.search(r"[^\W\d_]{3}", re.sub(r"sqrt|sin|cos|tan|log|ln|pi", "", text)):
+    if re.search(r"\de[-+]?\d", text) or re.search(r"[^\W\d_]{3}", re.sub(r"sqrt|sin|cos|tan|log|ln|(?<![a-z])pi(?![a-z])", "", text)):
         return None
     source = _in_python(text.casefold())
     if source is None:
@@ -47,7 +47,8 @@ def expression(text: str) -> str | None:
     if value.has(sympy.zoo, sympy.nan, sympy.oo):
         return None
     if not value.free_symbols and not value.has(sympy.Function):
-        value = sympy.radsimp(sympy.expand(value))
+        value = sympy.expand(value)
+        value = value if value.has(sympy.pi) else sympy.expand(sympy.radsimp(value))
     return str(Fraction(value.p, value.q)) if isinstance(value, sympy.Rational) else str(value)
 
 
@@ -64,7 +65,7 @@ def arithmetic(text: str) -> str | None:
 
 def _in_python(text: str) -> str | None:
     """A formula as Python would write it, with numbers in quotes; None where it is none, or a product is in doubt."""
-    if not re.search(r"\d|sqrt|π|pi", text) or not re.search(r"[-+*/^()×÷π]|pi", text):
+    if not re.search(r"\d|sqrt|π|\bpi\b", text) or not re.search(r"[-+*/^()×÷π]|\bpi\b", text):
         return None
     parts: list[str] = []
     before, position = "", 0
@@ -125,11 +126,14 @@ def _power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
         if isinstance(base, sympy.Rational) or exponent.free_symbols:
             return sympy.Pow(base, exponent, evaluate=False)
         raise ValueError
-    if max(abs(exponent.p), exponent.q) > MAX_EXPONENT:
+    if abs(exponent.p) > MAX_EXPONENT or base.is_zero:
         raise ValueError
     digits = len(str(base)) * max(abs(exponent.p), 1)
     if isinstance(base, sympy.Rational) and digits > (64 if exponent.q == 1 else MAX_DIGITS):
         raise ValueError
     if base.is_Add and not base.free_symbols and abs(exponent.p) > 2:
         raise ValueError
-    return base**exponent
+    power = base**exponent
+    if exponent.q > 2 and isinstance(base, sympy.Rational) and not power.is_Rational:
+        raise ValueError  # SymPy has several forms for a cube root: it stays text
+    return power

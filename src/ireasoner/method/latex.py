@@ -71,7 +71,9 @@ def _root(match: re.Match[str]) -> str:
 
 def without_latex(text: str) -> str:
     """`text`, from `plain_characters`, with LaTeX as plain text. Unknown commands stay: they tell answers apart."""
-    text = re.sub(r"\\([;: ])|\\[,!()\[\]]", lambda m: " " if m[1] else "", text)
+    text = text.replace("~", " ") if "\\" in text else text  # a space there, as is `\,` but within 1\,000
+    text = re.sub(r"(?<=\d)\\,(?=\d)", "", text)
+    text = re.sub(r"\\([;:, ])|\\[!()\[\]]", lambda m: " " if m[1] else "", text)
     text = re.sub(r"\\([${}%#&_])", lambda m: m[1].translate(_ESCAPED), text)
     text = _MATHS.sub(lambda m: m[1] or m[2], text.replace("$$", "$"))
     text = re.sub(r"\\([A-Za-z]+)", _symbol, text.replace("{,}", ","))

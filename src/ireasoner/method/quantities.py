@@ -30,7 +30,9 @@ NUMBER_WORD = (
     f"(?:twen|thir|for|fif|six|seven|eigh|nine)ty|{'|'.join(SCALES)})(?!\\w)"
 )
 _LANGUAGES = ("de", "fr", "es", "pt", "it", "nl")
-_OTHER_WORDS = frozenset("cent once dix elf due dos mil set sei one me die on non".split())  # numbers in one language only
+_OTHER_WORDS = frozenset(
+    "cent cents once dix elf due dos mil miles set sei one me die on non o un une um uma una ein null nul prim centos".split()
+)  # numbers in one language only
 _MULTIPLES = {"十": 10, "拾": 10, "百": 100, "千": 1000, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
 
 
@@ -83,6 +85,7 @@ def _chinese_cardinal(text: str) -> int | None:
 
 CURRENCIES = {name: sign for sign, names in WORDS["currencies"].items() for name in (sign, *names)}  # in lower case
 UNITS = {name: unit for unit, names in WORDS["units"].items() for name in names} | CURRENCIES
+_MEASURES = frozenset(WORDS["measures"].split())  # pint's names of units; it also knows bushels (`bus`) and dots
 # Other single letters mean the same in either case: `5 a` and `5 A`. In these it tells milli from mega, metre from molar.
 _CASED = frozenset("mMgGsSkKtT")
 
@@ -109,16 +112,18 @@ def unit_name(word: str) -> str:
     if len(word) > 32 or lower.startswith("pound"):  # of money or of mass
         return lower
     registry = _registry()
-    for name in (word, lower):
-        if registry.parse_unit_name(name):
-            return str(registry.get_symbol(name))
-    found = {prefix + name for prefix, name, _ in registry.parse_unit_name(word, case_sensitive=False)}
-    return str(registry.get_symbol(found.pop())) if len(found) == 1 else lower
+    for name, exact in ((word, True), (lower, True), (word, len(word) < 3)):
+        known = {prefix + unit for prefix, unit, _ in registry.parse_unit_name(name, exact) if unit in _MEASURES}
+        if len(known) == 1:
+            return str(registry.get_symbol(known.pop()))
+    return word if len(word) == 2 and registry.parse_unit_name(word) else lower  # `5 Mb` and `5 MB`
 
 
 def is_unit(word: str) -> bool:
     """Whether a word is the name of a unit or a currency."""
-    return word.casefold() in UNITS or bool(_registry().parse_unit_name(unit_name(word)))
+    return word.casefold() in UNITS or any(
+        unit in _MEASURES for _, unit, _ in _registry().parse_unit_name(unit_name(word))
+    )
 
 
 def _unit(text: str) -> str:
@@ -147,7 +152,7 @@ def quantity(text: str) -> str | None:
     Equal values have equal forms: `1/2` for `0.5`, `5 cm` for "five centimetres", `2021-03-05` for "March 5, 2021".
     Units are not converted into each other. `text` has no LaTeX and a bounded length; no text raises an error.
     """
-    return _date(text) or _time(text) or _ordinal(text) or _measure(text) or _range(text)
+    return _date(text) or _time(text) or _ordinal(text) or _measure(text) or _range(text) or _compound(text)
 
 
 def _any_of(names: Iterable[str]) -> str:
@@ -317,6 +322,17 @@ def _range(text: str) -> str | None:
     return f"{low}..{high} {unit or other}".strip()
 
 
+_PAIR = re.compile(r"(\d+(?:\.\d+)?) ?([^\W\d_]+|['\"°])(?:,? and |,? |$|(?=\d))")
+
+
+def _compound(text: str) -> str | None:
+    """`2 h 30 min` for "2 hours and 30 minutes", and the like in feet and inches or degrees and minutes."""
+    pairs = _PAIR.findall(text)
+    if not 2 <= len(pairs) <= 3 or _PAIR.sub("", text) or not all(is_unit(unit) for _, unit in pairs):
+        return None
+    return " ".join(f"{Fraction(number)} {unit_name(unit)}" for number, unit in pairs)
+
+
 _CLOCK = re.compile(r"(?P<hour>\d{1,2})(?:[:.](?P<minute>\d\d))? ?(?P<half>[ap])\.? ?m\.?", re.IGNORECASE)
 _CLOCK_24 = re.compile(r"(?P<hour>1[3-9]|2[0-3])[:h](?P<minute>[0-5]\d)(?: ?(?:h|uhr|hrs|hours))?", re.IGNORECASE)
 _NAMED_TIMES = {"noon": "12:00", "midday": "12:00", "midnight": "00:00"}
@@ -325,7 +341,7 @@ _SPOKEN = re.compile(r"(?:(?P<part>half|a? ?quarter|\d\d?|[a-z-]+)(?: minutes)? 
 
 def _time(text: str) -> str | None:
     """`15:30` for "3:30 PM" and "15:30"; `3:30` for "3:30" and "half past three", of either half of the day."""
-    if match := _CLOCK.fullmatch(text):
+    if match := _CLOCK.fullmatch(re.sub(r"^at ", "", text)):
         hour, minute = int(match["hour"]), int(match["minute"] or 0)
         if not 1 <= hour <= 12 or minute > 59:
             return None
