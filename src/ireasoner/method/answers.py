@@ -78,10 +78,13 @@ def answer_key(answer: str, question: str = "") -> str | None:
         return f"text:{bare.casefold()}"
     peeled = _peel(bare)
     value = _value_alone(peeled, question, options)
-    for text in dict.fromkeys((peeled, value)) if options else ():
-        marks = picked(text, options, _typed_key)
-        if marks != "":
-            return f"option:{marks}" if marks else None
+    offered = options or (_IN_THE_IMAGE if _ASKS_FOR_OPTION.search(question[:4096]) else {})
+    for text in dict.fromkeys((peeled, value)) if offered else ():
+        marks = picked(text, offered, _typed_key)
+        if marks:
+            return f"option:{marks}"
+        if marks is None and options:
+            return None
     if not _commits(bare, question):
         return None
     return _without_noun(_typed_key(value), question)
@@ -128,6 +131,10 @@ _YES_OR_NO = re.compile(
     r"(?!.*\b(?:yes|but|maybe|perhaps|aber|mais|pero)\b).*$",
     re.IGNORECASE,
 )
+_CORRECTED = re.compile(
+    r"^(?P<core>[^,;]+?)(?:, (?:and )?not|,? rather than|,? instead of| \(not) [^()]+\)?$|^not [^,;]+?,? but (?P<other>[^,;]+)$",
+    re.IGNORECASE,
+)
 _JAPANESE_TAIL = re.compile(r"(?<=\w)(?:です|だ)$")
 _DECORATIONS = (
     (_LEAD_IN, ""),
@@ -136,6 +143,7 @@ _DECORATIONS = (
     (_TAIL, ""),
     (_JAPANESE_TAIL, ""),
     (_YES_OR_NO, r"\g<core>"),
+    (_CORRECTED, r"\g<core>\g<other>"),
 )
 # "A" may be a name rather than an article: in "A and B", "A minus" or "A B C" it stays.
 _ARTICLE = re.compile(r"^(?:the (?=\S)|an? (?!(?-i:and|or|to|is|plus|minus|than|vs)\b)(?=[^\W\d_]{2}))", re.IGNORECASE)
@@ -190,7 +198,7 @@ _UNSURE = r"maybe|perhaps|possibly|vielleicht|peut-être|quizás?|tal vez|forse|
 _HEDGE = re.compile(
     rf"(?<!\bmore)(?<!\bwhether) (?:(?-i:or)|oder|ou|или|либо) (?!(?:{_LIMIT})\b)|(?<=\w) (?-i:o) (?!(?:{_LIMIT})\b)(?=\w)|^\w or \w$"
     r"|\w(?:还是|或者|或(?!以|更)|または)\w|(?<=[A-Z\d一-龯ァ-ヶ])か(?=[A-Z\d一-龯ァ-ヶ])|可能.*可能|要么|^(?:either|entweder|soit)\b.* (?:or|oder|soit) "
-    rf"|(?:[,;.?]|\bor|\bbut) ?(?:or )?(?:(?:{_UNSURE}|also|actually)\b|(?:it )?(?:could|might|may) (?:also )?be\b)|^(?:{_UNSURE}|可能)$"
+    rf"|(?:[,;.?]|\bor|\bbut) ?(?:or )?(?:(?:{_UNSURE}|actually)\b|(?:it )?(?:could|might|may) (?:also )?be\b)|^(?:{_UNSURE}|可能)$"
     r"|(?<=\w)[,;.] ?(?:no,|no wait|wait|sorry|rather|correction|i mean|nein,|non,)|^yes\W+no\W*$|^no\W+yes\W*$|^yes (?:or|and) no$"
     r"|\b(?:do not|don't|can ?not|can't|could not|couldn't) (?:be )?(?:know|tell|determined?|say|answer(?:ed)?|see|find|sure)\b"
     r"|^(?:i am |i'm )?(?:not sure|unsure|uncertain|unable to)\b|^no (?:idea|clue)\b|^(?:unclear|unknown)$|not enough information"
@@ -209,6 +217,7 @@ _NAMED = re.compile(
 
 def _commits(answer: str, question: str) -> bool:
     """Whether an answer names one thing. An "or" may be part of a name, if one is asked for or the answer is in quotes."""
+    answer = _YES_OR_NO.sub(r"\g<core>", _REASON.sub("", answer))
     return not _HEDGE.search(answer) or bool(_NAMED.search(question[:4096]) or _QUOTED.match(answer.rstrip(".")))
 
 
@@ -270,6 +279,13 @@ def _without_noun(key: str, question: str) -> str:
     nouns = re.findall(r"[^\W\d_]+|[^\w\s]", unit)
     return number if all({noun, noun + "s", noun.removesuffix("s")} & names for noun in nouns) else key
 
+
+# Options that only the image shows have letters, but texts that are not known.
+_IN_THE_IMAGE = dict.fromkeys("ABCDEFGH", "")
+_ASKS_FOR_OPTION = re.compile(
+    r"\b(?:options?|choices?|choose|select|which of the following|opci[óo]n(?:es)?|antwortmöglichkeit(?:en)?)\b|选项|选择|下列|以下",
+    re.IGNORECASE,
+)
 
 # --- types -----------------------------------------------------------------------------------------------------------
 

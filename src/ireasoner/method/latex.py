@@ -10,7 +10,10 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_LOOKALIKES = str.maketrans("‐‑‒–—―−‘’‚‛′ʼ“”„‟″⁄∕⋅∙✕✖º˚。∶【】", "-------''''''\"\"\"\"\"//××××°°.:[]")
+_LOOKALIKES = str.maketrans("‐‑‒–—―−‘’‚‛′ʼ“”„‟″⁄∕⋅∙·✕✖º˚。∶【】", "-------''''''\"\"\"\"\"//×××××°°.:[]")
+
+
+_CIRCLED = {0x2460 + n: f"({n + 1})" for n in range(20)}  # ① and so on
 
 
 def plain_characters(text: str) -> str:
@@ -18,7 +21,7 @@ def plain_characters(text: str) -> str:
 
     NFKC alone would make x2, 21/2 and 102 of x², 2½ and 10₂, so these are rewritten before it: x^2, 2 ½ and 10_2.
     """
-    text = "".join(c for c in text if unicodedata.category(c) != "Cf").translate(_LOOKALIKES)
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf").translate(_LOOKALIKES | _CIRCLED)
     text = re.sub(r"([⁰¹²³⁴-⁹⁺⁻ⁿ]+)", r"^\1", text)
     text = re.sub(r"([¼-¾⅐-⅞])", r" \1 ", text)
     text = re.sub(r"(?<=\d)([₀-₉]+)", r"_\1", text)

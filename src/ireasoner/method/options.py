@@ -27,7 +27,6 @@ _MARKERS = [
         r"(?<![\w(.])(?P<mark>\d{1,2})[.)](?=\s)",
     )
 ]
-_CIRCLED = str.maketrans({chr(0x2460 + n): f"({n + 1})" for n in range(20)})  # ① and so on
 
 
 def marked_options(question: str) -> dict[str, str]:
@@ -38,7 +37,7 @@ def marked_options(question: str) -> dict[str, str]:
     """
     if len(question) > MAX_QUESTION_LENGTH:
         return {}
-    question = plain_characters(question.translate(_CIRCLED))
+    question = plain_characters(question)
     question = re.sub(r"(?<!\w)\*\*|\*\*(?!\w)", "", question)  # `**A)** red`, but not `2**3`
     for marker in _MARKERS:
         run: list[re.Match[str]] = []
@@ -127,6 +126,8 @@ def _mentioned(answer: str, options: Mapping[str, str]) -> list[str]:
     found = re.findall(r"[(\[]([A-Za-z]|\d{1,2})[)\]]|(?<![A-Za-z0-9'.])([A-Z])(?![A-Za-z0-9'])", answer)
     if re.fullmatch(r"[a-z](?:[ ,/&|]|\b(?:and|or)\b|\b[a-z]\b)*", answer):
         found = [(letter, "") for letter in re.findall(r"\b[a-z]\b", answer)]
+    if "1" in options and re.fullmatch(rf"\d{{1,2}}(?:[ ,、/&|]|\b(?:{_AND}|or)\b|[和与]|\b\d{{1,2}}\b)*", answer):
+        found = [(number, "") for number in re.findall(r"\d+", answer)]
     return [mark for mark in dict.fromkeys((one or other).upper() for one, other in found) if mark in options]
 
 

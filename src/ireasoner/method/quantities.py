@@ -112,8 +112,10 @@ def unit_name(word: str) -> str:
     if len(word) > 32 or lower.startswith("pound"):  # of money or of mass
         return lower
     registry = _registry()
-    for name, exact in ((word, True), (lower, True), (word, len(word) < 3)):
-        known = {prefix + unit for prefix, unit, _ in registry.parse_unit_name(name, exact) if unit in _MEASURES}
+    # `Nm` is no nanometre, but `KM` and `Kg` are what they look like.
+    spelled = [word] + [lower] * (len(word) > 2 or word.isupper() or word[0] in "KC")
+    for name in spelled:
+        known = {prefix + unit for prefix, unit, _ in registry.parse_unit_name(name) if unit in _MEASURES}
         if len(known) == 1:
             return str(registry.get_symbol(known.pop()))
     return word if len(word) == 2 and registry.parse_unit_name(word) else lower  # `5 Mb` and `5 MB`
@@ -121,16 +123,15 @@ def unit_name(word: str) -> str:
 
 def is_unit(word: str) -> bool:
     """Whether a word is the name of a unit or a currency."""
-    return word.casefold() in UNITS or any(
-        unit in _MEASURES for _, unit, _ in _registry().parse_unit_name(unit_name(word))
-    )
+    name = unit_name(word)
+    return name in UNITS.values() or any(unit in _MEASURES for _, unit, _ in _registry().parse_unit_name(name))
 
 
 def _unit(text: str) -> str:
     """The canonical form of a unit, such as `cm^2` for "square centimetres" and `m/s` for "metres per second"."""
     text = UNITS.get(text.casefold(), re.sub(rf"^[{_COUNTERS}] ?", "", text))
     text = re.sub(r"(?i:p(?:er|our) cent|por ciento)\b|(?i:us\$)|[^\W\d_]+", lambda m: unit_name(m[0]), text)
-    text = tight(text.replace("×", " "))
+    text = tight(re.sub(r" ?[×*] ?", " ", text))
     text = re.sub(r"\bcubic (\w+)", r"\1^3", re.sub(r"\b(?:square|sq\.?) (\w+)", r"\1^2", text))
     text = re.sub(r"\b(\w+) squared\b", r"\1^2", re.sub(r"\b(\w+) cubed\b", r"\1^3", text))
     text = re.sub(r"(?<=[^\W\d_])([23])\b", r"^\1", text)
