@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 MAX_LENGTH, MAX_DIGITS, MAX_EXPONENT = 128, 15, 20  # of a formula; of a number; of a power
 MAX_ROOTS = 4  # clearing a denominator of them may double its length for each
 
-_TOKEN = re.compile(r" *(?:(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<name>sqrt|sin|cos|tan|log|ln|(?<![a-z])pi(?![a-z])|[^\W\d_])|(?P<sign>[-+*/^()×÷]))")
+_TOKEN = re.compile(
+    r" *(?:(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<sign>[-+*/^()×÷])|"
+    r"(?P<name>sqrt|sin|cos|tan|log|ln|(?<![a-z])pi(?![a-z])|[^\W\d_]))"
+)
 _OPERATORS = {"×": "*", "÷": "/", "^": "**"}
 
 
@@ -28,12 +31,14 @@ def expression(text: str) -> str | None:
 
     Numbers are exact, and irrational ones are simplified: `sqrt(12)` is `2*sqrt(3)`, and `1/sqrt(2)` is `sqrt(2)/2`.
     Terms are put in order, but what holds letters is not multiplied out: to factor `x^2 + x` may have been the task.
-    Sums and products of plain numbers are left alone, as `3-5` may be a range and `3×4` a size. `text` is without LaTeX.
+    Sums and products of plain numbers are left alone: `3-5` may be a range, `3×4` a size. `text` is without LaTeX.
     """
     plain = not re.search(r"[^\W\d_]", text)
     if len(text) > MAX_LENGTH or text.count("sqrt") > MAX_ROOTS or (plain and re.search(r"[+*×]|(?<=.)-|/.*/", text)):
         return None
-    if re.search(r"\de[-+]?\d", text) or re.search(r"[^\W\d_]{3}", re.sub(r"sqrt|sin|cos|tan|log|ln|(?<![a-z])pi(?![a-z])", "", text)):
+    if re.search(r"\de[-+]?\d", text) or re.search(
+        r"[^\W\d_]{3}", re.sub(r"sqrt|sin|cos|tan|log|ln|(?<![a-z])pi(?![a-z])", "", text)
+    ):
         return None
     source = _in_python(text.casefold())
     if source is None:
@@ -65,7 +70,7 @@ def arithmetic(text: str) -> str | None:
 
 def _in_python(text: str) -> str | None:
     """A formula as Python would write it, with numbers in quotes; None where it is none, or a product is in doubt."""
-    if not re.search(r"\d|sqrt|π|\bpi\b", text) or not re.search(r"[-+*/^()×÷π]|\bpi\b", text):
+    if not re.search(r"\d|sqrt|π|\bpi\b", text) or not re.search(r"[-+*/^()×÷π]|\d[^\W\d_]|\bpi\b", text):
         return None
     parts: list[str] = []
     before, position = "", 0
@@ -73,7 +78,7 @@ def _in_python(text: str) -> str | None:
         match = _TOKEN.match(text, position)
         if not match:
             return None
-        number, name, sign = match.groups("")
+        number, sign, name = match.groups("")
         starts = number or name or sign == "("
         if starts and (before == "letter" and (number or sign)):  # x2 and f(x) are no products
             return None

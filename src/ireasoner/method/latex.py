@@ -32,12 +32,16 @@ def plain_characters(text: str) -> str:
 _ESCAPED = str.maketrans("${}", "＄｛｝")  # stand-ins for \$ \{ \} while $ { } are read as syntax; NFKC left no others
 _UNESCAPED = str.maketrans("＄｛｝", "${}")
 _SYMBOL_NAMES = (
-    "times× cdot× ast× div÷ pm± approx≈ sim≈ infty∞ circ° degree° le≤ leq≤ leqslant≤ ge≥ geq≥ geqslant≥ lt< gt> ne≠ neq≠ "
-    "angle∠ triangle△ perp⊥ parallel∥ cup∪ cap∩ to→ rightarrow→ lvert| rvert| vert| mid|"
+    "times× cdot× ast× div÷ pm± approx≈ sim≈ infty∞ circ° degree° le≤ leq≤ leqslant≤ ge≥ geq≥ geqslant≥ lt< gt> ne≠ "
+    "neq≠ angle∠ triangle△ perp⊥ parallel∥ cup∪ cap∩ to→ rightarrow→ lvert| rvert| vert| mid|"
 )
 _SYMBOLS = {name[:-1]: name[-1] for name in _SYMBOL_NAMES.split()}
-_SYMBOLS |= dict.fromkeys("left right big Big bigl bigr Bigl Bigr displaystyle textstyle limits".split(), "")
-_SYMBOLS |= {"quad": " ", "qquad": " "} | {name: name for name in "sin cos tan log ln exp lim min max gcd deg".split()}
+_SYMBOLS |= dict.fromkeys(
+    ["left", "right", "big", "Big", "bigl", "bigr", "Bigl", "Bigr", "displaystyle", "textstyle", "limits"], ""
+)
+_SYMBOLS |= {"quad": " ", "qquad": " "} | {
+    name: name for name in ["sin", "cos", "tan", "log", "ln", "exp", "lim", "min", "max", "gcd", "deg"]
+}
 _WRAPPER = re.compile(
     r"boxed|fbox|mbox|emph|operatorname|underline|(?:text|math)(?:bf|it|rm|sf|tt|normal|md|up)?|pmb|boldsymbol"
 )
@@ -68,7 +72,10 @@ def _grouped(content: str) -> str:
 
 
 def _root(match: re.Match[str]) -> str:
-    degree, content = "3" if match["cube"] else match["degree"] or "2", match["braced"] or match["bracketed"] or match["plain"]
+    degree, content = (
+        "3" if match["cube"] else match["degree"] or "2",
+        match["braced"] or match["bracketed"] or match["plain"],
+    )
     return f" sqrt({content}) " if degree == "2" else f" ({content})^(1/{degree}) "
 
 

@@ -51,7 +51,9 @@ def marked_options(question: str) -> dict[str, str]:
             ends = [*(match.start() for match in run[1:]), len(question)]
             found = {m["mark"].upper(): _text(question[m.end() : end]) for m, end in zip(run, ends, strict=True)}
             texts = [text.strip(" .,;:?") for text in found.values()]
-            if all(texts) or (not any(texts) and run[0][0][0] in "(["):  # but not "by A. B. Smith" or "figures (a) and (b) show"
+            if all(texts) or (
+                not any(texts) and run[0][0][0] in "(["
+            ):  # but not "by A. B. Smith" or "figures (a) and (b) show"
                 return found
     return {}
 
@@ -78,20 +80,24 @@ _PICK = re.compile(
 )
 # What may stand around a mark and only says that it is picked.
 _FILLER = re.compile(
-    r"\b(?:i(?:'d)?|we|would|will|choose|chose|pick|select|go|with|for|it|it's|is|this|that|so|thus|hence|therefore|the|my|final|"
-    r"correct|right|true|only|both|all|of|are|statements?|options|choices|answers|best|most|likely|probably|must|should|be|as|one|because .*|since .*|die|das|der|ist|richtige?|la|el|es|"
-    r"correct[oae]|est|bonne|elijo|wähle|ich|je|choisis|option|choice|answer|letter|antwort|opción|respuesta|réponse)\b"
+    r"\b(?:i(?:'d)?|we|would|will|choose|chose|pick|select|go|with|for|it|it's|is|this|that|so|"
+    r"thus|hence|therefore|the|my|final|correct|right|true|only|both|all|of|are|statements?|options|choices|answers|best|most|"
+    r"likely|probably|must|should|be|as|one|because .*|since .*|"
+    r"die|das|der|ist|richtige?|la|el|es|correct[oae]|est|bonne|elijo|wähle|ich|je|choisis|"
+    r"option|choice|answer|letter|antwort|opción|respuesta|réponse)\b"
     r"|[选選择擇故应應为為是的项項正确正確填本题題因此所以]|答案|\W",
     re.IGNORECASE,
 )
 _DENIAL = re.compile(
-    r"\b(?:not|wrong|incorrect|false|neither|nor|except|nicht|falsch|kein|pas|faux|fausse|no es|incorrect[oa]|fals[oa]|não|non|не)\b"
+    r"\b(?:not|wrong|incorrect|false|neither|nor|except|nicht|falsch|kein|pas|faux|fausse|no es|incorrect[oa]|"
+    r"fals[oa]|não|non|не)\b"
     r"|n't\b|[不错錯误誤非]|\?",
     re.IGNORECASE,
 )
 _AND = r"and|und|y|e|et|и"
 _JOINED = re.compile(
-    rf"(?:[\s,;&+(){{}}\[\].:、]|\b(?:{_AND}|both|options?|choices?|answers?|are|the|correct)\b|[和与與及以选選とがは])*", re.IGNORECASE
+    rf"(?:[\s,;&+(){{}}\[\].:、]|\b(?:{_AND}|both|options?|choices?|answers?|are|the|correct)\b|[和与與及以选選とがは])*",
+    re.IGNORECASE,
 )
 _OR = re.compile(r"\b(?:or|oder|o|ou|либо|или)\b|[/|?]|或|还是|要么|または|(?<=\w)か(?=\w)", re.IGNORECASE)
 _ARTICLE = re.compile(rf"A (?!(?:{_AND}|or|oder|o|ou|plus|is|ist|es|est)\b)(?=[a-z])")
@@ -144,8 +150,14 @@ def _mentioned_only(answer: str, options: Mapping[str, str], key_of: Callable[[s
         return None
     said = re.split(rf"[(\[]?(?<![A-Za-z0-9])(?:{'|'.join(marks)})(?![A-Za-z0-9])[)\].:]*", answer, flags=re.IGNORECASE)
     # What follows a mark may be the text of its option, as in "A. red and C. blue".
-    named = [mark.upper() for mark in re.findall(rf"(?<![A-Za-z0-9])(?:{'|'.join(marks)})(?![A-Za-z0-9])", answer, re.IGNORECASE)]
-    left = [said[0], *(text for mark, text in zip(named, said[1:], strict=True) if not _is_text(text, options[mark], key_of))]
+    named = [
+        mark.upper()
+        for mark in re.findall(rf"(?<![A-Za-z0-9])(?:{'|'.join(marks)})(?![A-Za-z0-9])", answer, re.IGNORECASE)
+    ]
+    left = [
+        said[0],
+        *(text for mark, text in zip(named, said[1:], strict=True) if not _is_text(text, options[mark], key_of)),
+    ]
     if not _JOINED.sub("", _FILLER.sub("", " ".join(left))):
         return ",".join(sorted(marks))
     return "" if len(marks) == 1 else None
