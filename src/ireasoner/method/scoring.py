@@ -26,6 +26,7 @@ from ireasoner.method.types import FinishReason, Form, Part, ScoredTrajectory, S
 
 # Parts of a user's own reward cannot be called like these, which metrics and records hold for every reward.
 RESERVED_PARTS = frozenset({"total", "outcome", "step_agreement"})
+NO_COMMITMENT = "the answer does not commit itself"  # the problem of a readable text whose answer has no key
 
 
 class RewardError(UsageError):
@@ -123,10 +124,16 @@ def score_solutions(
 ) -> ScoredGroup:
     """Score solutions that have already been read; `texts`, if known, are what they were read from.
 
+    An answer that does not commit itself, such as "A or B", has no vote and earns nothing, as if it were unreadable.
+
     Raises:
         RewardError: as for `score_group`.
     """
     keys = tuple(answer_key(s.answer, question) if s.answer is not None else None for s in solutions)
+    solutions = [
+        s if key is not None or s.problem else s.model_copy(update={"answer": None, "problem": NO_COMMITMENT})
+        for s, key in zip(solutions, keys, strict=True)
+    ]
     group = Group(question, tuple(texts), tuple(solutions), keys, majority(keys))
     if not solutions:
         return ScoredGroup(group.vote, (), 0.0)
