@@ -21,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ireasoner.method.answers import NUMBER_WORD, SCALES, UNITS, WORDS, cardinal, plain_characters, without_latex
+from ireasoner.method.content import clauses, statements
 
 MAX_CHARACTERS, MAX_TOKENS = 400, 96  # a longer step is read up to there, to bound the time
+MAX_QUESTION = 2000
 CACHED = 4096  # claims, and similarities of two; enough for the groups of a step, and below 200 MB for any text
 CONFLICT = 0.1  # what remains of the overlap of two steps that contradict each other
 DOUBTFUL_CONFLICT = 0.25  # if they are also built differently, so that the contradiction may be a misreading
@@ -387,15 +389,33 @@ def _crossed(a: Sequence[tuple[str, int]], b: Sequence[tuple[str, int]]) -> bool
     return max(longest, default=0) >= 3
 
 
+# --- what counts ----------------------------------------------------------------------------------------------------
+
+Sides = tuple[str, frozenset[str], frozenset[str]]  # the axis of a relation and the terms before and after it
+_OPTIONS = re.compile(r"[(\[]?\bA[).:、]")
+
+
 # --- a group's agreement ---------------------------------------------------------------------------------------------
 
 
-def beyond_answer(reasoning_steps: Iterable[str], answer: str) -> tuple[str, ...]:
-    """The steps that claim something beyond the answer. The others are no reasoning.
+def beyond_answer(reasoning_steps: Iterable[str], answer: str, question: str = "") -> tuple[str, ...]:
+    """The steps that state a value, name, attribute or relation beyond the answer and the question; others are no reasoning.
 
-    "Look closely." claims nothing; "Maybe 7." and "So the answer is 7 cm." only repeat the answer 7.
+    "Maybe 7." and "So the answer is 7 cm." only repeat the answer 7, "there are red circles" the question how many
+    there are, and "compare the heights" states nothing (`ireasoner.method.content.statements`).
     """
     of_answer = claim(answer)
+    # An option is a statement about the image, not about the question. So is the answer where the question offers it.
+    asked = _said(tuple(clauses(_OPTIONS.split(question[:MAX_QUESTION])[0])))
+    asked_names = [names - of_answer.poles.keys() for names, _ in asked]
+    asked_relations = frozenset[Sides]().union(*(relations for _, relations in asked))
+
+    def beyond_question(text: str) -> bool:
+        return any(
+            not any(names <= known for known in asked_names) or not relations <= asked_relations
+            for names, relations in _said(tuple(statements(text)))
+            if names
+        )
 
     def goes_beyond(step: str) -> bool:
         rest, announced = _ANNOUNCEMENT.subn("", step[:MAX_CHARACTERS])
@@ -403,9 +423,20 @@ def beyond_answer(reasoning_steps: Iterable[str], answer: str) -> tuple[str, ...
         new = set(content.terms) - set(of_answer.terms)
         if announced and len(new) <= 1 and not content.numbers - of_answer.numbers:
             return False  # the answer with its unit or noun
-        return not content.light and bool(new or set(content.relations) - set(of_answer.relations))
+        further = bool(new or set(content.relations) - set(of_answer.relations))
+        return not content.light and further and beyond_question(rest)
 
     return tuple(step for step in reasoning_steps if goes_beyond(step))
+
+
+@lru_cache(maxsize=CACHED)
+def _said(clauses: tuple[str, ...]) -> tuple[tuple[frozenset[str], frozenset[Sides]], ...]:
+    """The names of each clause that claims something, and its relations, whatever their poles."""
+    contents = [content for content in map(claim, clauses) if not content.light]
+    return tuple(
+        (frozenset(c.poles), frozenset((r.axis, r.before, r.after) for r in c.relations if r.before or r.after))
+        for c in contents
+    )
 
 
 def agreement(group: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:

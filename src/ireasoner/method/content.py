@@ -1,0 +1,65 @@
+"""Which words of a reasoning step state something, and which only plan, announce, ask, or fit every image.
+
+"Identify the bars" and "we need to find the difference" state nothing, however many trajectories say so. This takes
+only the lists `plans` and `filler` of words.toml. They are for English; of other languages, only the usual beginnings
+of a plan are known (German, French, Spanish and Chinese), and what fits every image is not told from a statement.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ireasoner.method.answers import WORDS, plain_characters
+
+
+def _inflected(words: Iterable[str], endings: str = "e|es|ed|ing|s|d") -> str:
+    """A pattern of words with any of the endings; "y" and "e" at the end of a word may give way to them."""
+    stems = (rf"{re.escape(w[:-1])}(?:{w[-1]}|{endings}|ies|ied|ying)" if w[-1] in "ey" else w for w in words)
+    return rf"(?:{'|'.join(stems)})(?:{endings})?"
+
+
+_VERBS = WORDS["plans"]["verbs"].split()
+_BASE = rf"(?:{'|'.join(_VERBS)})\b(?! (?:is|are|was|were|of)\b)"
+_GERUND = rf"(?:{'|'.join(verb.removesuffix('e') for verb in _VERBS)})[a-z]?ing\b"
+_PLAN = re.compile(
+    rf"""\W*(?:(?:first|firstly|second|secondly|next|now|then|so|thus|therefore|finally|lastly|also|and|but|here|please|
+    once|step)\b\W*)*
+    (?: {_BASE} | (?:(?:by|after|when|while|before|upon|on)\ )?{_GERUND} | (?:in\ order\ )?to\ {_BASE}
+      | let(?:'s|\ us|\ me)?\b | (?:how|what|whether|why)\b
+      | (?:i|we|you|one)(?:'ll|\ (?:will|shall|should|must|need\ to|have\ to|want\ to|would|try\ to|'?a?re?\ asked\ to
+            |a[mr]e?\ (?:going|asked|trying|looking|required|supposed)))\b
+      | (?:i|we|you|one)\ (?:can|could|may|might|cannot)\ (?:\w+ly\ |also\ |then\ |now\ )?{_BASE}
+      | the\ (?:(?:first|next|second|last|final)\ step|question|problem|task|goal|objective|aim|prompt|user)\ \w
+      | it\ is\ (?:\w+\ )?\w+\ to\ {_BASE}
+      | {"|".join(map(re.escape, WORDS["plans"]["openers"]))}
+    )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_FILLER = re.compile(
+    rf"\b(?:{'|'.join(WORDS['filler']['phrases'])}|{_inflected(WORDS['filler']['words'].split())})\b", re.IGNORECASE
+)
+# "We find that red is 7" states what follows; "the bar that is red" is one clause.
+_SENTENCE = re.compile(rf"(?<=[?])|[,;:.!。、](?!\d)|\b{_inflected(_VERBS)} that\b|\n", re.IGNORECASE)
+_CLAUSE = re.compile(r"\b(?:and|but|so|because|since|while|although|where|which|who)\b", re.IGNORECASE)
+_DIGITS = re.compile(r"\d[\d,]*(?:\.\d+)?")
+
+
+def clauses(text: str) -> list[str]:
+    """The clauses of a text."""
+    return [clause for part in _SENTENCE.split(plain_characters(text)) for clause in _CLAUSE.split(part)]
+
+
+def statements(step: str) -> list[str]:
+    """The clauses of a step that state something, without filler.
+
+    Of a plan only the numbers in digits are left, as in "Subtract 3 from 7"; in words, as in "compare the two bars", a
+    number is no value. Of a question nothing is left.
+    """
+    found: list[str] = []
+    for part in _SENTENCE.split(plain_characters(step)):
+        if _PLAN.match(part):
+            found.append(" ".join(_DIGITS.findall(part)))
+        elif not part.endswith("?"):
+            found += _CLAUSE.split(_FILLER.sub(" ", part))
+    return found
