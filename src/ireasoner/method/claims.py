@@ -392,6 +392,7 @@ def _crossed(a: Sequence[tuple[str, int]], b: Sequence[tuple[str, int]]) -> bool
 # --- what counts ----------------------------------------------------------------------------------------------------
 
 Sides = tuple[str, frozenset[str], frozenset[str]]  # the axis of a relation and the terms before and after it
+_LETTERS = frozenset("ABCDEFGHIJ")
 _OPTIONS = re.compile(r"[(\[]?\bA[).:、]")
 
 
@@ -406,8 +407,9 @@ def beyond_answer(reasoning_steps: Iterable[str], answer: str, question: str = "
     """
     of_answer = claim(answer)
     # An option is a statement about the image, not about the question. So is the answer where the question offers it.
-    asked = _said(tuple(clauses(_OPTIONS.split(question[:MAX_QUESTION])[0])))
-    asked_names = [names - of_answer.poles.keys() for names, _ in asked]
+    asks, *options = _OPTIONS.split(question[:MAX_QUESTION], 1)
+    asked = _said(tuple(clauses(asks)))
+    asked_names = [names - of_answer.poles.keys() for names, _ in asked] + [_LETTERS] * bool(options)
     asked_relations = frozenset[Sides]().union(*(relations for _, relations in asked))
 
     def beyond_question(text: str) -> bool:

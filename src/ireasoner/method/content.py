@@ -22,17 +22,24 @@ def _inflected(words: Iterable[str], endings: str = "e|es|ed|ing|s|d") -> str:
 _VERBS = WORDS["plans"]["verbs"].split()
 _BASE = rf"(?:{'|'.join(_VERBS)})\b(?! (?:is|are|was|were|of)\b)"
 _GERUND = rf"(?:{'|'.join(verb.removesuffix('e') for verb in _VERBS)})[a-z]?ing\b"
+_DONE = rf"(?:{'|'.join(verb.removesuffix('e') for verb in _VERBS)})(?:e?d)\b"
+_ARTICLE = "the|an?|each|every|both|all|any|its|their|his|her|my|your|our|this|these|those|what|which|how|whether|it|them"
 _PLAN = re.compile(
     rf"""\W*(?:(?:first|firstly|second|secondly|next|now|then|so|thus|therefore|finally|lastly|also|and|but|here|please|
-    once|step)\b\W*)*
-    (?: {_BASE} | (?:(?:by|after|when|while|before|upon|on)\ )?{_GERUND} | (?:in\ order\ )?to\ {_BASE}
+    once|step|okay|ok|well|alright|hmm)\b\W*)*
+    (?: {_BASE} | (?!(?:{"|".join(WORDS["plans"]["closed"].split())})\b|\w+(?:ing|ed|s)\b)
+        [a-z]+\ (?:(?:up|out|down|off)\ )?(?:{_ARTICLE})\b
+      | (?:(?:by|after|when|while|before|upon|on)\ )?{_GERUND} | (?:in\ order\ )?to\ {_BASE}
       | let(?:'s|\ us|\ me)?\b | (?:how|what|whether|why)\b
       | (?:i|we|you|one)(?:'ll|\ (?:will|shall|should|must|need\ to|have\ to|want\ to|would|try\ to|'?a?re?\ asked\ to
             |a[mr]e?\ (?:going|asked|trying|looking|required|supposed)))\b
       | (?:i|we|you|one)\ (?:can|could|may|might|cannot)\ (?:\w+ly\ |also\ |then\ |now\ )?{_BASE}
-      | the\ (?:(?:first|next|second|last|final)\ step|question|problem|task|goal|objective|aim|prompt|user)\ \w
+      | (?:the|my|our)\ (?:(?:first|next|second|last|final)\ step|question|problem|task|goal|objective|aim|prompt|user)\ \w
       | it\ is\ (?:\w+\ )?\w+\ to\ {_BASE}
-      | {"|".join(map(re.escape, WORDS["plans"]["openers"]))}
+      | [^,]*\b(?:must|should|needs?\ to|ha(?:s|ve)\ to)\ be\ {_DONE}
+      | [^,]*\bcan\ be\ (?:{_DONE}|found)\ (?:by|using|from|with|through)\b
+      | (?:{"|".join(WORDS["plans"]["stems"].split())})(?:en|er|ez|ons|ar|a|emos|amos|os|e)?(?![a-zà-ÿ])
+      | (?:{"|".join(map(re.escape, WORDS["plans"]["words"]))})(?![a-zà-ÿ])
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
