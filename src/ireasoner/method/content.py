@@ -19,32 +19,47 @@ def _inflected(words: Iterable[str], endings: str = "e|es|ed|ing|s|d") -> str:
     return rf"(?:{'|'.join(stems)})(?:{endings})?"
 
 
-_VERBS = WORDS["plans"]["verbs"].split()
-_BASE = rf"(?:{'|'.join(_VERBS)})\b(?! (?:is|are|was|were|of)\b)"
-_GERUND = rf"(?:{'|'.join(verb.removesuffix('e') for verb in _VERBS)})[a-z]?ing\b"
-_DONE = rf"(?:{'|'.join(verb.removesuffix('e') for verb in _VERBS)})(?:e?d)\b"
-_ARTICLE = "the|an?|each|every|both|all|any|its|their|his|her|my|your|our|this|these|those|what|which|how|whether|it|them"
+def _one_of(patterns: Iterable[str]) -> str:
+    """A pattern of any of them, with spaces as a verbose pattern needs them."""
+    return rf"(?:{'|'.join(patterns)})".replace(" ", r"\ ")
+
+
+_WORDS = WORDS["plans"]
+_VERBS = _WORDS["verbs"].split()
+_PLAIN = rf"{_one_of(_VERBS)}\b(?! (?:is|are|was|were|of)\b)"  # "Count the bars", not "The count is 5"
+_GERUND = rf"{_one_of(verb.removesuffix('e') for verb in _VERBS)}[a-z]?ing\b"
+_DONE = rf"{_one_of(verb.removesuffix('e') for verb in _VERBS)}e?d\b"
+_PERCEIVING = _one_of(["find", "read", "count", "get", "take", "think", "observe", "notice", "note"])
+_ARTICLE = _one_of(
+    "the (?-i:a) an each every both all any its their his her my your our this these those what how whether it".split()
+)
 _PLAN = re.compile(
-    rf"""\W*(?:(?:first|firstly|second|secondly|next|now|then|so|thus|therefore|finally|lastly|also|and|but|here|please|
-    once|step|okay|ok|well|alright|hmm)\b\W*)*
-    (?: {_BASE} | (?!(?:{"|".join(WORDS["plans"]["closed"].split())})\b|\w+(?:ing|ed|s)\b)
-        [a-z]+\ (?:(?:up|out|down|off)\ )?(?:{_ARTICLE})\b
-      | (?:(?:by|after|when|while|before|upon|on)\ )?{_GERUND} | (?:in\ order\ )?to\ {_BASE}
-      | let(?:'s|\ us|\ me)?\b | (?:how|what|whether|why)\b
-      | (?:i|we|you|one)(?:'ll|\ (?:will|shall|should|must|need\ to|have\ to|want\ to|would|try\ to|'?a?re?\ asked\ to
-            |a[mr]e?\ (?:going|asked|trying|looking|required|supposed)))\b
-      | (?:i|we|you|one)\ (?:can|could|may|might|cannot)\ (?:\w+ly\ |also\ |then\ |now\ )?{_BASE}
-      | (?:the|my|our)\ (?:(?:first|next|second|last|final)\ step|question|problem|task|goal|objective|aim|prompt|user)\ \w
-      | it\ is\ (?:\w+\ )?\w+\ to\ {_BASE}
+    rf"""\W*+(?:(?:first|firstly|second|secondly|next|now|then|so|thus|therefore|finally|lastly|also|and|but|here|please
+        |once|step|okay|ok|well|alright|hmm)\b\W*+)*+
+    (?: {_PLAIN}
+      # Any other word before an article is an imperative: "Extract the figures".
+      | (?!{_one_of(_WORDS["closed"].split())}\b|\w+(?:ing|ed|s|ly)\b)[a-z]+\ (?:(?:up|out|down|off)\ )?{_ARTICLE}\b
+      | (?:in\ order\ )?to\ {_PLAIN}
+      | (?:(?:by|after|when|while|before|upon|on)\ )?{_GERUND}
+      | let(?:'s|\ us|\ me)?\b
+      | (?:how|what|whether|why)\b
+      # "We need to …", "I am going to …", "we can compare …", "we compare …", but not "we can see …".
+      | (?:i|we|you|one)(?:'ll|\ (?:will|shall|should|must|need\ to|have\ to|want\ to|would|try\ to))\b
+      | (?:i|we|you)\ a(?:m|re)\ (?:going|asked|trying|looking|required|supposed)\b
+      | (?:i|we|you|one)\ (?:(?:can|could|may|might|cannot)\ )?(?:then\ |now\ |first\ |also\ |\w+ly\ )?
+        (?!{_PERCEIVING}\b){_PLAIN}
+      | (?:i|we|you|one)\ (?:can|could|may|might|cannot)\ (?:then\ |now\ |also\ )?(?:find|read|count|get|answer)\b
+      | (?:the|my|our)\ (?:(?:first|next|second|last|final)\ step|question|problem|task|goal|objective|aim|prompt|user)\b
+      | it\ is\ (?:\w+\ )?\w+\ to\ {_PLAIN}
       | [^,]*\b(?:must|should|needs?\ to|ha(?:s|ve)\ to)\ be\ {_DONE}
       | [^,]*\bcan\ be\ (?:{_DONE}|found)\ (?:by|using|from|with|through)\b
-      | (?:{"|".join(WORDS["plans"]["stems"].split())})(?:en|er|ez|ons|ar|a|emos|amos|os|e)?(?![a-zà-ÿ])
-      | (?:{"|".join(map(re.escape, WORDS["plans"]["words"]))})(?![a-zà-ÿ])
+      | (?:(?:ich|wir|je|nous)\ )?{_one_of(_WORDS["stems"].split())}(?:en|er|ez|ons|ar|a|emos|amos|os|e)?(?![a-zà-ÿ])
+      | {_one_of(_WORDS["words"])}(?![a-zà-ÿ])
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
 _FILLER = re.compile(
-    rf"\b(?:{'|'.join(WORDS['filler']['phrases'])}|{_inflected(WORDS['filler']['words'].split())})\b", re.IGNORECASE
+    rf"\b(?:{_one_of(WORDS['filler']['phrases'])}|{_inflected(WORDS['filler']['words'].split())})\b", re.IGNORECASE
 )
 # "We find that red is 7" states what follows; "the bar that is red" is one clause.
 _SENTENCE = re.compile(rf"(?<=[?])|[,;:.!。、](?!\d)|\b{_inflected(_VERBS)} that\b|\n", re.IGNORECASE)
