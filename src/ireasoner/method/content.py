@@ -24,21 +24,20 @@ def _one_of(patterns: Iterable[str]) -> str:
     return rf"(?:{'|'.join(patterns)})".replace(" ", r"\ ")
 
 
-_WORDS = WORDS["plans"]
-_VERBS = _WORDS["verbs"].split()
+_PLANS = WORDS["plans"]
+_VERBS, _CONNECTIVES = _PLANS["verbs"].split(), _PLANS["connectives"].split()
 _PLAIN = rf"{_one_of(_VERBS)}\b(?! (?:is|are|was|were|of)\b)"  # "Count the bars", not "The count is 5"
 _GERUND = rf"{_one_of(verb.removesuffix('e') for verb in _VERBS)}[a-z]?ing\b"
 _DONE = rf"{_one_of(verb.removesuffix('e') for verb in _VERBS)}e?d\b"
 _PERCEIVING = _one_of(["find", "read", "count", "get", "take", "think", "observe", "notice", "note"])
-_ARTICLE = _one_of(
-    "the (?-i:a) an each every both all any its their his her my your our this these those what how whether it".split()
+_ARTICLE = (
+    "(?:the|an|(?-i:a)|each|every|both|all|any|it|its|their|his|her|my|your|our|this|these|those|what|how|whether)"
 )
 _PLAN = re.compile(
-    rf"""\W*+(?:(?:first|firstly|second|secondly|next|now|then|so|thus|therefore|finally|lastly|also|and|but|here|please
-        |once|step|okay|ok|well|alright|hmm)\b\W*+)*+
+    rf"""\W*+(?:{_one_of(_CONNECTIVES)}\b\W*+)*+
     (?: {_PLAIN}
       # Any other word before an article is an imperative: "Extract the figures".
-      | (?!{_one_of(_WORDS["closed"].split())}\b|\w+(?:ing|ed|s|ly)\b)[a-z]+\ (?:(?:up|out|down|off)\ )?{_ARTICLE}\b
+      | (?!{_one_of(_PLANS["closed"].split())}\b|\w+(?:ing|ed|s|ly)\b)[a-z]+\ (?:(?:up|out|down|off)\ )?{_ARTICLE}\b
       | (?:in\ order\ )?to\ {_PLAIN}
       | (?:(?:by|after|when|while|before|upon|on)\ )?{_GERUND}
       | let(?:'s|\ us|\ me)?\b
@@ -49,20 +48,21 @@ _PLAN = re.compile(
       | (?:i|we|you|one)\ (?:(?:can|could|may|might|cannot)\ )?(?:then\ |now\ |first\ |also\ |\w+ly\ )?
         (?!{_PERCEIVING}\b){_PLAIN}
       | (?:i|we|you|one)\ (?:can|could|may|might|cannot)\ (?:then\ |now\ |also\ )?(?:find|read|count|get|answer)\b
-      | (?:the|my|our)\ (?:(?:first|next|second|last|final)\ step|question|problem|task|goal|objective|aim|prompt|user)\b
+      | (?:the|my|our)\ (?:(?:first|next|second|last|final)\ step|question|problem|task|goal|aim|prompt|user)\b
       | it\ is\ (?:\w+\ )?\w+\ to\ {_PLAIN}
       | [^,]*\b(?:must|should|needs?\ to|ha(?:s|ve)\ to)\ be\ {_DONE}
       | [^,]*\bcan\ be\ (?:{_DONE}|found)\ (?:by|using|from|with|through)\b
-      | (?:(?:ich|wir|je|nous)\ )?{_one_of(_WORDS["stems"].split())}(?:en|er|ez|ons|ar|a|emos|amos|os|e)?(?![a-zà-ÿ])
-      | {_one_of(_WORDS["words"])}(?![a-zà-ÿ])
+      | (?:(?:ich|wir|je|nous)\ )?{_one_of(_PLANS["stems"].split())}(?:en|er|ez|ons|ar|a|emos|amos|os|e)?(?![a-zà-ÿ])
+      | {_one_of(_PLANS["words"])}(?![a-zà-ÿ])
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
 _FILLER = re.compile(
-    rf"\b(?:{_one_of(WORDS['filler']['phrases'])}|{_inflected(WORDS['filler']['words'].split())})\b", re.IGNORECASE
+    rf"\b(?:{_one_of(WORDS['filler']['phrases'])}|{_inflected(WORDS['filler']['words'].split() + _CONNECTIVES)})\b",
+    re.IGNORECASE,
 )
-# "We find that red is 7" states what follows; "the bar that is red" is one clause.
-_SENTENCE = re.compile(rf"(?<=[?])|[,;:.!。、](?!\d)|\b{_inflected(_VERBS)} that\b|\n", re.IGNORECASE)
+_FINDING = re.compile(rf"\b{_inflected(_VERBS)} that\b(.*)", re.IGNORECASE)
+_SENTENCE = re.compile(r"(?<=[?])|[,;:.!。、](?!\d)|\n")
 _CLAUSE = re.compile(r"\b(?:and|but|so|because|since|while|although|where|which|who)\b", re.IGNORECASE)
 _DIGITS = re.compile(r"\d[\d,]*(?:\.\d+)?")
 
@@ -76,12 +76,16 @@ def statements(step: str) -> list[str]:
     """The clauses of a step that state something, without filler.
 
     Of a plan only the numbers in digits are left, as in "Subtract 3 from 7"; in words, as in "compare the two bars", a
-    number is no value. Of a question nothing is left.
+    number is no value. But "we find that the bar is red" states what follows. Of a question nothing is left.
     """
     found: list[str] = []
     for part in _SENTENCE.split(plain_characters(step)):
+        if part.endswith("?"):
+            continue
+        stated = part
         if _PLAN.match(part):
             found.append(" ".join(_DIGITS.findall(part)))
-        elif not part.endswith("?"):
-            found += _CLAUSE.split(_FILLER.sub(" ", part))
+            finding = _FINDING.search(part)
+            stated = finding[1] if finding else ""
+        found += [_FILLER.sub(" ", clause) for clause in _CLAUSE.split(stated)]
     return found

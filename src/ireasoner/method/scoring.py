@@ -237,7 +237,7 @@ def _agreement(group: Group, recipe: Recipe, context: Context) -> _Agreement:
 
 
 def _claim_support(group: Group, compared: Sequence[Sequence[str]]) -> list[FloatArray]:
-    """How far the others of the group support each compared step; NaN where it states nothing beyond the answer and the question."""
+    """How far the others support each compared step; NaN where it states nothing beyond the answer and the question."""
     claiming = [
         claims.beyond_answer(steps, solution.answer or "", group.question)
         for steps, solution in zip(compared, group.solutions, strict=True)
