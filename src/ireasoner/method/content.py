@@ -34,7 +34,7 @@ _ARTICLE = (
     "(?:the|an|(?-i:a)|each|every|both|all|any|it|its|their|his|her|my|your|our|this|these|those|what|how|whether)"
 )
 _PLAN = re.compile(
-    rf"""\W*+(?:{_one_of(_CONNECTIVES)}\b\W*+)*+
+    rf"""\W*+(?:{_one_of(_CONNECTIVES)}(?![a-zà-ÿ])\W*+)*+
     (?: {_PLAIN}
       # Any other word before an article is an imperative: "Extract the figures".
       | (?!{_one_of(_PLANS["closed"].split())}\b|\w+(?:ing|ed|s|ly)\b)[a-z]+\ (?:(?:up|out|down|off)\ )?{_ARTICLE}\b
@@ -44,16 +44,16 @@ _PLAN = re.compile(
       | (?:how|what|whether|why)\b
       # "We need to …", "I am going to …", "we can compare …", "we compare …", but not "we can see …".
       | (?:i|we|you|one)(?:'ll|\ (?:will|shall|should|must|need\ to|have\ to|want\ to|would|try\ to))\b
-      | (?:i|we|you)\ a(?:m|re)\ (?:going|asked|trying|looking|required|supposed)\b
+      | (?:i|we|you)(?:'m|'re|\ am|\ are)\ (?:going|asked|trying|looking|required|supposed)\b
       | (?:i|we|you|one)\ (?:(?:can|could|may|might|cannot)\ )?(?:then\ |now\ |first\ |also\ |\w+ly\ )?
         (?!{_PERCEIVING}\b){_PLAIN}
       | (?:i|we|you|one)\ (?:can|could|may|might|cannot)\ (?:then\ |now\ |also\ )?(?:find|read|count|get|answer)\b
       | (?:the|my|our)\ (?:(?:first|next|second|last|final)\ step|question|problem|task|goal|aim|prompt|user)\b
-      | it\ is\ (?:\w+\ )?\w+\ to\ {_PLAIN}
+      | (?:it|\d+)\ is\ (?:\w+\ ){{0,2}}to\ {_PLAIN}
       | [^,]*\b(?:must|should|needs?\ to|ha(?:s|ve)\ to)\ be\ {_DONE}
       | [^,]*\bcan\ be\ (?:{_DONE}|found)\ (?:by|using|from|with|through)\b
       | (?:(?:ich|wir|je|nous)\ )?{_one_of(_PLANS["stems"].split())}(?:en|er|ez|ons|ar|a|emos|amos|os|e)?(?![a-zà-ÿ])
-      | {_one_of(_PLANS["words"])}(?![a-zà-ÿ])
+      | {_one_of(_PLANS["others"])}(?![a-zà-ÿ])
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
