@@ -87,8 +87,8 @@ def _clock(match: re.Match[str]) -> str:
 
 
 # Rewrites to one spelling for each meaning, in the order in which they are applied: "no one" before the number words,
-# which become digits before anything that looks for digits; times ("half past 2") before fractions,
-# and fractions ("two thirds") before ordinals ("the third bar").
+# which become digits before anything that looks for digits; times ("half past 2") before fractions, and fractions
+# ("two thirds") before ordinals ("the third bar").
 _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\bno (?:other|second|further|such|matter|doubt)\b|\bnot (?:only|just)\b", " "),  # they do not negate the claim
     (r"\bmost (?:likely|probably)\b|\b(?:definitely|certainly|clearly|obviously)\b", " "),
