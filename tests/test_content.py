@@ -44,6 +44,7 @@ def test_a_step_that_plans_and_states_counts_by_what_it_states():
     assert counts("Compare the heights: red is 7, blue is 3.", BARS)
     assert counts("Looking at the image, the man wears a hat.", UMBRELLA)
     assert counts("We find that the sky is blue.", UMBRELLA)
+    assert counts("Let us note that the sky is blue.", UMBRELLA)
     assert counts("The sky is blue, so we need to look at the clouds.", UMBRELLA)
     assert not counts("We need to look at the sky, and then compare the clouds.", UMBRELLA)
 
@@ -77,6 +78,8 @@ def test_a_question_states_nothing():
         ("Which bar is the tallest?", "The tallest bar is red.", "red", True),
         ("What is it? A: a red bus B: a blue car", "It is a red bus.", "A", True),  # an option is chosen
         ("What is it? A: a red bus B: a blue car", "Option B is incorrect.", "A", False),
+        ("Is the tallest bar red or blue?", "The tallest bar is red.", "red", True),  # as the question offers it
+        ("Is the tallest bar red or blue?", "The tallest bar is red or blue.", "green", False),
         ("What colour is it, red or blue?", "It is a blue bus.", "blue", True),
         ("AB is parallel to CD, angle 1 = 50. What is angle 2?", "AB is parallel to CD and angle 1 = 50.", "65", False),
         ("AB is parallel to CD, angle 1 = 50. What is angle 2?", "Angle 2 = angle 1.", "65", True),

@@ -330,6 +330,11 @@ def test_plans_earn_no_step_agreement_and_take_none_from_readings(policy: Policy
     assert min(paid.rewards[2:]) > 0.9
 
 
+def test_steps_that_repeat_the_question_earn_no_step_agreement(policy: Policy):
+    paid = pay(policy, config_of("default"), [solution("4", "There are a red bar and a blue bar.")] * 2, question=BARS)
+    assert values(paid, "step_agreement") == [0.0, 0.0]
+
+
 def test_a_group_of_plans_earns_less_than_a_group_of_readings(policy: Policy):
     vague = solution(
         "4", "Let me look at the chart.", "I will compare the two bars.", "The image shows a chart with data.",
