@@ -94,7 +94,8 @@ def test_hedges_and_denials_cast_no_vote_and_earn_nothing(policy: Policy, recipe
     hedges = [solution(answer, "The bar is red.", "The bar may be blue.")] * 5
     paid = pay(policy, config_of(recipe), hedges, question=question)
     assert paid.vote == majority([None] * 5)
-    assert paid.rewards == (0.0,) * 5 and paid.proposer_reward == 0.0
+    assert paid.rewards == (0.0,) * 5
+    assert paid.proposer_reward == 0.0
     assert {t.problem for t in paid.trajectories} == {"the answer does not commit itself"}
 
 
@@ -330,6 +331,43 @@ def test_step_scores_explain_the_step_agreement(policy: Policy, recipe: str):
     else:
         assert [s.score for s in paid.trajectories[2].step_scores] == [None]  # outside the majority
         assert paid.trajectories[2].step_scores[0].similarity is not None
+
+
+BARS = "How much taller is the red bar than the blue bar?"
+PLAN = solution("4", "Identify the bars.", "Compare the heights.")
+READINGS = [
+    solution("4", "The red bar reaches 7.", "The blue bar reaches 3.", "7 - 3 = 4."),
+    solution("4", "Red is at 7.", "Blue is at 3.", "7 minus 3 is 4."),
+    solution("4", "I read 7 for the red bar.", "The blue one is 3.", "So 7 - 3 = 4."),
+]
+
+
+def test_plans_earn_no_step_agreement_and_take_none_from_readings(policy: Policy):
+    """Of two plans and three readings, a plan earns half its outcome, and a reading what it earns without the plans."""
+    paid = pay(policy, config_of("default"), [PLAN, PLAN, *READINGS], question=BARS)
+    alone = pay(policy, config_of("default"), READINGS, question=BARS)
+    assert values(paid, "step_agreement")[:2] == [0.0, 0.0]
+    assert [s.score for t in paid.trajectories[:2] for s in t.step_scores] == [None] * 4
+    assert paid.rewards[:2] == pytest.approx((0.5, 0.5))
+    assert values(paid, "step_agreement")[2:] == pytest.approx(values(alone, "step_agreement"))
+    assert min(paid.rewards[2:]) > 0.9
+
+
+def test_steps_that_repeat_the_question_earn_no_step_agreement(policy: Policy):
+    paid = pay(policy, config_of("default"), [solution("4", "There are a red bar and a blue bar.")] * 2, question=BARS)
+    assert values(paid, "step_agreement") == [0.0, 0.0]
+
+
+def test_a_group_of_plans_earns_less_than_a_group_of_readings(policy: Policy):
+    vague = solution(
+        "4", "Let me look at the chart.", "I will compare the two bars.", "The image shows a chart with data.",
+        "All values can be read off the axis.", "Now find the answer.",
+    )  # fmt: skip
+    assert pay(policy, config_of("default"), [vague] * 5, question=BARS).rewards == pytest.approx([0.5] * 5)
+    assert pay(policy, config_of("default"), READINGS[:1] * 5, question=BARS).rewards == pytest.approx([1.0] * 5)
+    # Nothing is remembered in another way: what was said of other images takes from the outcome of a plan too.
+    said = [frozenset(step_digest(step) for step in ("Identify the bars.", "Compare the heights."))]
+    assert pay(policy, config_of("default"), [PLAN] * 5, question=BARS, recent_steps=said).rewards == (0.0,) * 5
 
 
 @pytest.mark.parametrize("recipe", ["default", "paper"])

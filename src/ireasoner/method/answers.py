@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ireasoner.method.expressions import arithmetic, expression
-from ireasoner.method.numerals import WORDS
+from ireasoner.method.numerals import TABLES
 from ireasoner.method.options import marked_options, picked
 from ireasoner.method.quantities import is_unit, quantity, tight, unit_name
 from ireasoner.method.wording import MAX_ANSWER_LENGTH, MAX_QUESTION_LENGTH, bare, commits, peel, without_reason
@@ -108,7 +108,7 @@ _COPULA = re.compile(
     r"(?: (?:is|are|was|were|equals?|es|ist|est|é|è|beträgt)(?: equal to)? | ?[=:] ?|等于|是|为)(?P<rest>.+)",
     re.IGNORECASE,
 )
-_GENERIC = frozenset(WORDS["generic"].split())
+_GENERIC = frozenset(TABLES["generic"].split())
 _COUNTS = re.compile(
     r"\b(?:how (?:many|much)|number of|what (?:percent(?:age)?|fraction)|combien|wie ?viele?|cu[aá]nt[oa]s|"
     r"quant[ie]|quant[oa]s)\b|多少|几",

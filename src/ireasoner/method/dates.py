@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from ireasoner.method.numerals import WORDS, cardinal
+from ireasoner.method.numerals import TABLES, cardinal
 
 _CLOCK = re.compile(r"(?P<hour>\d{1,2})(?:[:.](?P<minute>\d\d))? ?(?P<half>[ap])\.? ?m\.?", re.IGNORECASE)
 _CLOCK_24 = re.compile(r"(?P<hour>1[3-9]|2[0-3])[:h](?P<minute>[0-5]\d)(?: ?(?:h|uhr|hrs|hours))?", re.IGNORECASE)
@@ -46,7 +46,7 @@ def _spoken_time(text: str) -> str | None:
     return f"{(total // 60 - 1) % 12 + 1}:{total % 60:02}"
 
 
-_MONTHS = {name: number for number, names in enumerate(WORDS["months"], 1) for name in names.split()}
+_MONTHS = {name: number for number, names in enumerate(TABLES["months"], 1) for name in names.split()}
 _MONTH = rf"(?P<month>{'|'.join(sorted(_MONTHS, key=len, reverse=True))})(?![^\W\d_])\.?"
 _ENGLISH_MONTH = (
     r"(?P<month>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|"

@@ -14,7 +14,7 @@ from importlib import resources
 
 from text_to_num import text2num
 
-WORDS = tomllib.loads(resources.files("ireasoner.method").joinpath("words.toml").read_text("utf-8"))
+TABLES = tomllib.loads(resources.files("ireasoner.method").joinpath("quantities.toml").read_text("utf-8"))
 MAX_WORDS = 12  # of a number that is spelled out
 
 SCALES = {"trillion": 10**12, "billion": 10**9, "million": 10**6, "thousand": 1000, "hundred": 100}
@@ -74,8 +74,8 @@ def _foreign_cardinal(text: str) -> int | None:
         return None
     if not text.isascii() and (value := chinese_cardinal(text)) is not None:
         return value
-    if text in WORDS["russian"]:
-        return WORDS["russian"].index(text)
+    if text in TABLES["russian"]:
+        return TABLES["russian"].index(text)
     for language in _LANGUAGES:
         try:
             return text2num(text, language)

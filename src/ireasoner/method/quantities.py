@@ -1,6 +1,6 @@
 """Numbers with their units, money, ranges and ordinals: `quantity` writes each of them in one canonical form.
 
-The names and prefixes of units come from pint; words.toml adds what it does not know.
+The names and prefixes of units come from pint; quantities.toml adds what it does not know.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import pint
 from text_to_num import alpha2digit
 
 from ireasoner.method.dates import date, time_of_day
-from ireasoner.method.numerals import SCALES, WORDS, chinese_cardinal, in_digits, with_points
+from ireasoner.method.numerals import SCALES, TABLES, chinese_cardinal, in_digits, with_points
 
 MAX_EXPONENT = 300  # with a larger one, such as 1e999999999, the number stays text: its digits would fill the memory
 
 # --- units -----------------------------------------------------------------------------------------------------------
 
-CURRENCIES = {name: sign for sign, names in WORDS["currencies"].items() for name in (sign, *names)}  # in lower case
-UNITS = {name: unit for unit, names in WORDS["units"].items() for name in names} | CURRENCIES
-_MEASURES = frozenset(WORDS["measures"].split())  # pint's names of units; it also knows bushels (`bus`) and dots
+CURRENCIES = {name: sign for sign, names in TABLES["currencies"].items() for name in (sign, *names)}  # in lower case
+UNITS = {name: unit for unit, names in TABLES["units"].items() for name in names} | CURRENCIES
+_MEASURES = frozenset(TABLES["measures"].split())  # pint's names of units; it also knows bushels (`bus`) and dots
 # In these letters case tells milli from mega and metre from molar; the others mean the same, as in `5 a` and `5 A`.
 _CASED = frozenset("mMgGsSkKtT")
 
@@ -99,7 +99,7 @@ def _any_of(names: Iterable[str]) -> str:
     return "|".join(f"(?-i:{name})" if name in ("mn", "bn", "tn") else re.escape(name) for name in longest_first)
 
 
-_SCALE_WORDS = SCALES | {name: 10 ** int(power) for power, names in WORDS["scales"].items() for name in names}
+_SCALE_WORDS = SCALES | {name: 10 ** int(power) for power, names in TABLES["scales"].items() for name in names}
 _LETTERS = {"k": "thousand", "m": "million", "mm": "million", "b": "billion", "t": "trillion"}
 _MONEY = rf"(?:{_any_of(CURRENCIES)})(?:(?<=\w)(?![^\W\d_])\.?|(?<=\W))"
 _INTEGER = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?:\ \d{3}){2,}|\d+)"  # groups of three only: 3,5 may be 3.5
@@ -149,7 +149,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
     return value * scale * Fraction(10) ** exponent * (-1 if match["minus"] else 1)
 
 
-_RELATIONS = {name: sign for sign, names in WORDS["relations"].items() for name in names}
+_RELATIONS = {name: sign for sign, names in TABLES["relations"].items() for name in names}
 _FIRST = re.compile(rf"(?:{_any_of(_RELATIONS)})(?:(?<=\W)|(?![a-z])) ?(?=[^ ])", re.IGNORECASE)
 _LAST = {
     "≥": re.compile(

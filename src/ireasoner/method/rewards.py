@@ -201,8 +201,8 @@ def claim_agreement_rewards(
 
     Args:
         support: s_ij in [0, 1], one array for each of the N trajectories: how far the others of the group make the same
-            claim (`ireasoner.method.claims.agreement`); NaN for a step that claims no more than the answer
-            (`ireasoner.method.claims.beyond_answer`) and does not count.
+            claim (`ireasoner.method.claims.agreement`); NaN for a step that states nothing beyond the answer
+            and the question (`ireasoner.method.claims.beyond_answer`) and does not count.
         recurrence: f_ij in [0, 1], the share of other images' groups that make it too: what is said of every image says
             nothing about this one.
 

@@ -227,7 +227,7 @@ def _agreement(group: Group, recipe: Recipe, context: Context) -> _Agreement:
     if recipe.recurrence_window:
         outcome = outcome * rewards.novelty_factors(recurrences)
     if recipe.step_measure == "claims":
-        support = _claim_support(group.solutions, compared)
+        support = _claim_support(group, compared)
         steps = rewards.claim_agreement_rewards(support, recurrences)
         return _Agreement(weight, outcome, steps, support, recurrences, rewards.claim_scores(support, recurrences))
     assert context.embed is not None
@@ -243,9 +243,12 @@ def _agreement(group: Group, recipe: Recipe, context: Context) -> _Agreement:
     return _Agreement(weight, outcome, steps, rewards.leave_one_out_similarities(embedded), recurrences, scores)
 
 
-def _claim_support(solutions: Sequence[Solution], compared: Sequence[Sequence[str]]) -> list[FloatArray]:
-    """How far the others of the group support each compared step; NaN where it claims nothing beyond the answer."""
-    claiming = [claims.beyond_answer(steps, s.answer or "") for steps, s in zip(compared, solutions, strict=True)]
+def _claim_support(group: Group, compared: Sequence[Sequence[str]]) -> list[FloatArray]:
+    """How far the others support each compared step; NaN where it states nothing beyond the answer and the question."""
+    claiming = [
+        claims.beyond_answer(steps, solution.answer or "", group.question)
+        for steps, solution in zip(compared, group.solutions, strict=True)
+    ]
     support = []
     for steps, kept, values in zip(compared, claiming, claims.agreement(claiming), strict=True):
         remaining = iter(values)  # of the steps that claim something, in order

@@ -121,7 +121,7 @@ class Page:
     def _explain(self, score: StepScore | None) -> str:
         """The tooltip of a reasoning step."""
         if score is None or score.similarity is None:
-            return "not compared: empty, beyond the last position compared, or it claims nothing beyond the answer"
+            return "not compared: empty, beyond the last position compared, or it states nothing of its own"
         recurs = f"recurs in {100 * score.recurrence:.1f} % of other images' groups; "
         recurs = recurs if self.run.config.recipe.recurrence_window else ""
         counts = "not counted in the reward" if score.score is None else f"counts {score.score:.4f}"
