@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 import string
 from importlib import resources
-from itertools import pairwise
 from typing import Any, NamedTuple
 
+from ireasoner.method.steps import CLOSED, EMPHASIS, LIST_ITEM, reasoning_steps
 from ireasoner.method.types import FinishReason, Form, Question, Solution
 
 
@@ -189,14 +189,9 @@ def _read_boxed(text: str) -> _Reading:
     return _Reading(steps, inside[:end].strip(), before, "no closed \\boxed{…}" if depth else None)
 
 
-# Pieces of the patterns for the start of an answer line and of a reasoning step.
-_LIST_ITEM = r"^[ \t]*+(?:\#{1,6}[ \t]*+|(?:[-*•>]|\d{1,3}[.)])[ \t]++){0,3}+"
-_EMPHASIS = r"(?P<emphasis>[*_]{1,3})?"
-_CLOSED = r"(?(emphasis)(?P<closed>(?P=emphasis))?)"  # matches in **Step 1**: but not in **Step 1:**
-
 _ANSWER_LINE = re.compile(
-    rf"{_LIST_ITEM}{_EMPHASIS}(?:(?:the|my)[ \t]++)?(?:(?:final|correct)[ \t]++)?"
-    rf"answer(?:[ \t]++is)?[ \t]*+{_CLOSED}[ \t]*+[:：]",
+    rf"{LIST_ITEM}{EMPHASIS}(?:(?:the|my)[ \t]++)?(?:(?:final|correct)[ \t]++)?"
+    rf"answer(?:[ \t]++is)?[ \t]*+{CLOSED}[ \t]*+[:：]",
     re.MULTILINE | re.IGNORECASE,
 )
 
@@ -216,82 +211,3 @@ def _read_answer_line(text: str) -> _Reading:
 
 
 _READERS = {"tags": _read_tags, "boxed": _read_boxed, "answer-line": _read_answer_line}
-
-
-# --- reasoning steps -------------------------------------------------------------------------------------------------
-
-_RULE = re.compile(r"^[ \t]*+[-*_=`]{3,}+[ \t]*+$", re.MULTILINE)  # a line that only separates
-_BULLET = re.compile(r"^\s*+(?:[-*–◦▪‣](?=\s|$)|•|\#{1,6}+(?=\s|$))")
-_REFERRING = re.compile(r"\b(?:and|as|at|by|for|from|in|of|on|or|see|than|the|to|use|using|with)$", re.IGNORECASE)
-_STEP_MARK = re.compile(
-    rf"(?:(?P<line>{_LIST_ITEM})|(?<=[ \t])[-–—•*→|]{{1,2}}[ \t]{{1,3}})?"  # at the start of a line, or within one
-    rf"{_EMPHASIS}\(?(?<![^\W\d_])step[ \t]{{0,3}}(?P<number>\d{{1,3}})(?![^\W_]|\.\d){_CLOSED}"  # not "footstep 1.5"
-    r"(?:[ \t]{0,3}(?:(?P<delimiter>\)?[:：]|[.)]|[-–—]{1,2}(?!\d))|,))?",  # "Step 1 -2.5" starts with a number
-    re.MULTILINE | re.IGNORECASE,
-)
-_NUMBER_MARK = re.compile(
-    rf"^[ \t]*+(?:\#{{1,6}}[ \t]*+|[-*•>][ \t]++){{0,3}}+{_EMPHASIS}\(?(?P<number>\d{{1,3}}){_CLOSED}"
-    r"[.):：]{1,2}(?=[\s*_]|$)",
-    re.MULTILINE,
-)
-
-
-def _step_marks(thought: str) -> list[re.Match[str]]:
-    """The "Step N" that begin a step, without those that only mention one, as in "found in Step 1, the bar".
-
-    A mark with a delimiter begins a step at the start of a line; within a line, only if its number is higher than the
-    last one and it is no mention. A mark without a delimiter must start a line and have the next number, and the line
-    must hold nothing else, be a list item, be the first one or follow other marks.
-    """
-    marks: list[re.Match[str]] = []
-    last = 0
-    for mark in _STEP_MARK.finditer(thought):
-        number, delimited = int(mark["number"]), bool(mark["delimiter"] or mark["closed"])
-        if mark["line"] is not None:
-            alone = thought[mark.end() : mark.end() + 1] in "\n"  # also at the end of the text
-            set_off = alone or marks or mark["line"].strip() or mark.start() == 0
-            begins = delimited or (number == last + 1 and set_off)
-        else:
-            begins = delimited and number > last and not _is_mention(mark, thought, marks)
-        if begins:
-            marks.append(mark)
-            last = number
-    return marks
-
-
-def _is_mention(mark: re.Match[str], thought: str, marks: list[re.Match[str]]) -> bool:
-    """Whether a "Step N" within a line belongs to the sentence before it, as in "from Step 1: …" or "(see Step 2)"."""
-    before = thought[max(0, mark.start() - 12) : mark.start()].rstrip(" \t\"'”)]*_")
-    if before.endswith((".", "!", "?", ";", ":", "…", "。")):
-        return False
-    bracketed = "(" in mark[0] and not (marks and "(" in marks[-1][0])
-    return not marks or bracketed or _REFERRING.search(before) is not None
-
-
-def _number_marks(thought: str) -> list[re.Match[str]]:
-    """The "N.", "N)", "(N)" and "N:" at the start of a line that count 1, 2, 3, …: "2.5" and "1990:" do not."""
-    marks: list[re.Match[str]] = []
-    for mark in _NUMBER_MARK.finditer(thought):
-        if int(mark["number"]) == len(marks) + 1:
-            marks.append(mark)
-    return marks
-
-
-def reasoning_steps(thought: str) -> tuple[str, ...]:
-    """Split the text of `<think>` into its steps, without their markers (arXiv 2601.05877).
-
-    Steps are separated by "Step N"; if there is none, by numbers that count from 1; else each line that is not blank is
-    a step, without its bullet. Weaker markers inside a step are its content, and so are its further lines. Each line
-    before the first marker is a step of its own. A numbered step without text keeps its position as "".
-    """
-    thought = _RULE.sub("", "\n".join(thought.splitlines())).strip()
-    marks = _step_marks(thought) or _number_marks(thought)
-    starts = [mark.start() for mark in marks] + [len(thought)]
-    steps = [step for line in thought[: starts[0]].split("\n") if (step := _BULLET.sub("", line).strip())]
-    for mark, (_, end) in zip(marks, pairwise(starts), strict=True):
-        step, emphasis = thought[mark.end() : end], mark["emphasis"] or ""
-        # The marker may have opened an emphasis that closes in the step: "**Step 1:** text", "**1. The title.** text".
-        if emphasis and not mark["closed"] and (len(emphasis) > 1 or step.lstrip().startswith(emphasis)):
-            step = step.replace(emphasis, "", 1)
-        steps.append(step.strip())
-    return tuple(steps)
