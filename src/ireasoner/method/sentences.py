@@ -18,30 +18,34 @@ CONCLUDING = (
     r"|所以|因此|故|综上|最后|最後|よって|したがって|ゆえに|따라서|그러므로|그래서"
 )
 # A full stop ends no sentence before a number after these, …
-_BEFORE_NUMBERS = frozenset(
-    "fig figs figure eq eqs no nos vol ch sec p pp art nr abb tab kap bd núm pág cap рис стр табл гл".split()
+_BEFORE_NUMBERS = re.compile(
+    r"figs?|figure|eqs?|nos?|vol|ch|sec|pp?|art|nr|abb|tab|kap|bd|núm|pág|cap|рис|стр|табл|гл", re.IGNORECASE
 )
 # … never after these, …
-_NEVER_LAST = frozenset(
-    "e.g i.e eg ie vs cf viz dr mr mrs ms prof mt gen rev hon sr sra srta c.-à-d approx ca resp incl bzw z.b d.h u.a ggf"
-    " evtl vgl sog bspw p.ej ej т.е напр см им".split()
+_NEVER_LAST = re.compile(
+    r"e\.?g|i\.?e|vs|cf|viz|dr|mrs?|ms|prof|mt|gen|rev|hon|srt?a?|c\.-à-d|approx|ca|resp|incl|bzw|z\.b|d\.h|u\.a|ggf|evtl"
+    r"|vgl|sog|bspw|(?:p\.)?ej|т\.е|напр|см|им",
+    re.IGNORECASE,
 )
 # … and after these, dotted ones ("U.S.", "p.m.") and initials only before a word that begins sentences.
-_RARELY_LAST = frozenset("etc al jr st inc ltd co corp min max avg usw т.д др".split())
+_RARELY_LAST = re.compile(r"etc|al|jr|st|inc|ltd|co|corp|min|max|avg|usw|т\.д|др", re.IGNORECASE)
+_DOTTED = re.compile(r"(?:[^\W\d_]{1,2}\.)+[^\W\d_]{1,2}")
 _BEGINNING = re.compile(
     rf"(?:The|This|That|These|Those|There|Then|It|Its|We|I|He|She|They|You|In|On|At|If|As|Since|Because|And|But|Now|Next"
     rf"|First|Second|Third|However|Here|Given|From|For|By|Looking|Let|Each|Both|Is|Are|Was|What|Which|How)\b|{CONCLUDING}"
 )
 _GERMAN_ORDINAL = re.compile(
-    r"\b(?:der|die|das|den|dem|des|im|am|vom|zum|zur|beim|ein|eine|einen|einem|einer|jede[rsnm]?)\s\d{1,3}$", re.IGNORECASE
+    r"\b(?:der|die|das|den|dem|des|im|am|vom|zum|zur|beim|ein|eine|einen|einem|einer|jede[rsnm]?)\s\d{1,3}$",
+    re.IGNORECASE,
 )
 _LETTER, _LETTER_OR_DIGIT = re.compile(r"[^\W\d_]"), re.compile(r"[^\W_]")
-_DOTTED = re.compile(r"(?:[^\W\d_]{1,2}\.)+[^\W\d_]{1,2}")
 DISPLAYED = (  # a formula that is set out
     r"\\\[(?:[^\\]|\\(?![\[\]]))*+\\\]|\$\$[^$]*+\$\$"
     r"|\\begin\{\w{1,20}+\*?\}(?:[^\\]|\\(?!begin|end))*+\\end\{\w{1,20}+\*?\}"
 )
-_FORMULA = re.compile(rf"{DISPLAYED}|" r"\$(?!\s)[^$\n]*+(?<!\s)\$(?!\d)|\\\((?:[^\\]|\\(?![()]))*+\\\)")  # "$5 or $6" is none
+_FORMULA = re.compile(
+    rf"{DISPLAYED}|" r"\$(?!\s)[^$\n]*+(?<!\s)\$(?!\d)|\\\((?:[^\\]|\\(?![()]))*+\\\)"
+)  # "$5 or $6" is none
 _CLOSING = r"[\"'”’»)\]*_」』）]*+"
 _END = re.compile(rf"(?<![.!?؟।۔。！？])(?:(?P<stop>[.!?؟।۔]++){_CLOSING}\s++|[。！？]++{_CLOSING}\s*+)(?=\S)")
 _OPENING = "\"'“‘«([{*_「『（\\$¿¡"
@@ -97,19 +101,21 @@ def _ends_sentence(text: str, start: int, end: re.Match[str]) -> bool:
     if len(stop) > 1 and set(stop) == {"."}:
         return False  # an ellipsis goes on, or seems to
     after_number = word[-1:].isdigit()
-    if first.isdigit():
-        begins = not after_number  # "3. 5"
-    else:
-        begins = not first.islower() or (after_number and stop == ".")  # "a is 3. b is 4."
+    # "3. 5" is no end, but "a is 3. b is 4." has one, although a small letter seldom begins a sentence.
+    begins = not after_number if first.isdigit() else not first.islower() or (after_number and stop == ".")
     if stop != "." or not begins:
         return begins
-    if first.isdigit() and word.lower() in _BEFORE_NUMBERS:
+    if first.isdigit() and _BEFORE_NUMBERS.fullmatch(word):
         return False
-    if word.lower() in _NEVER_LAST or _INITIAL.match(following):
+    if _NEVER_LAST.fullmatch(word) or _INITIAL.match(following):
         return False
     if after_number:
         return not _GERMAN_ORDINAL.search(text, max(start, end.start() - 20), end.start())
-    initial = len(word) == 1 and word.isupper() and (len(before) < 2 or before[0][:1].isupper() or _INITIAL.fullmatch(before[0]))
-    if initial or word.lower() in _RARELY_LAST or _DOTTED.fullmatch(word):
+    initial = (
+        len(word) == 1
+        and word.isupper()
+        and (len(before) < 2 or before[0][:1].isupper() or _INITIAL.fullmatch(before[0]))
+    )
+    if initial or _RARELY_LAST.fullmatch(word) or _DOTTED.fullmatch(word):
         return _BEGINNING.match(following) is not None
     return True

@@ -209,5 +209,7 @@ def _lines(text: str, divide: bool = True) -> list[str]:
     if divide:
         enough = 2 if len(steps) == 1 else 3
         parts = [[step] if i in bullets else sentences(step) for i, step in enumerate(steps)]
-        steps = [s for step, found in zip(steps, parts, strict=True) for s in (found if len(found) >= enough else [step])]
+        steps = [
+            s for step, found in zip(steps, parts, strict=True) for s in (found if len(found) >= enough else [step])
+        ]
     return [step.replace("\r", "\n") for step in steps] if "\r" in text else steps
