@@ -43,9 +43,8 @@ DISPLAYED = (  # a formula that is set out
     r"\\\[(?:[^\\]|\\(?![\[\]]))*+\\\]|\$\$[^$]*+\$\$"
     r"|\\begin\{\w{1,20}+\*?\}(?:[^\\]|\\(?!begin|end))*+\\end\{\w{1,20}+\*?\}"
 )
-_FORMULA = re.compile(
-    rf"{DISPLAYED}|" r"\$(?!\s)[^$\n]*+(?<!\s)\$(?!\d)|\\\((?:[^\\]|\\(?![()]))*+\\\)"
-)  # "$5 or $6" is none
+_INLINE = r"\$(?!\s)[^$\n]*+(?<!\s)\$(?!\d)|\\\((?:[^\\]|\\(?![()]))*+\\\)"  # "$5 or $6" is none
+_FORMULA = re.compile(f"{DISPLAYED}|{_INLINE}")
 _CLOSING = r"[\"'”’»)\]*_」』）]*+"
 _END = re.compile(rf"(?<![.!?؟।۔。！？])(?:(?P<stop>[.!?؟।۔]++){_CLOSING}\s++|[。！？]++{_CLOSING}\s*+)(?=\S)")
 _OPENING = "\"'“‘«([{*_「『（\\$¿¡"
@@ -57,8 +56,8 @@ _FIRST = re.compile(
     re.IGNORECASE,
 )
 _ORDINAL = re.compile(
-    r"(?:[;,]\s++(?=(?:and |then |und |et |y |e |и )?(?:second(?:ly)?|third(?:ly)?|fourth(?:ly)?|next|then|finally|lastly"
-    r"|zweitens|drittens|schließlich|deuxièmement|troisièmement|ensuite|enfin|segundo|tercero|terceiro|luego|después"
+    r"(?:[;,]\s++(?=(?:and |then |und |et |y |e |и )?(?:second(?:ly)?|third(?:ly)?|fourth(?:ly)?|next|then|finally"
+    r"|lastly|zweitens|drittens|schließlich|deuxièmement|troisièmement|ensuite|enfin|segundo|tercero|terceiro|luego|después"
     r"|depois|finalmente|por último|por fim|secondo|terzo|poi|infine|во-вторых|в-третьих|затем|наконец),)"
     r"|[;；，、]\s*+(?=其次|然后|接着|再次|最后|最後|第二|第三|次に|둘째|다음))",
     re.IGNORECASE,
@@ -111,11 +110,8 @@ def _ends_sentence(text: str, start: int, end: re.Match[str]) -> bool:
         return False
     if after_number:
         return not _GERMAN_ORDINAL.search(text, max(start, end.start() - 20), end.start())
-    initial = (
-        len(word) == 1
-        and word.isupper()
-        and (len(before) < 2 or before[0][:1].isupper() or _INITIAL.fullmatch(before[0]))
-    )
+    named = len(before) < 2 or before[0][:1].isupper() or _INITIAL.fullmatch(before[0])
+    initial = len(word) == 1 and word.isupper() and named  # "J. Smith", "z. B.", but not "is parallel to A."
     if initial or _RARELY_LAST.fullmatch(word) or _DOTTED.fullmatch(word):
         return _BEGINNING.match(following) is not None
     return True

@@ -159,7 +159,7 @@ def _number_marks(thought: str) -> list[re.Match[str]]:
 
 
 def _may_begin(mark: re.Match[str], thought: str, marks: list[re.Match[str]]) -> bool:
-    """Whether a number within a line can begin a step: "7. 2. Blue" and "7 2) blue", but not "is 2. Then", "see (2)"."""
+    """Whether a number within a line can begin a step: "7. 2. Blue", "7 2) blue", but not "is 2. Then", "see (2)"."""
     if _follows_sentence(mark, thought):
         return True
     bracketed = bool(mark["circled"]) or mark[0].endswith((")", "）", "、"))
@@ -209,7 +209,5 @@ def _lines(text: str, divide: bool = True) -> list[str]:
     if divide:
         enough = 2 if len(steps) == 1 else 3
         parts = [[step] if i in bullets else sentences(step) for i, step in enumerate(steps)]
-        steps = [
-            s for step, found in zip(steps, parts, strict=True) for s in (found if len(found) >= enough else [step])
-        ]
+        steps = [s for step, p in zip(steps, parts, strict=True) for s in (p if len(p) >= enough else [step])]
     return [step.replace("\r", "\n") for step in steps] if "\r" in text else steps

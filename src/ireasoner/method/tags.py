@@ -59,7 +59,7 @@ def parts(text: str, opened: bool = False) -> Parts:
     """Find the thoughts and the answers of a reply.
 
     A tag inside a thought is mentioned there. The thought ends at the first `</think>` that is not quoted, or if all
-    are, at the first. Closing tags that close nothing are passed over, except where an answer could go on up to them.
+    are, at the first. A `</think>` that closes nothing is passed over.
 
     Args:
         text: the reply.
@@ -89,8 +89,7 @@ def parts(text: str, opened: bool = False) -> Parts:
         elif within == "answer":
             return found._replace(unclosed=within, problem=f"more than one <{name}>")
         elif within is None and name == "answer" and found.answers:
-            if LETTER_OR_DIGIT.search(text, found.answers[-1].end, tag.start()):
-                return found._replace(problem="more than one <answer>")
+            return found._replace(problem="more than one <answer>")  # the answer could go on up to here
     return found._replace(unclosed=within)
 
 
