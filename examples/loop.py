@@ -65,7 +65,8 @@ def train(config: Config, out: Path) -> None:
             asked = [i for i, question in enumerate(questions) if question.well_formed]
             solving, groups = solve(config, engine, step, items, images, questions, asked)
             # Score. An unreadable question was not asked, and earns its proposer nothing.
-            scored = score(config, policy, memory, step, items, questions, asked, groups)
+            prompts = [request.prompt for request in solving]
+            scored = score(config, policy, memory, step, items, questions, asked, prompts, groups)
             worth = [0.0] * len(items)
             for i, group in zip(asked, scored, strict=True):
                 worth[i] = group.proposer_reward
@@ -99,7 +100,8 @@ def ask(
         for item, image in zip(items, images, strict=True)
     ]
     proposals = engine.sample(requests, "proposer", max_tokens=config.sampling.max_question_tokens)
-    return requests, proposals, [parse_question(c.text, c.finish_reason) for (c,) in proposals]
+    prompt = requests[0].prompt  # all of them have the same messages
+    return requests, proposals, [parse_question(c.text, c.finish_reason, prompt) for (c,) in proposals]
 
 
 def solve(
@@ -135,11 +137,15 @@ def score(
     items: list[Item],
     questions: list[Question],
     asked: list[int],
+    prompts: list[str],
     groups: list[list[Completion]],
 ) -> list[ScoredGroup]:
     """What each group earned: agreement on the answer, and on what leads to it."""
     recipe, form = config.recipe, config.sampling.solution_form
-    solutions = [[parse_trajectory(c.text, c.finish_reason, form) for c in group] for group in groups]
+    solutions = [
+        [parse_trajectory(c.text, c.finish_reason, form, prompt) for c in group]
+        for group, prompt in zip(groups, prompts, strict=True)
+    ]
     for i, group in zip(asked, solutions, strict=True):  # all of the step's groups are remembered before any is scored
         memory.add(items[i].name, group)
     scored = []

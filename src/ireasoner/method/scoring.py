@@ -60,6 +60,7 @@ class Context:
     Args:
         image: the name of the image that the question is about.
         form: how the texts give their answers.
+        prompt: what the solver was told, as it read it; None: the shipped prompt of the form.
         finish_reasons: of each text; None: all ended by themselves.
         step_weight: λ, the weight of step agreement.
         embed: texts to normalised embeddings [texts, width], a row of zeros for an empty text.
@@ -73,6 +74,7 @@ class Context:
 
     image: str | None = None
     form: Form = "tags"
+    prompt: str | None = None
     finish_reasons: Sequence[FinishReason] | None = None
     step_weight: float | None = None
     embed: Callable[[Sequence[str]], NDArray[np.floating]] | None = None
@@ -115,7 +117,8 @@ def score_group(question: str, texts: Sequence[str], recipe: Recipe, context: Co
     ends: Sequence[FinishReason] = context.finish_reasons or tuple("stop" for _ in texts)
     if len(ends) != len(texts):
         raise RewardError(f"context.finish_reasons has {len(ends)} entries for {len(texts)} texts")
-    solutions = [parse_trajectory(text, end, context.form) for text, end in zip(texts, ends, strict=True)]
+    form, prompt = context.form, context.prompt
+    solutions = [parse_trajectory(text, end, form, prompt) for text, end in zip(texts, ends, strict=True)]
     return score_solutions(question, solutions, recipe, context, texts)
 
 

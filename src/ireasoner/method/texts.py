@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Callable
+from functools import lru_cache
 from importlib import resources
-from itertools import pairwise
 from typing import Any, NamedTuple
 
+from ireasoner.method.steps import CLOSED, EMPHASIS, LIST_ITEM, reasoning_steps
+from ireasoner.method.tags import LETTER_OR_DIGIT, MARKUP, TAG, after_thought, block, parts
 from ireasoner.method.types import FinishReason, Form, Question, Solution
 
 
@@ -27,7 +30,7 @@ SOLVER_PROMPTS: dict[Form, str] = {
     "boxed": _prompt("solver-boxed"),
     "answer-line": _prompt("solver-answer-line"),
 }
-_CUT_OFF = "cut off before the end token"
+_CUT_OFF, _RECITES = "cut off before the end token", "recites the prompt"
 
 
 def proposer_messages(prompt: str) -> list[dict[str, Any]]:
@@ -46,70 +49,74 @@ def solver_messages(prompt: str, question: str) -> list[dict[str, Any]]:
     return proposer_messages(prompt.replace("{question}", question))  # not str.format: a question may hold braces
 
 
-# --- replies in tags -------------------------------------------------------------------------------------------------
+def opens_thought(prompt: str) -> bool:
+    """Whether a prompt, as the model reads it, ends with `<think>`, so that the reply begins inside of a thought.
 
-_TAG = re.compile(r"<\s*+(?P<slash>/?)\s*+(?P<name>think|answer|question|rationale)\s*+>", re.ASCII | re.IGNORECASE)
-# Any other tag, or a special token such as <|im_end|>; "3 < x and y > 2" is neither.
-_MARKUP = re.compile(r"<(?:[|｜]|[/!]?[a-z])[^\s<>]*+(?:\s[^<>=]*+=[^<>]*+)?\s*+/?>", re.IGNORECASE)
-_LETTER_OR_DIGIT = re.compile(r"[^\W_]")
-
-
-class _Block(NamedTuple):
-    inside: str
-    start: int  # of the opening tag
-    end: int  # of the closing tag
-    problem: str | None
+    Some thinking models have such chat templates. After `<think></think>` in the prompt, the thought is over.
+    """
+    return prompt.rstrip().lower().endswith("<think>")
 
 
-def _block(text: str, name: str) -> _Block:
-    """The first <name> block of `text`. Without a closing tag it ends at the next tag; without any, it is empty."""
-    tags = list(_TAG.finditer(text))
-    named = [tag for tag in tags if tag["name"].lower() == name]
-    opening = next((tag for tag in named if not tag["slash"]), None)
-    if opening is None:
-        return _Block("", len(text), len(text), f"no closed <{name}>")
-    later = [tag for tag in tags if tag.start() >= opening.end()]
-    closing = next((tag for tag in later if tag["slash"] and tag["name"].lower() == name), None)
-    if closing is None:
-        end = later[0].start() if later else len(text)
-        return _Block(text[opening.end() : end].strip(), opening.start(), end, f"no closed <{name}>")
-    problem = f"more than one <{name}>" if len(named) > 2 else None
-    return _Block(text[opening.end() : closing.start()].strip(), opening.start(), closing.end(), problem)
+# --- the proposer's replies -------------------------------------------------------------------------------------------
 
 
-def parse_question(text: str, finish_reason: FinishReason = "stop") -> Question:
+def parse_question(text: str, finish_reason: FinishReason = "stop", prompt: str | None = None) -> Question:
     """Read a proposer's reply, `<question>…</question><rationale>…</rationale>` (arXiv 2601.05877); never raises.
 
-    A reply is well-formed if the generation ended by itself and it has exactly one closed question, with at least one
-    letter or digit and without markup. The rationale is optional: "" if it is missing. The text of a question that is
-    not well-formed is for display only.
+    A reply is well-formed if, after the thought that it may begin with, it has exactly one closed question. This must
+    have a letter or digit, no markup, and not be the one that the prompt shows. The rationale is optional: "" if it is
+    missing. The generation must have ended by itself, except that it may be cut off in the rationale, as the question
+    is complete then. The text of a question that is not well-formed is for display only.
+
+    Args:
+        text: the reply as sampled, without its end token.
+        finish_reason: "length" if it was cut off.
+        prompt: as the model read it; None: the one that is shipped.
     """
-    question, rationale = _block(text, "question"), _block(text, "rationale")
-    problem = question.problem
-    if finish_reason != "stop":
+    prompt = PROPOSER_PROMPT if prompt is None else prompt
+    text = after_thought(text, opens_thought(prompt))
+    question, problem = block(text, "question")
+    rationale, _ = block(text, "rationale")
+    if finish_reason != "stop" and (problem or not _ends_in_rationale(text[question.end :])):
         problem = _CUT_OFF
-    elif problem is None and not _LETTER_OR_DIGIT.search(question.inside):
+    elif problem is None and not LETTER_OR_DIGIT.search(question.inside):
         problem = "empty question"
-    elif problem is None and (_TAG.search(question.inside) or _MARKUP.search(question.inside)):
+    elif problem is None and (TAG.search(question.inside) or MARKUP.search(question.inside)):
         problem = "markup inside the question"  # the solver's prompt would pass a tag or special token on to the model
+    elif problem is None and _is_said(question.inside, prompt):
+        problem = _RECITES
     return Question(question.inside, rationale.inside, problem)
 
 
-# --- the solver's replies --------------------------------------------------------------------------------------------
+def _ends_in_rationale(rest: str) -> bool:
+    """Whether nothing follows a question but a rationale, or the beginning of one."""
+    rest = rest.strip()
+    tags = list(TAG.finditer(rest))
+    if not tags:
+        return "<rationale>".startswith(rest.lower())
+    names = [(tag["slash"], tag["name"].lower()) for tag in tags]
+    closed = names[1:] == [("/", "rationale")] and tags[-1].end() == len(rest)
+    return tags[0].start() == 0 and names[0] == ("", "rationale") and (closed or not names[1:])
 
 
-def parse_trajectory(text: str, finish_reason: FinishReason = "stop", form: Form = "tags") -> Solution:
+# --- the solver's replies ---------------------------------------------------------------------------------------------
+
+
+def parse_trajectory(
+    text: str, finish_reason: FinishReason = "stop", form: Form = "tags", prompt: str | None = None
+) -> Solution:
     r"""Read a solver's reply; never raises.
 
-    A reply is well-formed if the generation ended by itself, and it has at least one reasoning step with a letter or
-    digit, and an answer with a visible character. The form says where they are:
+    A reply is well-formed if the generation ended by itself, it has at least one reasoning step with a letter or digit
+    and an answer with a visible character, and it does not only recite its prompt. The form says where they are:
 
     - `tags` (arXiv 2601.05877): `<think>steps</think><answer>answer</answer>`, one closed block of each, in this order.
-      Other text around them is ignored.
+      The prompt may have opened the thought; then another one may follow it, which has the steps. An empty thought may
+      come first, tags may be mentioned in the thought, and the answer may be repeated, but no other one be given.
     - `boxed`: the answer is inside the last `\boxed{…}`, which must be closed. Braces inside it must balance, except
       escaped ones (`\{`). The steps are on the lines before the one with the box, because that line usually only
       announces the answer; if there are none, the step is what precedes the box. The signs of a formula or of emphasis
-      around the box belong to it. Other text after it is ignored.
+      around the box belong to it.
     - `answer-line`: the answer is on the last line that begins with "Answer:", "Final answer:" or "The answer is:", or
       on the next line with text if nothing follows the colon. The line may be a list item, a heading or emphasised. The
       steps are on the lines before it. No letter or digit may follow the answer, as it may be the rest of the answer.
@@ -120,24 +127,30 @@ def parse_trajectory(text: str, finish_reason: FinishReason = "stop", form: Form
         text: the reply as sampled, without its end token.
         finish_reason: "length" if it was cut off; then it is not well-formed.
         form: the form that the solver's prompt asks for.
+        prompt: as the model read it, which is what an `Episode` records; None: the one that is shipped for the form.
 
     Returns:
         The steps, answer and problem. The answer is stripped but not normalised, and None if the reply is not
         well-formed; the steps are then what could be read, for display only. `words_before_answer` counts the words,
         separated by white space, before the `<answer>` tag, the box or the answer line, or all words if there is none.
-        Tags count in the form `tags` only.
+        Tags count in the form `tags` only. Words with a letter or digit that come after the answer are added, so that
+        they cost as much as if they came before it.
     """
-    steps, answer, before, problem = _READERS[form](text)
+    prompt = SOLVER_PROMPTS[form] if prompt is None else prompt
+    steps, answer, before, after, problem = _READERS[form](text, opens_thought(prompt))
     if finish_reason != "stop":
         problem = _CUT_OFF
-    elif problem is None and not any(map(_LETTER_OR_DIGIT.search, steps)):
+    elif problem is None and not any(map(LETTER_OR_DIGIT.search, steps)):
         problem = "no reasoning step"
-    elif problem is None and not any(c.isprintable() and not c.isspace() for c in answer):
-        problem = "empty answer"  # a bare sign such as "+" is an answer, invisible characters are none
+    elif problem is None and not any(c.isprintable() and not c.isspace() for c in answer.strip(". …")):
+        problem = "empty answer"  # a bare sign such as "+" is an answer, invisible characters and dots are none
+    elif problem is None and _recites(steps, answer, prompt):
+        problem = _RECITES
+    words_after = MARKUP.sub(" ", TAG.sub(" ", after)).split()
     return Solution(
         reasoning_steps=steps,
         answer=answer if problem is None else None,
-        words_before_answer=len(before.split()),
+        words_before_answer=len(before.split()) + sum(LETTER_OR_DIGIT.search(word) is not None for word in words_after),
         problem=problem,
     )
 
@@ -146,20 +159,35 @@ class _Reading(NamedTuple):
     steps: tuple[str, ...]
     answer: str
     before: str  # the text before the answer
+    after: str
     problem: str | None
 
 
-def _read_tags(text: str) -> _Reading:
-    think, answer = _block(text, "think"), _block(text, "answer")
-    problem = think.problem or answer.problem
-    if problem is None and answer.start < think.end:
+_TAGS_ALONE = re.compile(rf"^[ \t]*+(?:{TAG.pattern})[ \t]*+$", re.ASCII | re.IGNORECASE | re.MULTILINE)
+
+
+def _read_tags(text: str, opened: bool) -> _Reading:
+    thoughts, answers, unclosed, problem = parts(text, opened)
+    told = [thought for thought in thoughts if LETTER_OR_DIGIT.search(thought.inside)]
+    answer = answers[0] if answers else block(text, "answer")[0]
+    thought = (told or thoughts or [block(f"<think>{text}" if opened else text, "think")[0]])[-1]
+    if problem is None and (unclosed == "think" or not thoughts):
+        problem = "no closed <think>"
+    elif problem is None and (unclosed == "answer" or answer.start == len(text)):
+        problem = "no closed <answer>"
+    elif problem is None and len(told) > (2 if opened else 1):
+        problem = "more than one <think>"
+    elif problem is None and answer.start < thoughts[-1].end:
         problem = "<answer> before the end of <think>"
-    return _Reading(reasoning_steps(think.inside), answer.inside, text[: answer.start], problem)
+    elif problem is None and len({given.inside for given in answers}) > 1:
+        problem = "more than one <answer>"
+    steps = reasoning_steps(_TAGS_ALONE.sub("", thought.inside))
+    return _Reading(steps, answer.inside, text[: answer.start], text[answer.end :], problem)
 
 
 def _lines_without_tags(text: str) -> str:
     """`text` with "\\n" for each tag and for each other line break, so that "^" finds the start of every line."""
-    return "\n".join(_TAG.sub("\n", text).splitlines())
+    return "\n".join(TAG.sub("\n", text).splitlines())
 
 
 _BOX = re.compile(r"\\boxed\s*+\{")
@@ -167,11 +195,11 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # the first alternative skips escap
 _AROUND_BOX = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"), ("**", "**"))
 
 
-def _read_boxed(text: str) -> _Reading:
+def _read_boxed(text: str, opened: bool) -> _Reading:
     text = _lines_without_tags(text)
     boxes = list(_BOX.finditer(text))
     if not boxes:
-        return _Reading(reasoning_steps(text), "", text, "no closed \\boxed{…}")
+        return _Reading(reasoning_steps(text), "", text, "", "no closed \\boxed{…}")
     before, inside = text[: boxes[-1].start()], text[boxes[-1].end() :]
     depth, end = 1, len(inside)
     for brace in _BRACE.finditer(inside):
@@ -184,114 +212,70 @@ def _read_boxed(text: str) -> _Reading:
         if before.rstrip().endswith(opening) and after.lstrip().startswith(closing):
             before, after = before.rstrip().removesuffix(opening), after.lstrip().removeprefix(closing)
     steps = reasoning_steps(before.rpartition("\n")[0])
-    if not any(map(_LETTER_OR_DIGIT.search, steps)):
+    if not any(map(LETTER_OR_DIGIT.search, steps)):
         steps = reasoning_steps(before)
-    return _Reading(steps, inside[:end].strip(), before, "no closed \\boxed{…}" if depth else None)
+    return _Reading(steps, inside[:end].strip(), before, after, "no closed \\boxed{…}" if depth else None)
 
-
-# Pieces of the patterns for the start of an answer line and of a reasoning step.
-_LIST_ITEM = r"^[ \t]*+(?:\#{1,6}[ \t]*+|(?:[-*•>]|\d{1,3}[.)])[ \t]++){0,3}+"
-_EMPHASIS = r"(?P<emphasis>[*_]{1,3})?"
-_CLOSED = r"(?(emphasis)(?P<closed>(?P=emphasis))?)"  # matches in **Step 1**: but not in **Step 1:**
 
 _ANSWER_LINE = re.compile(
-    rf"{_LIST_ITEM}{_EMPHASIS}(?:(?:the|my)[ \t]++)?(?:(?:final|correct)[ \t]++)?"
-    rf"answer(?:[ \t]++is)?[ \t]*+{_CLOSED}[ \t]*+[:：]",
+    rf"{LIST_ITEM}{EMPHASIS}(?:(?:the|my)[ \t]++)?(?:(?:final|correct)[ \t]++)?"
+    rf"answer(?:[ \t]++is)?[ \t]*+{CLOSED}[ \t]*+[:：]",
     re.MULTILINE | re.IGNORECASE,
 )
 
 
-def _read_answer_line(text: str) -> _Reading:
+def _read_answer_line(text: str, opened: bool) -> _Reading:
     text = _lines_without_tags(text)
     lines = list(_ANSWER_LINE.finditer(text))
     if not lines:
-        return _Reading(reasoning_steps(text), "", text, "no answer line")
+        return _Reading(reasoning_steps(text), "", text, "", "no answer line")
     before, emphasis = text[: lines[-1].start()], lines[-1]["emphasis"] or ""
     # "**Answer:** 7" and "**Answer: 7**": what closes the emphasis of the marker is not part of the answer.
     after_colon = text[lines[-1].end() :].lstrip(string.whitespace + emphasis)
     answer, _, rest = after_colon.partition("\n")
     answer = answer.rstrip(string.whitespace + emphasis).strip()
-    problem = "text after the answer line" if _LETTER_OR_DIGIT.search(rest) else None
-    return _Reading(reasoning_steps(before), answer, before, problem)
+    problem = "text after the answer line" if LETTER_OR_DIGIT.search(rest) else None
+    return _Reading(reasoning_steps(before), answer, before, rest, problem)
 
 
-_READERS = {"tags": _read_tags, "boxed": _read_boxed, "answer-line": _read_answer_line}
+_READERS: dict[Form, Callable[[str, bool], _Reading]] = {
+    "tags": _read_tags,
+    "boxed": _read_boxed,
+    "answer-line": _read_answer_line,
+}
 
 
-# --- reasoning steps -------------------------------------------------------------------------------------------------
+# --- replies that recite their prompt ---------------------------------------------------------------------------------
 
-_RULE = re.compile(r"^[ \t]*+[-*_=`]{3,}+[ \t]*+$", re.MULTILINE)  # a line that only separates
-_BULLET = re.compile(r"^\s*+(?:[-*–◦▪‣](?=\s|$)|•|\#{1,6}+(?=\s|$))")
-_REFERRING = re.compile(r"\b(?:and|as|at|by|for|from|in|of|on|or|see|than|the|to|use|using|with)$", re.IGNORECASE)
-_STEP_MARK = re.compile(
-    rf"(?:(?P<line>{_LIST_ITEM})|(?<=[ \t])[-–—•*→|]{{1,2}}[ \t]{{1,3}})?"  # at the start of a line, or within one
-    rf"{_EMPHASIS}\(?(?<![^\W\d_])step[ \t]{{0,3}}(?P<number>\d{{1,3}})(?![^\W_]|\.\d){_CLOSED}"  # not "footstep 1.5"
-    r"(?:[ \t]{0,3}(?:(?P<delimiter>\)?[:：]|[.)]|[-–—]{1,2}(?!\d))|,))?",  # "Step 1 -2.5" starts with a number
-    re.MULTILINE | re.IGNORECASE,
-)
-_NUMBER_MARK = re.compile(
-    rf"^[ \t]*+(?:\#{{1,6}}[ \t]*+|[-*•>][ \t]++){{0,3}}+{_EMPHASIS}\(?(?P<number>\d{{1,3}}){_CLOSED}"
-    r"[.):：]{1,2}(?=[\s*_]|$)",
-    re.MULTILINE,
-)
+# What stands for an answer in a prompt calls itself one: "the final answer", "[your answer]".
+_ANSWER_WORD = re.compile(r"answer|antwort|réponse|respuesta|resposta|risposta|ответ|答案|答え|回答|답", re.IGNORECASE)
 
 
-def _step_marks(thought: str) -> list[re.Match[str]]:
-    """The "Step N" that begin a step, without those that only mention one, as in "found in Step 1, the bar".
+def _recites(steps: tuple[str, ...], answer: str, prompt: str) -> bool:
+    """Whether all steps are those of the prompt, or the answer is the words that stand for it there.
 
-    A mark with a delimiter begins a step at the start of a line; within a line, only if its number is higher than the
-    last one and it is no mention. A mark without a delimiter must start a line and have the next number, and the line
-    must hold nothing else, be a list item, be the first one or follow other marks.
+    An answer alone may rightly be that of an example in the prompt.
     """
-    marks: list[re.Match[str]] = []
-    last = 0
-    for mark in _STEP_MARK.finditer(thought):
-        number, delimited = int(mark["number"]), bool(mark["delimiter"] or mark["closed"])
-        if mark["line"] is not None:
-            alone = thought[mark.end() : mark.end() + 1] in "\n"  # also at the end of the text
-            set_off = alone or marks or mark["line"].strip() or mark.start() == 0
-            begins = delimited or (number == last + 1 and set_off)
-        else:
-            begins = delimited and number > last and not _is_mention(mark, thought, marks)
-        if begins:
-            marks.append(mark)
-            last = number
-    return marks
+    stands_for_answer = _ANSWER_WORD.search(answer) and _plain(answer) in _plain(prompt)
+    return bool(stands_for_answer) or all(_is_said(step, prompt) for step in steps)
 
 
-def _is_mention(mark: re.Match[str], thought: str, marks: list[re.Match[str]]) -> bool:
-    """Whether a "Step N" within a line belongs to the sentence before it, as in "from Step 1: …" or "(see Step 2)"."""
-    before = thought[max(0, mark.start() - 12) : mark.start()].rstrip(" \t\"'”)]*_")
-    if before.endswith((".", "!", "?", ";", ":", "…", "。")):
-        return False
-    bracketed = "(" in mark[0] and not (marks and "(" in marks[-1][0])
-    return not marks or bracketed or _REFERRING.search(before) is not None
+def _is_said(text: str, prompt: str) -> bool:
+    """Whether a prompt says all sentences of a text, if only in other signs or in capital letters."""
+    said = _said(prompt)
+    return all(sentence in said for sentence in _sentences(text))
 
 
-def _number_marks(thought: str) -> list[re.Match[str]]:
-    """The "N.", "N)", "(N)" and "N:" at the start of a line that count 1, 2, 3, …: "2.5" and "1990:" do not."""
-    marks: list[re.Match[str]] = []
-    for mark in _NUMBER_MARK.finditer(thought):
-        if int(mark["number"]) == len(marks) + 1:
-            marks.append(mark)
-    return marks
+@lru_cache(maxsize=64)
+def _said(prompt: str) -> frozenset[str]:
+    text = MARKUP.sub("\n", _BOX.sub("\n", _lines_without_tags(prompt)))
+    return frozenset(_sentences(_ANSWER_LINE.sub("\n", text)))
 
 
-def reasoning_steps(thought: str) -> tuple[str, ...]:
-    """Split the text of `<think>` into its steps, without their markers (arXiv 2601.05877).
+def _sentences(text: str) -> list[str]:
+    """The sentences of each line of a text, without markers and as letters and digits alone."""
+    return [plain for line in text.splitlines() for step in reasoning_steps(line) if (plain := _plain(step))]
 
-    Steps are separated by "Step N"; if there is none, by numbers that count from 1; else each line that is not blank is
-    a step, without its bullet. Weaker markers inside a step are its content, and so are its further lines. Each line
-    before the first marker is a step of its own. A numbered step without text keeps its position as "".
-    """
-    thought = _RULE.sub("", "\n".join(thought.splitlines())).strip()
-    marks = _step_marks(thought) or _number_marks(thought)
-    starts = [mark.start() for mark in marks] + [len(thought)]
-    steps = [step for line in thought[: starts[0]].split("\n") if (step := _BULLET.sub("", line).strip())]
-    for mark, (_, end) in zip(marks, pairwise(starts), strict=True):
-        step, emphasis = thought[mark.end() : end], mark["emphasis"] or ""
-        # The marker may have opened an emphasis that closes in the step: "**Step 1:** text", "**1. The title.** text".
-        if emphasis and not mark["closed"] and (len(emphasis) > 1 or step.lstrip().startswith(emphasis)):
-            step = step.replace(emphasis, "", 1)
-        steps.append(step.strip())
-    return tuple(steps)
+
+def _plain(text: str) -> str:
+    return "".join(filter(str.isalnum, text.casefold()))

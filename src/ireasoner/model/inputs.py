@@ -178,7 +178,9 @@ def render(processor: Any, chat: list[dict[str, Any]]) -> str:
     """Chat messages as text in the model's template, up to where its answer begins, with one token for each image.
 
     Special tokens inside of what the messages say are left out: `<image>` in a question, as many data sets write it,
-    would stand for a second image, and others would end the turn.
+    would stand for a second image, and others would end the turn. Thinking is switched off where the template can do
+    so: the prompts of both roles ask for a form of their own. Where it cannot, the text may end with `<think>`, which
+    the parsers of replies must be told (`ireasoner.method.texts.opens_thought`).
     """
     special = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
     pattern = re.compile("|".join(map(re.escape, sorted(special | {processor.image_token}, key=len, reverse=True))))
@@ -186,9 +188,15 @@ def render(processor: Any, chat: list[dict[str, Any]]) -> str:
         {**turn, "content": [{**c, "text": pattern.sub("", c["text"])} if "text" in c else c for c in turn["content"]]}
         for turn in chat
     ]
-    # The tokenizer's method, because that of some processors requires a video processor for the same text.
+    # The tokenizer's method, because that of some processors requires a video processor for the same text. Templates
+    # call thinking by one of two names (`thinking` in Kimi's, Granite's and DeepSeek's), and pass over the other one.
     return processor.tokenizer.apply_chat_template(
-        chat, chat_template=processor.chat_template, tokenize=False, add_generation_prompt=True
+        chat,
+        chat_template=processor.chat_template,
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
+        thinking=False,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ireasoner.method.types import Completion, Role
-from ireasoner.model.inputs import EncodedImage
+from ireasoner.model.inputs import EncodedImage, render
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,11 @@ class Request:
     image: EncodedImage
     messages: list[dict[str, Any]]
     seed: tuple[int, ...] = (0,)
+
+    @property
+    def prompt(self) -> str:
+        """The messages as the model reads them, which a parser of what it replies wants to know."""
+        return render(self.image.seen.processor, self.messages)
 
 
 class Engine(Protocol):

@@ -17,7 +17,7 @@ from typing import Any
 
 from ireasoner.method.seeds import uniforms
 from ireasoner.method.types import ROLES, Completion, Role, UsageError
-from ireasoner.model.inputs import EncodedImage, Prompts, build_prompts, render
+from ireasoner.model.inputs import EncodedImage, Prompts, build_prompts
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import brief, find_model
 from ireasoner.rollouts.engine import Request
@@ -105,8 +105,8 @@ class VllmEngine:
         vllm_prompts: list[Any] = []
         params: list[Any] = []
         for request in requests:
-            text = render(self.policy.processor, request.messages)  # the image is still one token
-            ids = self.policy.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            # In the prompt, the image is still one token.
+            ids = self.policy.processor.tokenizer(request.prompt, add_special_tokens=False)["input_ids"]
             prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": _image(request.image)}}
             # One vLLM request for each completion, so that each has its own seed; vLLM caches what they share.
             for seed in completion_seeds(request.seed, n):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median, pstdev
 from typing import Literal
 
-from ireasoner.method.texts import parse_trajectory
+from ireasoner.method.texts import opens_thought, parse_trajectory
 from ireasoner.method.types import Episode, Form, Sampled, Trajectory
 from ireasoner.studies.doctor import Finding
 from ireasoner.training.advice import advice
@@ -79,7 +79,7 @@ def judge(config: Config, episodes: Sequence[Episode]) -> list[Finding]:
     trajectories = [trajectory for episode in groups for trajectory in episode.trajectories]
     found = [_questions(config, episodes)]
     if trajectories:
-        found.append(_solutions(config, trajectories))
+        found.append(_solutions(config, groups))
     proposals = [episode.proposal for episode in episodes if episode.proposal]  # none where questions come from labels
     if proposals or trajectories:
         found.append(_ends(config, proposals, trajectories))
@@ -117,11 +117,14 @@ def _questions(config: Config, episodes: Sequence[Episode]) -> Finding:
     return _readable("readable_questions", problems, causes, remedies, more)
 
 
-def _solutions(config: Config, trajectories: Sequence[Trajectory]) -> Finding:
+def _solutions(config: Config, groups: Sequence[Episode]) -> Finding:
     sampling = config.sampling
-    causes: list[Cause] = [_cause_of_solution(t, sampling.solution_form) for t in trajectories if t.problem]
+    replies = [(trajectory, group.prompt) for group in groups for trajectory in group.trajectories]
+    trajectories = [trajectory for trajectory, _ in replies]
+    causes: list[Cause] = [_cause_of_solution(t, sampling.solution_form, prompt) for t, prompt in replies if t.problem]
     elsewhere = {
-        form: sum(parse_trajectory(t.text, t.finish_reason, form).well_formed for t in trajectories) for form in FORMS
+        form: sum(parse_trajectory(t.text, t.finish_reason, form, prompt).well_formed for t, prompt in replies)
+        for form in FORMS
     }
     readable = elsewhere.pop(sampling.solution_form)
     best, count = max(elsewhere.items(), key=lambda item: item[1])
@@ -232,11 +235,12 @@ def _cause_of_question(proposal: Sampled) -> Cause:
     return _cause(proposal, begun="<question>" in text, complete="</rationale>" in text)
 
 
-def _cause_of_solution(trajectory: Sampled, form: Form) -> Cause:
-    """In the forms without an opening tag, a text that was cut off counts as begun."""
-    problem = parse_trajectory(trajectory.text, "stop", form).problem  # as if it had ended there
+def _cause_of_solution(trajectory: Sampled, form: Form, prompt: str) -> Cause:
+    """Where the opening tag is not the text's own to write, a text that was cut off counts as begun."""
+    problem = parse_trajectory(trajectory.text, "stop", form, prompt).problem  # as if it had ended there
     complete = problem is None or not problem.startswith("no ")
-    return _cause(trajectory, begun=form != "tags" or "<think>" in trajectory.text.lower(), complete=complete)
+    begun = form != "tags" or opens_thought(prompt) or "<think>" in trajectory.text.lower()
+    return _cause(trajectory, begun=begun, complete=complete)
 
 
 def _cause(written: Sampled, *, begun: bool, complete: bool) -> Cause:

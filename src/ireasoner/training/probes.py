@@ -35,7 +35,10 @@ def probe(run: Run) -> None:
         messages = proposer_messages(sampling.proposer_prompt)
         requests = [Request(image, messages, (run.config.seed, 0, i)) for i, image in enumerate(encoded)]
         proposals = run.engine.sample(requests, None, max_tokens=sampling.max_question_tokens)
-        questions = [parse_question(c.text, c.finish_reason) for (c,) in proposals]
+        questions = [
+            parse_question(c.text, c.finish_reason, request.prompt)
+            for (c,), request in zip(proposals, requests, strict=True)
+        ]
         asked = {item.name: q.text for item, q in zip(items, questions, strict=True) if q.well_formed}
     else:
         records = read_records(run.out / "probes.jsonl")
@@ -86,4 +89,7 @@ def solve_greedily(
         for image, question in zip(images, questions, strict=True)
     ]
     groups = run.engine.sample(requests, "solver", max_tokens=sampling.max_solution_tokens, temperature=0)
-    return [(c, parse_trajectory(c.text, c.finish_reason, sampling.solution_form)) for (c,) in groups]
+    return [
+        (c, parse_trajectory(c.text, c.finish_reason, sampling.solution_form, request.prompt))
+        for (c,), request in zip(groups, requests, strict=True)
+    ]

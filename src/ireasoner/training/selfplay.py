@@ -41,9 +41,10 @@ class Play:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A question about an item. It comes from a proposal, or with its true answer from a label."""
+    """A question about an item. It comes from a proposal to `prompt`, or with its true answer from a label."""
 
     question: Question
+    prompt: str
     proposal: Completion | None
     true_answer: str | None
 
@@ -85,11 +86,15 @@ class SelfPlay:
         # Completions are exchanged before they are scored, so that every process remembers the steps of every group.
         written = {sample.episode: sample.completions for sample in solver}  # nothing for an unreadable question
         groups = self._exchange([written.get(i, ()) for i in share], len(items))
-        form = self.config.sampling.solution_form
-        solutions = [[parse_trajectory(c.text, c.finish_reason, form) for c in group] for group in groups]
+        sampling, processor = self.config.sampling, self.policy.processor
+        prompts = [render(processor, solver_messages(sampling.solver_prompt, a.question.text)) for a in asked]
+        solutions = [
+            [parse_trajectory(c.text, c.finish_reason, sampling.solution_form, prompt) for c in group]
+            for group, prompt in zip(groups, prompts, strict=True)
+        ]
         for name, group in zip(batch.names, solutions, strict=True):
             self.memory.add(name, group)
-        episodes = [self._episode(batch, i, asked[i], groups[i], solutions[i]) for i in share]
+        episodes = [self._episode(batch, i, asked[i], prompts[i], groups[i], solutions[i]) for i in share]
         return Play(tuple(self._exchange_episodes(episodes, len(items))), solver, proposer)
 
     def _ask(self, batch: _Batch, images: Mapping[int, EncodedImage]) -> tuple[list[_Asked], tuple[Sample, ...]]:
@@ -105,7 +110,8 @@ class SelfPlay:
         longest = self.config.sampling.max_question_tokens
         groups = self.engine.sample(requests, "proposer", max_tokens=longest) if requests else []
         proposals = [group[0] for group in self._exchange(groups, total)]
-        asked = [_Asked(parse_question(p.text, p.finish_reason), p, None) for p in proposals]
+        prompt = render(self.policy.processor, messages)
+        asked = [_Asked(parse_question(p.text, p.finish_reason, prompt), prompt, p, None) for p in proposals]
         return asked, tuple(Sample(*row) for row in zip(images, requests, groups, strict=True))
 
     def _solve(
@@ -144,21 +150,28 @@ class SelfPlay:
         """One of the labelled questions about an image, with its true answer."""
         labels = (self.labels or {}).get(batch.names[i], ())
         if not labels:
-            return _Asked(Question("", "", "no label for this image"), None, None)
+            return _Asked(Question("", "", "no label for this image"), "", None, None)
         rng = np.random.default_rng(list(batch.seed(i, seeds.PICK_LABEL)))
         text, truth = labels[int(rng.integers(len(labels)))]
-        return _Asked(Question(text, "", None), None, truth)
+        return _Asked(Question(text, "", None), "", None, truth)
 
     def _episode(
-        self, batch: _Batch, i: int, asked: _Asked, completions: Sequence[Completion], solutions: Sequence[Solution]
+        self,
+        batch: _Batch,
+        i: int,
+        asked: _Asked,
+        prompt: str,
+        completions: Sequence[Completion],
+        solutions: Sequence[Solution],
     ) -> Episode:
-        """Score the group of item i and make its record."""
-        recipe, sampling, processor = self.config.recipe, self.config.sampling, self.policy.processor
+        """Score the group of item i, which are the solver's replies to `prompt`, and make its record."""
+        recipe = self.config.recipe
         planned = self.config.planned_steps or self.config.schedule.steps
         weight = step_weight(recipe, min(batch.step, planned), planned)
         context = Context(
             image=batch.names[i],
-            form=sampling.solution_form,
+            form=self.config.sampling.solution_form,
+            prompt=prompt,
             finish_reasons=[c.finish_reason for c in completions],
             logprobs=[c.logprobs for c in completions],
             step_weight=weight,
@@ -171,15 +184,14 @@ class SelfPlay:
         scored = score_solutions(asked.question.text, solutions, recipe, context, [c.text for c in completions])
         proposal = None
         if asked.proposal:
-            prompt = render(processor, proposer_messages(sampling.proposer_prompt))
-            proposal = Proposal(**Sampled.fields_of(asked.proposal), prompt=prompt)
+            proposal = Proposal(**Sampled.fields_of(asked.proposal), prompt=asked.prompt)
         return Episode(
             step=batch.step,
             image=batch.names[i],
             question=asked.question,
             proposal=proposal,
             proposer_reward=scored.proposer_reward,
-            prompt=render(processor, solver_messages(sampling.solver_prompt, asked.question.text)),
+            prompt=prompt,
             trajectories=tuple(
                 Trajectory(**Sampled.fields_of(completion), **dict(trajectory))
                 for completion, trajectory in zip(completions, scored.trajectories, strict=True)
