@@ -166,7 +166,8 @@ def test_markup_inside_a_question_is_a_problem(markup: str) -> None:
 
 @pytest.mark.parametrize(
     "rest",
-    ["<rationale>Compare the hei", "<rationale>", "\n<rationale>\nCompare </ratio", "<rationale>why</rationale>\n", "<rat", "",
+    ["<rationale>Compare the hei", "<rationale>", "\n<rationale>\nCompare </ratio", "<rationale>why</rationale>\n",
+    "<rat", "",
      "\n\n", "< Rationale >Zuerst die Höhe", "<rationale>比较"],
 )  # fmt: skip
 def test_a_question_whose_rationale_was_cut_off_is_asked(rest: str) -> None:
@@ -287,11 +288,13 @@ def test_an_unreadable_trajectory_still_shows_what_could_be_read(text: str, step
         ("<think>I end with `</think>`: 4.</think><answer>4</answer>", ("I end with `</think>`: 4.",)),
         ("<think>I end with \"</think>\": 4.</think><answer>4</answer>", ("I end with \"</think>\": 4.",)),
         ("<think>I end with “</think>”: 4.</think><answer>4</answer>", ("I end with “</think>”: 4.",)),
-        ("<think>It goes in <answer> and </answer>: 4</think><answer>4</answer>", ("It goes in <answer> and </answer>: 4",)),
+        ("<think>It goes in <answer> and </answer>: 4</think><answer>4</answer>",
+         ("It goes in <answer> and </answer>: 4",)),
         ("<think>写在<answer>里：4。</think><answer>4</answer>", ("写在<answer>里：4。",)),
         ("<think>Use `<think>x</think><answer>y</answer>`: 4</think><answer>4</answer>",
          ("Use `<think>x</think><answer>y</answer>`: 4",)),
-        ("<think>\nLike this:\n```\n<think>\nx\n</think>\n<answer>\ny\n</answer>\n```\nI see 4.\n</think>\n<answer>4</answer>",
+        ("<think>\nLike this:\n```\n<think>\nx\n</think>\n<answer>\ny\n</answer>\n```\nI see 4.\n</think>\n"
+         "<answer>4</answer>",
          ("Like this:", "x", "y", "I see 4.")),
         ("```\n<think>Four.</think>\n<answer>4</answer>\n```", ("Four.",)),
         ("<think>Four.</think>\n`<answer>4</answer>`", ("Four.",)),
@@ -310,10 +313,12 @@ def test_tags_that_are_empty_mentioned_or_left_over_hide_no_answer(text: str, st
 
 @pytest.mark.parametrize(
     "ending",
-    ["<answer>7</answer><answer>8</answer>", "<answer>7</answer> No: <answer>8</answer>", "<answer>7<answer>8</answer></answer>",
+    ["<answer>7</answer><answer>8</answer>", "<answer>7</answer> No: <answer>8</answer>",
+    "<answer>7<answer>8</answer></answer>",
      "<answer>7</answer>\n```\n<answer>8</answer>\n```", "<answer>7</answer> or 8</answer>",
      "<answer>7</answer></think><answer>8</answer>", "<answer>7</answer><think></think><answer>8</answer>",
-     "<answer>7</answer><answer></answer>", "<answer>7</answer><answer>7 or 8</answer>", "<answer>A</answer><answer>B</answer>"],
+     "<answer>7</answer><answer></answer>", "<answer>7</answer><answer>7 or 8</answer>",
+     "<answer>A</answer><answer>B</answer>"],
 )  # fmt: skip
 def test_a_text_with_two_different_answers_gives_none(ending: str) -> None:
     for opened in ("", "…<think>\n"):
@@ -435,8 +440,8 @@ def test_a_reply_that_recites_its_prompt_is_unreadable(form: Form, rendered: boo
         ("Step 1: Red is 7.", "final", None),
         ("Step 1: How many bars?\nStep 2: Red is 7.", "a short phrase", None),
     ]:
-        for given in (None, prompt):
-            assert parse_trajectory(whole.format(steps, answer), form=form, prompt=given).problem == problem
+        for told in (None, prompt):
+            assert parse_trajectory(whole.format(steps, answer), form=form, prompt=told).problem == problem
 
 
 def test_what_is_a_recital_follows_from_the_prompt_that_was_used() -> None:
