@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ireasoner.method.texts import (
     PROPOSER_PROMPT,
     SOLVER_PROMPTS,
+    opens_thought,
     parse_question,
     parse_trajectory,
     proposer_messages,
@@ -24,7 +25,7 @@ from ireasoner.method.types import FinishReason, Form
 
 GOOD_QUESTION = "<question>Which bar is tallest?</question><rationale>Compare the heights.</rationale>"
 GOOD_TRAJECTORY = "<think>Step 1: Red is 7.\nStep 2: Blue is 3.</think> <answer>red</answer>"
-CUT_OFF = "cut off before the end token"
+CUT_OFF, RECITES = "cut off before the end token", "recites the prompt"
 ALL_FORMS: tuple[Form, ...] = ("tags", "boxed", "answer-line")
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<question>", "</question>", "<rationale>", "</rationale>"]
@@ -84,7 +85,8 @@ def test_a_solver_prompt_without_its_placeholder_is_an_error(prompt: str) -> Non
 
 def test_the_proposer_prompt_shows_the_form_that_is_read() -> None:
     asked = PROPOSER_PROMPT[PROPOSER_PROMPT.index("<question>") :]
-    assert parse_question(asked).well_formed
+    assert parse_question(asked).problem == RECITES
+    assert parse_question(asked.replace("the question", "How many?")).well_formed
     assert parse_question(asked).rationale
 
 
@@ -97,9 +99,8 @@ def test_the_solver_prompt_shows_the_form_that_is_read(form: Form) -> None:
     prompt = SOLVER_PROMPTS[form]
     _, _, example = prompt.partition("Reply in exactly this form:\n")
     solved = parse_trajectory(example, form=form)
-    assert solved.well_formed
+    assert solved.problem == RECITES
     assert solved.reasoning_steps == ("what you see first", "what follows from it")
-    assert solved.answer == "the final answer"
     assert prompt.count("{question}") == 1
     filled = parse_trajectory(
         example.replace("what you see first", "Red is 7.")
@@ -108,7 +109,8 @@ def test_the_solver_prompt_shows_the_form_that_is_read(form: Form) -> None:
         form=form,
     )
     assert (filled.reasoning_steps, filled.answer) == (("Red is 7.", "So red is tallest."), "7.5 cm")
-    assert not any(parse_trajectory(example, form=other).well_formed for other in ALL_FORMS if other != form)
+    others = [parse_trajectory(example, form=other, prompt="") for other in ALL_FORMS if other != form]
+    assert not any(other.well_formed for other in others)
 
 
 # --- questions
@@ -162,6 +164,29 @@ def test_markup_inside_a_question_is_a_problem(markup: str) -> None:
     assert parse_question(f"<question>How many?</question> {markup}").well_formed
 
 
+@pytest.mark.parametrize(
+    "rest",
+    ["<rationale>Compare the hei", "<rationale>", "\n<rationale>\nCompare </ratio", "<rationale>why</rationale>\n",
+    "<rat", "",
+     "\n\n", "< Rationale >Zuerst die Höhe", "<rationale>比较"],
+)  # fmt: skip
+def test_a_question_whose_rationale_was_cut_off_is_asked(rest: str) -> None:
+    for question in ("How many?", "哪个最高？", "Wie viele?"):
+        read = parse_question(f"<question>{question}</question>{rest}", "length")
+        assert (read.text, read.problem) == (question, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<question>How many?", "<question>How many?</quest", "<question>How many?</question> and so on, and so on",
+     "<question>How many?</question><rationale>why</rationale> and so on", "<question>How many?</question><ratios",
+     "<question>How many?</question><rationale>why <question>", "<question></question><rationale>why",
+     "<question>a?</question><question>b?</question><rationale>why", "<rationale>why</rationale><question>How"],
+)  # fmt: skip
+def test_a_question_that_was_cut_off_elsewhere_is_not_asked(text: str) -> None:
+    assert not parse_question(text, "length").well_formed
+
+
 def test_an_unreadable_question_still_shows_what_was_written() -> None:
     assert parse_question("<question>How many?<rationale>why").text == "How many?"
     assert parse_question(GOOD_QUESTION, "length").text == "Which bar is tallest?"
@@ -175,7 +200,7 @@ def test_an_unreadable_question_still_shows_what_was_written() -> None:
     [
         (GOOD_TRAJECTORY, ("Red is 7.", "Blue is 3."), "red", 10),
         ("<think>Step 1: a</think><answer>7</answer>", ("a",), "7", 3),
-        ("< THINK >\n- a\n- b\n</ Think > so < Answer > 3.50 cm </ANSWER> bye", ("a", "b"), "3.50 cm", 11),
+        ("< THINK >\n- a\n- b\n</ Think > so < Answer > 3.50 cm </ANSWER> bye", ("a", "b"), "3.50 cm", 12),
         ("Sure. <think>a</think>\n\n<answer>\nC++\n</answer>\n<|im_end|>", ("a",), "C++", 2),
         ("<think>Step 1:\nStep 2: b</think><answer>+</answer>", ("", "b"), "+", 5),
         ("<think>3 < 5</think><answer>x < y</answer>", ("3 < 5",), "x < y", 3),
@@ -202,10 +227,14 @@ def test_a_trajectory_is_read(text: str, steps: tuple[str, ...], answer: str, wo
         ("<think>Step 1: a</think>7</answer>", "no closed <answer>"),
         ("<think>Step 1: a</think></answer>7<answer>", "no closed <answer>"),
         ("<think>a</think><think>b</think><answer>7</answer>", "more than one <think>"),
-        ("<think><think>a</think><answer>7</answer>", "more than one <think>"),
         ("<think>a</think><answer>7</think></answer>", "more than one <think>"),
         ("<think>a</think><answer>7</answer><answer>8</answer>", "more than one <answer>"),
-        ("<think>a <answer></think><answer>7</answer>", "more than one <answer>"),
+        ("<think>a</think><answer>7</answer> or 8</answer>", "more than one <answer>"),
+        ("<think>a</think><answer>7</answer><answer>", "no closed <answer>"),
+        ("<think>a</think><answer>7 <answer>8</answer>", "more than one <answer>"),
+        ("<think>a</think><answer>7</answer><think>b</think><answer>8</answer>", "more than one <think>"),
+        ("<think>a</think><answer>7</answer><think></think>", "<answer> before the end of <think>"),
+        ("<answer>7</answer><answer>8</answer>", "no closed <think>"),
         ("<think>a</think><answer>7</answer></answer>", "more than one <answer>"),
         ("<answer>7</answer><think>a</think>", "<answer> before the end of <think>"),
         ("<think>a<answer>7</answer></think>", "<answer> before the end of <think>"),
@@ -216,6 +245,8 @@ def test_a_trajectory_is_read(text: str, steps: tuple[str, ...], answer: str, wo
         ("<think>1.\n2.</think><answer>7</answer>", "no reasoning step"),
         ("<think>Step 1: …\n- ***\n---</think><answer>7</answer>", "no reasoning step"),
         ("<think>a</think><answer></answer>", "empty answer"),
+        ("<think>a</think><answer>...</answer>", "empty answer"),
+        ("<think>a</think><answer>…</answer>", "empty answer"),
         ("<think>a</think><answer> \n\u200b\u00a0</answer>", "empty answer"),
     ],
 )
@@ -231,7 +262,7 @@ def test_a_malformed_trajectory_is_a_problem_and_has_no_answer(text: str, proble
         ("<think>Step 1: a Step 2: b", ("a", "b"), 6),
         ("<think>Step 1: a<answer>7</answer>", ("a",), 3),
         ("<think>Step 1: a</think> so 7", ("a",), 5),
-        ("<answer>7</answer><think>- a</think>", ("a",), 0),
+        ("<answer>7</answer><think>- a</think>", ("a",), 1),
         ("no tags at all", (), 4),
     ],
 )
@@ -239,6 +270,238 @@ def test_an_unreadable_trajectory_still_shows_what_could_be_read(text: str, step
     read = parse_trajectory(text)
     assert not read.well_formed
     assert (read.reasoning_steps, read.words_before_answer) == (steps, words)
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        # An empty thought first.
+        ("<think>\n\n</think>\n\n<think>Four.</think><answer>4</answer>", ("Four.",)),
+        ("<think></think><think>Four.</think><answer>4</answer>", ("Four.",)),
+        ("<think>\n</think>\n<think>\n</think>\n<think>Four.</think><answer>4</answer>", ("Four.",)),
+        ("<think>Four.</think><think>\n</think><answer>4</answer>", ("Four.",)),
+        ("<think>\n<think>\nFour.\n</think>\n<answer>4</answer>", ("Four.",)),  # opened twice
+        # Tags that are mentioned.
+        ("<think>The <answer> tag takes the 4.</think><answer>4</answer>", ("The <answer> tag takes the 4.",)),
+        ("<think>In `<think>` I count 4.</think><answer>4</answer>", ("In `<think>` I count 4.",)),
+        ("<think>In <think> and </answer> 4.</think><answer>4</answer>", ("In <think> and </answer> 4.",)),
+        ("<think>I end with `</think>`: 4.</think><answer>4</answer>", ("I end with `</think>`: 4.",)),
+        ("<think>I end with \"</think>\": 4.</think><answer>4</answer>", ("I end with \"</think>\": 4.",)),
+        ("<think>I end with “</think>”: 4.</think><answer>4</answer>", ("I end with “</think>”: 4.",)),
+        ("<think>It goes in <answer> and </answer>: 4</think><answer>4</answer>",
+         ("It goes in <answer> and </answer>: 4",)),
+        ("<think>写在<answer>里：4。</think><answer>4</answer>", ("写在<answer>里：4。",)),
+        ("<think>Use `<think>x</think><answer>y</answer>`: 4</think><answer>4</answer>",
+         ("Use `<think>x</think><answer>y</answer>`: 4",)),
+        ("<think>\nLike this:\n```\n<think>\nx\n</think>\n<answer>\ny\n</answer>\n```\nI see 4.\n</think>\n"
+         "<answer>4</answer>",
+         ("Like this:", "x", "y", "I see 4.")),
+        ("```\n<think>Four.</think>\n<answer>4</answer>\n```", ("Four.",)),
+        ("<think>Four.</think>\n`<answer>4</answer>`", ("Four.",)),
+        ("<think>\nFour, it\n<think>\nseems.\n</think>\n<answer>4</answer>", ("Four, it", "seems.")),
+        # Strays, and an answer that is repeated.
+        ("<think>Four.</think><answer>4</answer></think>", ("Four.",)),
+        ("<think>Four.</think></think><answer>4</answer>\n</think>\n", ("Four.",)),
+        ("</think><think>Four.</think><answer>4</answer>", ("Four.",)),
+        ("<think>Four.</think><answer>4</answer><answer> 4 </answer>", ("Four.",)),
+    ],
+)  # fmt: skip
+def test_tags_that_are_empty_mentioned_or_left_over_hide_no_answer(text: str, steps: tuple[str, ...]) -> None:
+    read = parse_trajectory(text)
+    assert (read.problem, read.answer, read.reasoning_steps) == (None, "4", steps)
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["<answer>7</answer><answer>8</answer>", "<answer>7</answer> No: <answer>8</answer>",
+    "<answer>7<answer>8</answer></answer>",
+     "<answer>7</answer>\n```\n<answer>8</answer>\n```", "<answer>7</answer> or 8</answer>",
+     "<answer>7</answer></think><answer>8</answer>", "<answer>7</answer><think></think><answer>8</answer>",
+     "<answer>7</answer><answer></answer>", "<answer>7</answer><answer>7 or 8</answer>",
+     "<answer>A</answer><answer>B</answer>"],
+)  # fmt: skip
+def test_a_text_with_two_different_answers_gives_none(ending: str) -> None:
+    for opened in ("", "…<think>\n"):
+        text = "Seven." if opened else "<think>Seven."
+        read = parse_trajectory(f"{text}</think>{ending}", prompt=opened)
+        assert read.answer is None
+        assert not read.well_formed
+
+
+# --- thoughts that the prompt has opened
+
+OPENED = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "words"),
+    [
+        ("7.\n</think>\n<answer>7</answer>", ("7.",), 2),
+        ("Red is 7. Blue is 0.\n</think>\n\n<answer>7</answer>", ("Red is 7.", "Blue is 0."), 7),
+        ("红是7。蓝是0。</think><answer>7</answer>", ("红是7。", "蓝是0。"), 1),
+        ("<think>\nStep 1: a\nStep 2: b\n</think>\n<answer>7</answer>", ("a", "b"), 8),  # opened again
+        ("Let me see.\n</think>\n\n<think>\nStep 1: a\nStep 2: b\n</think>\n<answer>7</answer>", ("a", "b"), 12),
+        ("\n\n</think>\n\n<think>a</think><answer>7</answer>", ("a",), 2),
+        ("I write <answer> later. So 7.</think><answer>7</answer>", ("I write <answer> later.", "So 7."), 6),
+        ("Step 1: a\nStep 2: b\n</think>\n<answer>7</answer>\n</think>", ("a", "b"), 7),
+    ],
+)
+def test_a_thought_that_the_prompt_has_opened_is_read(text: str, steps: tuple[str, ...], words: int) -> None:
+    for prompt in (OPENED, OPENED.rstrip(), "…<THINK>\n\n"):
+        assert opens_thought(prompt)
+        read = parse_trajectory(text, prompt=prompt)
+        assert (read.problem, read.reasoning_steps, read.answer) == (None, steps, "7")
+        assert read.words_before_answer == words
+        assert parse_trajectory(text, "length", prompt=prompt).problem == CUT_OFF
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("7", "no closed <think>"),
+        ("<answer>7</answer>", "no closed <think>"),
+        ("</think><answer>7</answer>", "no reasoning step"),
+        ("a</think>7", "no closed <answer>"),
+        ("a</think><think>b</think><think>c</think><answer>7</answer>", "more than one <think>"),
+        ("a</think><answer>7</answer><think>b</think>", "<answer> before the end of <think>"),
+        ("a<answer>7</answer></think>", "<answer> before the end of <think>"),
+    ],
+)
+def test_a_malformed_reply_to_a_prompt_that_has_opened_a_thought(text: str, problem: str) -> None:
+    assert parse_trajectory(text, prompt=OPENED).problem == problem
+
+
+def test_a_thought_that_the_prompt_has_closed_is_over() -> None:
+    for closed in (OPENED + "\n</think>\n\n", "…<think></think>", "…</think>", "…"):
+        assert not opens_thought(closed)
+        assert parse_trajectory(GOOD_TRAJECTORY, prompt=closed).answer == "red"
+        assert parse_trajectory("Red is 7.</think><answer>red</answer>", prompt=closed).problem == "no closed <think>"
+
+
+@pytest.mark.parametrize("form", ["boxed", "answer-line"])
+def test_the_other_forms_need_no_thought_and_read_one_that_the_prompt_has_opened(form: Form) -> None:
+    ending = {"boxed": "\\boxed{7}", "answer-line": "Answer: 7"}[form]
+    read = parse_trajectory(f"Step 1: a\nStep 2: b\n</think>\n\n{ending}", form=form, prompt=OPENED)
+    assert (read.problem, read.reasoning_steps, read.answer) == (None, ("a", "b"), "7")
+
+
+@pytest.mark.parametrize(
+    ("text", "opened"),
+    [
+        (f"I write a <question> first.\n</think>\n\n{GOOD_QUESTION}", True),
+        (f"<think>I write a <question> first.</think>\n{GOOD_QUESTION}", False),
+        (f"<think>\n\n</think>\n\n<think>Or <question>this</question>?</think>{GOOD_QUESTION}", False),
+        (f"Native.</think><think>Or <question>this</question>?</think>{GOOD_QUESTION}", True),
+        (GOOD_QUESTION, True),  # without an end of the thought
+        (GOOD_QUESTION, False),
+        (f"{GOOD_QUESTION}<think>Was it good?</think>", False),
+    ],
+)
+def test_a_question_is_read_after_the_thought(text: str, opened: bool) -> None:
+    read = parse_question(text, prompt=OPENED if opened else "Ask.")
+    assert (read.text, read.rationale, read.problem) == ("Which bar is tallest?", "Compare the heights.", None)
+
+
+# --- replies that recite their prompt
+
+OWN_PROMPT = """Answer {question}. For example:
+<think>
+Schritt 1: Hier steht, was man sieht.
+Schritt 2: Und hier, was folgt. Auch das.
+</think>
+<answer>[deine Antwort]</answer><|im_end|>
+<|im_start|>assistant
+"""
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+@pytest.mark.parametrize("rendered", [False, True])
+def test_a_reply_that_recites_its_prompt_is_unreadable(form: Form, rendered: bool) -> None:
+    frame = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n" if rendered else "{}"
+    prompt = frame.format(SOLVER_PROMPTS[form].replace("{question}", "How many?"))
+    whole = {
+        "tags": "<think>\n{}\n</think>\n<answer>{}</answer>",
+        "boxed": "{}\n\\boxed{{{}}}",
+        "answer-line": "{}\nAnswer: {}",
+    }[form]
+    shown = "Step 1: what you see first\nStep 2: what follows from it"
+    for steps, answer, problem in [
+        (shown, "the final answer", RECITES),
+        (shown, "7", RECITES),
+        ("What you see first.", "7", RECITES),
+        ("1. What you see first!\n2. WHAT FOLLOWS FROM IT", "7", RECITES),
+        ("- what follows from it", "7", RECITES),
+        (next(line for line in prompt.splitlines() if "First reason" in line), "7", RECITES),
+        ("Step 1: Red is 7.", "the final answer", RECITES),
+        ("Step 1: Red is 7.", "The final answer.", RECITES),
+        ("Step 1: Red is 7.", "final answer", RECITES),
+        ("Step 1: what you see first is red\nStep 2: so 7", "7", None),
+        ("Step 1: Red is 7.", "7", None),
+        ("Step 1: Red is 7.", "final", None),
+        ("Step 1: How many bars?\nStep 2: Red is 7.", "a short phrase", None),
+    ]:
+        for told in (None, prompt):
+            assert parse_trajectory(whole.format(steps, answer), form=form, prompt=told).problem == problem
+
+
+def test_what_is_a_recital_follows_from_the_prompt_that_was_used() -> None:
+    def problem(steps: str, answer: str, prompt: str | None = OWN_PROMPT) -> str | None:
+        return parse_trajectory(f"<think>{steps}</think><answer>{answer}</answer>", prompt=prompt).problem
+
+    shown = "Schritt 1: Hier steht, was man sieht.\nSchritt 2: Und hier, was folgt. Auch das."
+    assert problem(shown, "[deine Antwort]") == problem(shown, "7") == RECITES
+    assert problem("Hier steht, was man sieht. Auch das.", "7") == RECITES
+    assert problem("Rot ist 7.", "deine Antwort") == RECITES
+    assert problem("Rot ist 7.", "7") is None
+    assert problem(shown, "7", prompt=None) is None
+    assert problem("what you see first", "7") is None
+    example = "For example: <think>Red is 7.</think><answer>C</answer>"  # its answer may be right elsewhere too
+    assert problem("Red is 7.", "C", example) == RECITES
+    assert problem("Blue is 7.", "C", example) is None
+
+
+@pytest.mark.parametrize(
+    ("question", "prompt"),
+    [
+        ("the question", None),
+        ("The question?", None),
+        ("the question", PROPOSER_PROMPT),
+        ("the question", f"<|im_start|>user\n{PROPOSER_PROMPT}<|im_end|>\n<|im_start|>assistant\n<think>\n"),
+        ("your question here", "Write <question>your question here</question>"),
+        ("deine Frage", "<question>deine Frage</question><rationale>…</rationale>"),
+        ("问题", "格式：<question>问题</question>"),
+    ],
+)
+def test_a_question_that_recites_the_prompt_is_unreadable(question: str, prompt: str | None) -> None:
+    assert (
+        parse_question(f"<question>{question}</question><rationale>It is so.</rationale>", "stop", prompt).problem
+        == RECITES
+    )
+    assert parse_question("<question>What is the question?</question>", "stop", prompt).well_formed
+
+
+# --- text after the answer
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("tags", "<think>Red is 7.</think> {before}<answer>7</answer>{after}"),
+        ("boxed", "Red is 7.\n{before}\\boxed{{7}}{after}"),
+    ],
+)
+def test_words_after_the_answer_cost_as_much_as_before_it(form: Form, text: str) -> None:
+    praise = " great work" * 500
+    plain, early, late = (
+        parse_trajectory(text.format(before=before, after=after), form=form)
+        for before, after in (("", ""), (praise, ""), ("", praise))
+    )
+    assert plain.well_formed
+    assert late.words_before_answer == early.words_before_answer == plain.words_before_answer + 1000
+    for nothing in (".", " \n", "</answer>"[:0], "\n</think>\n", "<|im_end|>", " 🎉 !!", "\n---\n"):
+        read = parse_trajectory(text.format(before="", after=nothing), form=form)
+        assert read.words_before_answer == plain.words_before_answer
+    assert not parse_trajectory(f"Red is 7.\nAnswer: 7\n{praise}", form="answer-line").well_formed
 
 
 @pytest.mark.parametrize("text", ["yes", "", " ", "7", "Step 1: a\nStep 2: b", "<think>Step 1: The bar", "\\boxed{7}"])
@@ -257,7 +520,9 @@ def test_fault_10_identical_truncation_is_unreadable() -> None:
 def test_a_text_that_was_cut_off_is_never_well_formed(text: str) -> None:
     for whole in (text, GOOD_TRAJECTORY + text, GOOD_QUESTION + text):
         assert parse_trajectory(whole, "length").problem == CUT_OFF
-        assert parse_question(whole, "length").problem == CUT_OFF
+        if parse_question(whole, "length").well_formed:  # in its rationale
+            assert parse_question(whole).well_formed
+            assert not text.strip() or not parse_question(GOOD_QUESTION + " More.", "length").well_formed
 
 
 def test_no_proper_beginning_of_a_trajectory_is_well_formed() -> None:
@@ -286,7 +551,7 @@ def test_no_proper_beginning_of_a_trajectory_is_well_formed() -> None:
         ("Step 1: a\n\\boxed{\\{1, 2\\}}", ("a",), "\\{1, 2\\}", 3),
         ("Step 1: a\n\\boxed{\\{}", ("a",), "\\{", 3),  # escaped braces need not balance
         ("Step 1: a\n\\boxed{1 \\\\}", ("a",), "1 \\\\", 3),  # the brace after \\ is not escaped
-        ("Step 1: a\n\\boxed{7} and not 8, because } it is", ("a",), "7", 3),
+        ("Step 1: a\n\\boxed{7} and not 8, because } it is", ("a",), "7", 9),  # what follows costs
         ("Step 1: \\boxed{5}\nStep 2: b\n\\boxed{7}", ("\\boxed{5}", "b"), "7", 6),  # the last box counts
         ("Step 1: a\n\\boxed{5} or \\boxed{7}", ("a",), "7", 5),
         ("Step 1: a\n\\boxed{1 + \\boxed{7}}", ("a",), "7", 5),
@@ -545,7 +810,6 @@ def test_fault_9_forms_that_merged_or_lost_digits(thought: str, steps: tuple[str
         "12:30",
         "1:30 is the time",
         "1990: the sales rose",
-        "1990. Then 1991. Then 1992.",
         "2. is not the first",
         "-2.5 is below zero",
         "*a* is in italics",
@@ -553,7 +817,7 @@ def test_fault_9_forms_that_merged_or_lost_digits(thought: str, steps: tuple[str
         "as found in Step 1, the bar is 7",
         "as found in Step 1: the bar is 7",
         "The bar (see Step 1) is 7",
-        "We get this from Step 1. The bar is 7",
+        "We get this from Step 1 and the bar is 7",
         "What our Step 1: shows is 7",
         "Steps 1-2 say so",
         "Step 1.5: half way",

@@ -48,6 +48,7 @@ _FORMULA = re.compile(f"{DISPLAYED}|{_INLINE}")
 _CLOSING = r"[\"'”’»)\]*_」』）]*+"
 _END = re.compile(rf"(?<![.!?؟।۔。！？])(?:(?P<stop>[.!?؟।۔]++){_CLOSING}\s++|[。！？]++{_CLOSING}\s*+)(?=\S)")
 _OPENING = "\"'“‘«([{*_「『（\\$¿¡"
+_VARIABLE = re.compile(r"[^\W\d_](?:_\w|\d)?\s")
 _INITIAL = re.compile(r"[^\W\d_]\.")
 # "First, …; second, …" is divided as well, within one sentence.
 _FIRST = re.compile(
@@ -100,8 +101,10 @@ def _ends_sentence(text: str, start: int, end: re.Match[str]) -> bool:
     if len(stop) > 1 and set(stop) == {"."}:
         return False  # an ellipsis goes on, or seems to
     after_number = word[-1:].isdigit()
-    # "3. 5" is no end, but "a is 3. b is 4." has one, although a small letter seldom begins a sentence.
-    begins = not after_number if first.isdigit() else not first.islower() or (after_number and stop == ".")
+    # "3. 5" is no end. Of small letters, only a variable begins a sentence: "a is 3. b is 4."
+    begins = (
+        not after_number if first.isdigit() else not first.islower() or (after_number and _VARIABLE.match(following))
+    )
     if stop != "." or not begins:
         return begins
     if first.isdigit() and _BEFORE_NUMBERS.fullmatch(word):
@@ -110,8 +113,9 @@ def _ends_sentence(text: str, start: int, end: re.Match[str]) -> bool:
         return False
     if after_number:
         return not _GERMAN_ORDINAL.search(text, max(start, end.start() - 20), end.start())
-    named = len(before) < 2 or before[0][:1].isupper() or _INITIAL.fullmatch(before[0])
-    initial = len(word) == 1 and word.isupper() and named  # "J. Smith", "z. B.", but not "is parallel to A."
+    # "J. Smith", "Mary J. Smith", "z. B. Rot", but not "is parallel to A. So".
+    named = word.isupper() and before[0][:1].isupper()
+    initial = len(word) == 1 and (named or _INITIAL.fullmatch(before[0]))
     if initial or _RARELY_LAST.fullmatch(word) or _DOTTED.fullmatch(word):
         return _BEGINNING.match(following) is not None
     return True

@@ -201,7 +201,7 @@ def _lines(text: str, divide: bool = True) -> list[str]:
         elif not _LETTER_OR_DIGIT.search(line) or _LAYOUT.fullmatch(line):
             continue
         elif steps and _CONTINUING.match(line) and not _CONTINUING.match(steps[-1]):
-            steps[-1] += f"\r{line}"
+            steps[-1] += f"\n{line}"
         else:
             if bullet := _BULLET.match(line):
                 bullets.add(len(steps))

@@ -14,6 +14,7 @@ from functools import lru_cache
 from importlib import resources
 from typing import Any, NamedTuple
 
+from ireasoner.method.sentences import sentences
 from ireasoner.method.steps import CLOSED, EMPHASIS, LIST_ITEM, reasoning_steps
 from ireasoner.method.tags import LETTER_OR_DIGIT, MARKUP, TAG, after_thought, block, parts
 from ireasoner.method.types import FinishReason, Form, Question, Solution
@@ -171,10 +172,10 @@ def _read_tags(text: str, opened: bool) -> _Reading:
     told = [thought for thought in thoughts if LETTER_OR_DIGIT.search(thought.inside)]
     answer = answers[0] if answers else block(text, "answer")[0]
     thought = (told or thoughts or [block(f"<think>{text}" if opened else text, "think")[0]])[-1]
-    if problem is None and (unclosed == "think" or not thoughts):
+    if unclosed == "think" or not thoughts:
         problem = "no closed <think>"
-    elif problem is None and (unclosed == "answer" or answer.start == len(text)):
-        problem = "no closed <answer>"
+    elif problem is None and (unclosed == "answer" or not answers):
+        problem = "<answer> before the end of <think>" if answer.start < thoughts[-1].end else "no closed <answer>"
     elif problem is None and len(told) > (2 if opened else 1):
         problem = "more than one <think>"
     elif problem is None and answer.start < thoughts[-1].end:
@@ -263,18 +264,19 @@ def _recites(steps: tuple[str, ...], answer: str, prompt: str) -> bool:
 def _is_said(text: str, prompt: str) -> bool:
     """Whether a prompt says all sentences of a text, if only in other signs or in capital letters."""
     said = _said(prompt)
-    return all(sentence in said for sentence in _sentences(text))
+    return all(sentence in said for sentence in _plain_sentences(text))
 
 
 @lru_cache(maxsize=64)
 def _said(prompt: str) -> frozenset[str]:
     text = MARKUP.sub("\n", _BOX.sub("\n", _lines_without_tags(prompt)))
-    return frozenset(_sentences(_ANSWER_LINE.sub("\n", text)))
+    return frozenset(_plain_sentences(_ANSWER_LINE.sub("\n", text)))
 
 
-def _sentences(text: str) -> list[str]:
-    """The sentences of each line of a text, without markers and as letters and digits alone."""
-    return [plain for line in text.splitlines() for step in reasoning_steps(line) if (plain := _plain(step))]
+def _plain_sentences(text: str) -> list[str]:
+    """The sentences of each line of a text, without tags and markers, as letters and digits alone."""
+    steps = [step for line in _lines_without_tags(text).split("\n") for step in reasoning_steps(line)]
+    return [plain for step in steps for sentence in sentences(step) if (plain := _plain(sentence))]
 
 
 def _plain(text: str) -> str:
