@@ -639,6 +639,14 @@ def test_a_malformed_boxed_reply_is_a_problem_and_has_no_answer(text: str, probl
         ("</think>Answer: 7", "7"),
         ("</think>\n<answer>Answer: 7</answer>", "7"),
         ("Answer:\nAnswer: 7", "7"),
+        ("Antwort: 7", "7"),
+        ("**Respuesta:** 7", "7"),
+        ("Réponse : 7", "7"),
+        ("Risposta: 7", "7"),
+        ("Resposta: 7", "7"),
+        ("Ответ: 7", "7"),
+        ("答案：7", "7"),
+        ("答え：7", "7"),
     ],
 )
 def test_an_answer_line_is_read(line: str, answer: str) -> None:

@@ -118,9 +118,10 @@ def parse_trajectory(
       escaped ones (`\{`). The steps are on the lines before the one with the box, because that line usually only
       announces the answer; if there are none, the step is what precedes the box. The signs of a formula or of emphasis
       around the box belong to it.
-    - `answer-line`: the answer is on the last line that begins with "Answer:", "Final answer:" or "The answer is:", or
-      on the next line with text if nothing follows the colon. The line may be a list item, a heading or emphasised. The
-      steps are on the lines before it. No letter or digit may follow the answer, as it may be the rest of the answer.
+    - `answer-line`: the answer is on the last line that begins with "Answer:", "Final answer:" or "The answer is:" (or
+      "Antwort:", "答案：" and the like), or on the next line with text if nothing follows the colon. The line may be a
+      list item, a heading or emphasised. The steps are on the lines before it. No letter or digit may follow the
+      answer, as it may be the rest of the answer.
 
     In the last two forms, a tag of the first one is read as a line break.
 
@@ -220,7 +221,8 @@ def _read_boxed(text: str, opened: bool) -> _Reading:
 
 _ANSWER_LINE = re.compile(
     rf"{LIST_ITEM}{EMPHASIS}(?:(?:the|my)[ \t]++)?(?:(?:final|correct)[ \t]++)?"
-    rf"answer(?:[ \t]++is)?[ \t]*+{CLOSED}[ \t]*+[:：]",
+    r"(?:answer(?:[ \t]++is)?|antwort|respuesta(?:[ \t]++final)?|réponse(?:[ \t]++finale)?|risposta|resposta|ответ|"
+    rf"(?:最终)?答案|答え?)[ \t]*+{CLOSED}[ \t]*+[:：]",
     re.MULTILINE | re.IGNORECASE,
 )
 
