@@ -299,11 +299,10 @@ def test_an_unreadable_trajectory_still_shows_what_could_be_read(text: str, step
         ("```\n<think>Four.</think>\n<answer>4</answer>\n```", ("Four.",)),
         ("<think>Four.</think>\n`<answer>4</answer>`", ("Four.",)),
         ("<think>\nFour, it\n<think>\nseems.\n</think>\n<answer>4</answer>", ("Four, it", "seems.")),
-        # Strays, and an answer that is repeated.
+        # Strays.
         ("<think>Four.</think><answer>4</answer></think>", ("Four.",)),
         ("<think>Four.</think></think><answer>4</answer>\n</think>\n", ("Four.",)),
         ("</think><think>Four.</think><answer>4</answer>", ("Four.",)),
-        ("<think>Four.</think><answer>4</answer><answer> 4 </answer>", ("Four.",)),
     ],
 )  # fmt: skip
 def test_tags_that_are_empty_mentioned_or_left_over_hide_no_answer(text: str, steps: tuple[str, ...]) -> None:
@@ -313,14 +312,15 @@ def test_tags_that_are_empty_mentioned_or_left_over_hide_no_answer(text: str, st
 
 @pytest.mark.parametrize(
     "ending",
-    ["<answer>7</answer><answer>8</answer>", "<answer>7</answer> No: <answer>8</answer>",
+    ["<answer>7</answer><answer>8</answer>", "<answer>7</answer><answer>7</answer>",
+     "<answer>7</answer> No: <answer>8</answer>",
     "<answer>7<answer>8</answer></answer>",
      "<answer>7</answer>\n```\n<answer>8</answer>\n```", "<answer>7</answer> or 8</answer>",
      "<answer>7</answer></think><answer>8</answer>", "<answer>7</answer><think></think><answer>8</answer>",
      "<answer>7</answer><answer></answer>", "<answer>7</answer><answer>7 or 8</answer>",
      "<answer>A</answer><answer>B</answer>"],
 )  # fmt: skip
-def test_a_text_with_two_different_answers_gives_none(ending: str) -> None:
+def test_a_text_with_two_answers_gives_none(ending: str) -> None:
     for opened in ("", "…<think>\n"):
         text = "Seven." if opened else "<think>Seven."
         read = parse_trajectory(f"{text}</think>{ending}", prompt=opened)

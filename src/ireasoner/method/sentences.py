@@ -8,6 +8,7 @@ on 20 kB of Chinese or of "a. " pysbd takes 4 to 7 s, and on 100 kB of Chinese s
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 # How a conclusion begins, in English, German, French, Spanish, Portuguese, Italian, Russian, Chinese, Japanese, Korean.
 CONCLUDING = (
@@ -75,18 +76,15 @@ def sentences(text: str) -> list[str]:
         ends = sorted(ends + [(end.end(), None) for end in _ORDINAL.finditer(masked)], key=lambda end: end[0])
     if not ends:
         return [text.strip()]
-    found, start, seen, has_word = [], 0, 0, False
+    cuts, seen, has_word = [0], 0, False
     for end, stop in ends:
         has_word, seen = has_word or _LETTER.search(masked, seen, end) is not None, end
-        if has_word and (stop is None or _ends_sentence(masked, start, stop)):  # a number alone is no sentence: "2. is"
-            found.append(text[start:end].strip())
-            start, has_word = end, False
-    rest = text[start:].strip()
-    if found and not _LETTER_OR_DIGIT.search(rest):
-        found[-1] = f"{found[-1]} {rest}".strip()
-    elif rest or not found:
-        found.append(rest)
-    return found
+        if has_word and (stop is None or _ends_sentence(masked, cuts[-1], stop)):  # a number alone is none: "2. is"
+            cuts.append(end)
+            has_word = False
+    if len(cuts) > 1 and not _LETTER_OR_DIGIT.search(text, cuts[-1]):
+        cuts.pop()  # signs at the end belong to the last sentence
+    return [text[start:end].strip() for start, end in pairwise([*cuts, len(text)])]
 
 
 def _ends_sentence(text: str, start: int, end: re.Match[str]) -> bool:
@@ -94,19 +92,18 @@ def _ends_sentence(text: str, start: int, end: re.Match[str]) -> bool:
     stop = end["stop"]
     if stop is None:
         return True  # "。" has no other meaning
+    if len(stop) > 1 and set(stop) == {"."}:
+        return False  # an ellipsis goes on, or seems to
     before = text[max(start, end.start() - 40) : end.start()].split()[-2:]
     word = before[-1].lstrip(_OPENING) if before else ""
     following = text[end.end() : end.end() + 20].lstrip(_OPENING)
-    first = following[:1]
-    if len(stop) > 1 and set(stop) == {"."}:
-        return False  # an ellipsis goes on, or seems to
-    after_number = word[-1:].isdigit()
-    # "3. 5" is no end. Of small letters, only a variable begins a sentence: "a is 3. b is 4."
-    begins = (
-        not after_number if first.isdigit() else not first.islower() or (after_number and _VARIABLE.match(following))
-    )
-    if stop != "." or not begins:
-        return begins
+    first, after_number = following[:1], word[-1:].isdigit()
+    if first.isdigit() and after_number:
+        return False  # "3. 5"
+    if first.islower() and not (after_number and _VARIABLE.match(following)):
+        return False  # of small letters, only a variable begins a sentence: "a is 3. b is 4."
+    if stop != ".":
+        return True
     if first.isdigit() and _BEFORE_NUMBERS.fullmatch(word):
         return False
     if _NEVER_LAST.fullmatch(word) or _INITIAL.match(following):

@@ -113,7 +113,7 @@ def parse_trajectory(
 
     - `tags` (arXiv 2601.05877): `<think>steps</think><answer>answer</answer>`, one closed block of each, in this order.
       The prompt may have opened the thought; then another one may follow it, which has the steps. An empty thought may
-      come first, tags may be mentioned in the thought, and the answer may be repeated, but no other one be given.
+      come first, and tags may be mentioned in the thought. A second answer makes the text unreadable, even the same.
     - `boxed`: the answer is inside the last `\boxed{…}`, which must be closed. Braces inside it must balance, except
       escaped ones (`\{`). The steps are on the lines before the one with the box, because that line usually only
       announces the answer; if there are none, the step is what precedes the box. The signs of a formula or of emphasis
@@ -181,7 +181,7 @@ def _read_tags(text: str, opened: bool) -> _Reading:
         problem = "more than one <think>"
     elif problem is None and answer.start < thoughts[-1].end:
         problem = "<answer> before the end of <think>"
-    elif problem is None and len({given.inside for given in answers}) > 1:
+    elif problem is None and len(answers) > 1:
         problem = "more than one <answer>"
     steps = reasoning_steps(_TAGS_ALONE.sub("", thought.inside))
     return _Reading(steps, answer.inside, text[: answer.start], text[answer.end :], problem)
