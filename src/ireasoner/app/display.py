@@ -38,7 +38,10 @@ SHOWN = {
 WIDE = 300  # characters of a text that are shown where all of it is in a file
 OTHER_ROWS = {
     "answer_entropy": "entropy",
+    "greedy_well_formed": "greedy, readable",
+    "greedy_of_readable": "greedy, of readable",
     "well_formed": "readable",
+    "mean@1_of_readable": "mean@1, of readable",
     "tokens": "tokens",
     "step_truth": "true steps",
     "checkable_steps": "checkable",
@@ -257,7 +260,9 @@ def results_table(summary: Mapping[str, Any], names: Sequence[str] = ("before", 
     heads = ["\n".join(textwrap.wrap(plain(name), 20)) for name in names]  # no wider than the numbers below
     rows = [["", *heads, "difference", "p"]]
     for name, change in difference.items():
-        rows.append([name, _cell(before[name]), _cell(after[name]), _cell(change), f"{change['p']:.4f}"])
+        rows.append(
+            [name.replace("_", " "), _cell(before[name]), _cell(after[name]), _cell(change), f"{change['p']:.4f}"]
+        )
     for name, label in OTHER_ROWS.items():
         if before.get(name) is not None and after.get(name) is not None:
             rows.append([label, f"{before[name]:.3f}", f"{after[name]:.3f}", "", ""])
@@ -273,7 +278,7 @@ def evaluation_table(names: Sequence[str], scores: Sequence[Scores]) -> dict[str
         results_table(summary, names)
         return {"models": list(names), **summary}
     summary = scores[0].summary()
-    rows = [["", "accuracy"], *([name, _cell(summary[name])] for name in scores[0].measures)]
+    rows = [["", "accuracy"], *([name.replace("_", " "), _cell(summary[name])] for name in scores[0].measures)]
     rows += [[label, f"{summary[name]:.3f}"] for name, label in OTHER_ROWS.items() if summary[name] is not None]
     print_table(f"{plain(names[0])}: accuracy in % on {_asked(summary)}, 95 % intervals", rows)
     return {"models": list(names), "scores": summary}
