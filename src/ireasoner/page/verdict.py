@@ -75,10 +75,12 @@ def comparisons(summary: Mapping[str, Any]) -> list[Comparison]:
         asked, images = f"{int(summary['before']['questions'])} held-out questions", summary["before"].get("images")
         asked += f" about {int(images)} images" if images else ""
         for name in [n for n in (*MEASURES, *STRICT) if n in summary["difference"]]:  # the first one decides
-            parts = [Interval.model_validate(summary[part][name]) for part in ("before", "after", "difference")]
+            before, after, change = (
+                Interval.model_validate(summary[p][name]) for p in ("before", "after", "difference")
+            )
             shares = [summary[part].get(READABLE.get(name)) for part in ("before", "after")]
             readable = None if None in shares else (float(shares[0]), float(shares[1]))
-            found.append(Comparison(name.replace("_", " "), asked, *parts, readable))
+            found.append(Comparison(name.replace("_", " "), asked, before, after, change, readable))
     except (KeyError, TypeError, ValueError, OverflowError):
         return []
     return found

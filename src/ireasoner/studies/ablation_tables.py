@@ -165,7 +165,7 @@ def legend(result: Mapping[str, Any]) -> str:
         f"{result['questions']} questions about {result['images']} images of {where}; model {settings['model']}; seeds "
         f"0 to {seeds - 1}. Shares in %. ± and [ ] are 95 % intervals over seeds and images. mean@1, maj@5 and pass@5: "
         "accuracy of one sampled answer, of the majority of 5, of any of 5; answers are judged by the metric that a "
-        f"question names, or else {settings.get('match', 'exact')}. Strict: only the same answer, with the same unit, as the first "
+        f"question names, or else {settings['match']}. Strict: only the same answer, with the same unit, as the first "
         "accepted one. Well-formed: samples that could be read, and mean@1 of these. "
     )
     if "step_truth" in result["measures"]:
