@@ -30,7 +30,7 @@ from ireasoner.app.targets import evaluate_target, find_target
 from ireasoner.method.types import Episode, Proposal, Question, UsageError
 from ireasoner.playground import dataset, world
 from ireasoner.studies import ablate, ablation_jobs
-from ireasoner.studies.ablate import Settings, _check_run, arm_config, arm_names, settle, train_command
+from ireasoner.studies.ablate import Settings, _check_run, arm_config, arm_names, eval_command, settle, train_command
 from ireasoner.studies.ablation_jobs import ArmsProgress, read_scores
 from ireasoner.studies.ablation_tables import (
     csv_text,
@@ -565,6 +565,14 @@ def test_an_ablation_stopped_moved_resumed_and_extended(
     assert "base-0.json holds scores on other questions" in mistake(capsys, out)
     (out / "base-0.json").write_text("{")
     assert "base-0.json cannot be read" in mistake(capsys, out)
+
+
+def test_every_arm_is_judged_by_the_same_metric(tmp_path: Path):
+    settings = Settings(match="anls")
+    for arm in ("base", "paper"):
+        assert "--match=anls" in eval_command(tmp_path, settings, arm, 0)
+    assert "or else anls" in legend({"settings": settings.model_dump(), "seeds": 1, "questions": 4, "images": 3,
+                                     "measures": [], "note": ""})  # fmt: skip
 
 
 def test_scores_that_were_judged_in_one_way_alone_are_made_again(tmp_path: Path):

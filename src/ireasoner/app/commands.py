@@ -240,7 +240,7 @@ class Eval(Measurement):
             evaluate_target(target, questions, options, device=self.device, truth=step_truth) for target in targets
         ]
         named = [f"{target.name}, images blanked" if self.blank else target.name for target in targets]
-        result = display.evaluation_table(named, scores)
+        result = {"match": self.match, **display.evaluation_table(named, scores)}
         columns = [found.per_question() for found in scores]
         result["per_question"] = columns[0] if len(columns) == 1 else {"before": columns[0], "after": columns[1]}
         if self.blank:

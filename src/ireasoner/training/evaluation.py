@@ -243,7 +243,7 @@ def compare(before: Scores, after: Scores) -> dict[str, dict[str, float]]:
     Each has its mean, a 95 % interval, and a two-sided p-value by random sign flips: the chance of a mean difference at
     least as large if before and after were exchangeable for every image, all questions about it together.
     """
-    differences = {name: after.measures[name] - before.measures[name] for name in ACCURACIES}
+    differences = {name: after.measures[name] - before.measures[name] for name in before.measures}
     sums_MI = np.stack([np.bincount(before.image, values) for values in differences.values()])  # [measures, images]
     rng, signs = np.random.default_rng(0), np.array([-1.0, 1.0])
     flipped = np.stack([sums_MI @ rng.choice(signs, size=sums_MI.shape[1]) for _ in range(FLIPS)])
