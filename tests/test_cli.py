@@ -481,7 +481,7 @@ def test_eval_of_one_model_and_of_two(capsys: pytest.CaptureFixture[str], place:
     assert main(["eval", "tiny", *common]) == 0
     printed, found = capsys.readouterr().out, json.loads(target.read_text())
     assert all(measure in printed for measure in MEASURES)
-    assert all(told in printed for told in ("strict greedy", "greedy, readable", "greedy, of readable"))
+    assert all(told in printed for told in ("strictly", "readable", "of these"))
     assert (found["models"], found["match"]) == (["tiny"], "exact")
     assert set(MEASURES) <= set(found["scores"])
     assert main(["eval", "tiny", "tiny", *common]) == 0
@@ -670,8 +670,14 @@ def test_the_table_of_results_fits_80_columns(
     for measure in MEASURES:
         assert sum(measure in row for row in rows) == 1
     numbers = re.findall(r"-?\d+\.\d+", "".join(rows[rows.index(rows[0]) + 1 :]))
-    # Measures of before, after and difference with an interval each, and p; 3 more rows of before and after.
-    assert len(numbers) == len(MEASURES) * 10 + 3 * 2
+    # Measures, lenient and strict, of before, after and difference with an interval each, and p; of before and after, 2
+    # rows below greedy and mean@1 each, and 2 more at the end.
+    assert len(numbers) == 2 * len(MEASURES) * 10 + (2 * 2 + 2) * 2
+    labels = [row.split()[0] for row in rows if re.match(r" *[a-z]", row)]
+    first_rows = ["greedy", "strictly", "readable", "of", "mean@1", "strictly", "readable", "of"]
+    assert labels[labels.index("greedy") :] == [
+        *first_rows, "maj@5", "strictly", "pass@5", "strictly", "entropy", "tokens"
+    ]  # fmt: skip
 
 
 def test_no_interval_is_broken_over_two_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

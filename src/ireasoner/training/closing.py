@@ -106,9 +106,7 @@ def evaluate_role(run: Run, which: str, role: Role | None) -> Scores:
         run.questions,
         role,
         run.config.sampling,
-        EvaluationOptions(
-            match=run.config.match, seed=run.config.seed, max_image_pixels=run.config.max_image_pixels
-        ),
+        EvaluationOptions(match=run.config.match, seed=run.config.seed, max_image_pixels=run.config.max_image_pixels),
         truth=run.truth,
         on_progress=lambda done, total: run.observer.on_evaluation(which, done, total),
         stop_asked=run.stop_asked,
