@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from string import ascii_uppercase
 from typing import Literal
 
 import numpy as np
@@ -92,9 +93,10 @@ def same_answer(
 
 def _options(question: str, choices: Sequence[str]) -> Mapping[str, str]:
     """The texts of the options by letter; of those that the question alone offers, as they are in their keys."""
-    if choices:
-        return {chr(ord("A") + i): text for i, text in enumerate(choices)}
-    return {letter: key.partition(":")[2] for letter, key in lettered_options(question).items()}
+    offered = lettered_options(question)
+    if choices and len(offered) in (0, len(choices)):  # a long question is not searched for options
+        return dict(zip(offered or ascii_uppercase, choices, strict=False))
+    return {letter: key.partition(":")[2] for letter, key in offered.items()}
 
 
 def _picked(text: str, key: str | None, options: Mapping[str, str]) -> str | None:
