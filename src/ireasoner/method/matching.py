@@ -29,7 +29,8 @@ Match = Literal["exact", "relaxed", "anls", "vqa"]
 TOLERANCE = 0.05  # of ChartQA
 ROUNDING = 1e-6  # numbers that agree to six digits are the same, as in Math-Verify
 ANLS_THRESHOLD = 0.5
-MAX_UNIT_WORDS = 4
+MAX_WORDS = 12  # of a number with its unit, of which
+MAX_UNIT_WORDS = 4  # are the unit
 LONGEST_EDITED = 2000  # characters; longer texts are compared as a whole, because edits take quadratic time
 
 
@@ -160,6 +161,8 @@ def _without_unit(answer: str) -> tuple[str, str]:
     if match := _SIGN.search(text):
         return text[: match.start()], match[0].strip()
     words = text.split()
+    if len(words) > MAX_WORDS:
+        return text, ""
     splits = [(" ".join(words[:i]), " ".join(words[i:])) for i in range(len(words) - 1, 0, -1)]
     glued = _GLUED.fullmatch(text)
     for number, unit in [glued.groups()] if glued else splits[:MAX_UNIT_WORDS]:
