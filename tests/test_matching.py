@@ -40,12 +40,11 @@ def test_what_changes_the_value_does(answer: str, true: str):
     assert not same_answer(true, answer)
 
 
-def test_a_hedge_is_right_only_where_the_true_answer_says_the_same(monkeypatch: pytest.MonkeyPatch):
-    keys = {"red or blue": None, "Red  or blue": None, "red": "text:red"}
-    monkeypatch.setattr("ireasoner.method.matching.answer_key", lambda answer, question="": keys.get(answer, ""))
-    assert not same_answer("red or blue", "red")
-    assert same_answer("Red  or blue", "red or blue")
-    assert not same_answer("red", "red or blue")
+def test_a_hedge_is_right_only_where_the_true_answer_says_the_same():
+    assert not same_answer("red or blue", "red", "What color is it?")
+    assert same_answer("Red  or blue", "red or blue", "What color is it?")
+    assert not same_answer("red", "red or blue", "What color is it?")
+    assert not same_answer("12 or 13 apples", "12")
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -60,12 +59,19 @@ ASKED = "How wide is the angle?\nA. 140°\nB. 40°\nC. 140 cm"
         ("40", "B", True), ("B", "40", True), ("40 degrees", "B", True), ("B. 40°", "40°", True),
         ("A", "B", False), ("40°", "A", False),
         ("140", "A", False),  # of two options it says as much
-        ("D", "A", False), ("7", "B", False),
+        ("D", "A", False), ("7", "B", False), ("A or B", "A", False), ("A and B", "A", False),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("choices", [(), ("140°", "40°", "140 cm")])
 def test_an_option_is_picked_by_letter_or_by_text(answer: str, true: str, right: bool, choices: tuple[str, ...]):
     assert same_answer(answer, true, ASKED, choices) is right
+
+
+def test_numbered_options_keep_their_numbers():
+    asked, choices = "Which?\n1. 140°\n2. 40°", ("140°", "40°")
+    assert same_answer("40", "2", asked, choices)
+    assert same_answer("2", "40°", asked, choices)
+    assert not same_answer("1", "2", asked, choices)
 
 
 def test_options_that_are_near_each_other_stay_apart():

@@ -15,14 +15,10 @@ from typing import Literal
 
 import numpy as np
 
-from ireasoner.method.answers import (
-    MAX_ANSWER_LENGTH,
-    UNITS,
-    answer_key,
-    lettered_options,
-    plain_characters,
-    without_latex,
-)
+from ireasoner.method.answers import answer_key, lettered_options
+from ireasoner.method.latex import plain_characters, without_latex
+from ireasoner.method.quantities import is_unit
+from ireasoner.method.wording import MAX_ANSWER_LENGTH
 
 Match = Literal["exact", "relaxed", "anls", "vqa"]
 
@@ -188,7 +184,7 @@ def _is_unit(unit: str, glued: bool) -> bool:
         return True
     if len(name) == 1:
         return name in "mgshlLΩ" or (not glued and name in "NVAWJKCF")
-    return not glued or name in UNITS or name in UNITS.values()
+    return not glued or is_unit(name)
 
 
 def _words_alone(answer: str) -> str:
