@@ -47,7 +47,7 @@ def summarize(arms: Mapping[str, Columns], distinct: Mapping[str, Sequence[float
     """
     checked = all("true_steps" in columns for columns in arms.values())
     hidden = {"image", "true_steps"} if checked else {"image", "true_steps", "checkable_steps"}
-    readable = all(columns["well_formed"].any(1).all() for columns in arms.values())
+    readable = all("well_formed" in c and c["well_formed"].any(1).all() for c in arms.values())  # under every seed
     shown = [name for name in arms["base"] if name not in hidden]
     shown += ["step_truth"] * checked + ["mean@1_of_readable"] * readable
     image = arms["base"]["image"][0].astype(np.int64)
@@ -95,7 +95,9 @@ def steps_fell(columns: Columns, base: Columns) -> bool:
 def _with_shares(columns: Columns) -> Columns:
     """The columns with `mean@1_of_readable`, the share of all readable samples that are right, and with `step_truth`,
     the share of all checkable steps that are true."""
-    found = {**columns, "mean@1_of_readable": _share(columns["mean@1"], columns["well_formed"])}
+    found = dict(columns)
+    if "well_formed" in columns:
+        found["mean@1_of_readable"] = _share(columns["mean@1"], columns["well_formed"])
     if "true_steps" in columns:
         found["step_truth"] = _share(columns["true_steps"], columns["checkable_steps"])
     return found
