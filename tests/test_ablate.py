@@ -30,8 +30,8 @@ from ireasoner.app.targets import evaluate_target, find_target
 from ireasoner.method.types import Episode, Proposal, Question, UsageError
 from ireasoner.playground import dataset, world
 from ireasoner.studies import ablate, ablation_jobs
-from ireasoner.studies.ablate import Settings, _check_run, arm_config, arm_names, settle, train_command
-from ireasoner.studies.ablation_jobs import ArmsProgress
+from ireasoner.studies.ablate import Settings, _check_run, arm_config, arm_names, eval_command, settle, train_command
+from ireasoner.studies.ablation_jobs import ArmsProgress, read_scores
 from ireasoner.studies.ablation_tables import (
     csv_text,
     difference_rows,
@@ -45,7 +45,7 @@ from ireasoner.studies.ablation_tables import (
 )
 from ireasoner.training.config import dump_config, names, resolve
 from ireasoner.training.custom_reward import sha256_of
-from ireasoner.training.evaluation import EvaluationOptions
+from ireasoner.training.evaluation import ACCURACIES, EvaluationOptions
 from ireasoner.training.labelled import load_questions
 from ireasoner.training.recorder import read_episodes, writer_lock
 from ireasoner.training.statistics import half_width
@@ -108,6 +108,16 @@ def test_step_truth_weighs_steps_and_not_questions():
     assert found["arms"]["base"]["mean"]["checkable_steps"] == 1.25
 
 
+def test_accuracy_among_readable_samples_weighs_samples_and_not_questions():
+    some = columns(0.0)
+    some["well_formed"] = np.array([[1.0, 0.5, 0.0, 0.0]] * 2)
+    some["mean@1"] = np.array([[0.5, 0.5, 0.0, 0.0]] * 2)
+    found = summarize({"base": some}, {})["arms"]["base"]
+    assert found["mean"]["mean@1_of_readable"] == pytest.approx(1.0 / 1.5)
+    some["well_formed"][1] = some["mean@1"][1] = 0.0  # of a seed without any, there is no such accuracy
+    assert "mean@1_of_readable" not in summarize({"base": some}, {})["measures"]
+
+
 def test_where_checkable_steps_fall_step_truth_is_void(result: dict[str, Any]):
     arms = result["arms"]
     assert [arms[arm]["void"] for arm in ("base", "paper", "outcome-only")] == [False, False, True]  # 1.8 and 1.79 of 2
@@ -126,7 +136,7 @@ def test_without_pictures_there_is_no_step_truth():
     result = summarize(arms, {})
     assert not {"step_truth", "checkable_steps", "true_steps"} & set(result["measures"])
     head, *rows = score_rows(result)
-    assert head == ["", *MEASURES, "well-formed", "tokens", "distinct questions"]
+    assert head == ["", *MEASURES, "well-formed", "mean@1 of these", "tokens", "distinct questions"]
     assert not any("void" in row for row in rows)
 
 
@@ -167,10 +177,11 @@ def test_distinct_questions_by_hand(tmp_path: Path):
 
 def test_the_tables_by_hand(result: dict[str, Any]):
     head, base, paper, outcome = score_rows(result)
-    assert head == ["", *MEASURES, "step truth", "checked steps", "well-formed", "tokens", "distinct questions"]
+    readable = ["well-formed", "mean@1 of these"]
+    assert head == ["", *MEASURES, "step truth", "checked steps", *readable, "tokens", "distinct questions"]
     assert base[:2] == ["base", "50.0 ±635.3"]
     assert base[-1] == ""
-    assert paper[5:] == ["75.0 ±0.0", "1.80 ±0.00", "100.0 ±0.0", "20.0 ±0.0", "60.0 ±127.1"]
+    assert paper[5:] == ["75.0 ±0.0", "1.80 ±0.00", "100.0 ±0.0", "75.0 ±317.7", "20.0 ±0.0", "60.0 ±127.1"]
     assert outcome[6] == "1.79 ±0.00"
     rows = difference_rows(result, "base")
     assert [row[0] for row in rows] == ["", "paper", "outcome-only"]
@@ -556,6 +567,24 @@ def test_an_ablation_stopped_moved_resumed_and_extended(
     assert "base-0.json cannot be read" in mistake(capsys, out)
 
 
+def test_every_arm_is_judged_by_the_same_metric(tmp_path: Path):
+    settings = Settings(match="anls")
+    for arm in ("base", "paper"):
+        assert "--match=anls" in eval_command(tmp_path, settings, arm, 0)
+    assert "or else anls" in legend({"settings": settings.model_dump(), "seeds": 1, "questions": 4, "images": 3,
+                                     "measures": [], "note": ""})  # fmt: skip
+
+
+def test_scores_that_were_judged_in_one_way_alone_are_made_again(tmp_path: Path):
+    values = {name: [0.0, 1.0] for name in (*ACCURACIES, "image")}
+    (tmp_path / "base-0.json").write_text(json.dumps({"per_question": values}))
+    assert read_scores(tmp_path / "base-0.json").keys() == values.keys()
+    del values["strict_greedy"]
+    (tmp_path / "base-0.json").write_text(json.dumps({"per_question": values}))
+    with pytest.raises(UsageError, match=r"base-0\.json holds scores of an earlier version: remove it"):
+        read_scores(tmp_path / "base-0.json")
+
+
 def scores_of(out: Path, name: str) -> dict[str, list[Any]]:
     return json.loads((out / f"{name}.json").read_text())["per_question"]
 
@@ -595,7 +624,8 @@ def test_eval_writes_its_scores_question_by_question(own: Path, capsys: pytest.C
     assert main(["eval", "tiny", *argv]) == 0
     found = json.loads(target.read_text())
     columns = found["per_question"]
-    assert columns.keys() == {*MEASURES, "answer_entropy", "well_formed", "tokens", "greedy_texts", "image"}
+    others = {"answer_entropy", "greedy_well_formed", "well_formed", "tokens", "greedy_texts", "image"}
+    assert columns.keys() == {*ACCURACIES, *others}
     assert all(len(values) == 2 for values in columns.values())
     assert np.mean(columns["mean@1"]) == found["scores"]["mean@1"]["mean"]
     assert main(["eval", "tiny", "tiny", *argv]) == 0

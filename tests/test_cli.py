@@ -21,7 +21,7 @@ from ireasoner.app.commands import Train
 from ireasoner.app.display import Display, evaluation_table, plain, results_table, vote_line
 from ireasoner.method.types import Episode, Part, Question, Trajectory
 from ireasoner.training.config import Config, dump_config, resolve
-from ireasoner.training.evaluation import Scores, compare
+from ireasoner.training.evaluation import ACCURACIES, Scores, compare
 from ireasoner.training.statistics import MEASURES
 
 COMMANDS = (
@@ -387,6 +387,8 @@ def test_eval_of_models_that_cannot_be(capsys: pytest.CaptureFixture[str], place
     assert "no-model" in mistake(capsys, "eval", place / "no-model", *data)
     assert "neither a run nor a model: name a run directory" in mistake(capsys, "eval", place / "pool", *data)
     assert "8b" in mistake(capsys, "eval", "tiny", *data, "--preset", "8b")
+    text = mistake(capsys, "eval", "tiny", *data, "--match", "bleu")
+    assert "--match: input should be 'exact', 'relaxed', 'anls' or 'vqa', not 'bleu'" in text
 
 
 def test_eval_of_an_adapter_names_its_run_before_anything_is_loaded(place: Path, tmp_path: Path):
@@ -479,7 +481,8 @@ def test_eval_of_one_model_and_of_two(capsys: pytest.CaptureFixture[str], place:
     assert main(["eval", "tiny", *common]) == 0
     printed, found = capsys.readouterr().out, json.loads(target.read_text())
     assert all(measure in printed for measure in MEASURES)
-    assert found["models"] == ["tiny"]
+    assert all(told in printed for told in ("strictly", "readable", "of these"))
+    assert (found["models"], found["match"]) == (["tiny"], "exact")
     assert set(MEASURES) <= set(found["scores"])
     assert main(["eval", "tiny", "tiny", *common]) == 0
     printed, found = capsys.readouterr().out, json.loads(target.read_text())
@@ -642,7 +645,7 @@ def scores(accuracy: float, questions: int = 64) -> Scores:
     values = (np.arange(questions) < accuracy * questions).astype(float)
     entropy = np.full(questions, 1.2345)
     ones, image = np.ones(questions), np.arange(questions) // 2
-    return Scores(dict.fromkeys(MEASURES, values), entropy, ones, ones, ("",) * questions, image)
+    return Scores(dict.fromkeys(ACCURACIES, values), entropy, ones, ones, ones, ("",) * questions, image)
 
 
 def table_rows(
@@ -667,8 +670,14 @@ def test_the_table_of_results_fits_80_columns(
     for measure in MEASURES:
         assert sum(measure in row for row in rows) == 1
     numbers = re.findall(r"-?\d+\.\d+", "".join(rows[rows.index(rows[0]) + 1 :]))
-    # Measures of before, after and difference with an interval each, and p; 3 more rows of before and after.
-    assert len(numbers) == len(MEASURES) * 10 + 3 * 2
+    # Measures, lenient and strict, of before, after and difference with an interval each, and p; of before and after, 2
+    # rows below greedy and mean@1 each, and 2 more at the end.
+    assert len(numbers) == 2 * len(MEASURES) * 10 + (2 * 2 + 2) * 2
+    labels = [row.split()[0] for row in rows if re.match(r" *[a-z]", row)]
+    first_rows = ["greedy", "strictly", "readable", "of", "mean@1", "strictly", "readable", "of"]
+    assert labels[labels.index("greedy") :] == [
+        *first_rows, "maj@5", "strictly", "pass@5", "strictly", "entropy", "tokens"
+    ]  # fmt: skip
 
 
 def test_no_interval_is_broken_over_two_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -131,6 +131,7 @@ def test_recipe_and_preset_options_are_apart_and_together_with_the_runs_own_are_
         "labels",
         "eval_data",
         "held_out",
+        "match",
         "device",
         "engine",
         "revision",

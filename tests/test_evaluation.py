@@ -6,6 +6,7 @@ import json
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +20,10 @@ from ireasoner.playground import dataset, world
 from ireasoner.playground.truth import step_truth
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import SamplingOptions
-from ireasoner.training.evaluation import EvaluationOptions, Scores, compare, evaluate
+from ireasoner.training.evaluation import ACCURACIES, EvaluationOptions, Scores, compare, evaluate
 from ireasoner.training.images import ImageError, load_image
 from ireasoner.training.labelled import DataError, LabelledQuestion, answer_prior, load_questions
-from ireasoner.training.statistics import MEASURES, difference_interval, half_width, share_interval, t_quantile
+from ireasoner.training.statistics import MEASURES, STRICT, difference_interval, half_width, share_interval, t_quantile
 from models import load, requests
 
 # --- intervals --------------------------------------------------------------------------------------------------------
@@ -164,12 +165,12 @@ def test_the_answer_prior_by_hand():
 def scores(values: np.ndarray, image: np.ndarray | None = None) -> Scores:
     values = np.asarray(values, dtype=np.float64)
     ones, image = np.ones(len(values)), np.arange(len(values)) if image is None else image
-    return Scores(dict.fromkeys(MEASURES, values), 0 * ones, ones, 20 * ones, ("",) * len(values), image)
+    return Scores(dict.fromkeys(ACCURACIES, values), 0 * ones, ones, ones, 20 * ones, ("",) * len(values), image)
 
 
 def one(before: np.ndarray, after: np.ndarray, image: np.ndarray | None = None) -> dict[str, float]:
     found = compare(scores(before, image), scores(after, image))
-    assert set(found) == set(MEASURES)
+    assert set(found) == set(ACCURACIES)
     return found["greedy"]
 
 
@@ -309,7 +310,7 @@ def _picture(path: Path) -> Path:
         {**ROW, "image": 3},
         {**ROW, "question": ["q"]},
         {**ROW, "answer": None},
-        {**ROW, "answer": ["1", "2"]},
+        {**ROW, "answer": ["1", ["2"]]},
         {**ROW, "image": "b.png"},
         {**ROW, "image": "."},
         {**ROW, "image": ""},
@@ -355,6 +356,91 @@ def test_a_file_without_questions_is_named(tmp_path: Path, content: bytes | None
 def test_a_limit_below_one_is_a_mistake(tmp_path: Path, limit: int):
     with pytest.raises(UsageError, match="limit"):
         load_questions(lines(tmp_path, ROW, ROW), limit)
+
+
+# --- rows of the public sets ------------------------------------------------------------------------------------------
+
+OPTIONS = {"choices": ("red", "blue"), "question": "Which?\nA. red\nB. blue"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        pytest.param({"image_path": "./a.png", "question": "How wide?", "ground_truth": "140°"},
+                     {"question": "How wide?", "answer": "140°"}, id="R1-V"),
+        pytest.param({"images": ["a.png"], "problem": "<image>How many?", "answer": "48"},
+                     {"answer": "48"}, id="EasyR1"),
+        pytest.param({"images": [{"bytes": None, "path": "a.png"}], "problem": "How many?", "answer": 7},
+                     {"answer": "7"}, id="datasets"),
+        pytest.param({"id": 1, "image": "a.png", "conversations": [
+            {"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": "<answer> 7 </answer>"}]},
+            {"answer": "7"}, id="VLM-R1"),
+        pytest.param({"image": "a.png", "problem": "How many?", "solution": "<think>So.</think>\n<answer>7</answer>"},
+                     {"answer": "7"}, id="VLM-R1 with a thought"),
+        pytest.param({"doc_id": 0, "image": "a.png", "doc": {"question": "How many?"}, "target": "7", "resps": [["7"]]},
+                     {"answer": "7"}, id="lmms-eval sample"),
+        pytest.param({"image": "a.png", "query": "How many?", "label": ["7"], "human_or_machine": 0},
+                     {"answer": "7"}, id="ChartQA"),
+        pytest.param({"image": "a.png", "question": "How many?", "answer": "7", "type": "human_test"},
+                     {"answer": "7", "match": None}, id="ChartQA of lmms-eval"),
+        pytest.param({"image": "a.png", "question": "How many?", "answers": ["7", "seven"], "metric": "anls"},
+                     {"answer": "7", "others": ("seven",), "match": "anls"}, id="DocVQA"),
+        pytest.param({"image": "a.png", "question": "How many?", "metric": "vqa_score",
+                      "answers": [{"answer": text, "answer_id": i} for i, text in enumerate(["7", "7", "8"])]},
+                     {"answer": "7", "others": ("7", "8"), "match": "vqa"}, id="VQAv2"),
+        pytest.param({"image": "AAAA", "image_path": "a.png", "question": "Which?", "A": "red", "B": "blue",
+                      "C": float("nan"), "D": None, "answer": "B"}, {**OPTIONS, "answer": "B"}, id="VLMEvalKit"),
+        pytest.param({"image": "a.png", "question": "Which?", "choices": ["red", "blue"], "answer": 1, "hint": ""},
+                     {**OPTIONS, "answer": "B"}, id="ScienceQA"),
+        pytest.param({"image": "a.png", "question": "Which?", "options": ["red", "blue"], "answer": "0"},
+                     {**OPTIONS, "answer": "A"}, id="AI2D"),
+        pytest.param({"image": "a.png", "question": "Which?", "options": "['red', 'blue']", "answer": "B"},
+                     {**OPTIONS, "answer": "B"}, id="MMMU"),
+        pytest.param({"image": "a.png", "question": "Which?", "choices": ["(A) red", "(B) blue"], "answer": "blue"},
+                     {**OPTIONS, "answer": "blue"}, id="MathVista"),
+        pytest.param({"image": "a.png", "prompt": "Which?", "options": {"A": "red", "B": "blue"}, "target": "A"},
+                     {**OPTIONS, "answer": "A"}, id="options by letter"),
+        pytest.param({"image": "a.png", "question": "How many?", "choices": ["7", "8", "9"], "answer": "7"},
+                     {"question": "How many?\nA. 7\nB. 8\nC. 9", "answer": "7"}, id="options that are digits"),
+        pytest.param({"image": "a.png", "question": "(A) red or (B) blue?", "choices": ["red", "blue"], "answer": "B"},
+                     {"question": "(A) red or (B) blue?", "choices": ("red", "blue")}, id="options that are shown"),
+        pytest.param({"image": "a.png", "question": "Is (A) over (B)?", "choices": ["yes", "no"], "answer": "A"},
+                     {"question": "Is (A) over (B)?\nA. yes\nB. no"}, id="letters that are no options"),
+        pytest.param({**ROW, "choices": None, "metric": None, "options": []},
+                     {"choices": (), "match": None}, id="none of them"),
+    ],
+)  # fmt: skip
+def test_rows_of_the_public_sets_are_read(tmp_path: Path, row: dict[str, object], expected: dict[str, object]):
+    (found,) = load_questions(lines(tmp_path, row))
+    assert found.image == (tmp_path / "a.png").resolve()
+    for name, value in {"question": "How many?", "others": (), **expected}.items():
+        assert getattr(found, name) == value
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"question": None}, "has no question: it may be named question, problem, query, prompt"),
+        ({"answer": None}, "has no answer: it may be named answer, answers, solution"),
+        ({"image": None}, "has no image: it may be named image_path, image, images"),
+        ({"image": None, "images": ["a.png", "a.png"]}, "images must name one image, not 2"),
+        ({"image": "b.png"}, "image names no image: 'b.png'"),
+        ({"image": None, "image_path": {"path": 7}}, "image_path must be the path of an image"),
+        ({"choices": ["one"]}, "choices must be 2 to 26 options, not 1"),
+        ({"options": {"B": "x", "A": "y"}}, "options must have the letters A, B, C and so on as keys, in this order"),
+        ({"choices": [["a"], "b"]}, "choices must be text or a number"),
+        ({"choices": ["a", "b"], "answer": 2}, "answer is 2, but there are only 2 choices, counted from 0"),
+        ({"choices": ["1", "2"], "answer": 1}, "answer is 1, which one choice says and another one has as its place"),
+        ({"answer": None, "answers": [{"text": "7"}]}, "answers must be text or a number"),
+        ({"metric": "bleu"}, "metric must be one of exact, exact_match,"),
+        ({"match": ["anls"]}, "match must be one of exact,"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_line(tmp_path: Path, change: dict[str, object], said: str):
+    with pytest.raises(DataError, match=r"data\.jsonl, line 2: ") as caught:
+        load_questions(lines(tmp_path, ROW, {**ROW, **change}))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 PICTURE = world.picture_record(world.sample_picture(np.random.default_rng(0)))
@@ -521,6 +607,45 @@ def test_an_answer_that_is_the_same_in_other_words_is_right(tiny: Policy, questi
     said = first.greedy_texts[0].partition("<answer>")[2].partition("</answer>")[0]
     again = [LabelledQuestion(count.image, count.question, f"{float(said)}")]  # "3.0" for "3"
     assert evaluate(tiny, again, None, asked(64), truth=step_truth).measures["greedy"].tolist() == [1.0]
+
+
+def test_what_the_benchmark_accepts_is_right_and_strictly_wrong(tiny: Policy, questions: list[LabelledQuestion]):
+    count = next(q for q in questions if q.question.startswith("How many"))
+    cold = EvaluationOptions(temperature=0.0)
+
+    def measured(answer: str, options: EvaluationOptions = cold, **fields: Any) -> dict[str, float]:
+        """The measures of the one question, if this were its true answer."""
+        found = evaluate(tiny, [replace(count, answer=answer, **fields)], None, asked(64), options=options)
+        assert found.greedy_well_formed.tolist() == found.well_formed.tolist() == [1.0]
+        assert found.of_readable("greedy") == found.measures["greedy"][0]
+        return {name: float(values[0]) for name, values in found.measures.items()}
+
+    text = evaluate(tiny, [count], None, asked(64), options=cold).greedy_texts[0]
+    said = text.partition("<answer>")[2].partition("</answer>")[0]
+    lenient, strict = dict.fromkeys(MEASURES, 1.0), dict.fromkeys(STRICT, 1.0)
+    wrong, strictly_wrong = dict.fromkeys(MEASURES, 0.0), dict.fromkeys(STRICT, 0.0)
+    assert measured(said) == lenient | strict
+    assert measured(f"{said} bars") == lenient | strictly_wrong
+    assert measured("none at all", others=(said,)) == lenient | strictly_wrong
+    near = str(1.04 * float(said))
+    assert measured(near) == wrong | strictly_wrong
+    assert measured(near, replace(cold, match="relaxed")) == lenient | strictly_wrong
+    assert measured(near, match="relaxed") == lenient | strictly_wrong  # the question's own metric
+    assert measured(near, replace(cold, match="relaxed"), match="exact") == wrong | strictly_wrong
+    half = said + "x" * len(said)
+    assert measured(half, match="anls") == dict.fromkeys(MEASURES, 0.5) | strictly_wrong
+
+
+def test_accuracy_among_readable_texts_by_hand():
+    right, read = np.array([1.0, 0.0, 1.0, 0.0]), np.array([1.0, 1.0, 1.0, 0.0])
+    found = replace(scores(right), greedy_well_formed=read, well_formed=np.zeros(4))
+    assert found.of_readable("greedy") == pytest.approx(2 / 3)
+    assert found.of_readable("mean@1") is None
+    summary = json.loads(json.dumps(found.summary()))
+    assert summary["greedy_of_readable"] == pytest.approx(2 / 3)
+    assert summary["greedy_well_formed"] == 0.75
+    assert summary["mean@1_of_readable"] is None
+    assert summary["strict_greedy"]["mean"] == 0.5
 
 
 def test_an_image_that_cannot_be_decoded_is_named(tiny: Policy, tmp_path: Path):

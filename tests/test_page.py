@@ -160,6 +160,52 @@ def test_the_verdict_follows_the_intervals(recorder: HandMade, differences: dict
     assert said in found.sentence
 
 
+def judged(recorder: HandMade, accuracy: tuple[float, float], readable: tuple[float, float], **strict: float) -> str:
+    """The verdict's sentence on greedy accuracy and the readable share before and after; strictly, it is `strict`."""
+    parts: dict[str, Any] = {}
+    for name, right, read in zip(("before", "after"), accuracy, readable, strict=True):
+        parts[name] = {"questions": 64, "images": 32, "greedy": cell(right), "greedy_well_formed": read}
+        parts[name] |= {"strict_greedy": cell(strict.get(name, right))}
+    changes = {"greedy": accuracy[1] - accuracy[0]}
+    changes["strict_greedy"] = strict.get("after", accuracy[1]) - strict.get("before", accuracy[0])
+    difference = {name: cell(change, 0.02) | {"p": 0.01} for name, change in changes.items()}
+    recorder.write_text("summary.json", write_json({**parts, "difference": difference}))
+    return verdict(RecordedRun.open(with_metrics(recorder).run_dir)).sentence
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "readable", "said"),
+    [
+        # Half of the readable texts are right before and after: all of the gain is reading.
+        (
+            (0.4, 0.5),
+            (0.8, 1.0),
+            "(+10.0 points, of which +10.0 because more texts can be read (80.0 % → 100.0 %), 95 %",
+        ),
+        # 0.4 / 0.8 = 0.5 and 0.72 / 0.9 = 0.8 of the readable ones: their mean 0.65 times 0.1.
+        ((0.4, 0.72), (0.8, 0.9), "(+32.0 points, of which +6.5 because more texts can be read"),
+        ((0.5, 0.5), (1.0, 0.625), "(+0.0 points, of which -24.4 because fewer texts can be read"),  # 0.375 * 0.65
+        ((0.0, 0.45), (0.0, 0.9), "(+45.0 points, of which +45.0 because more texts can be read"),
+        ((0.4, 0.5), (0.9, 0.9), "(+10.0 points, 95 % interval"),
+        ((0.0, 0.0), (0.0, 0.0), "(+0.0 points, 95 % interval"),
+    ],
+)
+def test_a_gain_in_format_is_told_from_a_gain_in_skill(
+    recorder: HandMade, accuracy: tuple[float, float], readable: tuple[float, float], said: str
+):
+    sentence = judged(recorder, accuracy, readable)
+    assert said in sentence
+    assert "strict" not in sentence  # it would say the same again
+
+
+def test_the_strict_accuracy_is_told_where_it_is_another(recorder: HandMade):
+    sentence = judged(recorder, (0.4, 0.5), (1.0, 1.0), before=0.1, after=0.3)
+    assert "got better: greedy accuracy 40.0 % → 50.0 %" in sentence
+    assert sentence.endswith("Judged strictly, it is 10.0 % → 30.0 % (+20.0 points, +18.0 to +22.0).")
+    assert "strict greedy" not in sentence  # it is no further measure
+    assert "strict greedy" in report(recorder).text
+
+
 @pytest.mark.parametrize("summary", [None, {"before": None, "after": None, "difference": None, "steps": 3}])
 def test_without_labels_no_accuracy_is_claimed(recorder: HandMade, summary: dict[str, Any] | None):
     if summary:

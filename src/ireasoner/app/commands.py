@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from ireasoner.app import display
 from ireasoner.app.command import Command
 from ireasoner.app.targets import evaluate_target, find_target
+from ireasoner.method.matching import Match
 from ireasoner.method.recipe import Count
 from ireasoner.method.types import UsageError
 from ireasoner.model.options import Dtype
@@ -199,6 +200,9 @@ class Eval(Measurement):
     """JSONL of image, question, answer."""
     limit: Count | None = None
     """Ask only so many questions, drawn from as many images as possible."""
+    match: Match = configs.option("match").default
+    """How answers are judged, where a question names no metric: by sameness, ChartQA's 5 %, ANLS, or VQA's agreement
+    with ten people."""
     preset: str | None = None
     """Preset for plain models: prompts and lengths (7b; tiny for the tiny model)."""
     revision: str | None = None
@@ -226,6 +230,7 @@ class Eval(Measurement):
         from ireasoner.training.evaluation import EvaluationOptions
 
         options = EvaluationOptions(
+            match=self.match,
             seed=self.seed,
             temperature=self.temperature,
             blank=self.blank,
@@ -235,7 +240,7 @@ class Eval(Measurement):
             evaluate_target(target, questions, options, device=self.device, truth=step_truth) for target in targets
         ]
         named = [f"{target.name}, images blanked" if self.blank else target.name for target in targets]
-        result = display.evaluation_table(named, scores)
+        result = {"match": self.match, **display.evaluation_table(named, scores)}
         columns = [found.per_question() for found in scores]
         result["per_question"] = columns[0] if len(columns) == 1 else {"before": columns[0], "after": columns[1]}
         if self.blank:
@@ -319,6 +324,8 @@ class Ablate(Command):
     """Folder of your own unlabeled images; needs --data."""
     data: Path | None = None
     """JSONL of your own held-out questions: image, question, answer."""
+    match: Match | None = None
+    """How answers are judged, where a question names no metric (exact)."""
     labels: Path | None = None
     """JSONL of labelled questions on your images, for the oracle."""
 

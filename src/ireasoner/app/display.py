@@ -21,6 +21,7 @@ from rich.text import Text
 
 from ireasoner.method.types import Episode, Sampled
 from ireasoner.training.config import Config
+from ireasoner.training.statistics import MEASURES, READABLE
 
 if TYPE_CHECKING:  # these import torch
     from ireasoner.studies.doctor import Finding
@@ -38,7 +39,6 @@ SHOWN = {
 WIDE = 300  # characters of a text that are shown where all of it is in a file
 OTHER_ROWS = {
     "answer_entropy": "entropy",
-    "well_formed": "readable",
     "tokens": "tokens",
     "step_truth": "true steps",
     "checkable_steps": "checkable",
@@ -255,12 +255,7 @@ def results_table(summary: Mapping[str, Any], names: Sequence[str] = ("before", 
     """
     before, after, difference = summary["before"], summary["after"], summary["difference"]
     heads = ["\n".join(textwrap.wrap(plain(name), 20)) for name in names]  # no wider than the numbers below
-    rows = [["", *heads, "difference", "p"]]
-    for name, change in difference.items():
-        rows.append([name, _cell(before[name]), _cell(after[name]), _cell(change), f"{change['p']:.4f}"])
-    for name, label in OTHER_ROWS.items():
-        if before.get(name) is not None and after.get(name) is not None:
-            rows.append([label, f"{before[name]:.3f}", f"{after[name]:.3f}", "", ""])
+    rows = [["", *heads, "difference", "p"], *_rows([before, after], difference)]
     print_table(f"Accuracy in % on {_asked(before)}, 95 % intervals", rows)
 
 
@@ -273,7 +268,32 @@ def evaluation_table(names: Sequence[str], scores: Sequence[Scores]) -> dict[str
         results_table(summary, names)
         return {"models": list(names), **summary}
     summary = scores[0].summary()
-    rows = [["", "accuracy"], *([name, _cell(summary[name])] for name in scores[0].measures)]
-    rows += [[label, f"{summary[name]:.3f}"] for name, label in OTHER_ROWS.items() if summary[name] is not None]
+    rows = [["", "accuracy"], *_rows([summary])]
     print_table(f"{plain(names[0])}: accuracy in % on {_asked(summary)}, 95 % intervals", rows)
     return {"models": list(names), "scores": summary}
+
+
+def _rows(
+    parts: Sequence[Mapping[str, Any]], difference: Mapping[str, Mapping[str, float]] | None = None
+) -> list[list[str]]:
+    """A row for each value that all of the summaries have.
+
+    Below a measure stand what is right strictly and, where that is known, the share of its texts that could be read,
+    and what share of these is right.
+    """
+    labels = {}
+    for measure in MEASURES:
+        labels |= {measure: measure, f"strict_{measure}": " strictly"}
+        if measure in READABLE:
+            labels |= {READABLE[measure]: " readable", f"{measure}_of_readable": " of these"}
+    rows = []
+    for name, label in {**labels, **OTHER_ROWS}.items():
+        values = [part.get(name) for part in parts]
+        if None in values:
+            continue
+        cells = [_cell(value) if isinstance(value, Mapping) else f"{value:.3f}" for value in values]
+        change = difference.get(name) if difference else None
+        if change:
+            cells += [_cell(change), f"{change['p']:.4f}"]
+        rows.append([label, *cells, *[""] * (3 * len(parts) - 2 - len(cells))])  # one column, or four of two models
+    return rows

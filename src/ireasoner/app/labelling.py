@@ -136,7 +136,8 @@ def agreement(path: Path) -> str:
     rows = [row for row in rows if "majority_answer" in row]  # others were added by hand
     if not rows:
         return ""
-    right = np.array([row["majority_answer"] == answer_key(str(row["answer"]), row["question"]) for row in rows])
+    keys = [answer_key(str(row["answer"]), row["question"]) for row in rows]
+    right = np.array([k is not None and k == row["majority_answer"] for k, row in zip(keys, rows, strict=True)])
     mean, low, high = (100 * share for share in share_interval(right.astype(float), np.arange(len(rows))))
     return (
         f"When these questions were asked in training, the majority answered as you do to {right.sum()} of {len(rows)} "

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ireasoner.method.types import Number, Record
 from ireasoner.page.run import RecordedRun
 from ireasoner.training.advice import advice
-from ireasoner.training.statistics import MEASURES
+from ireasoner.training.statistics import MEASURES, READABLE, STRICT
 from ireasoner.training.watch import Sign
 
 Tone = Literal["good", "bad", "unsure"]
@@ -42,7 +42,8 @@ class Interval(Record):
 class Comparison:
     """One measure of held-out accuracy before and after training; the difference is paired by question.
 
-    `asked` says on how many questions, and about how many images if that is known.
+    `asked` says on how many questions, and about how many images if that is known. `readable` is the share of the
+    judged texts that could be read, before and after, where that is known.
     """
 
     name: str
@@ -50,16 +51,36 @@ class Comparison:
     before: Interval
     after: Interval
     difference: Interval
+    readable: tuple[float, float] | None = None
+
+    @property
+    def by_reading(self) -> float:
+        """How much of the difference comes from more or fewer texts that can be read, as a share.
+
+        Accuracy is the readable share times the accuracy among readable texts, and its difference is the difference of
+        each factor times the mean of the other one (Kitagawa 1955). Where nothing could be read before, or after, the
+        accuracy among readable texts is taken to be the same on both sides.
+        """
+        if self.readable is None or not any(self.readable):
+            return 0.0
+        pairs = zip((self.before.mean, self.after.mean), self.readable, strict=True)
+        among = [right / share for right, share in pairs if share > 0]
+        return (self.readable[1] - self.readable[0]) * sum(among) / len(among)
 
 
 def comparisons(summary: Mapping[str, Any]) -> list[Comparison]:
     """Held-out accuracy in a run's `summary.json`; empty if none was measured or the file is not one of ours."""
     found = []
     try:
-        for name in [name for name in MEASURES if name in summary["difference"]]:  # the first one decides
-            parts = [Interval.model_validate(summary[part][name]) for part in ("before", "after", "difference")]
-            asked, images = f"{int(summary['before']['questions'])} held-out questions", summary["before"].get("images")
-            found.append(Comparison(name, asked + (f" about {int(images)} images" if images else ""), *parts))
+        asked, images = f"{int(summary['before']['questions'])} held-out questions", summary["before"].get("images")
+        asked += f" about {int(images)} images" if images else ""
+        for name in [n for n in (*MEASURES, *STRICT) if n in summary["difference"]]:  # the first one decides
+            before, after, change = (
+                Interval.model_validate(summary[p][name]) for p in ("before", "after", "difference")
+            )
+            shares = [summary[part].get(READABLE.get(name)) for part in ("before", "after")]
+            readable = None if None in shares else (float(shares[0]), float(shares[1]))
+            found.append(Comparison(name.replace("_", " "), asked, before, after, change, readable))
     except (KeyError, TypeError, ValueError, OverflowError):
         return []
     return found
@@ -136,22 +157,42 @@ def _judge_accuracy(found: Sequence[Comparison]) -> Verdict | None:
     """The first measure decides by the interval of its difference; None if nothing was measured."""
     if not found:
         return None
-    first, *others = found
+    first, others = found[0], [other for other in found[1:] if other.name in MEASURES]
     before, after = first.before.percent[0], first.after.percent[0]
     mean, low, high = first.difference.percent
-    told = f"{first.name} accuracy {before:.1f} % → {after:.1f} % ({mean:+.1f} points, 95 % interval {low:+.1f} to "
-    told += f"{high:+.1f}) on {first.asked}"
+    told = f"{first.name} accuracy {before:.1f} % → {after:.1f} % ({mean:+.1f} points{_because(first)}, 95 % interval "
+    told += f"{low:+.1f} to {high:+.1f}) on {first.asked}"
     rest = [
         f"{', '.join(names)} {words}"
         for direction, words in ((1, "rose"), (-1, "fell"), (0, "did not clearly move"))
         if (names := [other.name for other in others if _direction(other) == direction])
     ]
     more = f" Of the other measures, {'; '.join(rest)}." if rest else ""
+    strict = next((other for other in found if other.name == f"strict {first.name}"), first)
+    if (strict.before, strict.after) != (first.before, first.after):
+        more += _strictly(strict)
     if _direction(first) > 0:
         return Verdict("good", f"The model got better: {told}.{more}")
     if _direction(first) < 0:
         return Verdict("bad", f"The model got worse: {told}.{more}")
     return Verdict("unsure", f"No difference is shown: {told}.{more}")
+
+
+def _because(comparison: Comparison) -> str:
+    """How much of a difference comes from reading, so that a gain in format is told from a gain in skill."""
+    points = f"{100 * comparison.by_reading:+.1f}"
+    if comparison.readable is None or float(points) == 0:
+        return ""
+    before, after = (100 * share for share in comparison.readable)
+    more = "more" if after > before else "fewer"
+    return f", of which {points} because {more} texts can be read ({before:.1f} % → {after:.1f} %)"
+
+
+def _strictly(comparison: Comparison) -> str:
+    """The same measure where only the very same answer is right, if that says something else."""
+    before, after = comparison.before.percent[0], comparison.after.percent[0]
+    mean, low, high = comparison.difference.percent
+    return f" Judged strictly, it is {before:.1f} % → {after:.1f} % ({mean:+.1f} points, {low:+.1f} to {high:+.1f})."
 
 
 def _direction(comparison: Comparison) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ireasoner.method.matching import Match
 from ireasoner.method.types import UsageError
 from ireasoner.model.backbone import load_processor
 from ireasoner.playground import dataset, world
@@ -52,6 +53,7 @@ class Settings(BaseModel):
     images: str | None = None
     data: str | None = None
     data_sha256: str | None = None
+    match: Match = "exact"
     labels: str | None = None
     style: str = "chalk"
     split: Literal["validation", "test"] = "test"
@@ -231,7 +233,7 @@ def eval_command(out: Path, settings: Settings, arm: str, seed: int, *options: s
     if arm == "base":
         target = [settings.model, f"--preset={out / 'preset.yaml'}"]
         target += [f"--revision={settings.training['revision']}"] if settings.training.get("revision") else []
-    data = f"--data={questions_file(out, settings)}", f"--limit={settings.questions}"
+    data = f"--data={questions_file(out, settings)}", f"--limit={settings.questions}", f"--match={settings.match}"
     return ["eval", *target, *data, f"--seed={seed}", f"--device={settings.training.get('device', 'auto')}", *options]
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ireasoner.method.types import UsageError
-from ireasoner.training.statistics import MEASURES
+from ireasoner.training.statistics import MEASURES, STRICT
 from ireasoner.training.watch import ENDED_ITSELF
 
 POLL_SECONDS, QUIET_SECONDS = 0.25, 30.0
@@ -132,10 +132,12 @@ def read_scores(path: Path) -> Columns:
     """Scores that OUT holds.
 
     Raises:
-        UsageError: the file is damaged.
+        UsageError: the file is damaged, or of a version that judged answers in one way alone.
     """
     try:
         columns = json.loads(path.read_text("utf-8"))["per_question"]
+        if not columns.keys() >= {*MEASURES, *STRICT}:
+            raise UsageError(f"{path} holds scores of an earlier version: remove it, and it is made again")
         return {n: np.array(values, dtype=np.float64) for n, values in columns.items() if n != "greedy_texts"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{path} cannot be read: remove it, and it is made again") from None

@@ -20,9 +20,12 @@ COLUMNS = {
     "mean@1": ("mean@1", 100, 1),
     "maj@5": ("maj@5", 100, 1),
     "pass@5": ("pass@5", 100, 1),
+    "strict_greedy": ("strict greedy", 100, 1),
+    "strict_mean@1": ("strict mean@1", 100, 1),
     "step_truth": ("step truth", 100, 1),
     "checkable_steps": ("checked steps", 1, 2),
     "well_formed": ("well-formed", 100, 1),
+    "mean@1_of_readable": ("mean@1 of these", 100, 1),
     "tokens": ("tokens", 1, 1),
     "distinct_questions": ("distinct questions", 100, 1),
 }
@@ -44,9 +47,11 @@ def summarize(arms: Mapping[str, Columns], distinct: Mapping[str, Sequence[float
     """
     checked = all("true_steps" in columns for columns in arms.values())
     hidden = {"image", "true_steps"} if checked else {"image", "true_steps", "checkable_steps"}
-    shown = [name for name in arms["base"] if name not in hidden] + ["step_truth"] * checked
+    readable = all("well_formed" in c and c["well_formed"].any(1).all() for c in arms.values())  # under every seed
+    shown = [name for name in arms["base"] if name not in hidden]
+    shown += ["step_truth"] * checked + ["mean@1_of_readable"] * readable
     image = arms["base"]["image"][0].astype(np.int64)
-    all_values = {arm: _with_truth(columns) for arm, columns in arms.items()}
+    all_values = {arm: _with_shares(columns) for arm, columns in arms.items()}
     void = {arm: checked and steps_fell(columns, arms["base"]) for arm, columns in arms.items()}
 
     def change(arm: str, reference: str, name: str) -> list[float] | None:
@@ -87,19 +92,27 @@ def steps_fell(columns: Columns, base: Columns) -> bool:
     return bool(kept < FALLEN * base["checkable_steps"].mean() or kept == 0)
 
 
-def _with_truth(columns: Columns) -> Columns:
-    """The columns with `step_truth` [seeds, questions]: the share of all checkable steps that are true, as a mean.
+def _with_shares(columns: Columns) -> Columns:
+    """The columns with `mean@1_of_readable`, the share of all readable samples that are right, and with `step_truth`,
+    the share of all checkable steps that are true."""
+    found = dict(columns)
+    if "well_formed" in columns:
+        found["mean@1_of_readable"] = _share(columns["mean@1"], columns["well_formed"])
+    if "true_steps" in columns:
+        found["step_truth"] = _share(columns["true_steps"], columns["checkable_steps"])
+    return found
 
-    A share of all steps is no mean over questions, but has the same intervals as the mean of its linearization, which
-    adds to the share what each question contributes to it (Taylor's series, as in surveys).
+
+def _share(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The sum of one column over that of another one, as a mean [seeds, questions]; nan where the latter is 0.
+
+    Such a share is no mean over questions, but has the same intervals as the mean of its linearization, which adds to
+    the share what each question contributes to it (Taylor's series, as in surveys).
     """
-    if "true_steps" not in columns:
-        return columns
-    checkable, true = columns["checkable_steps"], columns["true_steps"]
-    said_S1 = checkable.mean(1, keepdims=True)
-    said_S1[said_S1 == 0] = np.nan
-    share_S1 = true.mean(1, keepdims=True) / said_S1
-    return {**columns, "step_truth": share_S1 + (true - share_S1 * checkable) / said_S1}
+    whole_S1 = whole.mean(1, keepdims=True)
+    whole_S1[whole_S1 == 0] = np.nan
+    share_S1 = part.mean(1, keepdims=True) / whole_S1
+    return share_S1 + (part - share_S1 * whole) / whole_S1
 
 
 def score_rows(result: Mapping[str, Any]) -> Rows:
@@ -153,7 +166,9 @@ def legend(result: Mapping[str, Any]) -> str:
     text = (
         f"{result['questions']} questions about {result['images']} images of {where}; model {settings['model']}; seeds "
         f"0 to {seeds - 1}. Shares in %. ± and [ ] are 95 % intervals over seeds and images. mean@1, maj@5 and pass@5: "
-        "accuracy of one sampled answer, of the majority of 5, of any of 5. "
+        "accuracy of one sampled answer, of the majority of 5, of any of 5; answers are judged by the metric that a "
+        f"question names, or else {settings['match']}. Strict: only the same answer, with the same unit, as the first "
+        "accepted one. Well-formed: samples that could be read, and mean@1 of these. "
     )
     if "step_truth" in result["measures"]:
         text += (

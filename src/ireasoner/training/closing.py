@@ -86,7 +86,8 @@ def scores_before(run: Run) -> Scores | None:
     """
     if not run.questions:
         return None
-    told = json.dumps([[str(q.image), q.question, q.answer] for q in run.questions])
+    match = run.config.match
+    told = json.dumps([[str(q.image), q.question, q.answer, q.others, q.match or match] for q in run.questions])
     digest = hashlib.sha256(told.encode()).hexdigest()
     kept = read_json(run.out / BEFORE, LARGEST)
     with suppress(KeyError, TypeError, ValueError, AttributeError):
@@ -105,7 +106,7 @@ def evaluate_role(run: Run, which: str, role: Role | None) -> Scores:
         run.questions,
         role,
         run.config.sampling,
-        EvaluationOptions(seed=run.config.seed, max_image_pixels=run.config.max_image_pixels),
+        EvaluationOptions(match=run.config.match, seed=run.config.seed, max_image_pixels=run.config.max_image_pixels),
         truth=run.truth,
         on_progress=lambda done, total: run.observer.on_evaluation(which, done, total),
         stop_asked=run.stop_asked,

@@ -18,6 +18,7 @@ import yaml
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from ireasoner.method.matching import Match
 from ireasoner.method.recipe import Count, Options, Recipe
 from ireasoner.method.texts import PROPOSER_PROMPT, SOLVER_PROMPTS
 from ireasoner.method.types import Form, UsageError
@@ -103,6 +104,9 @@ class Config(Options):
     eval_data: Path | None = None
     """JSONL file of held-out image, question, answer, to evaluate on before and after training; its images are not
     trained on."""
+    match: Match = "exact"
+    """How held-out answers are judged, where a question names no metric: by sameness, ChartQA's 5 %, ANLS, or VQA's
+    agreement with ten people."""
     held_out: Path | None = None
     """Another file of such questions, whose images are not trained on either, and which is not evaluated on."""
     engine: Literal["transformers", "vllm"] = "transformers"

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ireasoner.method.answers import answer_key, majority
+from ireasoner.method.answers import Vote, answer_key, majority
+from ireasoner.method.matching import Match, match_value
 from ireasoner.method.texts import parse_trajectory, solver_messages
 from ireasoner.method.types import Completion, Form, Role
 from ireasoner.model.inputs import encode_images
@@ -22,9 +23,18 @@ from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import SamplingOptions
 from ireasoner.training.images import MAX_PIXELS, load_image
 from ireasoner.training.labelled import LabelledQuestion, StepTruth
-from ireasoner.training.statistics import MEASURES, SAMPLES, difference_interval, numbered, share_interval
+from ireasoner.training.statistics import (
+    MEASURES,
+    READABLE,
+    SAMPLES,
+    STRICT,
+    difference_interval,
+    numbered,
+    share_interval,
+)
 from ireasoner.training.stopping import Stopped
 
+ACCURACIES = (*MEASURES, *STRICT)
 TRUTH = ("checkable_steps", "true_steps")
 FLIPS = 10_000  # of the signs of differences, for a p-value
 GRAY = (128, 128, 128)
@@ -32,9 +42,10 @@ GRAY = (128, 128, 128)
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How questions are asked.
+    """How questions are asked and answers judged.
 
     Args:
+        match: by which metric an answer is right, where the question names none.
         seed: of the sampled answers.
         temperature: of the sampled answers.
         blank: show a uniformly gray image of the same size instead of each image.
@@ -42,6 +53,7 @@ class EvaluationOptions:
         max_image_pixels: larger images cannot be used.
     """
 
+    match: Match = "exact"
     seed: int = 0
     temperature: float = 1.0
     blank: bool = False
@@ -53,15 +65,17 @@ class EvaluationOptions:
 class Scores:
     """How one model did on Q questions: arrays [Q].
 
-    `image` is the number of the image that a question is about. `measures` lie in [0, 1], `answer_entropy` is in nats.
-    The others are means over the sampled trajectories of a question: the share that could be read (`well_formed`),
-    their `tokens`, and how many of their reasoning steps can be checked (`checkable_steps`) and are true
-    (`true_steps`). The last two are None unless every question has a picture; unreadable trajectories count for nothing
-    in them.
+    `image` is the number of the image that a question is about. `measures` lie in [0, 1], both those judged as the
+    benchmark would and the strict ones; `answer_entropy` is in nats. `greedy_well_formed` is 1 where the greedy text
+    could be read. The others are means over the sampled trajectories of a question: the share that could be read
+    (`well_formed`), their `tokens`, and how many of their reasoning steps can be checked (`checkable_steps`) and are
+    true (`true_steps`). The last two are None unless every question has a picture; unreadable trajectories count for
+    nothing in them.
     """
 
     measures: dict[str, NDArray[np.float64]]
     answer_entropy: NDArray[np.float64]
+    greedy_well_formed: NDArray[np.float64]
     well_formed: NDArray[np.float64]
     tokens: NDArray[np.float64]
     greedy_texts: tuple[str, ...]
@@ -76,6 +90,11 @@ class Scores:
             return None
         return float(self.true_steps.sum() / self.checkable_steps.sum())
 
+    def of_readable(self, measure: str) -> float | None:
+        """Accuracy among the texts that could be read, by a measure in `READABLE`; None if there are none."""
+        readable = getattr(self, READABLE[measure])
+        return float(self.measures[measure].sum() / readable.sum()) if readable.any() else None
+
     def summary(self) -> dict[str, Any]:
         """Every measure with its 95 % interval, ready for JSON; how many questions and images it is measured on."""
         return {
@@ -85,7 +104,9 @@ class Scores:
                 name: dict(zip(("mean", "low", "high"), share_interval(values, self.image), strict=True))
                 for name, values in self.measures.items()
             },
+            **{f"{measure}_of_readable": self.of_readable(measure) for measure in READABLE},
             "answer_entropy": float(self.answer_entropy.mean()),
+            "greedy_well_formed": float(self.greedy_well_formed.mean()),
             "well_formed": float(self.well_formed.mean()),
             "tokens": float(self.tokens.mean()),
             "checkable_steps": None if self.checkable_steps is None else float(self.checkable_steps.mean()),
@@ -107,7 +128,7 @@ class Scores:
         texts, image = tuple(map(str, columns["greedy_texts"])), arrays.pop("image").astype(np.int64)
         if any(values.shape != (len(texts),) for values in (image, *arrays.values())):
             raise ValueError("columns of different lengths")
-        return cls({name: arrays.pop(name) for name in MEASURES}, greedy_texts=texts, image=image, **arrays)
+        return cls({name: arrays.pop(name) for name in ACCURACIES}, greedy_texts=texts, image=image, **arrays)
 
 
 def evaluate(
@@ -125,8 +146,11 @@ def evaluate(
 ) -> Scores:
     """Measure greedy, mean@1, maj@5 and pass@5 accuracy, and what the samples are like.
 
-    An unreadable or truncated answer is wrong. Sampling is seeded by (seed, question number), so that two models are
-    compared under the same random numbers.
+    An unreadable or truncated answer is wrong. Others are judged by the metric of the question, or else of the options,
+    and strictly besides: then only what has the key of the first accepted answer is right. maj@5 is the value of the
+    majority answer, as the first sample with it words it.
+
+    Sampling is seeded by (seed, question number), so that two models are compared under the same random numbers.
 
     Args:
         policy: the model.
@@ -167,26 +191,38 @@ def evaluate(
         best = engine.sample(requests, role, max_tokens=longest, temperature=0)
         drawn = engine.sample(requests, role, n=SAMPLES, max_tokens=longest, temperature=options.temperature)
         for question, (single,), group in zip(batch, best, drawn, strict=True):
-            found.append((_score(question, single, group, sampling.solution_form, truth), single.text))
+            row = _score(question, single, group, sampling.solution_form, options.match, truth)
+            found.append((row, single.text))
         on_progress(min((first + options.batch_size) * processes.count, len(questions)), len(questions))
     rows, texts = zip(*processes.gather(found, len(questions)), strict=True)
     names = rows[0].keys() if all(row.keys() == rows[0].keys() for row in rows) else rows[0].keys() - TRUTH
     columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in names}
     image = numbered(question.image for question in questions)
-    return Scores({name: columns.pop(name) for name in MEASURES}, greedy_texts=texts, image=image, **columns)
+    return Scores({name: columns.pop(name) for name in ACCURACIES}, greedy_texts=texts, image=image, **columns)
 
 
 def _score(
-    question: LabelledQuestion, single: Completion, group: Sequence[Completion], form: Form, truth: StepTruth | None
+    question: LabelledQuestion,
+    single: Completion,
+    group: Sequence[Completion],
+    form: Form,
+    match: Match,
+    truth: StepTruth | None,
 ) -> dict[str, float]:
     """The values of one question by name, from its greedy completion and its samples."""
-    true_key = answer_key(question.answer, question.question)
+    asked, accepted = question.question, (question.answer, *question.others)
     best, *read = (parse_trajectory(c.text, c.finish_reason, form) for c in (single, *group))
-    greedy, *keys = (None if s.answer is None else answer_key(s.answer, question.question) for s in (best, *read))
-    vote, right = majority(keys), [key == true_key for key in keys]
-    values = (greedy == true_key, np.mean(right), vote.answer == true_key, any(right))
-    row = {name: float(value) for name, value in zip(MEASURES, values, strict=True)}
-    row |= {"answer_entropy": vote.entropy, "well_formed": float(np.mean([s.well_formed for s in read]))}
+    answers = [s.answer for s in (best, *read)]
+    keys = [None if answer is None else answer_key(answer, asked) for answer in answers]
+    true_key, vote = answer_key(question.answer, asked), majority(keys[1:])
+    values = [
+        0.0 if answer is None else match_value(answer, accepted, asked, question.match or match, question.choices)
+        for answer in answers
+    ]
+    strict = [float(key is not None and key == true_key) for key in keys]
+    row = dict(zip(ACCURACIES, (*_accuracies(values, vote), *_accuracies(strict, vote)), strict=True))
+    row |= {"answer_entropy": vote.entropy, "greedy_well_formed": float(best.well_formed)}
+    row |= {"well_formed": float(np.mean([s.well_formed for s in read]))}
     row |= {"tokens": float(np.mean([len(c.token_ids) for c in group]))}
     if question.picture is not None and truth is not None:
         verdicts = [truth(question.picture, step) for s in read if s.well_formed for step in s.reasoning_steps]
@@ -195,13 +231,19 @@ def _score(
     return row
 
 
+def _accuracies(values: Sequence[float], vote: Vote) -> tuple[float, float, float, float]:
+    """The MEASURES of one question from the values of its greedy answer and of the sampled ones, which voted."""
+    greedy, *drawn = values
+    return greedy, float(np.mean(drawn)), drawn[vote.members[0]] if vote.members else 0.0, max(drawn)
+
+
 def compare(before: Scores, after: Scores) -> dict[str, dict[str, float]]:
     """Paired differences after − before on the same questions, by measure.
 
     Each has its mean, a 95 % interval, and a two-sided p-value by random sign flips: the chance of a mean difference at
     least as large if before and after were exchangeable for every image, all questions about it together.
     """
-    differences = {name: after.measures[name] - before.measures[name] for name in MEASURES}
+    differences = {name: after.measures[name] - before.measures[name] for name in before.measures}
     sums_MI = np.stack([np.bincount(before.image, values) for values in differences.values()])  # [measures, images]
     rng, signs = np.random.default_rng(0), np.array([-1.0, 1.0])
     flipped = np.stack([sums_MI @ rng.choice(signs, size=sums_MI.shape[1]) for _ in range(FLIPS)])

@@ -1,25 +1,51 @@
-"""Labelled questions: a JSONL file of `image`, `question` and `answer`, for evaluation and for the recipe `oracle`."""
+"""Labelled questions: JSONL of images, questions and answers, for evaluation and for the recipe `oracle`.
+
+The fields have the names of the public sets, so that rows of R1-V, EasyR1, VLM-R1 and VLMEvalKit and the samples of
+lmms-eval can be read as they are, if their images are files.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
 
-from ireasoner.method.answers import answer_key
+from ireasoner.method.answers import answer_key, lettered_options
+from ireasoner.method.matching import Match
 from ireasoner.method.types import UsageError
 
 # Whether a reasoning step is true of what the field `picture` of a labelled question describes; None: not known.
 StepTruth = Callable[[Mapping[str, Any], str], bool | None]
 
+# What the public sets call each field; the first name that a row has counts. In VLMEvalKit, `image` holds the pixels
+# where there is an `image_path` beside it.
+FIELDS = {
+    "image": ("image_path", "image", "images"),
+    "question": ("question", "problem", "query", "prompt"),
+    "answer": ("answer", "answers", "solution", "ground_truth", "label", "target"),
+    "choices": ("choices", "options"),
+    "match": ("match", "metric"),
+}
+METRICS: dict[str, Match] = {
+    **dict.fromkeys(("exact", "exact_match", "accuracy"), "exact"),
+    **dict.fromkeys(("relaxed", "relaxed_accuracy", "relaxed_overall", "relaxed_correctness"), "relaxed"),
+    "anls": "anls",
+    **dict.fromkeys(("vqa", "vqa_score", "vqa_accuracy"), "vqa"),
+}
+_PLACEHOLDER = re.compile(r"<image(?: ?\d+)?>")  # where a processor would put the image
+_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
 
 class DataError(UsageError):
-    """A labelled data set cannot be used; the message names the file and the line."""
+    """A labelled data set cannot be used; the message names the file, the line and the field."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +53,27 @@ class LabelledQuestion:
     """A question about an image with its true answer.
 
     `image` is an absolute path; `picture` is a description of the image by whoever drew it, if the file holds one.
+    `others` are further answers that are accepted, `choices` the texts of the options that the question shows, and
+    `match` is the metric that the file names for it, if any.
     """
 
     image: Path
     question: str
     answer: str
     picture: Mapping[str, Any] | None = None
+    others: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    match: Match | None = None
 
 
 def load_questions(path: Path, limit: int | None = None, truth: StepTruth | None = None) -> list[LabelledQuestion]:
     """Read a file of labelled questions.
 
     Args:
-        path: JSONL of `image` (a path relative to the file), `question`, `answer` (text or a number) and, if known,
-            `picture` (an object). Other keys are ignored.
+        path: JSONL of objects with the FIELDS, of which only `image` (a path relative to the file), `question` and
+            `answer` (text or a number, or a list of those that are accepted) must be there, and, if known, `picture`
+            (an object). Choices may also stand in fields A, B, C and so on, question and answer in `conversations`,
+            and all of them in `doc`. Other keys are ignored.
         limit: return only so many questions, drawn at random from as many images as possible: no image has a second
             question before every image has its first. The draw depends on the file and the limit alone, so that all
             models and seeds are asked the same; the order stays that of the file.
@@ -77,24 +110,144 @@ def draw_questions(questions: Sequence[LabelledQuestion], limit: int) -> list[La
 def _question(line: str, folder: Path, where: str, truth: StepTruth | None) -> LabelledQuestion:
     try:
         row = json.loads(line)
-        name, question, answer = (row[key] for key in ("image", "question", "answer"))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise DataError(f"{where}: needs an object with image, question and answer") from None
-    if not isinstance(name, str) or not isinstance(question, str) or not isinstance(answer, str | int | float):
-        raise DataError(f"{where}: image and question must be text, answer text or a number")
-    try:
-        image = (folder / name).resolve()
-        if not image.is_file():
-            raise ValueError
-    except (OSError, RuntimeError, ValueError):  # links that form a loop are a RuntimeError
-        raise DataError(f"{where}: no image {name[:100]!r}") from None
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: needs an object with image, question and answer")
+    row = _flat(row)
+    found = {field: next((name for name in names if _given(row, name)), None) for field, names in FIELDS.items()}
+    for field in ("image", "question", "answer"):
+        if found[field] is None:
+            raise DataError(f"{where}: has no {field}: it may be named {', '.join(FIELDS[field])}")
+
+    def read(field: str, reader: Callable[..., Any], *more: Any) -> Any:
+        name = found[field]
+        try:
+            return reader(None if name is None else row[name], *more)
+        except ValueError as error:
+            raise DataError(f"{where}: {name or field} {error}") from None
+
+    image, question, choices = read("image", _image, folder), read("question", _text), read("choices", _choices, row)
+    answers, match = read("answer", _answers, choices), read("match", _match, row)
     picture = row.get("picture") if isinstance(row.get("picture"), dict) else None
     if truth is not None and picture is not None:
         try:
             truth(picture, "")
         except (KeyError, TypeError, ValueError):
             raise DataError(f"{where}: an object in picture must be a record of the embedded world") from None
-    return LabelledQuestion(image, question, str(answer), picture)
+    return LabelledQuestion(image, with_choices(question, choices), answers[0], picture, answers[1:], choices, match)
+
+
+def with_choices(question: str, choices: Sequence[str]) -> str:
+    """A question with its options on lines `A. …` below it, unless it shows them itself."""
+    shows = len(lettered_options(question)) >= len(choices)
+    if shows and all(choice.casefold() in question.casefold() for choice in choices):
+        return question
+    return "\n".join([question, *(f"{ascii_uppercase[i]}. {choice}" for i, choice in enumerate(choices))])
+
+
+# --- fields of the public sets, each of which raises a ValueError that says what its field must be -------------------
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with what lmms-eval's samples hold in `doc`, and what VLM-R1's rows say in their two `conversations`."""
+    if isinstance(row.get("doc"), dict):
+        row = {**row["doc"], **row}
+    turns = row.get("conversations")
+    if isinstance(turns, list) and len(turns) >= 2 and all(isinstance(turn, dict) for turn in turns[:2]):
+        row = {"question": turns[0].get("value"), "answer": turns[1].get("value"), **row}
+    return row
+
+
+def _given(row: Mapping[str, Any], name: str) -> bool:
+    """Whether a row has a value of this name; tables leave NaN or an empty list where there is none."""
+    value = row.get(name)
+    return value is not None and value != [] and value == value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str | int | float):
+        raise ValueError("must be text or a number")
+    text = _PLACEHOLDER.sub("", str(value))
+    return text if text == str(value) else text.strip()
+
+
+def _image(value: Any, folder: Path) -> Path:
+    """The file of the only image of a row: a path, a list of one, or an object with `path`, as `datasets` writes it."""
+    values = value if isinstance(value, list) else [value]
+    if len(values) > 1:
+        raise ValueError(f"must name one image, not {len(values)}")
+    name = values[0].get("path") if isinstance(values[0], dict) else values[0]
+    if not isinstance(name, str):
+        raise ValueError("must be the path of an image")
+    try:
+        image = (folder / name).resolve()
+        if image.is_file():
+            return image
+    except (OSError, RuntimeError, ValueError):  # links that form a loop are a RuntimeError
+        pass
+    raise ValueError(f"names no image: {name[:100]!r}")
+
+
+def _list(value: Any) -> list[Any]:
+    """The values of a list, also of one that is written as text, as in MMMU and VLMEvalKit: "['red', 'blue']"."""
+    if isinstance(value, str) and re.match(r"\s*\[\s*['\"]", value):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return [value]
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _choices(value: Any, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The options of a row, without the letters that they may begin with; none if it has none."""
+    if value is None:
+        letters = [letter for letter in ascii_uppercase if _given(row, letter) and row[letter] != ""]
+        value = {letter: row[letter] for letter in letters} if len(letters) > 1 else None
+    if value is None:
+        return ()
+    if isinstance(value, dict):
+        if list(value) != list(ascii_uppercase[: len(value)]):
+            raise ValueError("must have the letters A, B, C and so on as keys, in this order")
+        value = list(value.values())
+    texts = [" ".join(_text(choice).split()) for choice in _list(value)]
+    if not 2 <= len(texts) <= len(ascii_uppercase):
+        raise ValueError(f"must be 2 to {len(ascii_uppercase)} options, not {len(texts)}")
+    bare = [
+        re.sub(rf"^(?:\({mark}\)|{mark}[.):])\s*", "", text) for mark, text in zip(ascii_uppercase, texts, strict=False)
+    ]
+    return tuple(bare if all(map(str.__ne__, bare, texts)) else texts)
+
+
+def _answers(value: Any, choices: Sequence[str]) -> tuple[str, ...]:
+    """The accepted answers of a row. Each is text, a number, or an object with `answer`, as in VQA.
+
+    With choices, digits that are none of them are the place of one, counted from 0, as in ScienceQA and AI2D.
+    """
+    answers = []
+    for one in _list(value):
+        one = one.get("answer") if isinstance(one, dict) else one
+        text = _text(one)
+        tagged = _ANSWER_TAG.findall(text)
+        text = (tagged[-1] if tagged else text).strip()
+        if choices and re.fullmatch(r"\d{1,2}", text):
+            place = int(text)
+            if text not in choices and place >= len(choices):
+                raise ValueError(f"is {text}, but there are only {len(choices)} choices, counted from 0")
+            if isinstance(one, int) and text in choices and choices[place : place + 1] not in ((), (text,)):
+                raise ValueError(f"is {text}, which one choice says and another one has as its place: write a letter")
+            text = text if text in choices else ascii_uppercase[place]
+        answers.append(text)
+    return tuple(answers)
+
+
+def _match(value: Any, row: Mapping[str, Any]) -> Match | None:
+    """The metric of a row. A `type` counts if it is one; in ChartQA it says who asked."""
+    if value is None:
+        return METRICS.get(str(row.get("type")))
+    if str(value) not in METRICS:
+        raise ValueError(f"must be one of {', '.join(METRICS)}, not {str(value)[:50]!r}")
+    return METRICS[str(value)]
 
 
 def answer_prior(questions: Sequence[LabelledQuestion]) -> dict[str, float]:
@@ -104,7 +257,7 @@ def answer_prior(questions: Sequence[LabelledQuestion]) -> dict[str, float]:
     """
     every, by_words = Counter[str](), defaultdict[tuple[str, ...], Counter[str]](Counter)
     for q in questions:
-        key = answer_key(q.answer, q.question)
+        key = answer_key(q.answer, q.question) or q.answer
         every[key] += 1
         by_words[tuple(q.question.lower().split()[:2])][key] += 1
     right = {"overall": max(every.values()), "by_first_words": sum(max(c.values()) for c in by_words.values())}

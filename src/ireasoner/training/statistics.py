@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 SAMPLES = 5  # of each question, for mean@1, maj@5 and pass@5
 MEASURES = ("greedy", "mean@1", f"maj@{SAMPLES}", f"pass@{SAMPLES}")  # of accuracy, the most important first
+STRICT = tuple(f"strict_{name}" for name in MEASURES)  # the same, where only the key of the true answer is right
+# By measure, the share of the texts that it judges that could be read, and could be right at all.
+READABLE = {"greedy": "greedy_well_formed", "mean@1": "well_formed"}
 
 
 def numbered(names: Iterable[Hashable]) -> NDArray[np.int64]:
