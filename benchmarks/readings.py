@@ -37,7 +37,7 @@ def judged(case: Case) -> Iterator[tuple[str, bool]]:
         case "options":
             found = {_letter(mark): key for mark, key in lettered_options(question).items()}
             offered = {_letter(mark): answer_key(text) if text else "" for mark, text in case["options"].items()}
-            # A text alone that commits itself to nothing, as "A or B" may be as an option, has no key to compare.
+            # A text that commits itself to nothing, as an option such as "A or B" may, has no key to compare.
             yield (
                 "options",
                 found.keys() == offered.keys() and all(offered[mark] in (None, key) for mark, key in found.items()),
@@ -82,9 +82,8 @@ def main() -> None:
                 wrong += [] if right else [case]
         print(f"{path.name}: the slowest case took {1000 * slowest:.0f} ms")
         for (kind, row), right in sorted(verdicts.items()):
-            print(
-                f"  {'    ' + row if row else kind:<52} {sum(right):4} of {len(right):4}  {sum(right) / len(right):6.1%}"
-            )
+            name, share = "    " + row if row else kind, sum(right) / len(right)
+            print(f"  {name:<52} {sum(right):4} of {len(right):4}  {share:6.1%}")
         for case in wrong[: given.show]:
             print(json.dumps(case, ensure_ascii=False))
 

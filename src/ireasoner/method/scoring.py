@@ -331,7 +331,7 @@ def _random_reward(group: Group, context: Context) -> Mapping[str, Numbers]:
 def _oracle_reward(group: Group, context: Context) -> Mapping[str, Numbers]:
     if context.true_answer is None:
         raise RewardError("the oracle's reward needs context.true_answer")
-    true_key = answer_key(context.true_answer, group.question)
+    true_key = answer_key(context.true_answer, group.question) or ""  # no vote has the key of a hedge
     return {"true_answer": rewards.true_answer_rewards(group.answer_keys, true_key)}
 
 
