@@ -17,8 +17,9 @@ Each log says which texts it holds for right. The table has, for each of them:
 - *readable*: the share of texts with a reasoning step and an answer in the form;
 - *in steps*: of the readable thoughts that hold several sentences, the share read as more than one step;
 - *log*: the share of texts that the log holds for right;
-- *same key*: the share that we hold for right if an answer must have the key of the accepted one, as in the vote;
-- *agree*: the share of readable texts for which that is what the log says.
+- *strict*: the share that we hold for right if an answer must have the key of the accepted one, as in the vote;
+- *lenient*: the share that the evaluation holds for right, by the metric of `--match`;
+- *agree*: the share of readable texts for which the evaluation says what the log says.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from ireasoner.method.answers import answer_key
+from ireasoner.method.matching import Match, match_value
 from ireasoner.method.texts import parse_trajectory
 from ireasoner.method.types import Form
 
-HEAD = ("log", "form", "texts", "readable", "several sentences", "in steps", "log, %", "same key, %", "agree, %")
+HEAD = ("log", "form", "texts", "readable", "several sentences", "in steps", "log", "strict", "lenient", "agree")
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ LOGS: dict[str, Callable[[Path], Iterator[Logged]]] = {
 _SENTENCE_END = re.compile(r"[.!?][\"')\]*]*\s+(?=[A-Z(\\$])|[。！？](?=.)", re.DOTALL)
 
 
-def measure(logged: Logged) -> Counter[str]:
+def measure(logged: Logged, match: Match = "exact") -> Counter[str]:
     """What one text adds to its line of the table."""
     counts = Counter(texts=1, log=int(logged.right))
     answer = logged.text
@@ -127,12 +130,14 @@ def measure(logged: Logged) -> Counter[str]:
         answer = read.answer
         if _SENTENCE_END.search("\n".join(read.reasoning_steps).strip()):
             counts.update(several=1, in_steps=int(len(read.reasoning_steps) > 1))
-    same = answer_key(answer, logged.question) == answer_key(logged.accepted, logged.question)
-    counts.update(readable=1, same=int(same), agree=int(same == logged.right))
+    key = answer_key(answer, logged.question)
+    strict = key is not None and key == answer_key(logged.accepted, logged.question)
+    lenient = match_value(answer, [logged.accepted], logged.question, match) >= 0.5
+    counts.update(readable=1, strict=int(strict), lenient=int(lenient), agree=int(lenient == logged.right))
     return counts
 
 
-def table(folders: Sequence[Path]) -> list[tuple[str, ...]]:
+def table(folders: Sequence[Path], match: Match = "exact") -> list[tuple[str, ...]]:
     """One line for each log and form that the clones hold.
 
     Raises:
@@ -146,7 +151,7 @@ def table(folders: Sequence[Path]) -> list[tuple[str, ...]]:
         for path, read in found:
             for logged in read(path):
                 line = (f"{folder.name} {path.stem}", logged.form or "answer alone")
-                lines[line] = lines.get(line, Counter()) + measure(logged)
+                lines[line] = lines.get(line, Counter()) + measure(logged, match)
     return [(*names, *_cells(counts)) for names, counts in lines.items()]
 
 
@@ -160,7 +165,8 @@ def _cells(counts: Counter[str]) -> tuple[str, ...]:
         str(counts["several"]),
         share("in_steps", "several"),
         share("log", "texts"),
-        share("same", "texts"),
+        share("strict", "texts"),
+        share("lenient", "texts"),
         share("agree", "readable"),
     )
 
@@ -169,8 +175,10 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clones", nargs="+", type=Path, metavar="FOLDER_OF_A_CLONE")
+    parser.add_argument("--match", choices=get_args(Match), default="exact", help="metric of *lenient* (%(default)s)")
+    given = parser.parse_args()
     try:
-        rows = table(parser.parse_args().clones)
+        rows = table(given.clones, given.match)
     except FileNotFoundError as error:
         parser.error(str(error))
     print("| " + " | ".join(HEAD) + " |")

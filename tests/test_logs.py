@@ -42,15 +42,20 @@ def test_geoqa_answers_are_judged_beside_the_log(logs: Any, tmp_path: Path):
         "<think>It is 7 by the figure.</think><answer>7</answer>",
         "The angle is 7.",
     )
-    asked = {"question": "How large is the angle?", "ground_truth": "25"}
+    asked = {"question": "How large is the angle?", "ground_truth": "25°"}
     rows = [
-        {"question": asked, "ground_truth": "25", "model_output": text, "is_correct": right}
+        {"question": asked, "ground_truth": "25°", "model_output": text, "is_correct": right}
         for text, right in zip(texts, (True, True, False), strict=True)
     ]
     write(tmp_path / "src/eval/logs/geoqa.json", json.dumps({"accuracy": 66.7, "results": rows}))
     (row,) = logs.table([tmp_path])
     assert row[1:5] == ("tags", "3", "66.7", "1")  # one thought has two sentences
-    assert row[6:] == ("66.7", "33.3", "50.0")
+    assert row[6:] == ("66.7", "0.0", "33.3", "50.0")  # the vote tells 25 and 25° apart
+
+
+def test_the_metric_of_the_evaluation_may_allow_a_tolerance(logs: Any):
+    logged = logs.Logged("tags", LETTER.replace("B", "103"), "How many?", "100", True)
+    assert (logs.measure(logged)["lenient"], logs.measure(logged, "relaxed")["lenient"]) == (0, 1)
 
 
 def test_a_count_without_a_verdict_is_right_if_it_is_the_true_one(logs: Any, tmp_path: Path):
@@ -72,8 +77,8 @@ def test_rollouts_are_read_in_the_form_that_their_prompt_asks_for(logs: Any, tmp
     rollouts = (ROLLOUT.format(number=i, prompt=p, text=t, accuracy=a) for i, (p, t, a) in enumerate(samples))
     write(tmp_path / "training_logs/one/rollout_results.md", "\n" + "".join(rollouts))
     by_tags, by_line = logs.table([tmp_path])
-    assert by_tags[1:] == ("tags", "2", "100.0", "2", "100.0", "50.0", "50.0", "100.0")
-    assert by_line[1:] == ("answer-line", "2", "50.0", "0", "-", "100.0", "50.0", "100.0")
+    assert by_tags[1:] == ("tags", "2", "100.0", "2", "100.0", "50.0", "50.0", "50.0", "100.0")
+    assert by_line[1:] == ("answer-line", "2", "50.0", "0", "-", "100.0", "50.0", "50.0", "100.0")
 
 
 def test_options_that_stand_beside_the_question_are_part_of_it(logs: Any, tmp_path: Path):
@@ -90,10 +95,10 @@ def test_options_that_stand_beside_the_question_are_part_of_it(logs: Any, tmp_pa
     rows = {"1": vista | {"true_false": True}, "2": vista}  # the log did not judge the second one
     write(tmp_path / "vista/results/llava/output_llava.json", json.dumps(rows))
     math, mmmu, given = logs.table([tmp_path / "math", tmp_path / "pro", tmp_path / "vista"])
-    assert math[1:] == ("boxed", "2", "100.0", "0", "-", "50.0", "50.0", "100.0")
+    assert math[1:] == ("boxed", "2", "100.0", "0", "-", "50.0", "50.0", "50.0", "100.0")
     assert mmmu[1:3] == ("answer-line", "1")
-    assert mmmu[6:] == ("100.0", "100.0", "100.0")
-    assert given[1:] == ("answer alone", "1", "100.0", "0", "-", "100.0", "100.0", "100.0")
+    assert mmmu[6:] == ("100.0", "100.0", "100.0", "100.0")
+    assert given[1:] == ("answer alone", "1", "100.0", "0", "-", "100.0", "100.0", "100.0", "100.0")
 
 
 def test_a_folder_without_logs_is_an_error(logs: Any, tmp_path: Path):
