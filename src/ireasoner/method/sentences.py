@@ -94,8 +94,8 @@ def _ends_sentence(text: str, start: int, end: re.Match[str]) -> bool:
         return True  # "。" has no other meaning
     if len(stop) > 1 and set(stop) == {"."}:
         return False  # an ellipsis goes on, or seems to
-    before = text[max(start, end.start() - 40) : end.start()].split()[-2:]
-    word = before[-1].lstrip(_OPENING) if before else ""
+    begin = max(start, end.start() - 40, text.rfind(" ", start, end.start()) + 1)
+    word = text[begin : end.start()].lstrip(_OPENING)
     following = text[end.end() : end.end() + 20].lstrip(_OPENING)
     first, after_number = following[:1], word[-1:].isdigit()
     if first.isdigit() and after_number:
@@ -110,9 +110,10 @@ def _ends_sentence(text: str, start: int, end: re.Match[str]) -> bool:
         return False
     if after_number:
         return not _GERMAN_ORDINAL.search(text, max(start, end.start() - 20), end.start())
-    # "J. Smith", "Mary J. Smith", "z. B. Rot", but not "is parallel to A. So".
-    named = word.isupper() and before[0][:1].isupper()
-    initial = len(word) == 1 and (named or _INITIAL.fullmatch(before[0]))
+    initial = False
+    if len(word) == 1:  # "J. Smith", "Mary J. Smith", "z. B. Rot", but not "is parallel to A. So"
+        previous = (text[max(start, begin - 20) : begin].split() or [word])[-1]
+        initial = _INITIAL.fullmatch(previous) is not None or (word.isupper() and previous[0].isupper())
     if initial or _RARELY_LAST.fullmatch(word) or _DOTTED.fullmatch(word):
         return _BEGINNING.match(following) is not None
     return True

@@ -40,7 +40,7 @@ _STEP_MARK = re.compile(
 _CIRCLED = "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯⑰⑱⑲⑳"
 _NUMBER_MARK = re.compile(
     rf"(?P<line>^[ \t]*+(?:\#{{1,6}}[ \t]*+|[-*•>][ \t]++){{0,3}}+)?{EMPHASIS}[(（]?+"
-    rf"(?:(?<![\w.,])(?P<number>\d{{1,3}}){CLOSED}(?:[.．)）:：]{{1,2}}(?=[\s*_{_CJK}]|$)|[、](?=\S))|(?P<circled>[{_CIRCLED}]))",
+    rf"(?:(?<![\w.,])(?P<number>\d{{1,3}}){CLOSED}(?:[.．)）:：]{{1,2}}(?=[\s*_{_CJK}]|$)|[、](?=\S))|(?<![{_CIRCLED}])(?P<circled>[{_CIRCLED}]))",
     re.MULTILINE,
 )
 # What comes before a mark within a line: the end of a sentence, or a word that refers to the mark ("from Step 1").
@@ -177,13 +177,13 @@ def _without_conclusion(steps: list[str], one_line: bool) -> list[str]:
     uniform = not any(_BLANK_LINE.search(step) for step in others)
     for i, paragraph in enumerate(paragraphs):
         if _CONCLUSION.match(paragraph) or (uniform and _PROSE.match(paragraph)):
-            return ["\n\n".join([first, *paragraphs[:i]]), *paragraphs[i:]]
+            return ["\n\n".join([first, *paragraphs[:i]]).strip(), *paragraphs[i:]]
     parts, joint = (sentences(last), " ") if one_line else (last.split("\n"), "\n")
     if any(len(sentences(step) if one_line else step.split("\n")) > 1 for step in others):
         return [last]
     for i, part in enumerate(parts[1:], 1):
         if _CONCLUSION.match(part):
-            return [joint.join(parts[:i]), joint.join(parts[i:])]
+            return [joint.join(parts[:i]).strip(), joint.join(parts[i:])]
     return [last]
 
 
@@ -208,6 +208,7 @@ def _lines(text: str, divide: bool = True) -> list[str]:
             steps.append(line[bullet.end() :].lstrip() if bullet else line)
     if divide:
         enough = 2 if len(steps) == 1 else 3
-        parts = [[step] if i in bullets else sentences(step) for i, step in enumerate(steps)]
+        # The shortest sentence has two signs. Without this, a text of many short lines would take twice as long.
+        parts = [[step] if i in bullets or len(step) < 2 * enough else sentences(step) for i, step in enumerate(steps)]
         steps = [s for step, p in zip(steps, parts, strict=True) for s in (p if len(p) >= enough else [step])]
     return [step.replace("\r", "\n") for step in steps] if "\r" in text else steps

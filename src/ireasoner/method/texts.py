@@ -260,25 +260,27 @@ def _recites(steps: tuple[str, ...], answer: str, prompt: str) -> bool:
     An answer alone may rightly be that of an example in the prompt.
     """
     stands_for_answer = _ANSWER_WORD.search(answer) and _plain(answer) in _plain(prompt)
-    return bool(stands_for_answer) or all(_is_said(step, prompt) for step in steps)
+    return bool(stands_for_answer) or _is_said("".join(steps), prompt)
 
 
 def _is_said(text: str, prompt: str) -> bool:
-    """Whether a prompt says all sentences of a text, if only in other signs or in capital letters."""
-    said = _said(prompt)
-    return all(sentence in said for sentence in _plain_sentences(text))
+    """Whether a text is made of sentences of the prompt, if only in other signs or in capital letters."""
+    plain, said, start = _plain(TAG.sub("", text)), _said(prompt), 0
+    while start < len(plain):
+        sentence = next((sentence for sentence in said if plain.startswith(sentence, start)), "")
+        if not sentence:
+            return False
+        start += len(sentence)
+    return True
 
 
 @lru_cache(maxsize=64)
-def _said(prompt: str) -> frozenset[str]:
+def _said(prompt: str) -> list[str]:
+    """The sentences of a prompt's lines, without tags and markers, as letters and digits alone; long ones first."""
     text = MARKUP.sub("\n", _BOX.sub("\n", _lines_without_tags(prompt)))
-    return frozenset(_plain_sentences(_ANSWER_LINE.sub("\n", text)))
-
-
-def _plain_sentences(text: str) -> list[str]:
-    """The sentences of each line of a text, without tags and markers, as letters and digits alone."""
-    steps = [step for line in _lines_without_tags(text).split("\n") for step in reasoning_steps(line)]
-    return [plain for step in steps for sentence in sentences(step) if (plain := _plain(sentence))]
+    lines = _ANSWER_LINE.sub("\n", text).split("\n")
+    found = {_plain(part) for line in lines for step in reasoning_steps(line) for part in sentences(step)}
+    return sorted(found - {""}, key=len, reverse=True)
 
 
 def _plain(text: str) -> str:
