@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from ireasoner.model.inputs import encode_images, render
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Request
 from ireasoner.training.config import resolve
+from ireasoner.training.evaluation import evaluate
 from ireasoner.training.items import Item
+from ireasoner.training.labelled import LabelledQuestion
 from ireasoner.training.selfplay import SelfPlay
 
 MakePolicy = Callable[..., Policy]
@@ -149,6 +152,20 @@ def test_self_play_reads_thoughts_that_the_template_has_opened(
     for prompt, readable in ((episode.prompt, 2), (None, 1)):
         context = Context(step_weight=0.0, recent_steps=[], prompt=prompt)
         assert score_group(question, texts, recipe, context).vote.readable == readable
+
+
+def test_the_evaluation_reads_thoughts_that_the_template_has_opened(
+    make_policy: MakePolicy, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    policy = make_policy()
+    pictures[0].save(tmp_path / "a.png")
+    questions = [LabelledQuestion(tmp_path / "a.png", "How much more is red?", "4")]
+    sampling = resolve({"images": "images", "model": "tiny"}).sampling
+    engine = Fixed("", SOLUTIONS[:1] * 5)
+    for chat_template, readable in ((ALWAYS_OPEN, 1.0), (template(""), 0.0)):
+        monkeypatch.setattr(policy, "processor", with_template(policy.processor, chat_template))
+        scores = evaluate(policy, questions, "solver", sampling, engine=engine)
+        assert [scores.measures["greedy"], scores.measures["strict_mean@1"], scores.well_formed] == [[readable]] * 3
 
 
 def test_a_request_tells_the_prompt_that_the_model_reads(

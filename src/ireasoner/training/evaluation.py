@@ -14,7 +14,7 @@ from PIL import Image
 from ireasoner.method.answers import Vote, answer_key, majority
 from ireasoner.method.matching import Match, match_value
 from ireasoner.method.texts import parse_trajectory, solver_messages
-from ireasoner.method.types import Completion, Form, Role
+from ireasoner.method.types import Role, Solution
 from ireasoner.model.inputs import encode_images
 from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
@@ -190,9 +190,13 @@ def evaluate(
         longest = sampling.max_solution_tokens
         best = engine.sample(requests, role, max_tokens=longest, temperature=0)
         drawn = engine.sample(requests, role, n=SAMPLES, max_tokens=longest, temperature=options.temperature)
-        for question, (single,), group in zip(batch, best, drawn, strict=True):
-            row = _score(question, single, group, sampling.solution_form, options.match, truth)
-            found.append((row, single.text))
+        for question, request, (single,), group in zip(batch, requests, best, drawn, strict=True):
+            read = [
+                parse_trajectory(c.text, c.finish_reason, sampling.solution_form, request.prompt)
+                for c in (single, *group)
+            ]
+            tokens = float(np.mean([len(c.token_ids) for c in group]))
+            found.append((_score(question, read, options.match, truth) | {"tokens": tokens}, single.text))
         on_progress(min((first + options.batch_size) * processes.count, len(questions)), len(questions))
     rows, texts = zip(*processes.gather(found, len(questions)), strict=True)
     names = rows[0].keys() if all(row.keys() == rows[0].keys() for row in rows) else rows[0].keys() - TRUTH
@@ -202,17 +206,12 @@ def evaluate(
 
 
 def _score(
-    question: LabelledQuestion,
-    single: Completion,
-    group: Sequence[Completion],
-    form: Form,
-    match: Match,
-    truth: StepTruth | None,
+    question: LabelledQuestion, solutions: Sequence[Solution], match: Match, truth: StepTruth | None
 ) -> dict[str, float]:
-    """The values of one question by name, from its greedy completion and its samples."""
+    """The values of one question by name, from what was read in its greedy completion and in its samples."""
     asked, accepted = question.question, (question.answer, *question.others)
-    best, *read = (parse_trajectory(c.text, c.finish_reason, form) for c in (single, *group))
-    answers = [s.answer for s in (best, *read)]
+    best, *read = solutions
+    answers = [s.answer for s in solutions]
     keys = [None if answer is None else answer_key(answer, asked) for answer in answers]
     true_key, vote = answer_key(question.answer, asked), majority(keys[1:])
     values = [
@@ -223,11 +222,10 @@ def _score(
     row = dict(zip(ACCURACIES, (*_accuracies(values, vote), *_accuracies(strict, vote)), strict=True))
     row |= {"answer_entropy": vote.entropy, "greedy_well_formed": float(best.well_formed)}
     row |= {"well_formed": float(np.mean([s.well_formed for s in read]))}
-    row |= {"tokens": float(np.mean([len(c.token_ids) for c in group]))}
     if question.picture is not None and truth is not None:
         verdicts = [truth(question.picture, step) for s in read if s.well_formed for step in s.reasoning_steps]
         counts = (sum(v is not None for v in verdicts), sum(v is True for v in verdicts))
-        row |= {name: count / len(group) for name, count in zip(TRUTH, counts, strict=True)}
+        row |= {name: count / len(read) for name, count in zip(TRUTH, counts, strict=True)}
     return row
 
 
