@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Request
 from ireasoner.training.config import resolve
 from ireasoner.training.items import Item
+from ireasoner.training.probes import solve_greedily
 from ireasoner.training.selfplay import SelfPlay
 
 MakePolicy = Callable[..., Policy]
@@ -130,7 +132,7 @@ def test_self_play_reads_thoughts_that_the_template_has_opened(
     policy = make_policy()
     monkeypatch.setattr(policy, "processor", with_template(policy.processor, ALWAYS_OPEN))
     config = resolve({"images": "images", "model": "tiny", "group_size": 3})
-    question = "I ask for red.\n</think>\n<question>How much more is red?</question>"
+    question = "I could <question>ask</question>.\n</think>\n<question>How much more is red?</question>"
     played = SelfPlay(policy, Fixed(question, SOLUTIONS), config).play(1, [Item("a.png", pictures[0], "0" * 16)])
     (episode,) = played.episodes
     assert episode.question.text == "How much more is red?"
@@ -149,6 +151,16 @@ def test_self_play_reads_thoughts_that_the_template_has_opened(
     for prompt, readable in ((episode.prompt, 2), (None, 1)):
         context = Context(step_weight=0.0, recent_steps=[], prompt=prompt)
         assert score_group(question, texts, recipe, context).vote.readable == readable
+
+
+def test_probes_read_thoughts_that_the_template_has_opened(
+    make_policy: MakePolicy, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy()
+    monkeypatch.setattr(policy, "processor", with_template(policy.processor, ALWAYS_OPEN))
+    run: Any = SimpleNamespace(config=resolve({"images": "images", "model": "tiny"}), engine=Fixed("", SOLUTIONS))
+    ((_, solution),) = solve_greedily(run, encode_images(policy, pictures[:1]), ["How much more is red?"])
+    assert (solution.problem, solution.answer) == (None, "4")
 
 
 def test_a_request_tells_the_prompt_that_the_model_reads(
