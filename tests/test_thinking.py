@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from ireasoner.training.config import resolve
 from ireasoner.training.evaluation import evaluate
 from ireasoner.training.items import Item
 from ireasoner.training.labelled import LabelledQuestion
+from ireasoner.training.probes import solve_greedily
 from ireasoner.training.selfplay import SelfPlay
 
 MakePolicy = Callable[..., Policy]
@@ -133,7 +135,7 @@ def test_self_play_reads_thoughts_that_the_template_has_opened(
     policy = make_policy()
     monkeypatch.setattr(policy, "processor", with_template(policy.processor, ALWAYS_OPEN))
     config = resolve({"images": "images", "model": "tiny", "group_size": 3})
-    question = "I ask for red.\n</think>\n<question>How much more is red?</question>"
+    question = "I could <question>ask</question>.\n</think>\n<question>How much more is red?</question>"
     played = SelfPlay(policy, Fixed(question, SOLUTIONS), config).play(1, [Item("a.png", pictures[0], "0" * 16)])
     (episode,) = played.episodes
     assert episode.question.text == "How much more is red?"
@@ -166,6 +168,16 @@ def test_the_evaluation_reads_thoughts_that_the_template_has_opened(
         monkeypatch.setattr(policy, "processor", with_template(policy.processor, chat_template))
         scores = evaluate(policy, questions, "solver", sampling, engine=engine)
         assert [scores.measures["greedy"], scores.measures["strict_mean@1"], scores.well_formed] == [[readable]] * 3
+
+
+def test_probes_read_thoughts_that_the_template_has_opened(
+    make_policy: MakePolicy, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy()
+    monkeypatch.setattr(policy, "processor", with_template(policy.processor, ALWAYS_OPEN))
+    run: Any = SimpleNamespace(config=resolve({"images": "images", "model": "tiny"}), engine=Fixed("", SOLUTIONS))
+    ((_, solution),) = solve_greedily(run, encode_images(policy, pictures[:1]), ["How much more is red?"])
+    assert (solution.problem, solution.answer) == (None, "4")
 
 
 def test_a_request_tells_the_prompt_that_the_model_reads(

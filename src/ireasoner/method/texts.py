@@ -165,7 +165,7 @@ class _Reading(NamedTuple):
     problem: str | None
 
 
-_TAGS_ALONE = re.compile(rf"^[ \t]*+(?:{TAG.pattern})[ \t]*+$", re.ASCII | re.IGNORECASE | re.MULTILINE)
+_TAGS_ALONE = re.compile(rf"^(?:[ \t]*+(?:{TAG.pattern}|{MARKUP.pattern}))++[ \t]*+$", re.IGNORECASE | re.MULTILINE)
 
 
 def _read_tags(text: str, opened: bool) -> _Reading:
