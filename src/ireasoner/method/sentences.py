@@ -8,7 +8,9 @@ on 20 kB of Chinese or of "a. " pysbd takes 4 to 7 s, and on 100 kB of Chinese s
 from __future__ import annotations
 
 import re
-from itertools import pairwise
+from itertools import islice, pairwise
+
+MAX_SENTENCES = 1000
 
 # How a conclusion begins, in English, German, French, Spanish, Portuguese, Italian, Russian, Chinese, Japanese, Korean.
 CONCLUDING = (
@@ -67,13 +69,21 @@ _ORDINAL = re.compile(
 
 
 def sentences(text: str) -> list[str]:
-    """Divide a line into its sentences. Nothing is lost but white space between them; linear in the text's length."""
+    """Divide a line into its sentences. Nothing is lost but white space between them; linear in the text's length.
+
+    What comes after the first `MAX_SENTENCES` signs that may end one stays undivided.
+    """
     masked = text
     if "$" in text or "\\" in text:  # a formula is a word that begins with a capital letter, for what follows
         masked = _FORMULA.sub(lambda formula: "X" * len(formula[0]), text)
-    ends: list[tuple[int, re.Match[str] | None]] = [(end.end(), end) for end in _END.finditer(masked)]
+    ends: list[tuple[int, re.Match[str] | None]] = [
+        (end.end(), end) for end in islice(_END.finditer(masked), MAX_SENTENCES)
+    ]
     if _FIRST.match(masked.lstrip("*_ ")):
-        ends = sorted(ends + [(end.end(), None) for end in _ORDINAL.finditer(masked)], key=lambda end: end[0])
+        ends = sorted(
+            ends + [(end.end(), None) for end in islice(_ORDINAL.finditer(masked), MAX_SENTENCES)],
+            key=lambda end: end[0],
+        )
     if not ends:
         return [text.strip()]
     cuts, seen, has_word = [0], 0, False
