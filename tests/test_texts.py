@@ -299,6 +299,8 @@ def test_an_unreadable_trajectory_still_shows_what_could_be_read(text: str, step
         ("```\n<think>Four.</think>\n<answer>4</answer>\n```", ("Four.",)),
         ("<think>Four.</think>\n`<answer>4</answer>`", ("Four.",)),
         ("<think>\nFour, it\n<think>\nseems.\n</think>\n<answer>4</answer>", ("Four, it", "seems.")),
+        ("<think>I write <think> and </think>. I see 4.</think><answer>4</answer>",
+         ("I write <think> and </think>.", "I see 4.")),
         # Tags alone on a line, ours and others.
         ("<think>\n<ref>\nFour.\n</ref> <br/>\n<answer>\n</think>\n<answer>4</answer>", ("Four.",)),
         # Strays.

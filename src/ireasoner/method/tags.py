@@ -7,6 +7,7 @@ possessive (`*+` never gives characters back), bounded, or anchored to a line.
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import NamedTuple
 
 TAG = re.compile(r"<\s*+(?P<slash>/?)\s*+(?P<name>think|answer|question|rationale)\s*+>", re.ASCII | re.IGNORECASE)
@@ -58,17 +59,21 @@ def block(text: str, name: str) -> tuple[Span, str | None]:
 def parts(text: str, opened: bool = False) -> Parts:
     """Find the thoughts and the answers of a reply.
 
-    A tag inside a thought is mentioned there. The thought ends at the first `</think>` that is not quoted, or if all
-    are, at the first. A `</think>` that closes nothing is passed over.
+    A tag inside a thought is mentioned there. So is a `</think>` that is quoted, or that a `</think>` follows as the
+    next tag, with text in between; unless all are, the thought ends at the first other one. A `</think>` that closes
+    nothing is passed over.
 
     Args:
         text: the reply.
         opened: whether it begins inside of a thought, which its prompt has opened.
     """
     tags = [tag for tag in TAG.finditer(text) if tag["name"].lower() in ("think", "answer")]
-    quoted = {tag.start() for quote in _QUOTED.finditer(text) for tag in TAG.finditer(text, *quote.span())}
-    ends = [tag.start() for tag in tags if tag["slash"] and tag["name"].lower() == "think"]
-    last = max((end for end in ends if end not in quoted), default=-1)
+    ends = {tag.start() for tag in tags if tag["slash"] and tag["name"].lower() == "think"}
+    mentions = {tag.start() for quote in _QUOTED.finditer(text) for tag in TAG.finditer(text, *quote.span())}
+    for tag, following in pairwise(tags):
+        if {tag.start(), following.start()} <= ends and _first_letter(text, tag.end()) < following.start():
+            mentions.add(tag.start())
+    last = max(ends - mentions, default=-1)
     found = Parts([], [], None, None)
     within, start, inside = ("think", 0, 0) if opened else (None, 0, 0)  # the tag that is open, and where
     first = _first_letter(text, inside)
@@ -80,7 +85,7 @@ def parts(text: str, opened: bool = False) -> Parts:
         elif within == "think" and name == "think" and not closes and first >= tag.start():
             start, inside = tag.start(), tag.end()  # opened twice, with nothing said in between
             first = _first_letter(text, inside)
-        elif within == "think" and name == "think" and closes and (tag.start() not in quoted or tag.start() > last):
+        elif within == "think" and name == "think" and closes and (tag.start() not in mentions or tag.start() > last):
             found.thoughts.append(Span(text[inside : tag.start()], start, tag.end()))
             within = None
         elif within == "answer" and name == "answer" and closes:
