@@ -63,7 +63,7 @@ def test_groups_are_rewarded_as_the_recipe_default_does_it():
     """By what steps claim, less what recurs among earlier groups: no embedding tells 7 from 3."""
     bench = Bench(load(), resolve({"model": "tiny", "images": "."}))
     recipe = resolve({"model": "tiny", "images": ".", "recipe": "default"}).recipe
-    said = ["The red bar reaches 7. It does.", "The red bar reaches 7. It does.", "The red bar reaches 3. It does."]
+    said = ["Blue is at 9, green is at 8."] * 2 + ["Blue is at 3, green is at 8."]
     texts = [readable(text) for text in said]
     first = score_group(QUESTION, texts, recipe, Context(step_weight=0.5, recent_steps=[])).rewards
     claims = {step_digest(step) for text in texts for step in parse_trajectory(text).reasoning_steps}
