@@ -10,9 +10,9 @@ import re
 import tomllib
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from importlib import resources
-
-from text_to_num import text2num
+from typing import Any
 
 TABLES = tomllib.loads(resources.files("ireasoner.method").joinpath("quantities.toml").read_text("utf-8"))
 MAX_WORDS = 12  # of a number that is spelled out
@@ -62,10 +62,7 @@ def cardinal(words: Sequence[str]) -> int | None:
     text = " ".join(words[1:] if words[:1] == ["a"] else words)
     if re.search(rf"\band (?:{'|'.join(SCALES)})\b|\bzero .|^and ", text):  # text2num takes these
         return None
-    try:
-        return text2num(text, "en")
-    except ValueError:
-        return None
+    return _read(text, "en")
 
 
 def _foreign_cardinal(text: str) -> int | None:
@@ -76,12 +73,27 @@ def _foreign_cardinal(text: str) -> int | None:
         return value
     if text in TABLES["russian"]:
         return TABLES["russian"].index(text)
-    for language in _LANGUAGES:
-        try:
-            return text2num(text, language)
-        except ValueError:
-            continue
-    return None
+    return next((value for value in (_read(text, language) for language in _LANGUAGES) if value is not None), None)
+
+
+@cache
+def _library() -> Any:
+    """text2num, imported when the first word is read: what reads digits alone starts sooner without it."""
+    import text_to_num
+
+    return text_to_num
+
+
+def _read(text: str, language: str) -> int | None:
+    try:
+        return _library().text2num(text, language)
+    except ValueError:
+        return None
+
+
+def ordinal_in_digits(word: str) -> str:
+    """`21st` for "twenty-first"; other words as they are."""
+    return _library().alpha2digit(word.lower(), "en", 0)
 
 
 def chinese_cardinal(text: str) -> int | None:

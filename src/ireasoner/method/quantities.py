@@ -9,12 +9,13 @@ import re
 from collections.abc import Iterable
 from fractions import Fraction
 from functools import cache, lru_cache
-
-import pint
-from text_to_num import alpha2digit
+from typing import TYPE_CHECKING
 
 from ireasoner.method.dates import date, time_of_day
-from ireasoner.method.numerals import SCALES, TABLES, chinese_cardinal, in_digits, with_points
+from ireasoner.method.numerals import SCALES, TABLES, chinese_cardinal, in_digits, ordinal_in_digits, with_points
+
+if TYPE_CHECKING:
+    import pint
 
 MAX_EXPONENT = 300  # with a larger one, such as 1e999999999, the number stays text: its digits would fill the memory
 
@@ -32,6 +33,9 @@ _COUNTERS = "个個只隻条條张張本名位辆輛棵朵块塊件次杯匹头�
 
 @cache
 def _registry() -> pint.UnitRegistry:
+    """pint's units, which take half a second to load: when the first one is read."""
+    import pint
+
     return pint.UnitRegistry()
 
 
@@ -190,7 +194,7 @@ _ORDINAL = re.compile(r"0*(\d+) ?(?:st|nd|rd|th)(?P<rest>(?:[ -][^\d]*)?)", re.I
 def _ordinal(text: str) -> str | None:
     """`1st` for "first", `1st place` for "first place"."""
     if match := _ORDINAL_WORD.match(text):
-        text = f"{alpha2digit(match[0].lower(), 'en', 0)}{text[match.end() :]}"
+        text = f"{ordinal_in_digits(match[0])}{text[match.end() :]}"
     elif match := re.match(r"第 ?(\d+|[一二三四五六七八九十百]+) ?[个名位]?", text):
         text = f"{match[1] if match[1].isdigit() else chinese_cardinal(match[1])}th{text[match.end() :]}"
     match = _ORDINAL.fullmatch(text)
