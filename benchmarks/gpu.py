@@ -37,7 +37,8 @@ NEEDED = {  # what is imported, and the name to install it by
     "torch": "torch", "transformers": "transformers", "peft": "peft",
     "accelerate": "accelerate", "pydantic": "pydantic", "pydantic_core": "pydantic-core", "numpy": "numpy",
     "PIL": "pillow", "jinja2": "jinja2", "yaml": "pyyaml", "rich": "rich", "safetensors": "safetensors",
-    "tokenizers": "tokenizers", "pint": "pint", "text_to_num": "text2num", "num2words": "num2words", "pytest": "pytest",
+    "tokenizers": "tokenizers", "pint": "pint", "flexcache": "flexcache", "flexparser": "flexparser",
+    "platformdirs": "platformdirs", "text_to_num": "text2num", "num2words": "num2words", "pytest": "pytest",
 }  # fmt: skip
 
 
