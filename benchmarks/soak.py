@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 from ireasoner.app.cli import main as ireasoner
 from ireasoner.method.answers import answer_key
+from ireasoner.method.matching import match_value
 from ireasoner.method.memory import step_digest
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.scoring import Context, score_group
@@ -394,7 +395,8 @@ def show(run: Path) -> int:
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<question>", "</question>", "< / THINK >", "<rationale>")
 MARKS = (
     "<|im_end|>", "<image>", "Step 1:", "**Step 2**:", "step 999", "1.", "2)", "(3)", "- ", "***", "###", "\\boxed{",
-    "}", "{", "\\}", "\\", "$$", "Answer:", "**Final answer:**", "the answer is:", "A)", "B", "=", "<", ">",
+    "}", "{", "\\}", "\\", "$$", "\\[", "```", "|---|", "`<answer>`", "<b>", "{\"answer\": ", "&#99", "①", "Answer:",
+    "**Final answer:**", "the answer is:", "A)", "B", "=", "<", ">",
     '"', "'", "&",
 )  # fmt: skip
 SPACES = (
@@ -414,9 +416,14 @@ SPACES = (
 )
 FIGURES = (
     "ﬁ", "½", "٣", "𝟙", "²", "😀", "1e999", "-0", "1/0", "0.1", "10^", "10^9999", "9" * 5000, "1,000", "5 cm", "50%",
-    "√", "\\frac{1}{0}", "twenty", "hundred", "and", "minus", "NaN", "inf", "None",
+    "√", "\\frac{1}{0}", "twenty", "hundred", "and", "minus", "NaN", "inf", "None", "π", "√{2}", "^(1/3)", "x^2",
+    "sqrt(", "mΩ", "km/h", "Rs.", "€1.250", "3:30 PM", "March 5,", "2021-02-31", "10-20", "first", "三百",
+    "einundzwanzig", "% of",
 )  # fmt: skip
-CLAIMS = ("the", "red", "bar", "not", "taller than", "is", "are", "because")
+CLAIMS = (
+    "the", "red", "bar", "not", "taller than", "is", "are", "because", "or", "maybe", "A and C", "identify the",
+    "第一步：",
+)  # fmt: skip
 WORDS = (*TAGS, *MARKS, *SPACES, *FIGURES, *CLAIMS)
 QUESTIONS = ("Which bar is the tallest?", "A) red B) blue C) 7", "How many? (A) 1 (B) one (C) 1.0", "", "A) " * 500)
 
@@ -461,6 +468,8 @@ def broken_by_texts(number: int, recipe: Recipe) -> tuple[int, list[str]]:
         for each in ("tags", "boxed", "answer-line"):
             parse_trajectory(text, "stop", each)
         answer_key(text, question)
+        answer_key(text[:200], question)
+        match_value(text[:200], [text[100:300], "7 cm"], question, rng.choice(("exact", "relaxed", "anls", "vqa")))
         broken += ["slow"] * (time.process_time() - started > SPARED + PER_CHARACTER * len(text + question))
     broken += broken_by_rewards(recipe, question, texts, form, ends, memory, rng)
     return len(texts), sorted(set(broken))
@@ -554,6 +563,7 @@ def main() -> int:
     with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         seconds = prepare(place)
+        answer_key("√2 cm, five"), answer_key("1/√2"), answer_key("5 cm")  # loads what every text would load anew
         print(f"The run that the others are compared with took {seconds:.1f} s.", flush=True)
         while True:
             if "kills" in arguments.only:
