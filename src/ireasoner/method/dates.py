@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 
-from ireasoner.method.numerals import TABLES, cardinal
+from ireasoner.method.numerals import TABLES, cardinal, chinese_cardinal
 
 _CLOCK = re.compile(r"(?P<hour>\d{1,2})(?:[:.](?P<minute>\d\d))? ?(?P<half>[ap])\.? ?m\.?", re.IGNORECASE)
-_CLOCK_24 = re.compile(r"(?P<hour>1[3-9]|2[0-3])[:h](?P<minute>[0-5]\d)(?: ?(?:h|uhr|hrs|hours))?", re.IGNORECASE)
+_CLOCK_24 = re.compile(
+    r"(?P<hour>1[3-9]|2[0-3])(?::| ?h ?)(?P<minute>[0-5]\d)(?: ?(?:h|uhr|hrs|hours))?", re.IGNORECASE
+)
 _NAMED_TIMES = {"noon": "12:00", "midday": "12:00", "midnight": "00:00"}
 _SPOKEN = re.compile(
     r"(?:(?P<part>half|a? ?quarter|\d\d?|[a-z-]+)(?: minutes)? (?P<way>past|to) )?"
@@ -28,14 +30,37 @@ def time_of_day(text: str) -> str | None:
         return f"{hour % 12 + 12 * (match['half'].lower() == 'p'):02}:{minute:02}"
     if match := _CLOCK_24.fullmatch(text):
         return f"{match['hour']}:{match['minute']}"
+    if match := re.fullmatch(r"(?P<hour>\d{1,2})(?:[:.](?P<minute>\d\d))? uhr", text, re.IGNORECASE):
+        return f"{int(match['hour']):02}:{match['minute'] or '00'}"
+    if match := re.fullmatch(
+        r"(?P<time>.+) (?:in the (?P<half>morning|afternoon|evening)|at night)", text, re.IGNORECASE
+    ):
+        half = "AM" if (match["half"] or "").lower() == "morning" else "PM"
+        spoken = _spoken_time(match["time"].lower()) or match["time"]
+        return time_of_day(f"{spoken} {half}") if spoken[0].isdigit() else None
     return _NAMED_TIMES.get(text.lower().removeprefix("12 ")) or _spoken_time(text.lower())
+
+
+_EAST_ASIAN = re.compile(
+    r"(?P<half>上午|早上|凌晨|下午|晚上|午前|午後|오전|오후)? ?(?P<hour>\d{1,2}|[一二两三四五六七八九十]{1,3}) ?[点點時时시]"
+    r"(?:(?P<sharp>整|钟)|(?P<thirty>半)|(?P<minute>\d{1,2})[分분]?)?"
+)
 
 
 def _spoken_time(text: str) -> str | None:
     if re.fullmatch(r"\d{1,2}:[0-5]\d", text):
         return text
+    if match := _EAST_ASIAN.fullmatch(text):
+        hour = int(match["hour"]) if match["hour"].isdigit() else chinese_cardinal(match["hour"])
+        minutes = 30 if match["thirty"] else int(match["minute"] or 0)
+        if hour is None or hour > 24 or minutes > 59:
+            return None
+        afternoon = match["half"] in ("下午", "晚上", "午後", "오후")
+        return f"{hour % 12 + 12 * afternoon:02}:{minutes:02}" if match["half"] else f"{hour}:{minutes:02}"
     match = _SPOKEN.fullmatch(text)
     if not match or not (match["part"] or match["sharp"]):
+        return None
+    if match["way"] == "to" and not re.search(r"half|quarter|minutes", text):  # "three to five" is a range
         return None
     hour = int(match["hour"]) if match["hour"].isdigit() else cardinal([match["hour"]])
     part = {"half": 30, "quarter": 15, "a quarter": 15, None: 0}.get(match["part"], match["part"])
@@ -56,14 +81,14 @@ _DAY, _YEAR = r"(?P<day>\d{1,2})(?:st|nd|rd|th|er|\.)?", r"(?P<year>\d{4})"
 _DATES = [
     re.compile(form, re.IGNORECASE)
     for form in (
-        rf"(?:the )?{_DAY}[ -](?:of |de )?{_MONTH}(?:(?:,? |-)(?:de |del )?{_YEAR})?",
+        rf"(?:(?:the|el|le|il|am|den) )?{_DAY}[ -](?:of |de )?{_MONTH}(?:(?:,? |-)(?:de |del )?{_YEAR})?(?: года)?",
         rf"{_ENGLISH_MONTH}[ -](?:the )?{_DAY}(?:,? {_YEAR})?",
         rf"{_MONTH}(?:,? (?:of |de |del )?|-){_YEAR}",
         rf"{_YEAR},? {_MONTH}(?: {_DAY})?",
         rf"{_YEAR}(?P<sign>[-/.])(?P<number>\d{{1,2}})(?P=sign){_DAY}",
         rf"{_DAY}(?P<sign>[-/.])(?P<number>\d{{1,2}})(?P=sign){_YEAR}",
         rf"(?P<number>\d{{1,2}})(?P<sign>[-/.]){_DAY}(?P=sign){_YEAR}",
-        rf"{_YEAR} ?年 ?(?P<number>\d{{1,2}}) ?月(?: ?{_DAY} ?[日号])?",
+        rf"{_YEAR} ?[年년] ?(?P<number>\d{{1,2}}) ?[月월](?: ?{_DAY} ?[日号일])?",
     )
 ]
 _WEEKDAY = re.compile(r"^(?:mon|tues|wednes|thurs|fri|satur|sun)day,? (?=.*\d)", re.IGNORECASE)

@@ -36,7 +36,7 @@ def expression(text: str) -> str | None:
     plain = not re.search(r"[^\W\d_]", text)
     if len(text) > MAX_LENGTH or text.count("sqrt") > MAX_ROOTS or (plain and re.search(r"[+*×]|(?<=.)-|/.*/", text)):
         return None
-    if re.search(r"\de[-+]?\d", text) or re.search(
+    if re.search(r"\de[-+]?\d|[ap]\.?m\b", text) or re.search(
         r"[^\W\d_]{3}", re.sub(r"sqrt|sin|cos|tan|log|ln|(?<![a-z])pi(?![a-z])", "", text)
     ):
         return None

@@ -135,6 +135,9 @@ def in_digits(text: str) -> str:
     """`text` with a number in words at its start in digits: "two thirds of it" is "2/3 of it"; else as it is."""
     sign, text = re.fullmatch(r"(minus |negative |-)?(.*)", text, re.IGNORECASE | re.DOTALL).groups("")  # pyright: ignore
     text = re.sub(r"^百分之(.+)", r"\1%", text)
+    if match := re.fullmatch(rf"({_CHINESE_NUMBER.pattern})分之({_CHINESE_NUMBER.pattern})", text):
+        text = f"{chinese_cardinal(match[2])}/{chinese_cardinal(match[1])}"
+    text = re.sub(r"^([12]\d{3})年$", r"\1", text)  # a year, not so many years
     if match := _SPELLED.match(text):
         value = cardinal(re.split("[ -]", match[0].lower()))
         text = f"{value}{text[match.end() :]}" if value is not None else text
@@ -166,5 +169,6 @@ _EITHER = re.compile(r"\d[.,]\d{3} ?(?:€|eur)|(?:€|eur) ?\d{1,3}\.\d{3}(?!\d
 
 def with_points(text: str) -> str:
     """`text` with decimal points for commas where nothing else can be meant; "" for `1.250 €`, which is either."""
+    text = re.sub(r"(?<=[€£$¥₹])( ?\d+),(\d\d)(?!\d)", r"\1.\2", text)
     text = _GROUPED.sub(lambda m: re.sub(r"[. ]", "", m[1]).replace(",", "."), text)
     return "" if _EITHER.search(text) else _DECIMAL_COMMA.sub(r"\1.\2", text)

@@ -157,13 +157,13 @@ _RELATIONS = {name: sign for sign, names in TABLES["relations"].items() for name
 _FIRST = re.compile(rf"(?:{_any_of(_RELATIONS)})(?:(?<=\W)|(?![a-z])) ?(?=[^ ])", re.IGNORECASE)
 _LAST = {
     "≥": re.compile(
-        r",? (?:or|and) (?:more|greater|higher|above|over|later|older|up)$|(?<=\d)\+$|"
+        r",? (?:or|and) (?:more|greater|higher|above|over|later|older|up|taller|longer|larger|bigger|heavier|wider)$|(?<=\d)\+$|"
         r" oder mehr$| ou plus$| o más$| ou mais$|"
         r" o più$| или (?:больше|более)$|[个岁]?(?:或|及)?(?:以上|更多)$",
         re.IGNORECASE,
     ),
     "≤": re.compile(
-        r",? (?:or|and) (?:less|fewer|lower|below|under|earlier|younger)$|"
+        r",? (?:or|and) (?:less|fewer|lower|below|under|earlier|younger|shorter|smaller|lighter)$|"
         r" oder weniger$| ou moins$| o menos$| ou menos$|"
         r" o meno$| или (?:меньше|менее)$|[个岁]?(?:或|及)?(?:以下|更少)$",
         re.IGNORECASE,
@@ -212,6 +212,9 @@ def _range(text: str) -> str | None:
     )
     if not first or (separator in ("and", "und", "et", "y") and bare == text):
         return None
+    times = [time_of_day(end) for end in (first, last)]
+    if None not in times:
+        return f"{times[0]}..{times[1]}"
     ends = [_measure(end) for end in (first, last)]
     if None in ends or any(end[0] in "<>≤≥≠≈±" for end in ends if end):
         return None

@@ -73,23 +73,28 @@ _EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3}|`{1,3})(?![\s*_`])(?P<core>.+?)(
 _QUOTED = re.compile(r"^(?:\"(?P<core>[^\"]+)\"|'(?P<single>[^']+)'|[«「『](?P<other>[^»」』]+)[»」』])$")
 _TAIL = re.compile(r"(?: ?(?:[.,;:?]|(?<![\d)])(?<!\b\w)!))+$")  # "yes!" is yes, but 5! and n! are factorials
 _YES_OR_NO = re.compile(
-    r"^(?P<core>yes|no|ja|nein|oui|non|sí|si|sim|não|да|нет|是|不是|はい|いいえ)(?:[,;:、]|\.(?! ?\d)| -|的) ?"
-    r"(?!.*\b(?:yes|but|maybe|perhaps|aber|mais|pero)\b|\W*no\W*$).*$",
+    r"^(?P<core>yes|no|ja|nein|oui|non|sí|si|sim|não|да|нет|是|不是|はい|いいえ|네|아니요)(?:[,;:、]|\.(?! ?\d)| -|的) ?"
+    r"(?!.*\b(?:yes|maybe|perhaps|but (?:no|not|maybe))\b|\W*no\W*$).*$",
     re.IGNORECASE,
 )
 _CORRECTED = re.compile(
-    r"^(?P<core>[^,;]+?)(?:, (?:and )?not|,? rather than|,? instead of| \(not) [^()]+\)?$"
+    r"^(?P<core>[^,;]+?)(?:,(?: and)? not| - not|,? rather than|,? instead of| \(not) [^()]+\)?$"
     r"|^not [^,;]+?,? but (?P<other>[^,;]+)$",
     re.IGNORECASE,
 )
-_JAPANESE_TAIL = re.compile(r"(?<=\w)(?:です|だ)$")
-_REASON = re.compile(r",? (?:because|since|as shown|as can be seen|weil|parce que|porque) .*$", re.IGNORECASE)
+_FOREIGN_TAIL = re.compile(r"(?<=\w)(?:です|だ|입니다)$|(?<=[\u3400-\u9fff]{2})的$")
+_ENGLISH_TAIL = re.compile(r" in (?:total|colou?r)$", re.IGNORECASE)
+_REASON = re.compile(
+    r",? (?:because|since|as shown|as can be seen|(?:even )?though|although|whereas|weil|parce que|porque) .*$",
+    re.IGNORECASE,
+)
 _DECORATIONS = (
     (_LEAD_IN, ""),
     (_EMPHASIS, r"\g<core>"),
     (_QUOTED, r"\g<core>\g<single>\g<other>"),
     (_TAIL, ""),
-    (_JAPANESE_TAIL, ""),
+    (_FOREIGN_TAIL, ""),
+    (_ENGLISH_TAIL, ""),
     (_YES_OR_NO, r"\g<core>"),
     (_CORRECTED, r"\g<core>\g<other>"),
 )
