@@ -73,7 +73,7 @@ def answer_key(answer: str, question: str = "") -> str | None:
     if len(plain) > MAX_ANSWER_LENGTH:
         return f"text:{plain.casefold()}"
     options, asked = lettered_options(question), question[:MAX_QUESTION_LENGTH]
-    peeled = peel(plain)
+    peeled = without_reason(peel(plain))
     value = _value_alone(peeled, asked, options)
     offered = options or (_IN_THE_IMAGE if _ASKS_FOR_OPTION.search(asked) else {})
     for text in dict.fromkeys((peeled, value)) if offered else ():
@@ -82,9 +82,9 @@ def answer_key(answer: str, question: str = "") -> str | None:
             return f"option:{marks}"
         if marks is None and options:
             return None
-    if not commits(plain, asked):
-        return None
-    return _without_noun(_typed_key(value), asked)
+    key = _typed_key(value)
+    counted = _without_noun(key, asked)
+    return counted if counted != key or commits(plain, asked) else None
 
 
 @lru_cache(256)
@@ -109,6 +109,7 @@ _COPULA = re.compile(
     re.IGNORECASE,
 )
 _GENERIC = frozenset(TABLES["generic"].split())
+_IN_UNIT = re.compile(r"\bin ((?:square |cubic )?[^\W\d_]+)\s*[?.]?$", re.IGNORECASE)
 _COUNTS = re.compile(
     r"\b(?:how (?:many|much)|number of|what (?:percent(?:age)?|fraction)|combien|wie ?viele?|cu[aá]nt[oa]s|"
     r"quant[ie]|quant[oa]s)\b|多少|几",
@@ -117,8 +118,7 @@ _COUNTS = re.compile(
 
 
 def _value_alone(text: str, question: str, options: Mapping[str, str]) -> str:
-    """The value in an answer without its reason, a calculation that gives it, or a subject that the question names."""
-    text = without_reason(text)
+    """The value in an answer without a calculation that gives it, or a subject that the question names."""
     if (match := _BRACKETED.fullmatch(text)) and _same_value(match["inside"], match["head"]):
         text = match["head"]
     *sides, last = text.split("=")
@@ -131,7 +131,8 @@ def _value_alone(text: str, question: str, options: Mapping[str, str]) -> str:
     if subject <= _GENERIC and _numeric(rest):
         return rest
     # To "Which bar is 20?", "the red bar is 20" is not "20".
-    repeats = _words(rest) <= _words(question) and _typed_key(rest) not in options.values()
+    chosen = re.search(rf"(?i)\b(?:or (?:the |an? )?{re.escape(rest)}|{re.escape(rest)} or)\b", question)
+    repeats = _words(rest) <= _words(question) and not chosen and _typed_key(rest) not in options.values()
     return rest if _asks_for(match["subject"], question) and not repeats else text
 
 
@@ -142,6 +143,8 @@ def _words(text: str) -> frozenset[str]:
 def _asks_for(subject: str, question: str) -> bool:
     """Whether a question is about this subject: "the car", but not one of two ("the car or the bus") or a bare name."""
     name = re.escape(re.sub(r"^(?:the|an?) ", "", subject.strip(), flags=re.IGNORECASE))
+    if not name.isascii() and subject in question:
+        return True
     if not re.search(rf"(?i)(?<!\w){name}(?!\w)", question):
         return _words(subject) <= _words(question) | _GENERIC and len(_words(subject)) > 1
     if re.search(
@@ -162,15 +165,24 @@ def _same_value(calculation: str, value: str) -> bool:
 
 
 def _without_noun(key: str, question: str) -> str:
-    """`number:5` for `number:5 circles` if the question is how many circles there are."""
-    if not key.startswith("number:") or " " not in key or not (asked := _COUNTS.search(question)):
+    """`number:5` for `number:5 circles` if the question is how many circles there are, or asks for it in circles."""
+    if not key.startswith("number:") or " " not in key:
+        return key
+    if (measured := _IN_UNIT.search(question)) and _typed_key(f"1 {measured[1]}") == "number:1 " + key.partition(" ")[
+        2
+    ]:
+        return key.partition(" ")[0]
+    if not (asked := _COUNTS.search(question)):
         return key
     phrase = re.split(r"[?\n:;.]", question[asked.start() :], maxsplit=1)[0]
     words = re.findall(r"[^\W\d_]+", phrase)[:12]
     names = {unit_name(word) for word in words} | {word.casefold() for word in words}
     number, _, unit = key.partition(" ")
     nouns = re.findall(r"[^\W\d_]+|[^\w\s]", unit)
-    return number if all({noun, noun + "s", noun.removesuffix("s")} & names for noun in nouns) else key
+    known = all(
+        {noun, noun + "s", noun.removesuffix("s")} & names or (not noun.isascii() and noun in phrase) for noun in nouns
+    )
+    return number if known else key
 
 
 # Options that only the image shows have letters, but texts that are not known.
@@ -184,7 +196,11 @@ _ASKS_FOR_OPTION = re.compile(
 # --- types -----------------------------------------------------------------------------------------------------------
 
 # "A" may be a name rather than an article: in "A and B", "A minus" or "A B C" it stays.
-_ARTICLE = re.compile(r"^(?:the (?=\S)|an? (?!(?-i:and|or|to|is|plus|minus|than|vs)\b)(?=[^\W\d_]{2}))", re.IGNORECASE)
+_ARTICLE = re.compile(
+    r"^(?:the (?=\S)|(?:el|la|los|las|le|les|der|die|das|il|lo) (?=\d)|"
+    r"an? (?!(?-i:and|or|to|is|plus|minus|than|vs)\b)(?=[^\W\d_]{2}))",
+    re.IGNORECASE,
+)
 # In two letters of which either case is a chemical symbol or a genotype, case tells: CO and Co, AA and Aa.
 _CASED = re.compile(r"(?P<letter>[A-Za-z])(?i:(?P=letter))|CO|CS|CU|HF|HO|NI|NP|OS|PB|PO|SB|SC|SN|BI")
 _BARE_PICK = re.compile(

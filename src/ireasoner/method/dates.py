@@ -14,6 +14,7 @@ _CLOCK = re.compile(r"(?P<hour>\d{1,2})(?:[:.](?P<minute>\d\d))? ?(?P<half>[ap])
 _CLOCK_24 = re.compile(
     r"(?P<hour>1[3-9]|2[0-3])(?::| ?h ?)(?P<minute>[0-5]\d)(?: ?(?:h|uhr|hrs|hours))?", re.IGNORECASE
 )
+_PART_OF_DAY = re.compile(r"(?P<time>.+) (?:in the (?P<half>morning|afternoon|evening)|at night)", re.IGNORECASE)
 _NAMED_TIMES = {"noon": "12:00", "midday": "12:00", "midnight": "00:00"}
 _SPOKEN = re.compile(
     r"(?:(?P<part>half|a? ?quarter|\d\d?|[a-z-]+)(?: minutes)? (?P<way>past|to) )?"
@@ -42,7 +43,8 @@ def time_of_day(text: str) -> str | None:
 
 
 _EAST_ASIAN = re.compile(
-    r"(?P<half>上午|早上|凌晨|下午|晚上|午前|午後|오전|오후)? ?(?P<hour>\d{1,2}|[一二两三四五六七八九十]{1,3}) ?[点點時时시]"
+    r"(?P<half>上午|早上|凌晨|下午|晚上|午前|午後|오전|오후)? ?"
+    r"(?P<hour>\d{1,2}|[一二两三四五六七八九十]{1,3}) ?[点點時时시]"
     r"(?:(?P<sharp>整|钟)|(?P<thirty>半)|(?P<minute>\d{1,2})[分분]?)?"
 )
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_LOOKALIKES = str.maketrans("‐‑‒–—―−‘’‚‛′ʼ“”„‟″⁄∕⋅∙·✕✖º˚。∶【】", "-------''''''\"\"\"\"\"//×××××°°.:[]")
+# The Turkish letters among them match "i" where case is ignored, but lower() keeps them, so that tables lack the word.
+_LOOKALIKES = str.maketrans("‐‑‒–—―−‘’‚‛′ʼ“”„‟″⁄∕⋅∙·✕✖º˚。∶【】İı", "-------''''''\"\"\"\"\"//×××××°°.:[]Ii")
 
 
 _CIRCLED = {0x2460 + n: f"({n + 1})" for n in range(20)}  # ① and so on

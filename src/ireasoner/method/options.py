@@ -22,11 +22,15 @@ _MARKERS = [
         r"(?<![A-Za-z0-9_(.:])(?P<mark>[A-Z])\.(?![A-Z]\.)",
         r"(?:^|(?<=[,;:?]) ?)(?P<mark>[a-z])[.:] ?",
         r"(?:^|(?<=[,;?:|]) ?)(?P<mark>[A-Z]) ?[-|=] ",
+        r"^[ \t]*[(\[]?(?P<mark>I{1,3}|IV|VI{0,3})(?:[)\]]|[.:]\s)",
         r"^[ \t]*[(\[]?(?P<mark>\d{1,2})(?:[)\]]|[.、:](?!\d))",
         r"(?<![\w(])[(\[](?P<mark>\d{1,2})[)\]]",
         r"(?<![\w(.])(?P<mark>\d{1,2})[.)](?=\s)",
     )
 ]
+
+
+_ROMAN = ("I", "II", "III", "IV", "V", "VI", "VII", "VIII")
 
 
 def marked_options(question: str) -> dict[str, str]:
@@ -43,7 +47,8 @@ def marked_options(question: str) -> dict[str, str]:
         run: list[re.Match[str]] = []
         for match in marker.finditer(question):
             mark = match["mark"].upper()
-            if mark == _nth(len(run), mark):
+            first = run[0]["mark"].upper() if run else mark
+            if mark == _nth(len(run), first):
                 run.append(match)
             elif mark == _nth(0, mark) and len(run) == 1:  # restart: "Look at (A). Which is it? (A) red (B) blue"
                 run = [match]
@@ -59,8 +64,10 @@ def marked_options(question: str) -> dict[str, str]:
 
 
 def _nth(position: int, like: str) -> str:
-    """The mark of the option at a position, counted from 0: a number if `like` is one, else a letter."""
-    return str(position + 1) if like.isdigit() else chr(ord("A") + position)
+    """The mark of the option at a position, counted from 0: a number, a Roman one or a letter, as `like` is one."""
+    if like.isdigit():
+        return str(position + 1)
+    return _ROMAN[position] if like in _ROMAN and position < len(_ROMAN) else chr(ord("A") + position)
 
 
 def _text(text: str) -> str:
@@ -81,7 +88,9 @@ _PICK = re.compile(
 # What may stand around a mark and only says that it is picked.
 _FILLER = re.compile(
     r"\b(?:i(?:'d)?|we|would|will|choose|chose|pick|select|go|with|for|it|it's|is|this|that|so|"
-    r"thus|hence|therefore|the|my|final|correct|right|true|only|both|all|of|are|statements?|options|choices|answers|best|most|"
+    r"thus|hence|therefore|the|my|final|correct|right|true|only|both|all|of|are|also|too|"
+    r"statements?|options|choices|answers|best|most|visible|shown|present|correctas|correctes|corrette|sont|sono|son|sind|"
+    r"sowohl|als|auch|respuestas|réponses|risposte|antworten|les|las|"
     r"likely|probably|must|should|be|as|one|because .*|since .*|"
     r"die|das|der|ist|richtige?|la|el|es|correct[oae]|est|bonne|elijo|wähle|ich|je|choisis|"
     r"option|choice|answer|letter|antwort|opción|respuesta|réponse)\b"
@@ -91,15 +100,17 @@ _FILLER = re.compile(
 _DENIAL = re.compile(
     r"\b(?:not|wrong|incorrect|false|neither|nor|except|nicht|falsch|kein|pas|faux|fausse|no es|incorrect[oa]|"
     r"fals[oa]|não|non|не)\b"
-    r"|n't\b|[不错錯误誤非]|\?",
+    r"|n't\b|[不错錯误誤非]|ではない|아니|아닙|\?",
     re.IGNORECASE,
 )
 _AND = r"and|und|y|e|et|и"
 _JOINED = re.compile(
-    rf"(?:[\s,;&+(){{}}\[\].:、]|\b(?:{_AND}|both|options?|choices?|answers?|are|the|correct)\b|[和与與及以选選とがは])*",
+    rf"(?:[\s,;&+(){{}}\[\].:、]|\b(?:{_AND}|both|options?|choices?|answers?|are|the|correct)\b|[和与與及以选選とがは와과])*",
     re.IGNORECASE,
 )
 _OR = re.compile(r"\b(?:or|oder|o|ou|либо|или)\b|[/|?]|或|还是|要么|または|(?<=\w)か(?=\w)", re.IGNORECASE)
+_ABOUT_OTHERS = re.compile(r"[(\[]?[A-Z][)\]]?(?:,? (?:and )?[(\[]?[A-Z][)\]]?)* (?:is|are|was|were|has|have) ")
+_ALSO = re.compile(rf"[,;、&+]|\b(?:{_AND}|as well as|sowie|plus)\b|[和与與及と와과]", re.IGNORECASE)
 _ARTICLE = re.compile(rf"A (?!(?:{_AND}|or|oder|o|ou|plus|is|ist|es|est)\b)(?=[a-z])")
 
 
@@ -121,6 +132,8 @@ def picked(answer: str, options: Mapping[str, str], key_of: Callable[[str], str]
         return _mentioned_only(answer, options, key_of)
     if not rest or key_of(rest) == options[mark]:
         return mark
+    if _ABOUT_OTHERS.match(rest) and not _OR.search(rest):
+        return mark  # "B. A and C are shorter" says why
     contradicted = _DENIAL.search(rest) or key_of(rest) in options.values() or set(_mentioned(rest, options)) - {mark}
     # "A. The red bar" picks A although the option says "red"; "A. Blue" contradicts itself.
     return _mentioned_only(answer, options, key_of) if contradicted else mark
@@ -129,10 +142,11 @@ def picked(answer: str, options: Mapping[str, str], key_of: Callable[[str], str]
 def _mentioned(answer: str, options: Mapping[str, str]) -> list[str]:
     """The marks of options in an answer, in order: capital letters that stand alone, and marks in brackets."""
     answer = _ARTICLE.sub("", answer)
-    found = re.findall(r"[(\[]([A-Za-z]|\d{1,2})[)\]]|(?<![A-Za-z0-9'.])([A-Z])(?![A-Za-z0-9'])", answer)
+    plain = "I{1,3}|IV|VI{0,3}" if "II" in options else "[A-Z]"
+    found = re.findall(rf"[(\[]([A-Za-z]|\d{{1,2}})[)\]]|(?<![A-Za-z0-9'.])({plain})(?![A-Za-z0-9'])", answer)
     if re.fullmatch(r"[a-z](?:[ ,/&|]|\b(?:and|or)\b|\b[a-z]\b)*", answer):
         found = [(letter, "") for letter in re.findall(r"\b[a-z]\b", answer)]
-    if "1" in options and re.fullmatch(rf"\d{{1,2}}(?:[ ,、/&|]|\b(?:{_AND}|or)\b|[和与]|\b\d{{1,2}}\b)*", answer):
+    if "1" in options and re.fullmatch(rf"\d{{1,2}}(?:[ ,;、/&|]|\b(?:{_AND}|or)\b|[和与]|\b\d{{1,2}}\b)*", answer):
         found = [(number, "") for number in re.findall(r"\d+", answer)]
     return [mark for mark in dict.fromkeys((one or other).upper() for one, other in found) if mark in options]
 
@@ -140,12 +154,15 @@ def _mentioned(answer: str, options: Mapping[str, str]) -> list[str]:
 def _mentioned_only(answer: str, options: Mapping[str, str], key_of: Callable[[str], str]) -> str | None:
     """What `picked` says of an answer that mentions the marks of options, or their texts, in a sentence."""
     marks = _mentioned(answer, options)
-    if re.fullmatch(r"[A-Z]+", answer) and len(answer) < len(options) and list(options) != [*answer]:
-        letters = sorted(set(answer))
+    together = re.sub(r"[选選择擇故应應为為是的项項正确正確填答案 :]", "", answer)  # "正确选项为AC"
+    if "II" not in options and re.fullmatch(r"[A-Z]+", together) and 1 < len(together) < len(options):
+        answer, letters = together, sorted(set(together))
         return ",".join(letters) if "".join(letters) == answer and set(letters) <= options.keys() else ""
     if not marks:
         texts = {key_of(part) for part in _OR.split(answer) if part.strip(" ,")}
-        return None if len(texts) > 1 and texts <= set(options.values()) else ""
+        if len(texts) > 1 and texts <= set(options.values()):
+            return None
+        return _named(answer, options, key_of)
     if _DENIAL.search(answer) or (len(marks) > 1 and _OR.search(answer)):
         return None
     said = re.split(rf"[(\[]?(?<![A-Za-z0-9])(?:{'|'.join(marks)})(?![A-Za-z0-9])[)\].:]*", answer, flags=re.IGNORECASE)
@@ -163,6 +180,14 @@ def _mentioned_only(answer: str, options: Mapping[str, str], key_of: Callable[[s
     return "" if len(marks) == 1 else None
 
 
+def _named(answer: str, options: Mapping[str, str], key_of: Callable[[str], str]) -> str:
+    """The marks of the options whose texts an answer lists, as in "red and blue"; "" if it says anything else."""
+    marks = {text: mark for mark, text in options.items() if text}
+    keys = [key_of(part) for part in _ALSO.split(answer) if part.strip()]
+    listed = len(keys) > 1 and len(marks) == len(options) and all(key in marks for key in keys)
+    return ",".join(sorted({marks[key] for key in keys})) if listed else ""
+
+
 def _is_text(text: str, option: str, key_of: Callable[[str], str]) -> bool:
-    bare = re.sub(rf"[ ,;()]*(?:\b(?:{_AND})\b)?[ ,;(]*$", "", text).strip(" :-.")
+    bare = re.sub(rf"[ ,;、()]*(?:\b(?:{_AND})\b)?[ ,;(]*$", "", text).strip(" :-.")
     return bool(bare) and key_of(bare) == option

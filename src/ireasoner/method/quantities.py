@@ -28,7 +28,9 @@ _MEASURES = frozenset(TABLES["measures"].split())  # pint's names of units; it a
 _CASED = frozenset("mMgGsSkKtT")
 
 
-_COUNTERS = "个個只隻条條张張本名位辆輛棵朵块塊件次杯匹头頭根把座种種枚台つ人"  # between a number and a noun: 三个 is 3
+_COUNTERS = (
+    "个個只隻条條张張本名位辆輛棵朵块塊件次杯匹头頭根把座种種枚台つ人개명"  # between a number and a noun: 三个 is 3
+)
 
 
 @cache
@@ -114,7 +116,8 @@ _QUANTITY = re.compile(
       | (?:(?P<factor>{_DECIMAL})×)?10\^\(?(?P<power>[+-]?\d+)\)?
       | (?P<decimal>{_DECIMAL})(?:e(?P<exponent>[+-]?\d+))?
     )(?:\ ?(?P<scale>{_any_of(_SCALE_WORDS)})(?!(?<=[a-z])\w))?
-    \ ?(?P<unit>(?:(?:[^\W\d_]|[%‰°$€£¥₹¢₩₽'"]|/(?=[^\W\d]))(?:[^\d^]|\^-?\d|(?<=[^\W\d_])[23](?!\d))*)?)""",
+    \ ?(?P<unit>(?!(?:to|or|and)\ )
+        (?:(?:[^\W\d_]|[%‰°$€£¥₹¢₩₽'"]|/(?=[^\W\d]))(?:[^\d^]|\^-?\d|(?<=[^\W\d_])[23](?!\d))*)?)""",
     re.IGNORECASE | re.VERBOSE,
 )
 _SHORT = re.compile(
@@ -157,7 +160,8 @@ _RELATIONS = {name: sign for sign, names in TABLES["relations"].items() for name
 _FIRST = re.compile(rf"(?:{_any_of(_RELATIONS)})(?:(?<=\W)|(?![a-z])) ?(?=[^ ])", re.IGNORECASE)
 _LAST = {
     "≥": re.compile(
-        r",? (?:or|and) (?:more|greater|higher|above|over|later|older|up|taller|longer|larger|bigger|heavier|wider)$|(?<=\d)\+$|"
+        r",? (?:or|and) (?:more|greater|higher|above|over|later|older|up|taller|longer|larger|bigger|heavier|"
+        r"wider)$|(?<=\d)\+$|"
         r" oder mehr$| ou plus$| o más$| ou mais$|"
         r" o più$| или (?:больше|более)$|[个岁]?(?:或|及)?(?:以上|更多)$",
         re.IGNORECASE,

@@ -73,12 +73,14 @@ _EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3}|`{1,3})(?![\s*_`])(?P<core>.+?)(
 _QUOTED = re.compile(r"^(?:\"(?P<core>[^\"]+)\"|'(?P<single>[^']+)'|[«「『](?P<other>[^»」』]+)[»」』])$")
 _TAIL = re.compile(r"(?: ?(?:[.,;:?]|(?<![\d)])(?<!\b\w)!))+$")  # "yes!" is yes, but 5! and n! are factorials
 _YES_OR_NO = re.compile(
-    r"^(?P<core>yes|no|ja|nein|oui|non|sí|si|sim|não|да|нет|是|不是|はい|いいえ|네|아니요)(?:[,;:、]|\.(?! ?\d)| -|的) ?"
+    r"^(?P<core>yes|no|ja|nein|oui|non|sí|si|sim|não|да|нет|是|不是|はい|いいえ|네|아니요)"
+    r"(?:[,;:、]|\.(?! ?\d)| -|的) ?"
     r"(?!.*\b(?:yes|maybe|perhaps|but (?:no|not|maybe))\b|\W*no\W*$).*$",
     re.IGNORECASE,
 )
 _CORRECTED = re.compile(
-    r"^(?P<core>[^,;]+?)(?:,(?: and)? not| - not|,? rather than|,? instead of| \(not) [^()]+\)?$"
+    r"^(?P<core>[^,;]+?)"
+    r"(?:,(?: and)? not| - not|,? rather than|,? instead of| \(not) [^()]+\)?$"
     r"|^not [^,;]+?,? but (?P<other>[^,;]+)$",
     re.IGNORECASE,
 )
