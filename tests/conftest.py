@@ -28,6 +28,12 @@ def pictures() -> list[Image.Image]:
     return [world.draw(world.sample_picture(rng), world.sample_style("chalk", rng), rng) for _ in range(6)]
 
 
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that are finished in this test write no report, whose curves take as long as some steps of training."""
+    monkeypatch.setattr("ireasoner.page.write_report", lambda *_, **__: None)
+
+
 @pytest.fixture(scope="session")
 def make_policy() -> Callable[..., Policy]:
     """`make_policy(filled, **options)`: the shipped model with adapters whose B matrices are N(0, filled²).

@@ -1,15 +1,21 @@
-"""Several processes: the same run as one, to rounding; killed, they say what to do and lose nothing. Real processes."""
+"""Several processes: the same run as one, to rounding; killed, they say what to do and lose nothing.
+
+Two runs are started by accelerate's launcher, as users start them, and one of their processes is killed, or Ctrl-C
+pressed. The processes of the others are forked, which saves each of them the seconds of the imports.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import pickle
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +23,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import forked
+from forked import Forked
 from ireasoner.method.types import UsageError
 from ireasoner.model import parallel as processes
 from ireasoner.model.parallel import LostProcessError, Processes
 from ireasoner.playground import dataset
+from ireasoner.training import images, loop
 from ireasoner.training.recorder import read_records
+from ireasoner.training.state import Run
 
 LAUNCH = [
     *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"),
     *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
     *("-m", "ireasoner"),
 ]
-ONE = [sys.executable, "-m", "ireasoner"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def run(command: list[str], *arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*command, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
-    )
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +58,26 @@ def options(place: Path, **more: Any) -> list[str]:
     return ["train", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
 
 
+def finish(processes: list[Forked], expected: int = 0) -> list[str]:
+    """Wait for the processes of a run, each of which must end with this code; what each of them printed."""
+    found = [process.wait() for process in processes]
+    assert [done.returncode for done in found] == [expected] * len(found), "\n".join(done.stderr for done in found)
+    return [done.stdout + done.stderr for done in found]
+
+
+def finish_alone(place: Path, name: str, *arguments: Any, before: Callable[[], object] = int) -> str:
+    """Carry out a command in one process; what it printed."""
+    return finish([forked.start(*arguments, output=place / f"{name}-printed", before=before)])[0]
+
+
+def finish_together(place: Path, name: str, *arguments: Any, before: Callable[[], object] = int) -> list[str]:
+    """The same in two processes of one run."""
+    return finish(forked.start_two(*arguments, output=place / f"{name}-printed", before=before))
+
+
 @pytest.fixture(scope="module")
 def together(place: Path) -> Path:
-    done = run(LAUNCH, *options(place), "--out", place / "together")
-    assert done.returncode == 0, done.stderr
+    finish_together(place, "together", *options(place), "--out", place / "together")
     return place / "together"
 
 
@@ -99,17 +118,16 @@ def assert_bitwise(one: Path, other: Path) -> None:
 
 def test_two_processes_and_one_make_the_same_run(place: Path, together: Path):
     """Three images a step over two processes: baseline, KL, gradients, watch and evaluation are global."""
-    done = run(ONE, *options(place), "--out", place / "alone")
-    assert done.returncode == 0, done.stderr
+    finish_alone(place, "alone", *options(place), "--out", place / "alone")
     assert_same_run(place / "alone", together)
 
 
 def test_a_process_without_images_takes_the_same_steps(place: Path):
     few = options(place, **{"images-per-step": 1, "steps": 2, "recipe": "paper", "device": "auto"})
-    for command, name in ((LAUNCH, "few-together"), (ONE, "few-alone")):
-        done = run(command, *few, "--out", place / name)
-        assert done.returncode == 0, done.stderr
-        assert ("1 of 2 processes have nothing to play" in done.stdout) == (command is LAUNCH)
+    first, other = finish_together(place, "few-together", *few, "--out", place / "few-together")
+    alone = finish_alone(place, "few-alone", *few, "--out", place / "few-alone")
+    said = ["1 of 2 processes have nothing to play" in printed for printed in (first, other, alone)]
+    assert said == [True, False, False]
     assert_same_run(place / "few-alone", place / "few-together")
 
 
@@ -126,61 +144,65 @@ def workers(launcher: int) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_run_with_a_message_and_nothing_is_lost(place: Path, together: Path, rank: int):
-    out = place / f"killed-{rank}"
-    with subprocess.Popen(
-        [*LAUNCH, *options(place), "--out", str(out)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    ) as launcher:
-        deadline = time.monotonic() + 120
-        while not (out / "checkpoints/step-000002").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        os.kill(workers(launcher.pid)[rank], signal.SIGKILL)
+def test_a_killed_process_ends_the_launched_run_with_a_message_and_nothing_is_lost(place: Path, together: Path):
+    out = place / "killed-0"
+    with launcher_at_step(out, *options(place), step=2) as launcher:
+        os.kill(workers(launcher.pid)[0], signal.SIGKILL)
         said = launcher.communicate(timeout=120)[1]
     assert launcher.returncode != 0
+    assert_lost(said, out)
+    command = [*LAUNCH, "train", "--resume", str(out)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert_bitwise(out, together)
+
+
+def test_the_writer_outlives_the_other_process_and_says_so(place: Path, together: Path):
+    out = place / "killed-1"
+    first, other = forked.start_two(*options(place), "--out", out, output=place / "killed-1-printed")
+    with first, other:
+        first.wait_until((out / "checkpoints/step-000002").exists)
+        other.send(signal.SIGKILL)
+        done = first.wait()
+    assert done.returncode == 2
+    assert_lost(done.stderr, out)
+    finish_alone(place, "resumed-1", "train", "--resume", out)  # as many processes as one likes
+    assert_same_run(out, together)
+
+
+def assert_lost(said: str, out: Path) -> None:
     assert "another process of this run has ended" in said
     assert "train --resume RUN" in said
     assert not (out / "summary.json").exists()
-    done = run(ONE if rank == 1 else LAUNCH, "train", "--resume", out)  # as many processes as one likes
-    assert done.returncode == 0, done.stderr
-    if rank == 1:
-        assert_same_run(out, together)
-    else:
-        assert_bitwise(out, together)
 
 
 def test_killed_at_random_moments_two_processes_end_like_the_reference(place: Path, together: Path):
-    """First the launcher and both processes at once, as when the machine fails; then one of them, whichever it is."""
+    """First both processes at once, as when the machine fails; then one of them, whichever it is."""
     out, rng = place / "killed-at-random", random.Random()
     moments = [(0, rng.uniform(0, 1), (0, 1)), (2, rng.uniform(0, 1), (rng.randrange(2),))]
     print("after which step, seconds later, ranks:", moments)  # shown if this fails
     kills = 0
     for step, delay, ranks in moments:
-        command = ["train", "--resume", str(out)] if step else [*options(place), "--out", str(out)]
-        with subprocess.Popen([*LAUNCH, *command], env=ENVIRONMENT, stderr=subprocess.DEVNULL) as launcher:
-            while launcher.poll() is None and not (out / f"checkpoints/step-{step:06d}").exists():
-                time.sleep(0.01)
-            time.sleep(delay)
-            running = workers(launcher.pid)
-            if len(ranks) == 2:
-                launcher.kill()
-            for rank in ranks:
-                if rank in running:  # otherwise the run has ended before
-                    os.kill(running[rank], signal.SIGKILL)
-                    kills += 1
-            launcher.wait(120)
+        command = ["train", "--resume", out] if step else [*options(place), "--out", out]
+        both = forked.start_two(*command, output=place / "killed-at-random-printed")
+        both[0].wait_until((out / f"checkpoints/step-{step:06d}").exists)
+        time.sleep(delay)
+        kills += sum(both[rank].send(signal.SIGKILL) for rank in ranks)  # one may have ended before
+        for process in both:
+            process.wait(120)
     assert kills >= 2
-    done = run(LAUNCH, "train", "--resume", out)
-    assert done.returncode == 0, done.stderr
+    finish_together(place, "resumed-at-random", "train", "--resume", out)
     assert_bitwise(out, together)
     assert not list((out / "checkpoints").glob(".*"))
 
 
 def test_a_mistake_is_said_by_each_process(place: Path):
-    done = run(LAUNCH, *options(place, model="no/such/model"), "--out", place / "mistake")
-    assert done.returncode != 0
-    assert "ireasoner: cannot load the model" in done.stderr
+    processes = forked.start_two(
+        *options(place, model="no/such/model"), "--out", place / "mistake", output=place / "mistake-printed"
+    )
+    first, other = finish(processes, expected=2)
+    assert "ireasoner: cannot load the model" in first
+    assert "ireasoner, process 1: cannot load the model" in other
     assert not (place / "mistake" / "config.yaml").exists()
 
 
@@ -194,59 +216,42 @@ def test_alone_nothing_is_exchanged():
     assert [Processes(i, 2).share(5) for i in range(2)] == [[0, 2, 4], [1, 3]]
 
 
-EXCHANGE = """
-import math, pickle
-import torch
-import torch.distributed as dist
+def exchange() -> int:
+    """What each of two processes does, where whatever torch would send as a pickle is refused."""
 
-def refuse(*args, **kwargs):
-    raise AssertionError("an object was sent as a pickle")
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("an object was sent as a pickle")
 
-from ireasoner.model.parallel import joined
-with joined("cpu") as processes:
-    pickle.dumps = pickle.loads = pickle.Pickler = pickle.Unpickler = refuse
-    dist.distributed_c10d._pickler = dist.distributed_c10d._unpickler = refuse
-    try:
-        dist.all_gather_object([None, None], 1)
-    except AssertionError:
-        pass
-    else:
-        raise SystemExit("nothing is refused")
-    rank = processes.index
-    own = [{"item": i, "text": "ö" * i} for i in processes.share(5)]
-    assert processes.gather(own, 5) == [{"item": i, "text": "ö" * i} for i in range(5)]
-    assert processes.gather([], 0) == []
-    assert processes.sum(torch.tensor([1.5, rank], dtype=torch.float64)).tolist() == [3.0, 1.0]
-    assert processes.maximum(float(rank)) == 1.0
-    assert math.isnan(processes.maximum(math.nan if rank else 0.0))
-    assert (processes.any(rank == 1), processes.any(False)) == (True, False)
-    weight, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(3))
-    if rank == 1:
-        (2 * weight.sum() + 3 * bias.sum()).backward()
-    processes.sum_gradients([weight, bias])  # the other process has none yet
-    assert weight.grad.tolist() == [[2.0, 2.0], [2.0, 2.0]]
-    assert bias.grad.tolist() == [3.0, 3.0, 3.0]
-    processes.wait()
-"""
+    with processes.joined("cpu") as joined:
+        for name in ("dumps", "loads", "Pickler", "Unpickler"):
+            setattr(pickle, name, refuse)
+        torch.distributed.distributed_c10d._pickler = torch.distributed.distributed_c10d._unpickler = refuse
+        with pytest.raises(AssertionError, match="as a pickle"):
+            torch.distributed.all_gather_object([None, None], 1)
+        rank = joined.index
+        own = [{"item": i, "text": "ö" * i} for i in joined.share(5)]
+        assert joined.gather(own, 5) == [{"item": i, "text": "ö" * i} for i in range(5)]
+        assert joined.gather([], 0) == []
+        assert joined.sum(torch.tensor([1.5, rank], dtype=torch.float64)).tolist() == [3.0, 1.0]
+        assert joined.maximum(float(rank)) == 1.0
+        assert math.isnan(joined.maximum(math.nan if rank else 0.0))
+        assert (joined.any(rank == 1), joined.any(False)) == (True, False)
+        weight, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(3))
+        if rank == 1:
+            (2 * weight.sum() + 3 * bias.sum()).backward()
+        joined.sum_gradients([weight, bias])  # the other process has none yet
+        assert weight.grad is not None
+        assert bias.grad is not None
+        assert weight.grad.tolist() == [[2.0, 2.0], [2.0, 2.0]]
+        assert bias.grad.tolist() == [3.0, 3.0, 3.0]
+        joined.wait()
+    return 0
 
 
-def test_two_processes_exchange_tensors_only():
+def test_two_processes_exchange_tensors_only(tmp_path: Path):
     """By every method; whatever torch would send as a pickle is refused."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", EXCHANGE],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**ENVIRONMENT, **launcher, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], "\n".join(said)
+    environments = forked.environments_of_two()
+    finish([Forked(exchange, tmp_path / each["RANK"], {**each, "ACCELERATE_USE_CPU": "1"}) for each in environments])
 
 
 def test_what_fails_between_processes_keeps_its_reason(monkeypatch: pytest.MonkeyPatch):
@@ -290,49 +295,52 @@ def test_ctrl_c_stops_both_processes_with_a_checkpoint(place: Path):
     assert not (out / "summary.json").exists()
 
 
-def test_a_process_that_fails_ends_the_run_with_its_own_reason(place: Path, tmp_path: Path):
-    """Rank 1 cannot go on at step 2; rank 0 must not wait for it for ever, nor be taken for the culprit."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    from ireasoner.training import loop\n"
-        "    update = loop.update\n"
-        "    def fail(run, play):\n"
-        "        if run.step == 2:\n"
-        "            raise MemoryError('made to fail')\n"
-        "        return update(run, play)\n"
-        "    loop.update = fail\n"
-    )
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [*LAUNCH, *options(place), "--out", str(place / "failing")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode != 0
-    assert "made to fail" in done.stderr
-    assert not (place / "failing" / "summary.json").exists()
-    assert (place / "failing" / "checkpoints" / "step-000001").is_dir()
+def fail_at_step_two() -> None:
+    """Rank 1 cannot go on at step 2."""
+    update = loop.update
+
+    def fail(run: Run, play: Any) -> Any:
+        if run.step == 2:
+            raise MemoryError("made to fail")
+        return update(run, play)
+
+    if os.environ["RANK"] == "1":
+        loop.update = fail
 
 
-def test_an_image_that_one_process_cannot_read_is_skipped_by_both(place: Path, tmp_path: Path):
-    lost = "00/00005.png"
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK', '1') == '1':  # the second process, or the only one\n"
-        "    from ireasoner.training import images\n"
-        "    read = images._read\n"
-        "    def fail(path, max_bytes):\n"
-        f"        if str(path).endswith('{lost}'):\n"
-        "            raise OSError(5, 'Input/output error')\n"
-        "        return read(path, max_bytes)\n"
-        "    images._read = fail\n"
-    )
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    for command, name in ((LAUNCH, "lost-together"), (ONE, "lost-alone")):
-        whole = [*command, *options(place), "--out", str(place / name)]
-        done = subprocess.run(whole, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
+def test_a_process_that_fails_ends_the_run_with_its_own_reason(place: Path):
+    """Rank 0 must not wait for it for ever."""
+    out = place / "failing"
+    both = forked.start_two(*options(place), "--out", out, output=place / "failing-printed", before=fail_at_step_two)
+    first, other = (process.wait() for process in both)
+    assert (first.returncode, other.returncode) == (2, 1)
+    assert "made to fail" in other.stderr
+    assert_lost(first.stderr, out)
+    assert (out / "checkpoints" / "step-000001").is_dir()
+
+
+LOST_IMAGE = "00/00005.png"
+
+
+def lose_an_image() -> None:
+    """The second process, or the only one, cannot read one of the images."""
+    read = images._read
+
+    def fail(path: Path, max_bytes: int) -> bytes:
+        if str(path).endswith(LOST_IMAGE):
+            raise OSError(5, "Input/output error")
+        return read(path, max_bytes)
+
+    if os.environ.get("RANK", "1") == "1":
+        images._read = fail
+
+
+def test_an_image_that_one_process_cannot_read_is_skipped_by_both(place: Path):
+    for carry_out, name in ((finish_together, "lost-together"), (finish_alone, "lost-alone")):
+        carry_out(place, name, *options(place), "--out", place / name, before=lose_an_image)
         (skipped,) = read_records(place / name / "skipped.jsonl")
-        assert (skipped["image"], skipped["reason"]) == (lost, "Input/output error")
-    assert lost not in {episode["image"] for episode in read_records(place / "lost-together" / "episodes.jsonl")}
+        assert (skipped["image"], skipped["reason"]) == (LOST_IMAGE, "Input/output error")
+    assert LOST_IMAGE not in {episode["image"] for episode in read_records(place / "lost-together" / "episodes.jsonl")}
     assert_same_run(place / "lost-alone", place / "lost-together")
 
 
@@ -349,8 +357,7 @@ def test_a_reward_of_ones_own_is_computed_once_and_shared(place: Path, tmp_path:
         "    return [(1.0 + int(os.environ['RANK'])) * (k + 1) for k in range(len(group.texts))]\n"
     )
     out = place / "own-reward"
-    done = run(LAUNCH, *options(place, steps="1", reward=f"{tmp_path}/own.py:fn"), "--out", out)
-    assert done.returncode == 0, done.stderr
+    finish_together(place, "own-reward", *options(place, steps="1", reward=f"{tmp_path}/own.py:fn"), "--out", out)
     episodes = list(read_records(out / "episodes.jsonl"))
     for i, episode in enumerate(episodes):
         for k, t in enumerate(episode["trajectories"]):

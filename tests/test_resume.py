@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import forked
 from ireasoner.app.cli import main
 from ireasoner.playground import world
 from ireasoner.training.checkpoints import newest_checkpoint
@@ -26,6 +25,8 @@ from ireasoner.training.evaluation import EvaluationOptions
 from ireasoner.training.loop import resume, start
 from ireasoner.training.recorder import read_records
 from ireasoner.training.state import Observer
+
+pytestmark = pytest.mark.usefixtures("no_report")
 
 SHORT = [
     "--model", "tiny", "--recipe", "paper", "--device", "cpu", "--images-per-step", "1", "--group-size", "2",
@@ -51,9 +52,12 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(pool: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three steps that came to its end."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    code, printed = command("train", "--images", pool, "--out", out, *SHORT)
+    """A run of three steps that came to its end, under a umask that is not the usual one."""
+    out, before = tmp_path_factory.mktemp("runs") / "run", os.umask(0o027)
+    try:
+        code, printed = command("train", "--images", pool, "--out", out, *SHORT)
+    finally:
+        os.umask(before)
     assert code == 0, printed
     return out
 
@@ -63,8 +67,7 @@ def stopped(finished: Path, tmp_path: Path) -> Path:
     """The same run as it was before its end: all steps taken and saved, nothing published."""
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    for name in ("summary.json", "report.html"):
-        (out / name).unlink()
+    (out / "summary.json").unlink()
     for role in ("solver", "proposer"):
         shutil.rmtree(out / role, ignore_errors=True)
     return out
@@ -247,13 +250,8 @@ def test_what_a_kill_left_of_the_last_save_is_removed(stopped: Path):
     assert sorted(path.name for path in root.glob("step-*")) == kept
 
 
-def test_adapters_and_checkpoints_may_be_read_as_the_umask_says(pool: Path, tmp_path: Path):
-    out, before = tmp_path / "run", os.umask(0o027)
-    try:
-        assert command("train", "--images", pool, "--out", out, *SHORT)[0] == 0
-    finally:
-        os.umask(before)
-    written = [*(out / "solver").iterdir(), *(path for path in (out / "checkpoints").rglob("*") if path.is_file())]
+def test_adapters_and_checkpoints_may_be_read_as_the_umask_says(finished: Path):
+    written = [path for part in ("solver", "checkpoints") for path in (finished / part).rglob("*") if path.is_file()]
     assert any(path.suffix == ".safetensors" for path in written)
     assert {oct(path.stat().st_mode & 0o777) for path in written} == {"0o640"}
 
@@ -272,42 +270,34 @@ def test_a_run_stops_after_its_hours_and_goes_on(pool: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_scheduler_s_signal_saves_and_stops(pool: Path, tmp_path: Path, number: int):
-    out = tmp_path / "run"
-    argv = [sys.executable, "-m", "ireasoner", "train", "--images", str(pool), "--out", str(out), *SHORT]
+    out, argv = tmp_path / "run", ["train", "--images", pool, *SHORT]
     argv[argv.index("--steps") + 1] = "1000"
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("step 1/"):
-                process.send_signal(number)
-                break
-        said = process.stdout.read()
-    assert process.returncode == 130
-    assert "saved. Continue with" in said
+    with forked.start(*argv, "--out", out, output=tmp_path) as process:
+        process.wait_until(lambda: process.stdout.exists() and "\nstep 1/" in process.stdout.read_text())
+        process.send(number)
+        done = process.wait()
+    assert done.returncode == 130
+    assert "saved. Continue with" in done.stdout
     assert newest_checkpoint(out / "checkpoints")[0] is not None
 
 
 def test_a_closed_output_does_not_end_a_run(pool: Path, tmp_path: Path):
     out = tmp_path / "run"
-    argv = [sys.executable, "-m", "ireasoner", "train", "--images", str(pool), "--out", str(out), *SHORT]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.readline()
-        process.stdout.close()
-        said = process.stderr.read()
-    assert process.returncode == 0, said
-    assert "standard output was closed; the run goes on" in said
+    os.mkfifo(tmp_path / "stdout")
+    with forked.start("train", "--images", pool, "--out", out, *SHORT, output=tmp_path) as process:
+        with process.stdout.open() as read:
+            read.readline()
+        done = process.wait()
+    assert done.returncode == 0, done.stderr
+    assert "standard output was closed; the run goes on" in done.stderr
     assert (out / "summary.json").exists()
 
 
 # --- the evaluation at both ends --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def rows(pool: Path, tmp_path: Path) -> Path:
+def write_rows(path: Path, pool: Path) -> Path:
     """Two held-out questions."""
-    path = tmp_path / "rows.jsonl"
     asked = [{"image": str(pool / f"{i}.png"), "question": "How many?", "answer": str(i)} for i in range(2)]
     path.write_text("\n".join(map(json.dumps, asked)))
     return path
@@ -338,13 +328,21 @@ def fail() -> None:
     raise RuntimeError("as if the disk had gone")
 
 
-def test_before_is_measured_once_and_an_evaluation_that_fails_leaves_the_adapters(
-    rows: Path, pool: Path, tmp_path: Path
-):
-    out, config = tmp_path / "run", config_with(rows, pool)
-    first = Evaluations("after", fail)
+@pytest.fixture(scope="module")
+def not_evaluated(pool: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, Evaluations]:
+    """A run with two held-out questions whose last evaluation failed; its config, and how it was evaluated."""
+    folder = tmp_path_factory.mktemp("not-evaluated")
+    seen, config = Evaluations("after", fail), config_with(write_rows(folder / "rows.jsonl", pool), pool)
     with pytest.raises(RuntimeError, match="as if the disk"):
-        start(config, out, first)
+        start(config, folder / "run", seen)
+    return folder / "run", config, seen
+
+
+def test_before_is_measured_once_and_an_evaluation_that_fails_leaves_the_adapters(
+    not_evaluated: tuple[Path, Config, Evaluations], tmp_path: Path
+):
+    failed, config, first = not_evaluated
+    out = Path(shutil.copytree(failed, tmp_path / "run"))
     assert (out / "solver" / "adapter_model.safetensors").exists()
     second = Evaluations()
     summary = resume(config, out, second).summary
@@ -357,11 +355,12 @@ def test_before_is_measured_once_and_an_evaluation_that_fails_leaves_the_adapter
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"questions_sha256": "x", "per_question": {}}', "[]", None])
-def test_a_damaged_or_foreign_measurement_is_made_again(rows: Path, pool: Path, tmp_path: Path, content: str | None):
+def test_a_damaged_or_foreign_measurement_is_made_again(
+    not_evaluated: tuple[Path, Config, Evaluations], tmp_path: Path, content: str | None
+):
     """None: a named pipe in its place, which would be waited for."""
-    out, config = tmp_path / "run", config_with(rows, pool)
-    with pytest.raises(RuntimeError):
-        start(config, out, Evaluations("after", fail))
+    failed, config, _ = not_evaluated
+    out = Path(shutil.copytree(failed, tmp_path / "run"))
     if content is None:
         (out / "before.json").unlink()
         os.mkfifo(out / "before.json")
@@ -373,11 +372,9 @@ def test_a_damaged_or_foreign_measurement_is_made_again(rows: Path, pool: Path, 
 
 
 @pytest.mark.parametrize("which", ["before", "after"])
-def test_ctrl_c_is_heard_during_an_evaluation(
-    rows: Path, pool: Path, tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_ctrl_c_is_heard_during_an_evaluation(pool: Path, tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ireasoner.training.closing.EvaluationOptions", partial(EvaluationOptions, batch_size=1))
-    out, config = tmp_path / "run", config_with(rows, pool)
+    out, config = tmp_path / "run", config_with(write_rows(tmp_path / "rows.jsonl", pool), pool)
     stopped = Evaluations(which, lambda: os.kill(os.getpid(), signal.SIGINT))
     outcome = start(config, out, stopped)
     assert (outcome.complete, outcome.step) == (False, 0 if which == "before" else 3)
