@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
-import os
 import subprocess
-import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
+
+from huggingface_hub import constants
+
+from forked import Forked
+from ireasoner.app.cli import main
 
 COMMIT, OLDER = "a" * 40, "b" * 40
 
@@ -40,17 +46,22 @@ class Hub:
     asked: list[str] = field(default_factory=list)
     address: str = ""
 
-    def python(self, home: Path, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run code in a process of its own, whose hub this is and whose cache is in `home`."""
+    def call(self, home: Path, function: Callable[[], int], **variables: str) -> subprocess.CompletedProcess[str]:
+        """Call a function of a module in a process of its own, whose hub this is and whose cache is in `home`."""
         known = {"HF_ENDPOINT": self.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-        environment = {**os.environ, **known, **variables}
-        command = [sys.executable, "-c", code]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+        home.mkdir(exist_ok=True)
+        output = Path(tempfile.mkdtemp(dir=home, prefix="printed-"))
+        return Forked(partial(in_this_environment, function), output, {**known, **variables}).wait()
 
-    def ireasoner(self, home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def ireasoner(self, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a command of ireasoner against this hub."""
-        code = f"import sys; from ireasoner.app.cli import main; sys.exit(main({list(arguments)!r}))"
-        return self.python(home, code, **variables)
+        return self.call(home, partial(main, list(arguments)))
+
+
+def in_this_environment(function: Callable[[], int]) -> int:
+    """Call a function in a process where `huggingface_hub` was imported in another environment than there is now."""
+    importlib.reload(constants)  # which the library reads whenever it needs them
+    return function()
 
 
 @contextmanager

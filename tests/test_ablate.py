@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -24,6 +23,8 @@ import pytest
 import torch
 from PIL import Image
 
+import forked
+from forked import Forked
 from ireasoner.app.cli import build_parser, main
 from ireasoner.app.display import Display, print_table
 from ireasoner.app.targets import evaluate_target, find_target
@@ -451,6 +452,20 @@ def in_this_process() -> Iterator[None]:
         yield
 
 
+class ForkedJob:
+    """A command in a process of its own that need not import anything, with what an ablation asks of a process."""
+
+    def __init__(self, command: Sequence[str], log: Path, threads: int) -> None:
+        self.forked = forked.start(*command, output=log.with_suffix(".printed"))
+
+    def poll(self) -> int | None:
+        return self.forked.process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+
 @pytest.fixture
 def at_once() -> Iterator[None]:
     with in_this_process():
@@ -640,7 +655,7 @@ def own_arms(own: Path, steps: int) -> list[str]:
     return [*mine, "--seeds", "1", "--model", "tiny", *SMALL[4:], "--steps", str(steps)]
 
 
-def test_two_jobs_make_what_one_makes(own: Path, capsys: pytest.CaptureFixture[str]):
+def test_two_jobs_make_what_one_makes(own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(1)  # each of two processes gets half of the threads, and rounding may depend on how many
     outs, printed = (own / "one", own / "two"), []
     with in_this_process():
@@ -649,6 +664,7 @@ def test_two_jobs_make_what_one_makes(own: Path, capsys: pytest.CaptureFixture[s
     outs[1].mkdir()
     for name in ("settings.json", "base-0.json", "base-0-blank.json"):  # the base is the same to both
         shutil.copy(outs[0] / name, outs[1])
+    monkeypatch.setattr(ablation_jobs, "_start", ForkedJob)
     assert main(["ablate", str(outs[1]), *own_arms(own, 2), "--jobs", "2"]) == 0
     printed.append(capsys.readouterr().out)
     found = []
@@ -671,36 +687,25 @@ def given_by(out: Path, *options: str) -> dict[str, Any]:
 
 
 @contextmanager
-def at_work(out: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+def at_work(out: Path, *options: str) -> Iterator[Forked]:
     """An ablation with two arms, once both are training; the base is scored already, to save time."""
     stored(out, **given_by(out, *options))
     (out / "base-0.json").touch()
-    command = [sys.executable, "-m", "ireasoner", "ablate", str(out), "--jobs", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            wait_until(lambda: all((out / arm / "metrics.jsonl").exists() for arm in ("paper-0", "discrete-0")))
-            children = psutil.Process(process.pid).children()
-            assert len(children) == 2
-            yield process
-            assert not any(map(psutil.Process.is_running, children))
-        finally:
-            process.kill()
-
-
-def wait_until(done: Callable[[], bool], seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    with forked.start("ablate", out, "--jobs", "2", output=out / "printed") as ablation:
+        ablation.wait_until(lambda: all((out / arm / "metrics.jsonl").exists() for arm in ("paper-0", "discrete-0")))
+        children = psutil.Process(ablation.process.pid).children()
+        assert len(children) == 2
+        yield ablation
+        assert not any(map(psutil.Process.is_running, children))
 
 
 def test_jobs_that_are_interrupted_save_and_go_on(own: Path, capsys: pytest.CaptureFixture[str]):
     out = own / "out"
-    with at_work(out, *own_arms(own, 60), "--save-every", "50") as process:
-        process.send_signal(signal.SIGTERM)
-        printed, errors = process.communicate(timeout=90)
-    assert (process.returncode, errors) == (130, "")
-    assert f"Continue with: ireasoner ablate {out} --jobs 2" in printed
+    with at_work(out, *own_arms(own, 60), "--save-every", "50") as ablation:
+        ablation.send(signal.SIGTERM)
+        done = ablation.wait(90)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert f"Continue with: ireasoner ablate {out} --jobs 2" in done.stdout
     for arm in ("discrete-0", "paper-0"):
         steps = len((out / arm / "metrics.jsonl").read_text().splitlines())
         assert 0 < steps < 60

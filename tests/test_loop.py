@@ -14,8 +14,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -31,6 +29,7 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 
+import forked
 from ireasoner.app.cli import main
 from ireasoner.method.texts import proposer_messages, solver_messages
 from ireasoner.method.types import ROLES
@@ -229,27 +228,13 @@ def test_another_seed_is_another_run(data: Path, tmp_path: Path, reference: Path
 # --- killed and resumed -----------------------------------------------------------------------------------------------
 
 
-def launch(argv: list[str], log: Path) -> subprocess.Popen[bytes]:
-    with log.open("ab") as file:
-        return subprocess.Popen([sys.executable, "-m", "ireasoner", *argv], stdout=file, stderr=subprocess.STDOUT)
-
-
-def stop_when(process: subprocess.Popen[bytes], due: Callable[[], bool], delay: float, number: signal.Signals) -> int:
-    """Send a signal `delay` seconds after `due()` turned true, unless the process ended first; its exit code."""
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline and not due():
-        time.sleep(0.001)
-    time.sleep(delay)
-    process.send_signal(number)  # does nothing to one that ended
-    return process.wait(60)
-
-
 def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_killed_again_and_again_ends_like_the_reference(data: Path, tmp_path: Path, reference: Path):
-    out, log = tmp_path / "run", tmp_path / "log"
+    out = tmp_path / "run"
     episodes = out / "episodes.jsonl"
     delays = [random.uniform(0, longest) for longest in (0.01, 0.01, 0.5)]
     print("delays", delays)  # shown if this fails
@@ -260,15 +245,20 @@ def test_a_run_killed_again_and_again_ends_like_the_reference(data: Path, tmp_pa
     ]
     kills = 0
     for due, delay in zip(moments, delays, strict=True):
-        code = stop_when(launch(command(data, out), log), due, delay, signal.SIGKILL)
-        assert code in (-signal.SIGKILL, 0), log.read_text()
-        kills += code == -signal.SIGKILL
-    assert kills >= 2, log.read_text()
+        process = forked.start(*command(data, out), output=tmp_path)
+        process.wait_until(due)
+        time.sleep(delay)
+        process.send(signal.SIGKILL)
+        done = process.wait()
+        assert done.returncode in (-signal.SIGKILL, 0), done.stderr
+        kills += done.returncode == -signal.SIGKILL
+    assert kills >= 2, done.stderr
     complete(data, out)
     assert_same(out, reference)
     assert not [path.name for path in (out / "checkpoints").glob(".*") if path.name.startswith(".tmp-")]
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_that_died_between_records_and_checkpoint_ends_like_the_reference(
     data: Path, dead: Path, reference: Path
 ):
@@ -282,6 +272,7 @@ def test_a_run_that_died_between_records_and_checkpoint_ends_like_the_reference(
     assert [r["step_weight"] for r in read_records(dead / "metrics.jsonl")][2:] == pytest.approx([0.45, 0.7])
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_damaged_newest_checkpoint_is_skipped_by_name_and_kept(data: Path, dead: Path, reference: Path):
     damaged = dead / "checkpoints" / "step-000002" / "optimizer-solver.safetensors"
     raw = bytearray(damaged.read_bytes())
@@ -324,6 +315,7 @@ def test_a_run_whose_every_checkpoint_is_damaged_says_so_and_loses_nothing(dead:
     assert lines(dead / "episodes.jsonl") == 6
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_that_died_while_it_was_finishing_ends_like_the_reference(data: Path, dead: Path, reference: Path):
     def die(which: str, done: int, total: int) -> None:
         if which == "after":
@@ -336,19 +328,23 @@ def test_a_run_that_died_while_it_was_finishing_ends_like_the_reference(data: Pa
     assert_same(dead, reference)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_interrupt_saves_says_how_to_go_on_and_the_run_ends_like_the_reference(
     data: Path, tmp_path: Path, reference: Path
 ):
-    out, log = tmp_path / "run", tmp_path / "log"
-    process = launch(command(data, out, save_every="0"), log)  # nothing but the interrupt itself saves before the end
-    code = stop_when(process, lambda: lines(out / "metrics.jsonl") >= 1, 0.0, signal.SIGINT)
-    printed = " ".join(log.read_text().split())
-    assert code == 130, printed
+    out = tmp_path / "run"
+    # Nothing but the interrupt itself saves before the end.
+    process = forked.start(*command(data, out, save_every="0"), output=tmp_path)
+    process.wait_until(lambda: lines(out / "metrics.jsonl") >= 1)
+    process.send(signal.SIGINT)
+    done = process.wait()
+    printed = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == 130, printed
     assert "Traceback" not in printed
     steps = lines(out / "metrics.jsonl")
     assert 1 <= steps < 4
     assert f"Stopped after step {steps}, saved." in printed
-    assert f"ireasoner train --resume {out}" in " ".join(log.read_text().split())
+    assert f"ireasoner train --resume {out}" in printed
     assert (out / "checkpoints" / f"step-{steps:06d}").is_dir()
     assert f"Resumed after step {steps}." in complete(data, out)
     ours, theirs = contents(out), contents(reference)
@@ -365,6 +361,7 @@ def test_resuming_with_another_option_is_refused_and_names_it(dead: Path):
     assert printed.count("\n") == 1
 
 
+@pytest.mark.usefixtures("no_report")
 def test_resuming_with_the_same_options_in_another_spelling_goes_on(data: Path, dead: Path, reference: Path):
     code, printed = run_here(
         "train", "--resume", str(dead), "--learning-rate", "0.0030", "--images", str(data / "pool")
@@ -373,6 +370,7 @@ def test_resuming_with_the_same_options_in_another_spelling_goes_on(data: Path, 
     assert_same(dead, reference)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_resuming_with_the_folder_named_as_it_was_at_the_start_goes_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -651,6 +649,7 @@ def test_without_the_watch_the_same_run_goes_on(data: Path, ruined: Path, tmp_pa
     assert outcome.summary["best_step"] == ended + 1
 
 
+@pytest.mark.usefixtures("no_report")
 def test_interrupted_and_killed_it_ends_itself_at_the_same_step_in_the_same_way(
     data: Path, ruined: Path, tmp_path: Path
 ):

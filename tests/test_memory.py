@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from PIL import Image
 
 from families import FAMILIES
+from forked import Forked, environments_of_two
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import Completion
 from ireasoner.model.counting import TRIAL, limit_sampling
@@ -391,35 +391,41 @@ def undisturbed(data: Path) -> Path:
     return data / "undisturbed"
 
 
-CAPACITY = """
-import torch
-from ireasoner.model.learner import Learner
-from ireasoner.rollouts.live import LiveEngine
-
-def limit(owner, name, count, most):
-    method = getattr(owner, name)
-    def limited(*arguments):
-        if count(*arguments) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return method(*arguments)
-    setattr(owner, name, limited)
-
-limit(LiveEngine, "_complete", lambda self, prompts, draws, temperature: draws.shape[0] * draws.shape[1], 4)
-limit(Learner, "_backward", lambda self, prompts, completions, *_: len(completions), 4)
-"""
-
-
-def test_a_run_that_runs_out_of_memory_goes_on_and_says_so(
-    data: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def lower_capacity() -> None:
     """No more than four completions fit at a time: rollouts, probes, blank checks, evaluation and updates are cut."""
-    for owner, name in ((LiveEngine, "_complete"), (Learner, "_backward")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # to be put back
-    exec(CAPACITY, {})
+    complete, backward = LiveEngine._complete, Learner._backward
+
+    def require(needed: int) -> None:
+        if needed > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def limited_complete(self: LiveEngine, prompts: Any, draws: torch.Tensor, temperature: float) -> Any:
+        require(draws.shape[0] * draws.shape[1])
+        return complete(self, prompts, draws, temperature)
+
+    def limited_backward(self: Learner, prompts: Any, completions: Sequence[Any], *rest: Any) -> Any:
+        require(len(completions))
+        return backward(self, prompts, completions, *rest)
+
+    LiveEngine._complete, Learner._backward = limited_complete, limited_backward
+
+
+@pytest.fixture(scope="module")
+def cut(data: Path) -> tuple[Path, list[str]]:
+    """A run in one process of low capacity, and what it said."""
     said: list[str] = []
-    assert start(configured(data), tmp_path / "run", Observer(on_message=said.append)).complete
-    assert_same_run(tmp_path / "run", undisturbed)
-    events = [event["text"] for event in read_records(tmp_path / "run" / "events.jsonl")]
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((LiveEngine, "_complete"), (Learner, "_backward")):
+            patch.setattr(owner, name, getattr(owner, name))  # to be put back
+        lower_capacity()
+        assert start(configured(data), data / "cut", Observer(on_message=said.append)).complete
+    return data / "cut", said
+
+
+def test_a_run_that_runs_out_of_memory_goes_on_and_says_so(undisturbed: Path, cut: tuple[Path, list[str]]):
+    run, said = cut
+    assert_same_run(run, undisturbed)
+    events = [event["text"] for event in read_records(run / "events.jsonl")]
     for what in ("in sampling ", "in an update of "):
         (text, *_) = [event for event in events if what in event]
         assert text in said
@@ -465,19 +471,21 @@ def assert_same_run(one: Path, other: Path) -> None:
                 assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
-def test_one_process_of_two_runs_out_of_memory(data: Path, tmp_path: Path):
-    """What it tries again is its own: neither process waits for the other, and both end with the same adapters."""
-    from test_parallel import ENVIRONMENT, LAUNCH, options
+def run_with_a_second_process_of_low_capacity(data: Path) -> int:
+    """What each of two processes does."""
+    if os.environ["RANK"] == "1":
+        lower_capacity()
+    return 0 if start(configured(data), data / "two").complete else 1
 
-    (tmp_path / "sitecustomize.py").write_text(
-        f"import os, sys\nif os.environ.get('RANK') == '1':\n    exec({CAPACITY!r})\n"
-    )
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    for command, name in ((LAUNCH, "two"), ([sys.executable, "-m", "ireasoner"], "one")):
-        whole = [*command, *options(data, **{"images-per-step": 4, "steps": 2}), "--out", str(tmp_path / name)]
-        done = subprocess.run(whole, env=environment, capture_output=True, text=True, timeout=240)
+
+def test_one_process_of_two_runs_out_of_memory(data: Path, undisturbed: Path):
+    """What it tries again is its own: neither process waits for the other, and both end with the same adapters."""
+    run = partial(run_with_a_second_process_of_low_capacity, data)
+    both = [Forked(run, data / f"printed-{each['RANK']}", each) for each in environments_of_two()]
+    for process in both:
+        done = process.wait()
         assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path / "two", tmp_path / "one")
-    events = [event["text"] for event in read_records(tmp_path / "two" / "events.jsonl")]
+    assert_same_run(data / "two", undisturbed)
+    events = [event["text"] for event in read_records(data / "two" / "events.jsonl")]
     assert any("in an update of" in event for event in events)
-    assert not list(read_records(tmp_path / "one" / "events.jsonl"))
+    assert not list(read_records(undisturbed / "events.jsonl"))
