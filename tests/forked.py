@@ -26,6 +26,7 @@ _context.set_forkserver_preload(
         "pytest",  # which the modules of tests import
         "ireasoner.app.cli",
         "ireasoner.page.page",
+        "ireasoner.page.server",
         "ireasoner.playground.dataset",
         "ireasoner.training.loop",
         "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
@@ -75,8 +76,11 @@ class Forked:
         """The exit code and what was printed, once the process has ended."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, "the process does not end"
-        printed = [path.read_text("utf-8", "replace") if path.is_file() else "" for path in (self.stdout, self.stderr)]
-        return subprocess.CompletedProcess((), self.process.exitcode, *printed)
+        return subprocess.CompletedProcess((), self.process.exitcode, self.printed(), _text(self.stderr))
+
+    def printed(self) -> str:
+        """The standard output so far; nothing of a named pipe, which a test may have put in the place of the file."""
+        return _text(self.stdout)
 
 
 def start(
@@ -106,6 +110,10 @@ def environments_of_two() -> list[dict[str, str]]:
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
+def _text(path: Path) -> str:
+    return path.read_text("utf-8", "replace") if path.is_file() else ""
 
 
 def _call(function: Callable[[], int], stdout: Path, stderr: Path, environment: Mapping[str, str]) -> None:

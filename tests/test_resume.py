@@ -273,7 +273,7 @@ def test_a_scheduler_s_signal_saves_and_stops(pool: Path, tmp_path: Path, number
     out, argv = tmp_path / "run", ["train", "--images", pool, *SHORT]
     argv[argv.index("--steps") + 1] = "1000"
     with forked.start(*argv, "--out", out, output=tmp_path) as process:
-        process.wait_until(lambda: process.stdout.exists() and "\nstep 1/" in process.stdout.read_text())
+        process.wait_until(lambda: "\nstep 1/" in process.printed())
         process.send(number)
         done = process.wait()
     assert done.returncode == 130

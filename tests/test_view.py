@@ -16,12 +16,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
+import forked
 from ireasoner.method.types import UsageError
 from ireasoner.page import write_report
 from ireasoner.page.curves import PANELS, draw_panel
@@ -45,18 +47,20 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: a
 @contextmanager
 def viewing(run: Path, *options: str) -> Iterator[tuple[str, int]]:
     """`ireasoner view` as a user starts and ends it; yields its address and port."""
-    command = [sys.executable, "-m", "ireasoner", "view", str(run), "--no-browser", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    with process:
+    with (
+        TemporaryDirectory() as output,
+        forked.start("view", run, "--no-browser", *options, output=Path(output)) as process,
+    ):
+        address = re.compile(r"(http://127\.0\.0\.1:(\d+)/)")
+        process.wait_until(lambda: address.search(process.printed()) is not None)
+        found = address.search(process.printed())
+        assert found, process.wait()
         try:
-            found = re.search(r"(http://127\.0\.0\.1:(\d+)/)", process.stdout.readline())
-            assert found, process.communicate()
             yield found[1], int(found[2])
         finally:
-            process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=20)
-            assert (process.returncode, errors) == (0, "")
+            process.send(signal.SIGINT)
+            done = process.wait(20)
+            assert (done.returncode, done.stderr) == (0, "")
 
 
 def get(port: int, path: str, host: str | None = None) -> tuple[int, dict[str, str], str]:
