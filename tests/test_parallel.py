@@ -53,7 +53,7 @@ def options(place: Path, **more: Any) -> list[str]:
     given = {
         **{"images": place / "unlabeled", "eval-data": place / "test/test.jsonl", "model": "tiny", "device": "cpu"},
         **{"steps": 4, "images-per-step": 3, "proposer-every": 2, "blank-every": 2, "save-every": 1},
-        **{"watch-window": 2, "probe-images": 2, "keep-checkpoints": 0, **more},
+        **{"watch-window": 2, "probe-images": 2, "keep-checkpoints": 0, "group-size": 3, "eval-questions": 3, **more},
     }
     return ["train", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
 

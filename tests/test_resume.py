@@ -354,18 +354,23 @@ def test_before_is_measured_once_and_an_evaluation_that_fails_leaves_the_adapter
         assert summary[name] == whole[name]
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"questions_sha256": "x", "per_question": {}}', "[]", None])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"questions_sha256": "x", "per_question": {}}', "pipe", "foreign"]
+)
 def test_a_damaged_or_foreign_measurement_is_made_again(
-    not_evaluated: tuple[Path, Config, Evaluations], tmp_path: Path, content: str | None
+    not_evaluated: tuple[Path, Config, Evaluations], tmp_path: Path, content: str
 ):
-    """None: a named pipe in its place, which would be waited for."""
+    """Foreign: it was made of other questions. Pipe: a named pipe is in its place, which would be waited for."""
     failed, config, _ = not_evaluated
     out = Path(shutil.copytree(failed, tmp_path / "run"))
-    if content is None:
-        (out / "before.json").unlink()
-        os.mkfifo(out / "before.json")
+    before = out / "before.json"
+    if content == "pipe":
+        before.unlink()
+        os.mkfifo(before)
+    elif content == "foreign":
+        before.write_text(json.dumps({**json.loads(before.read_text()), "questions_sha256": "x"}))
     else:
-        (out / "before.json").write_text(content)
+        before.write_text(content)
     again = Evaluations()
     assert resume(config, out, again).complete
     assert again.seen == {"before": 1, "after": 1}
