@@ -380,8 +380,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(data: Path) -> Config:
-    options = {"images_per_step": 3, "steps": 3, "proposer_every": 2, "probe_every": 3, "probe_images": 3}
-    options |= {"blank_every": 2, "save_every": 0, "watch": False}
+    options = {"images_per_step": 3, "steps": 3, "proposer_every": 2, "probe_every": 3, "probe_images": 2}
+    options |= {"blank_every": 2, "save_every": 0, "watch": False, "eval_questions": 2}
     return resolve({"images": data / "unlabeled", "eval_data": data / "test/test.jsonl", "model": "tiny", **options})
 
 
@@ -410,20 +410,14 @@ def lower_capacity() -> None:
     LiveEngine._complete, Learner._backward = limited_complete, limited_backward
 
 
-@pytest.fixture(scope="module")
-def cut(data: Path) -> tuple[Path, list[str]]:
-    """A run in one process of low capacity, and what it said."""
-    said: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((LiveEngine, "_complete"), (Learner, "_backward")):
-            patch.setattr(owner, name, getattr(owner, name))  # to be put back
-        lower_capacity()
-        assert start(configured(data), data / "cut", Observer(on_message=said.append)).complete
-    return data / "cut", said
-
-
-def test_a_run_that_runs_out_of_memory_goes_on_and_says_so(undisturbed: Path, cut: tuple[Path, list[str]]):
-    run, said = cut
+def test_a_run_that_runs_out_of_memory_goes_on_and_says_so(
+    data: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for owner, name in ((LiveEngine, "_complete"), (Learner, "_backward")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # to be put back
+    lower_capacity()
+    run, said = data / "cut", list[str]()
+    assert start(configured(data), run, Observer(on_message=said.append)).complete
     assert_same_run(run, undisturbed)
     events = [event["text"] for event in read_records(run / "events.jsonl")]
     for what in ("in sampling ", "in an update of "):
@@ -433,29 +427,27 @@ def test_a_run_that_runs_out_of_memory_goes_on_and_says_so(undisturbed: Path, cu
     assert len(events) < 20  # what did not fit once is not tried again at every step
 
 
-def test_a_run_that_no_longer_fits_is_saved_and_goes_on(
-    data: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    """At step 3, whichever part of it fails, nothing fits: what came before is saved, and ends bitwise the same."""
-    for owner, name in ((LiveEngine, "_complete"), (Learner, "_backward")):
-        out, whole = tmp_path / name, getattr(owner, name)
-        now: list[int] = [0]
+def test_a_run_that_no_longer_fits_is_saved_and_goes_on(data: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch):
+    """At step 3 no rollout fits, and resumed, no update: what came before is saved, and ends bitwise the same."""
+    out, taken = data / "no-longer-fits", [0]
+    observer = Observer(on_step=lambda step, metrics, episodes: taken.__setitem__(0, step))
+    for begin, owner, name in ((start, LiveEngine, "_complete"), (resume, Learner, "_backward")):
+        whole = getattr(owner, name)
 
-        def fail(*arguments: Any, whole: Callable[..., Any] = whole, now: list[int] = now) -> Any:
-            if now[0] == 2:
+        def fail(*arguments: Any, whole: Callable[..., Any] = whole) -> Any:
+            if taken == [2]:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return whole(*arguments)
 
-        observer = Observer(on_step=lambda step, metrics, episodes, now=now: now.__setitem__(0, step))
         monkeypatch.setattr(owner, name, fail)
         with pytest.raises(DoesNotFitError) as raised:
-            start(configured(data), out, observer)
+            begin(configured(data), out, observer)
         monkeypatch.setattr(owner, name, whole)
         assert str(raised.value).startswith("out of memory in ")
         assert str(raised.value).endswith("the run is saved after step 2, and --resume goes on from there")
-        assert resume(load_config(out / "config.yaml"), out).complete
-        for name in ("episodes.jsonl", "probes.jsonl", "solver/adapter_model.safetensors"):
-            assert (out / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    assert resume(load_config(out / "config.yaml"), out).complete
+    for name in ("episodes.jsonl", "probes.jsonl", "solver/adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes(), name
 
 
 def assert_same_run(one: Path, other: Path) -> None:
