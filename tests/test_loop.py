@@ -387,8 +387,8 @@ def test_images_of_the_evaluation_data_are_set_aside_and_a_resumed_run_is_the_sa
     rows += [json.dumps({"image": f"pool/{name}.png", "question": "What?", "answer": "red"}) for name in ("a", "sub/e")]
     held_out = data / "held-out-of-the-pool.jsonl"
     held_out.write_text("\n".join(rows))
-    scale = {"steps": "3", "probe_every": "1", "eval_questions": "1", "eval_data": str(held_out)}
-    options, last = resolve(flags(data, **scale)), "checkpoints/step-000003"
+    scale = {"steps": "2", "probe_every": "1", "eval_questions": "1", "eval_data": str(held_out)}
+    options, last = resolve(flags(data, **scale)), "checkpoints/step-000002"
 
     def die(step: int, metrics: object, episodes: object) -> None:
         if step == 2:
