@@ -248,8 +248,9 @@ def images(tmp_path: Path) -> Path:
     return dataset.write_unlabeled(tmp_path / "images", 4, "chalk")
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_in_float16(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    more = ["--steps", "3", "--images-per-step", "2", "--dtype", "float16", "--device", "cpu", "--attention", "eager"]
+    more = ["--steps", "2", "--images-per-step", "2", "--dtype", "float16", "--device", "cpu", "--attention", "eager"]
     assert main(["train", "--images", str(images), "--model", "tiny", "--out", str(tmp_path / "run"), *more]) == 0
     config = load_config(tmp_path / "run" / "config.yaml").backbone
     assert (config.dtype, config.attention) == ("float16", "eager")
