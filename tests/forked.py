@@ -48,7 +48,7 @@ class Forked:
         output.mkdir(parents=True, exist_ok=True)
         self.stdout, self.stderr = output / "stdout", output / "stderr"
         arguments = function, self.stdout, self.stderr, dict(environment or {})
-        self.process = _context.Process(target=_call, args=arguments)
+        self.process = _context.Process(target=_call, args=arguments, daemon=True)  # ended with the tests at the latest
         self.process.start()
 
     def __enter__(self) -> Self:
