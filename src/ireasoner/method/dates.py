@@ -14,6 +14,7 @@ _CLOCK = re.compile(r"(?P<hour>\d{1,2})(?:[:.](?P<minute>\d\d))? ?(?P<half>[ap])
 _CLOCK_24 = re.compile(
     r"(?P<hour>1[3-9]|2[0-3])(?::| ?h ?)(?P<minute>[0-5]\d)(?: ?(?:h|uhr|hrs|hours))?", re.IGNORECASE
 )
+_GERMAN = re.compile(r"(?P<hour>\d{1,2})(?:[:.](?P<minute>\d\d))? uhr", re.IGNORECASE)
 _PART_OF_DAY = re.compile(r"(?P<time>.+) (?:in the (?P<half>morning|afternoon|evening)|at night)", re.IGNORECASE)
 _NAMED_TIMES = {"noon": "12:00", "midday": "12:00", "midnight": "00:00"}
 _SPOKEN = re.compile(
@@ -31,11 +32,9 @@ def time_of_day(text: str) -> str | None:
         return f"{hour % 12 + 12 * (match['half'].lower() == 'p'):02}:{minute:02}"
     if match := _CLOCK_24.fullmatch(text):
         return f"{match['hour']}:{match['minute']}"
-    if match := re.fullmatch(r"(?P<hour>\d{1,2})(?:[:.](?P<minute>\d\d))? uhr", text, re.IGNORECASE):
+    if match := _GERMAN.fullmatch(text):
         return f"{int(match['hour']):02}:{match['minute'] or '00'}"
-    if match := re.fullmatch(
-        r"(?P<time>.+) (?:in the (?P<half>morning|afternoon|evening)|at night)", text, re.IGNORECASE
-    ):
+    if match := _PART_OF_DAY.fullmatch(text):
         half = "AM" if (match["half"] or "").lower() == "morning" else "PM"
         spoken = _spoken_time(match["time"].lower()) or match["time"]
         return time_of_day(f"{spoken} {half}") if spoken[0].isdigit() else None
@@ -49,16 +48,21 @@ _EAST_ASIAN = re.compile(
 )
 
 
+def _east_asian_time(match: re.Match[str]) -> str | None:
+    hour = int(match["hour"]) if match["hour"].isdigit() else chinese_cardinal(match["hour"])
+    minutes = 30 if match["thirty"] else int(match["minute"] or 0)
+    if hour is None or hour > 24 or minutes > 59:
+        return None
+    afternoon = match["half"] in ("下午", "晚上", "午後", "오후")
+    return f"{hour % 12 + 12 * afternoon:02}:{minutes:02}" if match["half"] else f"{hour}:{minutes:02}"
+
+
 def _spoken_time(text: str) -> str | None:
+    """`3:30` for "half past three" and "3点半"; None for what is no time of day."""
     if re.fullmatch(r"\d{1,2}:[0-5]\d", text):
         return text
     if match := _EAST_ASIAN.fullmatch(text):
-        hour = int(match["hour"]) if match["hour"].isdigit() else chinese_cardinal(match["hour"])
-        minutes = 30 if match["thirty"] else int(match["minute"] or 0)
-        if hour is None or hour > 24 or minutes > 59:
-            return None
-        afternoon = match["half"] in ("下午", "晚上", "午後", "오후")
-        return f"{hour % 12 + 12 * afternoon:02}:{minutes:02}" if match["half"] else f"{hour}:{minutes:02}"
+        return _east_asian_time(match)
     match = _SPOKEN.fullmatch(text)
     if not match or not (match["part"] or match["sharp"]):
         return None

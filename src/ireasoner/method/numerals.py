@@ -23,37 +23,7 @@ NUMBER_WORD = (
     f"(?:twen|thir|for|fif|six|seven|eigh|nine)ty|{'|'.join(SCALES)})(?!\\w)"
 )
 _LANGUAGES = ("de", "fr", "es", "pt", "it", "nl")
-_OTHER_WORDS = frozenset(
-    [
-        "cent",
-        "cents",
-        "once",
-        "dix",
-        "elf",
-        "due",
-        "dos",
-        "mil",
-        "miles",
-        "set",
-        "sei",
-        "one",
-        "me",
-        "die",
-        "on",
-        "non",
-        "o",
-        "un",
-        "une",
-        "um",
-        "uma",
-        "una",
-        "ein",
-        "null",
-        "nul",
-        "prim",
-        "centos",
-    ]
-)  # numbers in one language only
+_OTHER_WORDS = frozenset(TABLES["no_numbers"].split())
 _MULTIPLES = {"十": 10, "拾": 10, "百": 100, "千": 1000, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
 
 
@@ -114,17 +84,7 @@ def chinese_cardinal(text: str) -> int | None:
     return total + section + (digit or 0) if text else None
 
 
-_PARTS = [
-    "half",
-    "third",
-    "quarter",
-    "fifth",
-    "sixth",
-    "seventh",
-    "eighth",
-    "ninth",
-    "tenth",
-]  # the denominator, from 2
+_PARTS = ("half", "third", "quarter", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")  # denominators from 2
 _SPELLED = re.compile(rf"{NUMBER_WORD}(?:(?: and)?[ -]{NUMBER_WORD})*", re.IGNORECASE)
 _FRACTION = re.compile(rf"(?P<count>\d+|an?)?[ -]?(?P<part>{'|'.join(_PARTS)}|fourth|halve)s?", re.IGNORECASE)
 _AND_A_PART = re.compile(rf"(\d+) and (?:an?|one|(\d+)) ({'|'.join(_PARTS)})s?(?!\w)", re.IGNORECASE)

@@ -27,10 +27,8 @@ _MEASURES = frozenset(TABLES["measures"].split())  # pint's names of units; it a
 # In these letters case tells milli from mega and metre from molar; the others mean the same, as in `5 a` and `5 A`.
 _CASED = frozenset("mMgGsSkKtT")
 
-
-_COUNTERS = (
-    "个個只隻条條张張本名位辆輛棵朵块塊件次杯匹头頭根把座种種枚台つ人개명"  # between a number and a noun: 三个 is 3
-)
+# Words between a number and a noun, which count nothing themselves: 三个 is 3.
+_COUNTERS = "个個只隻條条張张本名位辆輛棵朵块塊件次杯匹头頭根把座种種枚台つ人개명"
 
 
 @cache
