@@ -27,7 +27,7 @@ import forked
 from forked import Forked
 from ireasoner.app.cli import build_parser, main
 from ireasoner.app.display import Display, print_table
-from ireasoner.app.targets import evaluate_target, find_target
+from ireasoner.app.targets import evaluate_target
 from ireasoner.method.types import Episode, Proposal, Question, UsageError
 from ireasoner.playground import dataset, world
 from ireasoner.studies import ablate, ablation_jobs
@@ -50,6 +50,7 @@ from ireasoner.training.evaluation import ACCURACIES, EvaluationOptions
 from ireasoner.training.labelled import load_questions
 from ireasoner.training.recorder import read_episodes, writer_lock
 from ireasoner.training.statistics import half_width
+from ireasoner.training.targets import find_target
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ireasoner.app.targets import evaluate_target, find_target
+from ireasoner.app.targets import evaluate_target
 from ireasoner.method.texts import parse_trajectory, solver_messages
 from ireasoner.method.types import UsageError
 from ireasoner.model.policy import Policy
@@ -24,6 +24,7 @@ from ireasoner.training.evaluation import ACCURACIES, EvaluationOptions, Scores,
 from ireasoner.training.images import ImageError, load_image
 from ireasoner.training.labelled import DataError, LabelledQuestion, answer_prior, load_questions
 from ireasoner.training.statistics import MEASURES, STRICT, difference_interval, half_width, share_interval, t_quantile
+from ireasoner.training.targets import find_target
 from models import load, requests
 
 # --- intervals --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from ireasoner.app import display
 from ireasoner.app.command import Command
-from ireasoner.app.targets import evaluate_target, find_target
+from ireasoner.app.targets import evaluate_target
+from ireasoner.app.using import Ask
 from ireasoner.method.matching import Match
 from ireasoner.method.recipe import Count
 from ireasoner.method.types import UsageError
@@ -28,6 +29,7 @@ from ireasoner.training import config as configs
 from ireasoner.training.advice import advice
 from ireasoner.training.labelled import answer_prior, load_questions, prior_line
 from ireasoner.training.recorder import write_json
+from ireasoner.training.targets import find_target
 from ireasoner.training.watch import ENDED_ITSELF
 
 if TYPE_CHECKING:  # these import torch
@@ -597,7 +599,7 @@ class Playground(Command):
 
 COMMANDS: dict[str, type[Command]] = {
     command.__name__.lower(): command
-    for command in (Train, Demo, Eval, Label, Ablate, View, Report, Runs, Validity, Doctor, Bench, Playground)
+    for command in (Train, Demo, Eval, Ask, Label, Ablate, View, Report, Runs, Validity, Doctor, Bench, Playground)
 }
 
 

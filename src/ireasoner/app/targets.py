@@ -1,76 +1,17 @@
-"""What `ireasoner eval` can score: a finished run, a checkpoint of any run, or a plain model."""
+"""What `ireasoner eval` does with each target: it is loaded and scored on labelled questions."""
 
 from __future__ import annotations
 
-import os
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ireasoner.app.display import plain
-from ireasoner.method.types import Role, UsageError
-from ireasoner.training.checkpoints import verify_checkpoint
-from ireasoner.training.config import Config, load_config, resolve
+from ireasoner.training.targets import Target, load_target
 
 if TYPE_CHECKING:  # these import torch
     from ireasoner.training.evaluation import EvaluationOptions, Scores
     from ireasoner.training.labelled import LabelledQuestion, StepTruth
-
-
-@dataclass(frozen=True)
-class Target:
-    """A model to score: its name as the user gave it, its run (None: a plain model), the config to score it under, and
-    the folder of its adapters (None: it has none)."""
-
-    name: str
-    run: Path | None
-    config: Config
-    adapters: Path | None
-
-
-def find_target(name: str, preset: str | None = None, revision: str | None = None) -> Target:
-    """Find out what a target is, without loading it.
-
-    Args:
-        name: a run directory or one of its checkpoints (`RUN/checkpoints/step-000040`), whose trained solver is
-            scored under the run's own prompt and lengths; or a plain model: 'tiny', a folder or a hub id.
-        preset: where a plain model gets its prompt and lengths; None: tiny for the model tiny, otherwise 7b.
-        revision: of a plain model on the hub; a run has its own.
-
-    Raises:
-        ConfigError: the run's config or the preset cannot be read.
-        UsageError: the run is not finished, the checkpoint is damaged, or the folder is neither a run nor a model.
-    """
-    path = Path(name)
-    run = _run_of(path)
-    if run is None:
-        if path.is_dir() and name != "tiny" and not (path / "config.json").is_file():
-            instead = "a run directory, one of its checkpoints (RUN/checkpoints/step-000050) or a model"
-            if (path / "adapter_config.json").is_file() and _run_of(path.parent):
-                instead = str(path.parent)
-            raise UsageError(f"the folder {name} is neither a run nor a model: name {instead}")
-        given = {"preset": preset, "revision": revision}
-        config = resolve({"model": name, "images": ".", **{option: value for option, value in given.items() if value}})
-        return Target(name, None, config, None)
-    if run != path and (problem := verify_checkpoint(path)):
-        held = ", ".join(sorted(found.name for found in Path(os.path.realpath(path)).parent.glob("step-*")))
-        raise UsageError(f"the checkpoint {path} cannot be used: {problem}; there are {held}")
-    has_solver = (path / "solver").is_dir()
-    if not has_solver and not (run / "summary.json").exists():
-        raise UsageError(
-            f"{run} is not finished: score one of its checkpoints, or go on: ireasoner train --resume {run}"
-        )
-    return Target(name, run, load_config(run / "config.yaml"), path if has_solver else None)
-
-
-def _run_of(path: Path) -> Path | None:
-    """The run directory that a path is itself, or that it is a checkpoint of; None for anything else."""
-    # Not Path.resolve, which raises where links form a loop.
-    run = Path(os.path.realpath(path)).parent.parent if re.fullmatch(r"step-\d+", path.name) else path
-    return run if (run / "config.yaml").is_file() else None
 
 
 def evaluate_target(
@@ -92,21 +33,12 @@ def evaluate_target(
     Raises:
         UsageError: the model or its adapter cannot be loaded.
     """
-    from ireasoner.model.counting import limit_sampling
-    from ireasoner.model.loading import load_policy
     from ireasoner.model.pieces import out_of_memory_is_told
     from ireasoner.training.evaluation import evaluate
-    from ireasoner.training.opening import model_revision
 
-    config = target.config
-    revision = model_revision(config, target.run) if target.run else config.revision
-    role: Role | None = "solver" if target.adapters else None
     with out_of_memory_is_told():
-        policy = load_policy(config.model, config.backbone, revision=revision, device=device, seed=config.seed)
-        limit_sampling(policy, config.fitted_optimizer().tokens_per_batch)
-        if target.adapters:
-            policy.load_adapters(target.adapters, ["solver"])
-        elif target.run:
-            model = plain(config.model)
+        policy, role = load_target(target, device)
+        if target.run and role is None:
+            model = plain(target.config.model)
             print(f"{target.run} learned nothing and has no adapter: its model {model} is scored.", file=sys.stderr)
-        return evaluate(policy, questions, role, config.sampling, options, truth=truth)
+        return evaluate(policy, questions, role, target.config.sampling, options, truth=truth)

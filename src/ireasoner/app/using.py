@@ -1,0 +1,66 @@
+"""The commands that use what a run has trained: ask it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from ireasoner.app import display
+from ireasoner.app.command import Command
+from ireasoner.method.recipe import Count
+from ireasoner.training.targets import find_trained
+
+if TYPE_CHECKING:  # this imports torch
+    from ireasoner.training.trained import Answer
+
+
+class Ask(Command):
+    """Ask the solver that a run has trained a question about an image, with the run's own prompt: its reasoning steps
+    and its answer."""
+
+    summary: ClassVar = "ask a trained model about an image"
+    positional: ClassVar = ("run_dir", "image", "question")
+    run_dir: str
+    """A run directory, or one of its checkpoints (RUN/checkpoints/step-000050)."""
+    image: Path
+    """The image."""
+    question: str
+    """The question."""
+    base: bool = False
+    """Ask the model that the run started from as well."""
+    votes: Count = 1
+    """Replies that vote on the answer, sampled at temperature 1 (1: a single greedy reply)."""
+    seed: int = 0
+    """Seed of the sampled replies."""
+    device: str = "auto"
+    """One of auto, cpu, cuda and cuda:N."""
+
+    def run(self) -> int:
+        target = find_trained(self.run_dir)
+        from ireasoner.model.pieces import out_of_memory_is_told
+        from ireasoner.training.images import load_image
+        from ireasoner.training.trained import TrainedModel
+
+        image = load_image(self.image, target.config.max_image_pixels)  # before the model, which takes longer
+        with out_of_memory_is_told():
+            model = TrainedModel.from_run(self.run_dir, device=self.device)
+            for base in (True, False) if self.base else (False,):
+                if self.base:
+                    display.print_text(f"Before training ({target.config.model}):" if base else "\nAfter training:")
+                _show(model.ask(image, self.question, self.votes, base=base, seed=self.seed))
+        return 0
+
+
+def _show(reply: Answer) -> None:
+    """Print the reasoning steps and the answer. What a model writes may hold anything, so it is made plain."""
+    for number, step in enumerate(reply.reasoning_steps, 1):
+        display.print_text(f"{number}. {display.plain(step, 2000)}")
+    if reply.problem is not None:
+        display.print_text(f"The reply has no answer that could be read ({reply.problem}): ")
+        display.print_text(display.plain(reply.text, 4000))
+    elif reply.answer is None:
+        display.print_text("No reply commits itself to an answer.")
+    else:
+        display.print_text(f"Answer: {display.plain(reply.answer, 2000)}")
+    if reply.votes > 1:
+        display.print_text(f"{reply.agreeing} of {reply.votes} replies agree.")
