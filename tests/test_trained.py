@@ -1,22 +1,39 @@
-"""What becomes of a trained run: it is asked."""
+"""What becomes of a trained run: it is asked, and exported for other programs, which must find the same model."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
 from ireasoner.app.cli import main
-from ireasoner.method.types import Solution, UsageError
+from ireasoner.method.texts import solver_messages
+from ireasoner.method.types import ROLES, Solution, UsageError
+from ireasoner.model.backbone import load_backbone, load_processor
 from ireasoner.model.policy import Policy
+from ireasoner.model.source import TINY_MODEL
+from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training import trained
-from ireasoner.training.config import load_config
+from ireasoner.training.card import HERE, Base, find_base, model_card
+from ireasoner.training.checkpoints import save_checkpoint
+from ireasoner.training.config import Config, load_config, resolve
 from ireasoner.training.evaluation import evaluate
 from ireasoner.training.labelled import LabelledQuestion
+from ireasoner.training.statistics import MEASURES
 from ireasoner.training.trained import TrainedModel
+from models import load, requests, sample
+from plain import chosen, plain_logprobs
 from runs import new_run
 
 QUESTION = "How many circles are there?"
@@ -111,8 +128,6 @@ def test_ask_prints_the_steps_and_the_answer(run: Path, picture: Path, capsys: p
 
 
 def test_a_checkpoint_can_be_asked(policy: Policy, run: Path, picture: Path, model: TrainedModel, tmp_path: Path):
-    from ireasoner.training.checkpoints import save_checkpoint
-
     new_run(tmp_path / "run", solver_prompt="Look. {question}", device="cpu")  # is not finished
     checkpoint = save_checkpoint(tmp_path / "run" / "checkpoints", 2, policy.save_adapters, keep=0)
     assert TrainedModel.from_run(checkpoint, device="cpu").ask(picture, QUESTION) == model.ask(picture, QUESTION)
@@ -144,3 +159,257 @@ def test_what_cannot_be_asked_is_one_sentence_before_the_model_is_loaded(
         assert told.startswith("ireasoner: ")
         assert told.count("\n") == 1
         assert said in told
+
+
+# --- exporting --------------------------------------------------------------------------------------------------------
+
+
+def same_model(policy: Policy, model: torch.nn.Module, pictures: list[Image.Image]) -> None:
+    """The solver's own log-probabilities of what it says about two pictures are those of another program's model."""
+    asked = requests(policy, pictures[:2], [solver_messages("Look. {question}", QUESTION)] * 2)
+    for request, picture, (said,) in zip(
+        asked, pictures, sample(LiveEngine(policy), asked, "solver", 1, 40), strict=False
+    ):
+        with torch.no_grad():
+            found = chosen(plain_logprobs(model, picture, request.messages, said.token_ids), said.token_ids)
+        torch.testing.assert_close(found, torch.tensor(said.logprobs), atol=1e-4, rtol=0)
+
+
+def exported(run: Path, to: Path, *options: str) -> Path:
+    assert main(["export", str(run), "--to", str(to), *options]) == 0
+    return to
+
+
+@pytest.fixture(scope="module")
+def adapter(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(run, tmp_path_factory.mktemp("exports") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def merged(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(run, tmp_path_factory.mktemp("exports") / "merged", "--merge")
+
+
+def with_adapter(folder: Path) -> torch.nn.Module:
+    """An exported adapter on its base, as PEFT reads it."""
+    with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        base = AutoModelForImageTextToText.from_pretrained(TINY_MODEL)
+        return PeftModel.from_pretrained(base, folder).eval()
+
+
+def test_peft_loads_the_adapter_as_the_trained_solver(adapter: Path, policy: Policy, pictures: list[Image.Image]):
+    same_model(policy, with_adapter(adapter), pictures)
+    assert not (adapter / "config.json").exists()  # or it would be taken for a whole model
+
+
+def test_transformers_loads_the_merged_model_as_the_trained_solver(
+    merged: Path, policy: Policy, pictures: list[Image.Image]
+):
+    model, found = AutoModelForImageTextToText.from_pretrained(merged, output_loading_info=True)
+    assert not any(found.values()), found
+    same_model(policy, model.eval(), pictures)
+    settings = GenerationConfig.from_pretrained(merged)
+    assert (settings.do_sample, settings.repetition_penalty, settings.top_k) == (False, 1.0, None)
+    assert settings.eos_token_id == list(policy.end_tokens)
+
+
+def test_the_merged_model_is_evaluated_like_any_other(merged: Path, picture: Path, model: TrainedModel):
+    sampling = model.config.sampling
+    again = load(str(merged))
+    heard = evaluate(again, [LabelledQuestion(picture, QUESTION, "1")], None, sampling).greedy_texts[0]
+    assert heard == model.ask(picture, QUESTION).text
+
+
+def test_a_checkpoint_is_exported_without_figures_of_the_finished_run(policy: Policy, run: Path, tmp_path: Path):
+    shutil.copytree(run, tmp_path / "run")
+    checkpoint = save_checkpoint(tmp_path / "run" / "checkpoints", 2, policy.save_adapters, keep=0)
+    card = (exported(checkpoint, tmp_path / "there") / "README.md").read_text("utf-8")
+    assert "- steps: 2 of" in card
+    assert "- images: 12, without labels" in card
+    assert "Nothing of these weights" in card
+
+
+def test_a_merge_in_half_precision_rounds_once(policy: Policy, tmp_path: Path):
+    """What an adapter adds is below the precision of most weights: rounded by itself first, it would be another sum."""
+    half = tmp_path / "half"
+    shutil.copytree(TINY_MODEL, half)
+    load_backbone("tiny").to(torch.bfloat16).save_pretrained(half)
+    new_run(tmp_path / "run", model=str(half)).write_text("summary.json", "{}")
+    policy.save_adapters(tmp_path / "run")
+    found = load_file(exported(tmp_path / "run", tmp_path / "merged", "--merge") / "model.safetensors")
+    before, delta = load_file(half / "model.safetensors"), load_file(tmp_path / "run/solver/adapter_model.safetensors")
+    adapted = {name.split(".lora_A")[0].removeprefix("base_model.model.") for name in delta if ".lora_A" in name}
+    for name in adapted:
+        a, b = (delta[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        stored = next(key for key in found if key.endswith(name.removeprefix("model.language_model") + ".weight"))
+        expected = (before[stored].float() + 2 * b @ a).bfloat16()
+        torch.testing.assert_close(found[stored], expected, atol=0, rtol=2**-7)
+        assert (found[stored] == expected).float().mean() > 0.999  # a product in another order may round otherwise
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_the_processor_of_an_export_is_the_one_that_was_trained_with(
+    kind: str, request: pytest.FixtureRequest, policy: Policy, tmp_path: Path
+):
+    folder = request.getfixturevalue(kind)
+    large = Image.effect_noise((900, 700), 50).convert("RGB")
+    images, tokenizer = AutoImageProcessor.from_pretrained(folder, backend="pil"), AutoTokenizer.from_pretrained(folder)
+    found, expected = images(large, return_tensors="pt"), policy.processor.image_processor(large, return_tensors="pt")
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+    chat = solver_messages("Look. {question}", QUESTION)
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == policy.processor.tokenizer.apply_chat_template(
+        chat, chat_template=policy.processor.chat_template, tokenize=False
+    )
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_limit_of_image_tokens_goes_along(older: bool, policy: Policy, tmp_path: Path):
+    base = tmp_path / "base"
+    shutil.copytree(TINY_MODEL, base)
+    if older:  # as Qwen2.5-VL's own file has it
+        path = base / "preprocessor_config.json"
+        settings = json.loads(path.read_text())
+        size = settings.pop("size")
+        settings |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        path.write_text(json.dumps(settings))
+    new_run(tmp_path / "run", model=str(base), max_image_tokens=16).write_text("summary.json", "{}")
+    policy.save_adapters(tmp_path / "run")
+    folder = exported(tmp_path / "run", tmp_path / "there")
+    images = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    large = Image.effect_noise((900, 700), 50).convert("RGB")
+    assert 12 <= images(large, return_tensors="pt")["image_grid_thw"].prod() // 4 <= 16
+
+
+def test_what_cannot_be_exported_is_one_sentence(
+    run: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").write_text("")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    (damaged / "solver" / "adapter_model.safetensors").write_bytes(b"x" * 100)
+    cases = {
+        (run, adapter): "not an empty folder",
+        (run, tmp_path / "file"): "not an empty folder",
+        (run, tmp_path / "no" / "where"): "no is no folder",
+        (damaged, tmp_path / "there"): "cannot be read",
+        (tmp_path / "none", tmp_path / "there"): "is not a run directory",
+    }
+    for (where, to), said in cases.items():
+        assert main(["export", str(where), "--to", str(to)]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert said in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "file"]  # nothing is left half-written
+    (tmp_path / "empty").mkdir()
+    assert (exported(run, tmp_path / "empty") / "README.md").is_file()
+
+
+# --- the model card ---------------------------------------------------------------------------------------------------
+
+
+def card_of(text: str) -> tuple[dict[str, Any], str]:
+    """The header and the text of a card, as the hub reads them."""
+    card = ModelCard(text)
+    return card.data.to_dict(), card.text
+
+
+def scores(mean: float) -> dict[str, dict[str, float]]:
+    return {name: {"mean": mean, "low": mean - 0.05, "high": mean + 0.05, "p": 0.0123} for name in MEASURES}
+
+
+SUMMARY: dict[str, Any] = {
+    "steps": 3, "best_step": 3, "stopped_early": False, "images": 2500,
+    "before": {**scores(0.25), "questions": 64, "images": 32}, "after": scores(0.5), "difference": scores(0.25),
+}  # fmt: skip
+QWEN, COMMIT = "Qwen/Qwen2.5-VL-7B-Instruct", "c" * 40
+
+
+def config_of_run(**options: Any) -> Config:
+    return resolve({"images": "/home/me/photos", "model": QWEN, "steps": 3, **options})
+
+
+def test_a_card_says_what_was_trained_and_measured():
+    base = Base(QWEN, COMMIT, {"license": "apache-2.0"})
+    header, text = card_of(model_card(config_of_run(preset="7b"), SUMMARY, base, form="adapter"))
+    assert (header["base_model"], header["library_name"], header["license"]) == (QWEN, "peft", "apache-2.0")
+    assert "lora" in header["tags"]
+    for part in (
+        f"at commit `{COMMIT}`", "recipe: default", "preset: 7b", "steps: 3 of 4 images each", "images: 2500, without",
+        "On 64 held-out questions about 32 images",
+        "| greedy | 25.0 [20.0, 30.0] | 50.0 [45.0, 55.0] | 25.0 [20.0, 30.0] | 0.0123 |",
+        "What was not tested", f"from_pretrained('{QWEN}', revision='{COMMIT}'",
+    ):  # fmt: skip
+        assert part in text
+    header, text = card_of(model_card(config_of_run(), {**SUMMARY, "stopped_early": True}, base, form="merged"))
+    assert (header["library_name"], header["base_model_relation"]) == ("transformers", "finetune")
+    assert "went back to this step" in text
+    assert "PeftModel" not in text
+
+
+def test_a_card_names_no_path_and_no_licence_that_nobody_gave(tmp_path: Path):
+    (tmp_path / "my_rewards.py").write_text("def fn(texts): ...")
+    recipe, preset = tmp_path / "my-recipe.yaml", tmp_path / "my-preset.yaml"
+    recipe.write_text("reward: my_rewards.py:fn")
+    preset.write_text("group_size: 4")
+    data = tmp_path / "held-out.jsonl"
+    given = {"recipe": str(recipe), "preset": str(preset), "eval_data": str(data), "model": str(tmp_path)}
+    for role in ROLES:
+        config = config_of_run(**given, proposer_prompt="My secret.")
+        header, text = card_of(model_card(config, SUMMARY, find_base(str(tmp_path), None), role))
+        assert not {"license", "base_model"} & header.keys()
+        for name in (str(tmp_path), tmp_path.name, "photos", "my-", "my_", "held-out.jsonl", "secret"):
+            assert name not in f"{header} {text}"
+        assert ("How to use it" in text) == (role == "solver")
+
+
+def test_the_base_is_named_as_others_find_it(tmp_path: Path):
+    snapshot = tmp_path / "hub" / "models--Qwen--Qwen2.5-VL-7B-Instruct" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: 7\n---\n# Q")
+    assert find_base(str(snapshot), None) == Base(QWEN, COMMIT, {"license": "other", "license_name": "mine"})
+    for damaged in ("---\nlicense: [\n---\n", "---\n- a\n---\n", "no header", "\udc80"):
+        (snapshot / "README.md").write_text(damaged, "utf-8", "surrogateescape")
+        assert find_base(str(snapshot), None) == Base(QWEN, COMMIT)
+    assert find_base("tiny", None) == Base(None, None)
+    assert find_base(QWEN, COMMIT) == Base(QWEN, COMMIT)  # which is not here, and the hub is not asked
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged", "run"])
+def test_the_code_on_the_card_gives_the_trained_solvers_reply(
+    kind: str,
+    request: pytest.FixtureRequest,
+    picture: Path,
+    model: TrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    folder = request.getfixturevalue(kind)
+    if kind == "run":
+        text = model_card(model.config, {}, Base(None, None))
+        folder = folder / "solver"
+    else:
+        text = (folder / "README.md").read_text("utf-8")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    for said, meant in {
+        "PATH OF THE BASE MODEL": str(TINY_MODEL), HERE: str(folder), "photo.jpg": str(picture),
+        "What is in the picture?": QUESTION,
+    }.items():  # fmt: skip
+        code = code.replace(said, meant)
+    # The plain class wants torchvision for videos.
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda path: processor_in(Path(path)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        capsys.readouterr()  # what the export printed
+        exec(code, {})
+    assert capsys.readouterr().out.strip() == model.ask(picture, QUESTION).text.strip()
+
+
+def processor_in(folder: Path) -> Any:
+    """The processor in a folder that may hold no model, as an exported adapter's does not."""
+    processor = load_processor("tiny")
+    processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    processor.tokenizer = AutoTokenizer.from_pretrained(folder)
+    return processor

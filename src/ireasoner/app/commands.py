@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from ireasoner.app import display
 from ireasoner.app.command import Command
 from ireasoner.app.targets import evaluate_target
-from ireasoner.app.using import Ask
+from ireasoner.app.using import Ask, Export
 from ireasoner.method.matching import Match
 from ireasoner.method.recipe import Count
 from ireasoner.method.types import UsageError
@@ -599,7 +599,22 @@ class Playground(Command):
 
 COMMANDS: dict[str, type[Command]] = {
     command.__name__.lower(): command
-    for command in (Train, Demo, Eval, Ask, Label, Ablate, View, Report, Runs, Validity, Doctor, Bench, Playground)
+    for command in (
+        Train,
+        Demo,
+        Eval,
+        Ask,
+        Export,
+        Label,
+        Ablate,
+        View,
+        Report,
+        Runs,
+        Validity,
+        Doctor,
+        Bench,
+        Playground,
+    )
 }
 
 

@@ -1,4 +1,4 @@
-"""The commands that use what a run has trained: ask it."""
+"""The commands that use what a run has trained: ask it, and export it."""
 
 from __future__ import annotations
 
@@ -48,6 +48,30 @@ class Ask(Command):
                 if self.base:
                     display.print_text(f"Before training ({target.config.model}):" if base else "\nAfter training:")
                 _show(model.ask(image, self.question, self.votes, base=base, seed=self.seed))
+        return 0
+
+
+class Export(Command):
+    """Write the trained solver of a run as a folder that other programs load, with its processor, chat template and
+    model card: as a LoRA adapter for PEFT and `vllm serve --enable-lora`, or merged into a whole model. Nothing in the
+    folder names a path or an image."""
+
+    summary: ClassVar = "write a trained model as a folder for transformers, PEFT and vLLM"
+    positional: ClassVar = ("run_dir",)
+    run_dir: str
+    """A run directory, or one of its checkpoints (RUN/checkpoints/step-000050)."""
+    to: Path
+    """The folder to write, missing or empty."""
+    merge: bool = False
+    """Write a whole model instead of an adapter, merged in float32 and rounded to the dtype of the base."""
+
+    def run(self) -> int:
+        target = find_trained(self.run_dir)
+        from ireasoner.training.export import export
+
+        export(target, self.to, merge=self.merge)
+        print(f"Written: {self.to} ({'the whole model' if self.merge else 'a LoRA adapter of its base'})")
+        print(f"How to load it stands in {self.to}/README.md.")
         return 0
 
 

@@ -28,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 from ireasoner.method.types import UsageError
 
 TINY_MODEL = Path(__file__).with_name("tiny_lmm")
-SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # configuration, processor and tokenizer
+# Configuration, processor and tokenizer; and the model's card, which names its licence.
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 

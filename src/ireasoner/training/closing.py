@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from ireasoner import __version__
 from ireasoner.method.types import ROLES, Role
+from ireasoner.training.card import find_base, model_card
 from ireasoner.training.checkpoints import apply_umask
 from ireasoner.training.config import Config
 from ireasoner.training.evaluation import EvaluationOptions, Scores, compare, evaluate
@@ -58,6 +59,9 @@ def finish(run: Run, before: Scores | None) -> dict[str, Any]:
         "versions": versions(run),
     }
     run.recorder.sync()
+    base = find_base(run.config.model, run.policy.commit)
+    for role in trained:
+        run.recorder.write_text(f"{role}/README.md", model_card(run.config, summary, base, role))
     run.recorder.write_text("summary.json", write_json(summary))
     return summary
 
