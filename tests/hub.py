@@ -1,14 +1,16 @@
-"""A stand-in for the hub on the loopback address: it serves folders as models, and fails as the real one does."""
+"""A stand-in for the hub on the loopback address: it serves folders as models, takes uploads, and fails as the real one
+does."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import importlib
 import json
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +36,9 @@ class Hub:
         main: the commit of every model's main branch.
         gated, broken, cut: ids of models whose files nobody may read, whose every request is answered by the status
             500, and of whose weights only half is sent.
+        token: the one that may write.
+        uploaded: the files of each repository that was written to, by their names there.
+        private: ids of the repositories that are private.
         asked: the paths of all requests.
         address: where it is served.
     """
@@ -43,6 +48,9 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
     cut: set[str] = field(default_factory=set)
+    token: str = "hf_of_the_owner"
+    uploaded: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    private: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
     address: str = ""
 
@@ -53,9 +61,9 @@ class Hub:
         output = Path(tempfile.mkdtemp(dir=home, prefix="printed-"))
         return Forked(partial(in_this_environment, function), output, {**known, **variables}).wait()
 
-    def ireasoner(self, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def ireasoner(self, home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a command of ireasoner against this hub."""
-        return self.call(home, partial(main, list(arguments)))
+        return self.call(home, partial(main, list(arguments)), **variables)
 
 
 def in_this_environment(function: Callable[[], int]) -> int:
@@ -78,10 +86,33 @@ def serving() -> Iterator[Hub]:
         def do_GET(self) -> None:
             self.answer(with_body=True)
 
+        def do_POST(self) -> None:
+            self.take()
+
+        def do_PUT(self) -> None:
+            self.take()
+
+        def take(self) -> None:
+            path = unquote(urlparse(self.path).path)
+            hub.asked.append(path)
+            status, said = taken(hub, path, self.rfile.read(int(self.headers["Content-Length"])), self.allowed())
+            self.send(status, json.dumps(said).encode(), {"Content-Type": "application/json"})
+
+        def allowed(self) -> bool:
+            return self.headers["Authorization"] == f"Bearer {hub.token}"
+
         def answer(self, with_body: bool) -> None:
             path = unquote(urlparse(self.path).path)
             hub.asked.append(path)
+            if path == "/api/whoami-v2":
+                return self.send(200 if self.allowed() else 401, b'{"name": "owner", "type": "user"}', {})
             kind, model, revision, name = split(path)
+            if model in hub.uploaded and kind in ("revision", "tree"):
+                names = [{"rfilename": each} for each in hub.uploaded[model]]
+                about = {"id": model, "sha": COMMIT, "private": model in hub.private, "siblings": names}
+                files = [{"type": "file", "path": n, "size": len(b)} for n, b in hub.uploaded[model].items()]
+                files = [{**file, "oid": digest(hub.uploaded[model][file["path"]])} for file in files]
+                return self.send(200, json.dumps(files if kind == "tree" else about).encode(), {})
             commits = hub.models.get(model)
             if model in hub.broken:
                 return self.send(500, b"", {})
@@ -120,6 +151,60 @@ def serving() -> Iterator[Hub]:
             yield hub
         finally:
             server.shutdown()
+
+
+def taken(hub: Hub, path: str, body: bytes, allowed: bool) -> tuple[int, Any]:
+    """Take what is sent; the status, and the answer."""
+    if path.startswith("/upload/"):  # a large file, under its hash; as on the real hub, with a signed address
+        hub.uploaded.setdefault("", {})[path.removeprefix("/upload/")] = body
+        return 200, {}
+    if path == "/api/validate-yaml":
+        return 200, {"errors": [], "warnings": []}
+    if not allowed:
+        return 401, {"error": "Invalid credentials"}
+    if path == "/api/repos/create":
+        return created(hub, json.loads(body))
+    if path.endswith("/info/lfs/objects/batch"):
+        objects = json.loads(body)["objects"]
+        upload = [{"upload": {"href": f"{hub.address}/upload/{each['oid']}"}} for each in objects]
+        found = [{**each, "actions": actions} for each, actions in zip(objects, upload, strict=True)]
+        return 200, {"transfer": "basic", "objects": found}
+    if "/preupload/" in path:
+        names = [file["path"] for file in json.loads(body)["files"]]
+        modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
+        files = [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes.items()]
+        return 200, {"files": files}
+    if "/commit/" in path:
+        model = "/".join(path.split("/")[3:5])
+        commit(hub, model, [json.loads(line) for line in body.splitlines()])
+        return 200, {"success": True, "commitUrl": f"{hub.address}/{model}/commit/{COMMIT}", "commitOid": COMMIT}
+    return 404, {"error": path}
+
+
+def created(hub: Hub, asked: dict[str, Any]) -> tuple[int, Any]:
+    """Make a repository, unless it is there or belongs to somebody else."""
+    model = f"{asked['organization']}/{asked['name']}"
+    if asked["organization"] != "owner":
+        return 403, {"error": "You don't have the rights to create a model under this namespace"}
+    if model in hub.uploaded:
+        return 409, {"error": "You already created this model repo", "url": f"{hub.address}/{model}"}
+    hub.uploaded[model] = {}
+    if asked.get("private") or asked.get("visibility") == "private":
+        hub.private.add(model)
+    return 200, {"url": f"{hub.address}/{model}"}
+
+
+def commit(hub: Hub, model: str, lines: Sequence[dict[str, Any]]) -> None:
+    """Take over the files that a commit names."""
+    files = hub.uploaded[model]
+    for line in lines:
+        value = line["value"]
+        if line["key"] == "file":
+            files[value["path"]] = base64.b64decode(value["content"])
+        elif line["key"] == "lfsFile":
+            files[value["path"]] = hub.uploaded[""][value["oid"]]
+        elif line["key"] == "deletedFile":
+            del files[value["path"]]
 
 
 def split(path: str) -> tuple[str, str, str, str]:

@@ -25,8 +25,8 @@ from ireasoner.training.evaluation import ACCURACIES, Scores, compare
 from ireasoner.training.statistics import MEASURES
 
 COMMANDS = (
-    "train", "demo", "eval", "ask", "export", "label", "ablate", "view", "report", "runs", "validity", "doctor",
-    "bench", "playground",
+    "train", "demo", "eval", "ask", "export", "push", "label", "ablate", "view", "report", "runs", "validity",
+    "doctor", "bench", "playground",
 )  # fmt: skip
 
 # --- what is imported -------------------------------------------------------------------------------------------------

@@ -859,6 +859,15 @@ def test_plain_peft_loads_an_adapter_and_gives_the_runs_own_log_probabilities(
     assert not torch.allclose(of_own(role), of_own(None), atol=1e-2)  # training did something to be carried over
 
 
+def test_every_published_adapter_has_a_card_with_the_summarys_numbers(reference: Path):
+    summary = json.loads((reference / "summary.json").read_text())
+    mean, low, high = (100 * summary["after"]["greedy"][name] for name in ("mean", "low", "high"))
+    for role in ROLES:
+        card = (reference / role / "README.md").read_text("utf-8")
+        assert f"LoRA adapter of the {role}" in card
+        assert f"| {mean:.1f} [{low:.1f}, {high:.1f}] |" in card
+
+
 def test_evaluating_the_finished_run_gives_the_summarys_numbers(data: Path, reference: Path, tmp_path: Path):
     target = tmp_path / "scores.json"
     argv = ["eval", "tiny", str(reference), "--data", str(data / "held-out.jsonl"), "--limit", "3", "--seed", "5"]

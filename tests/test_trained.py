@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
+from hub import Hub, serving
 from ireasoner.app.cli import main
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Solution, UsageError
@@ -34,7 +35,7 @@ from ireasoner.training.statistics import MEASURES
 from ireasoner.training.trained import TrainedModel
 from models import load, requests, sample
 from plain import chosen, plain_logprobs
-from runs import new_run
+from runs import new_run, played_run
 
 QUESTION = "How many circles are there?"
 
@@ -413,3 +414,104 @@ def processor_in(folder: Path) -> Any:
     processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     processor.tokenizer = AutoTokenizer.from_pretrained(folder)
     return processor
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def private_run(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a name, images, a model, texts and files that nobody else should hear of."""
+    place = tmp_path_factory.mktemp("secret-place")
+    shutil.copytree(TINY_MODEL, place / "secret-model")
+    for name in ("config.json", "tokenizer_config.json"):
+        settings = json.loads((place / "secret-model" / name).read_text())
+        kept = {"_name_or_path": str(place), "name_or_path": str(place)}
+        (place / "secret-model" / name).write_text(json.dumps({**settings, **kept}))
+    (place / "secret-model" / "notes.txt").write_text("secret")
+    played_run(place / "secret-run", steps=1)
+    recorder = new_run(
+        place / "secret-run", images=str(place / "photos"), model=str(place / "secret-model"), device="cpu",
+        eval_data=str(place / "held-out.jsonl"), proposer_prompt="A secret.",
+    )  # fmt: skip
+    recorder.write_text("summary.json", json.dumps({**SUMMARY, "skipped_images": 1}))
+    policy.model.peft_config["solver"].base_model_name_or_path = str(place / "secret-model")
+    policy.save_adapters(place / "secret-run")
+    return place / "secret-run"
+
+
+def pushed(hub: Hub, home: Path, run: Path, *options: str, name: str = "owner/solver", **variables: str) -> str:
+    """What a push prints, and its error."""
+    done = hub.ireasoner(home, "push", str(run), name, *options, **variables)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_push_uploads_the_export_and_nothing_of_the_users(hub: Hub, private_run: Path, tmp_path: Path, merge: bool):
+    options = ["--merge"] if merge else []
+    said = pushed(hub, tmp_path, private_run, "--private", *options, HF_TOKEN=hub.token)
+    assert f"On the hub: {hub.address}/owner/solver" in said
+    found = hub.uploaded["owner/solver"]
+    folder = exported(private_run, tmp_path / "export", *options)
+    assert found.keys() - {".gitattributes"} == {path.name for path in folder.iterdir()}
+    for name, content in found.items():
+        if name != "README.md":  # which names the repository
+            assert content == (folder / name).read_bytes()
+        for secret in (b"secret", b"photos", b"held-out.jsonl", str(tmp_path.parent).encode(), b".png"):
+            assert secret not in content
+    assert b"owner/solver" in found["README.md"]
+    assert hub.private == {"owner/solver"}
+
+
+def test_another_push_replaces_one_form_by_the_other(hub: Hub, run: Path, tmp_path: Path):
+    hub.uploaded["owner/solver"] = {"mine.txt": b"", "config.json": b"{}", "model-00001-of-00002.safetensors": b""}
+    pushed(hub, tmp_path, run, HF_TOKEN=hub.token)
+    found = hub.uploaded["owner/solver"]
+    assert {"mine.txt", "adapter_config.json", "adapter_model.safetensors"} <= found.keys()
+    assert not {"config.json", "model-00001-of-00002.safetensors"} & found.keys()
+
+
+def test_episodes_are_uploaded_where_they_are_asked_for(hub: Hub, private_run: Path, tmp_path: Path):
+    pushed(hub, tmp_path, private_run, "--with-episodes", HF_TOKEN=hub.token)
+    found = hub.uploaded["owner/solver"]
+    assert found["episodes/episodes.jsonl"] == (private_run / "episodes.jsonl").read_bytes()
+    thumbnails = {f"episodes/images/{path.name}" for path in (private_run / "images").iterdir()}
+    assert thumbnails
+    assert thumbnails <= found.keys()
+
+
+def test_links_out_of_a_run_are_not_uploaded(hub: Hub, private_run: Path, tmp_path: Path):
+    """A run may come from somebody else, who would like to know what is in a file of yours."""
+    (tmp_path / "key").write_text("secret")
+    for name in ("images", "images/0123456789abcdef.png", "episodes.jsonl", "solver/adapter_model.safetensors"):
+        run = tmp_path / name.replace("/", "-") / "run"
+        shutil.copytree(private_run, run)
+        shutil.rmtree(run / name) if name == "images" else (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(tmp_path if name == "images" else tmp_path / "key")
+        assert " a link" in pushed(hub, tmp_path, run, "--with-episodes", HF_TOKEN=hub.token)
+    assert hub.uploaded == {}
+
+
+def test_what_cannot_be_pushed_is_one_sentence(hub: Hub, run: Path, tmp_path: Path):
+    hub.uploaded["owner/public"] = {}
+    owner = {"HF_TOKEN": hub.token}
+    for said, name, options, variables in (
+        ("nobody is logged in to the hub", "owner/solver", [], {}),
+        ("it does not accept the token", "owner/solver", [], {"HF_TOKEN": "hf_another"}),
+        ("names no owner", "solver", [], owner),
+        ("no model on the hub can have the name", "owner/sol ver", [], owner),
+        ("it does not accept the token for this", "somebody/solver", [], owner),
+        ("on the hub already and public", "owner/public", ["--private"], owner),
+        ("the hub cannot be used", "owner/solver", [], {**owner, "HF_ENDPOINT": "http://127.0.0.1:9"}),
+    ):
+        told = pushed(hub, tmp_path, run, *options, name=name, **variables)
+        assert said in told
+        assert told.startswith("ireasoner: ")
+        assert told.count("\n") == 1
+    assert hub.uploaded == {"owner/public": {}}

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from ireasoner.app import display
 from ireasoner.app.command import Command
 from ireasoner.app.targets import evaluate_target
-from ireasoner.app.using import Ask, Export
+from ireasoner.app.using import Ask, Export, Push
 from ireasoner.method.matching import Match
 from ireasoner.method.recipe import Count
 from ireasoner.method.types import UsageError
@@ -605,6 +605,7 @@ COMMANDS: dict[str, type[Command]] = {
         Eval,
         Ask,
         Export,
+        Push,
         Label,
         Ablate,
         View,

@@ -1,4 +1,4 @@
-"""The commands that use what a run has trained: ask it, and export it."""
+"""The commands that use what a run has trained: ask it, export it, and put it on the hub."""
 
 from __future__ import annotations
 
@@ -72,6 +72,32 @@ class Export(Command):
         export(target, self.to, merge=self.merge)
         print(f"Written: {self.to} ({'the whole model' if self.merge else 'a LoRA adapter of its base'})")
         print(f"How to load it stands in {self.to}/README.md.")
+        return 0
+
+
+class Push(Command):
+    """Put the trained solver of a run on the hub: the folder that `export` writes, and nothing else. The token is that
+    of HF_TOKEN or of `hf auth login`. A repository that is there already gets a new commit."""
+
+    summary: ClassVar = "put a trained model on the hub"
+    positional: ClassVar = ("run_dir", "name")
+    run_dir: str
+    """A run directory, or one of its checkpoints (RUN/checkpoints/step-000050)."""
+    name: str
+    """The repository, OWNER/NAME."""
+    private: bool = False
+    """Make the repository private; one that is there already and public is refused."""
+    merge: bool = False
+    """Upload the whole model instead of a LoRA adapter."""
+    with_episodes: bool = False
+    """Upload the run's episodes as well: names and small copies of your images, questions and replies."""
+
+    def run(self) -> int:
+        target = find_trained(self.run_dir)
+        from ireasoner.training.pushing import push
+
+        options = {"private": self.private, "merge": self.merge, "with_episodes": self.with_episodes}
+        print(f"On the hub: {push(target, self.name, **options)}")
         return 0
 
 

@@ -105,8 +105,8 @@ def _write_adapter(target: Target, folder: Path, base: Base) -> None:
     weights = solver / "adapter_model.safetensors"
     settings = read_json(solver / "adapter_config.json", 2**20)
     try:
-        if not settings or not weights.is_file():
-            raise OSError("adapter_config.json or adapter_model.safetensors is missing or damaged")
+        if not settings or not weights.is_file() or weights.is_symlink():
+            raise OSError("adapter_config.json or adapter_model.safetensors is missing, damaged or a link")
         with safe_open(weights, "pt"):  # compares the length that the header tells with the file's
             pass
     except (SafetensorError, OSError) as error:
