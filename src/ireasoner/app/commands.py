@@ -736,6 +736,8 @@ def _follow(
     print(f"Run directory: {out}   adapters: {', '.join(f'{out}/{role}' for role in trained) or 'none'}")
     if "solver" not in trained:
         print("Nothing was learned: the solver is still the model that the run started from.")
+    else:
+        print(f"Use it: {PROGRAM} ask {out} IMAGE QUESTION   or {PROGRAM} export {out} --to FOLDER")
     if ended := summary.get("stopped_early") or "solver" not in trained:
         for sentence in advice(config):
             print(sentence)
