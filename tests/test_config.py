@@ -136,6 +136,8 @@ def test_recipe_and_preset_options_are_apart_and_together_with_the_runs_own_are_
         "engine",
         "revision",
         "vllm_share",
+        "report_to",
+        "report_images",
     }
     assert set(PATHS) == set(RECIPE_OPTIONS) | set(PRESET_OPTIONS) | own
     assert all(option(name).description for name in PATHS)
@@ -392,6 +394,25 @@ def test_conflicts_name_every_option_that_differs():
 def test_the_same_value_in_another_spelling_is_no_conflict(flags: dict):
     stored = resolve({**NEEDED, "learning_rate": 3e-4, "steps": 60, "lora_targets": ("q_proj", "v_proj")})
     assert conflicts(stored, flags) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("tensorboard", ("tensorboard",)),
+        ("tensorboard,wandb", ("tensorboard", "wandb")),
+        (["tensorboard", "wandb, mlflow", "wandb"], ("tensorboard", "wandb", "mlflow")),
+        ("none", ()),
+        ([], ()),
+    ],
+)
+def test_trackers_are_named_in_a_list_or_between_commas(given: object, names: tuple[str, ...]):
+    assert resolve({**NEEDED, "report_to": given}).report_to == names
+
+
+def test_a_tracker_that_is_not_known_is_named():
+    with pytest.raises(ConfigError, match=r"report-to.*'tensorbord'"):
+        resolve({**NEEDED, "report_to": "tensorbord"})
 
 
 def test_a_bad_value_on_resuming_names_the_option():

@@ -27,10 +27,11 @@ ALLOWED = {
         "training.advice",
     ),
     "playground": ("method.types",),
+    "plugins": ("method", "training.config"),
     "studies": ("method", "model", "rollouts", "training", "page", "playground"),
     "app": ("method", "model", "rollouts", "training", "page", "playground", "studies"),
 }
-NO_TORCH = ("method", "page", "playground")
+NO_TORCH = ("method", "page", "playground", "plugins")
 LIGHT = (
     "training.config", "training.recorder", "training.watch", "training.statistics", "training.advice",
     "app.cli", "app.display",

@@ -98,6 +98,14 @@ def print_episode(episode: Episode, config: Config) -> None:
         print_text(f"    text: {plain(t.text, WIDE)}")
 
 
+def _verdict(run_dir: Path) -> str:
+    """What the page would say of a finished run."""
+    from ireasoner.page.run import RecordedRun
+    from ireasoner.page.verdict import verdict
+
+    return verdict(RecordedRun.open(run_dir)).sentence
+
+
 def _length(written: Sampled, limit: int) -> str:
     end = "ended by itself" if written.finish_reason == "stop" else "cut off"
     return f"{written.num_tokens} of {limit} tokens, {end}"
@@ -151,7 +159,7 @@ class Display:
         """The callbacks that `train` takes."""
         from ireasoner.training.state import Observer
 
-        return Observer(self.on_start, self.on_step, self.on_evaluation, self.say)
+        return Observer(self.on_start, self.on_step, self.on_evaluation, self.say, _verdict)
 
     def say(self, message: str) -> None:
         """One line that stays."""

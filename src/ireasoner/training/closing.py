@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,15 @@ from ireasoner.training.state import Run, RunError, go_back, tidy_checkpoints
 BEFORE = "before.json"
 LARGEST = 2**28  # bytes of a file of results that is read again
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its last step, whether it is complete, and the contents of its `summary.json` if it is."""
+
+    step: int
+    complete: bool
+    summary: dict[str, Any] | None
 
 
 def finish(run: Run, before: Scores | None) -> dict[str, Any]:
@@ -63,6 +73,7 @@ def finish(run: Run, before: Scores | None) -> dict[str, Any]:
     for role in trained:
         run.recorder.write_text(f"{role}/README.md", model_card(run.config, summary, base, role))
     run.recorder.write_text("summary.json", write_json(summary))
+    run.trackers.summarise(run.step, summary, lambda: run.observer.verdict(run.out))
     return summary
 
 

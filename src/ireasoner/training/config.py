@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from ireasoner.method.matching import Match
@@ -24,11 +24,22 @@ from ireasoner.method.texts import PROPOSER_PROMPT, SOLVER_PROMPTS
 from ireasoner.method.types import Form, UsageError
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
 
+TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 ImagePixels = Annotated[int, Field(ge=1, le=178_956_970)]  # Pillow itself refuses more
 
 
 class ConfigError(UsageError):
     """A bad recipe, preset or option; the message names it and says what is wrong."""
+
+
+def _separated(value: Any) -> Any:
+    """Names of trackers, of which several may stand in one text between commas; `none`, as transformers has it, is no
+    name."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return value
+    found = [name.strip() for text in texts for name in text.split(",")]
+    return [name for name in dict.fromkeys(found) if name not in ("", "none")]
 
 
 class SamplingOptions(Options):
@@ -115,6 +126,10 @@ class Config(Options):
     """Share of a GPU's memory for vLLM; the learner's own copy of the weights and its activations need the rest."""
     device: str = "auto"
     """Where to train: auto, cpu, cuda or cuda:N."""
+    report_to: Annotated[tuple[TrackerName, ...], BeforeValidator(_separated)] = ()
+    """Trackers that are told every number of metrics.jsonl and the verdict, where installed (none)."""
+    report_images: bool = False
+    """Show four episodes with their pictures to the trackers, at the first step and every save_every steps."""
     reward_sha256: str | None = None
     """SHA-256 of the file with the reward function, if the recipe names one of your own."""
     planned_steps: int | None = None

@@ -8,14 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ireasoner.method.scoring import RewardFunction
 from ireasoner.method.types import Episode
 from ireasoner.model.parallel import joined
-from ireasoner.training.closing import finish, finished, scores_before, versions
+from ireasoner.training.closing import Outcome, finish, finished, scores_before, versions
 from ireasoner.training.config import Config, dump_config
 from ireasoner.training.custom_reward import load_reward, names_a_file
 from ireasoner.training.fitting import fitted, within_memory
@@ -26,6 +24,7 @@ from ireasoner.training.metrics import play_metrics, timed
 from ireasoner.training.opening import open_run
 from ireasoner.training.probes import blank_survival, probe
 from ireasoner.training.recorder import Recorder, write_json, writer_lock
+from ireasoner.training.reporting import named_trackers, tracking
 from ireasoner.training.state import (
     VERSIONS,
     Observer,
@@ -38,15 +37,6 @@ from ireasoner.training.state import (
 )
 from ireasoner.training.stopping import Stopped, stop_requests
 from ireasoner.training.teaching import update
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: its last step, whether it is complete, and the contents of its `summary.json` if it is."""
-
-    step: int
-    complete: bool
-    summary: dict[str, Any] | None
 
 
 def start(
@@ -127,6 +117,7 @@ def _run(
     reward: RewardFunction | None,
     max_hours: float | None,
 ) -> Outcome:
+    trackers = [*named_trackers(config), *observer.trackers]
     with ExitStack() as stack:
         stop_asked = stack.enter_context(stop_requests(max_hours))
         processes = stack.enter_context(joined(config.device))
@@ -146,6 +137,7 @@ def _run(
             probe(run)
             save(run)
         observer.on_start(config, run.step + 1)
+        stack.enter_context(tracking(run, trackers))
         try:
             before = scores_before(run)
             while run.step < config.schedule.steps and run.alarm is None:
@@ -171,14 +163,13 @@ def advance(run: Run) -> None:
             signals = {**run.signals.measure(play.episodes), **blank_survival(run, play.episodes, items)}
         with timed(seconds, "update"):
             episodes, learned = update(run, play)
-        record(run, items, episodes)
+        episodes = record(run, items, episodes)
     signals |= floor_signals(episodes, learned, run.policy.largest_lora_b("solver"))
     metrics = {**play_metrics(episodes), **learned}
     metrics |= {f"watch/{name}": value for name, value in signals.items()}
     metrics |= {f"time/{name}_seconds": value for name, value in seconds.items()}
-    run.recorder.metrics(run.step, metrics)
     run.elapsed += seconds["step"]
-    run.observer.on_step(run.step, metrics, episodes)
+    run.report(metrics, episodes)
 
     if warning := run.watch.observe(run.step, signals):
         problem = common_problem(episodes)
@@ -192,8 +183,15 @@ def advance(run: Run) -> None:
         save(run)
 
 
-def record(run: Run, items: Sequence[Item], episodes: Sequence[Episode]) -> None:
-    """Record the episodes of a step, each with a thumbnail of its item, and the images that were skipped."""
+def record(run: Run, items: Sequence[Item], episodes: Sequence[Episode]) -> list[Episode]:
+    """Record the episodes of a step, each with a thumbnail of its item, and the images that were skipped.
+
+    Returns:
+        The episodes as they were recorded.
+    """
     record_skips(run)
+    recorded = []
     for episode, item in zip(episodes, items, strict=True):
-        run.recorder.episode(episode.model_copy(update={"thumbnail": run.thumbnail(item)}))
+        recorded.append(episode.model_copy(update={"thumbnail": run.thumbnail(item)}))
+        run.recorder.episode(recorded[-1])
+    return recorded

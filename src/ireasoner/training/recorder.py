@@ -176,7 +176,7 @@ def _refuse_links(run_dir: Path) -> None:
         RunDirectoryError: something that a run writes to is a link, or is not of its kind: reading a named pipe would
             wait for ever.
     """
-    for name in (*FILES, "images", "checkpoints", *ROLES):
+    for name in (*FILES, "images", "checkpoints", "tensorboard", *ROLES):
         path = run_dir / name
         if path.is_symlink():
             raise RunDirectoryError(f"{path} is a link, but a run writes into its own directory: remove it")

@@ -28,6 +28,7 @@ from ireasoner.training.items import ImagePool, Item
 from ireasoner.training.labelled import LabelledQuestion, StepTruth
 from ireasoner.training.recorder import Recorder, read_episodes, read_records
 from ireasoner.training.selfplay import SelfPlay
+from ireasoner.training.trackers import Tracker, Trackers
 from ireasoner.training.watch import Alarm, Signals, Watch
 
 CONFIG = "config.yaml"
@@ -41,12 +42,18 @@ class RunError(UsageError):
 
 @dataclass
 class Observer:
-    """Functions that a run calls to report what it does, for example to the terminal display. By default, nothing."""
+    """Functions that a run calls to report what it does, for example to the terminal display. By default, nothing.
+
+    `verdict` says for the trackers, in a sentence, what to make of a finished run directory; `trackers` are others
+    than those that the config names.
+    """
 
     on_start: Callable[[Config, int], None] = lambda config, first_step: None
     on_step: Callable[[int, Mapping[str, float], Sequence[Episode]], None] = lambda step, metrics, episodes: None
     on_evaluation: Callable[[str, int, int], None] = lambda which, done, total: None
     on_message: Callable[[str], None] = lambda message: None
+    verdict: Callable[[Path], str] = lambda out: ""
+    trackers: Sequence[Tracker] = ()
 
 
 @dataclass
@@ -67,6 +74,7 @@ class Run:
     signals: Signals
     questions: list[LabelledQuestion]
     truth: StepTruth | None
+    trackers: Trackers = field(default_factory=Trackers)
     stop_asked: Callable[[], bool] = lambda: False
     step: int = 0
     elapsed: float = 0.0
@@ -85,6 +93,14 @@ class Run:
         """Record an event and report it to the observer."""
         self.recorder.event(self.step, text)
         self.observer.on_message(text)
+
+    def report(self, metrics: Mapping[str, float], episodes: Sequence[Episode]) -> None:
+        """Record the metrics of this step, and tell them to the observer and the trackers."""
+        self.recorder.metrics(self.step, metrics)
+        self.observer.on_step(self.step, metrics, episodes)
+        self.trackers.step(self.step, metrics)
+        if self.config.report_images and (self.step == 1 or self.due(self.config.schedule.save_every)):
+            self.trackers.pictures(self.step, self.out, episodes)
 
     def thumbnail(self, item: Item) -> str:
         """Save a small copy of an item's image in the run directory and return its relative path."""

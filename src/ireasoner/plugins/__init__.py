@@ -1,0 +1,1 @@
+"""The rewards of this package inside other trainers."""

@@ -1,0 +1,176 @@
+"""The reward for TRL's GRPOTrainer: groups are found by their size, and a part of one is never judged as the whole."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ireasoner.method.scoring import Context, RewardError, score_group
+from ireasoner.plugins.trl import agreement_reward
+from ireasoner.training.config import ConfigError, resolve
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "trl_grpo.py"
+QUESTION = "How many circles are there?"
+
+
+def solution(answer: str, *steps: str) -> str:
+    return f"<think>{' '.join(steps)}</think><answer>{answer}</answer>"
+
+
+RED = solution("2", "A red circle is on the left.", "A blue circle is on the right.")
+SAME = solution("2", "A red circle is on the left.", "A blue circle is on the right.")
+OTHER = solution("3", "I count them all.", "There are green ones.")
+BROKEN = "2"
+
+
+def turns(*texts: str) -> list[Any]:
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def prompt(color: str, question: str = QUESTION) -> list[dict[str, Any]]:
+    """A prompt as TRL hands it in: a new image object each time."""
+    image = Image.new("RGB", (4, 4), color)
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+
+
+def test_each_group_earns_what_score_group_pays():
+    texts = [RED, SAME, OTHER, BROKEN], [OTHER, OTHER, RED, RED]
+    prompts = [prompt("red") for _ in range(4)] + [prompt("blue") for _ in range(4)]
+    reward = agreement_reward(num_generations=4)
+    given = reward(prompts=prompts, completions=turns(*texts[0], *texts[1]), question=[QUESTION] * 8)
+    recipe = resolve({"recipe": "default", "images": ".", "model": "tiny"}).recipe
+    # Nothing is remembered of the other image but its steps, which recur among one group of one.
+    without_memory = recipe.model_copy(update={"recurrence_window": 0})
+    alone = agreement_reward(without_memory, num_generations=4)(prompts[:4], turns(*texts[0]), question=[QUESTION] * 4)
+    context = Context(step_weight=0.5)
+    assert alone == pytest.approx(score_group(QUESTION, texts[0], without_memory, context).rewards)
+    assert alone[0] == alone[1] > alone[2] > 0 == alone[3]
+    assert len(given) == 8
+    assert given[3] == 0
+    assert all(isinstance(number, float) for number in given)
+
+
+def test_steps_that_are_said_of_every_image_earn_less():
+    """Images are told apart by their pixels: each copy of a prompt has an image object of its own."""
+    reward = agreement_reward(num_generations=2)
+    first = reward([prompt("red"), prompt("red")], turns(RED, SAME), question=[QUESTION] * 2)
+    again = reward([prompt("red"), prompt("red")], turns(RED, SAME), question=[QUESTION] * 2)
+    other = reward([prompt("blue"), prompt("blue")], turns(RED, SAME), question=[QUESTION] * 2)
+    assert first == again
+    assert other[0] < first[0]
+
+
+def test_texts_of_plain_prompts_are_taken_too():
+    reward = agreement_reward("discrete", num_generations=2)
+    assert reward(["How many?"] * 2, [RED, SAME])[0] > 0
+
+
+@pytest.mark.parametrize("handed_in", [3, 6])
+def test_a_part_of_a_group_is_never_judged(handed_in: int):
+    reward = agreement_reward(num_generations=4)
+    with pytest.raises(RewardError, match=r"no whole groups of num_generations=4.*per_device_train_batch_size"):
+        reward([prompt("red") for _ in range(handed_in)], turns(*[RED] * handed_in), question=[QUESTION] * handed_in)
+
+
+@pytest.mark.parametrize(("color", "question"), [("blue", QUESTION), ("red", "How many squares?")])
+def test_completions_of_different_prompts_are_no_group(color: str, question: str):
+    """With the same question about every image, only the pictures differ."""
+    reward = agreement_reward(num_generations=4)
+    prompts = [prompt("red"), prompt("red"), prompt(color, question), prompt(color, question)]
+    with pytest.raises(RewardError, match="answer different prompts"):
+        reward(prompts, turns(RED, SAME, RED, SAME))
+
+
+def test_halves_of_groups_are_not_taken_for_groups():
+    reward = agreement_reward(num_generations=2)
+    with pytest.raises(RewardError, match="more than 2 completions in a row answer one prompt"):
+        reward([prompt(c) for c in ("red",) * 4 + ("blue",) * 4], turns(*[RED] * 8))
+
+
+def test_the_question_is_in_its_column_or_in_the_prompt():
+    """What the question says is no finding of the answer."""
+    leading = "A red circle is on the left. A blue circle is on the right. How many are there?"
+    told, bare = prompt("red", leading), prompt("red")
+    recipe = resolve({"recipe": "step-only", "images": ".", "model": "tiny"}).recipe.model_copy(
+        update={"step_measure": "claims", "step_weight_initial": 1.0, "step_weight_final": 1.0}
+    )
+    reward = agreement_reward(recipe, num_generations=2)
+    assert reward([told, told], turns(RED, SAME)) == [0, 0]
+    assert reward([bare, bare], turns(RED, SAME))[0] > 0
+    assert reward([bare, bare], turns(RED, SAME), question=[leading] * 2) == [0, 0]
+    named = agreement_reward(recipe, num_generations=2, question_column="asked")
+    assert named([bare, bare], turns(RED, SAME), asked=[leading] * 2) == [0, 0]
+    with pytest.raises(RewardError, match="no column 'asked'"):
+        named([bare, bare], turns(RED, SAME))
+
+
+def test_a_completion_that_was_cut_off_earns_nothing():
+    reward = agreement_reward(num_generations=2, eos_token_ids=[9])
+    earned = reward([prompt("red")] * 2, turns(RED, SAME), completion_ids=[[1, 9], [1, 2]])
+    assert earned[0] > 0
+    assert earned[1] == 0
+
+
+def test_the_weight_of_steps_follows_the_trainers_step():
+    recipe = resolve({"recipe": "default", "images": ".", "model": "tiny"}).recipe.model_copy(
+        update={"step_weight_initial": 0.0, "step_weight_final": 1.0, "step_weight_warmup": 0.5}
+    )
+    reward = agreement_reward(recipe, num_generations=2)
+    rows = [prompt("red")] * 2, turns(RED, OTHER)
+
+    def at(step: int) -> float:
+        return reward(*rows, trainer_state=SimpleNamespace(global_step=step, max_steps=10))[0]
+
+    assert at(0) == at(2) > at(9) == reward(*rows)[0]
+
+
+def test_mistakes_are_told_when_the_function_is_made():
+    with pytest.raises(RewardError, match="num_generations is 1"):
+        agreement_reward(num_generations=1)
+    with pytest.raises(ConfigError, match="there is no recipe 'defualt'"):
+        agreement_reward("defualt", num_generations=4)
+
+
+def test_a_recipe_that_needs_embeddings_says_so():
+    with pytest.raises(RewardError, match="'paper' compares embeddings"):
+        agreement_reward("paper", num_generations=2)
+    embed = lambda texts: np.ones((len(texts), 1))  # noqa: E731
+    reward = agreement_reward("paper", num_generations=2, embed=embed)
+    assert reward([prompt("red")] * 2, turns(RED, SAME))[0] > 0
+
+
+def test_a_reward_that_needs_more_than_texts_is_refused():
+    recipe = resolve({"recipe": "default", "images": ".", "model": "tiny"}).recipe
+    with pytest.raises(RewardError, match=r"my_rewards\.py:fn is none of the texts alone"):
+        agreement_reward(recipe.model_copy(update={"reward": "my_rewards.py:fn"}), num_generations=2)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+def test_the_example_trains_two_steps_with_the_real_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from ireasoner.playground import dataset
+
+    dataset.write_unlabeled(tmp_path / "images", 3, "chalk")
+    spec = importlib.util.spec_from_file_location("example_trl", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    trainers, make = [], example.trainer_for
+    monkeypatch.setattr(example, "trainer_for", lambda asked: trainers.append(make(asked)) or trainers[-1])
+    words = ["--images", str(tmp_path / "images"), "--questions", QUESTION, "--steps", "2", "--num-generations", "4"]
+    words += ["--max-completion-length", "64", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["trl_grpo.py", *words])
+    example.main()
+    logged = [entry["rewards/ireasoner_default/mean"] for entry in trainers[0].state.log_history if "reward" in entry]
+    assert len(logged) == 2
+    assert max(logged) > 0
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert adapter["peft_type"] == "LORA"
