@@ -15,9 +15,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoProcessor
 
 pytest.importorskip("vllm")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 from ireasoner.app.cli import main
 from ireasoner.method.texts import solver_messages
@@ -25,13 +29,16 @@ from ireasoner.method.types import ROLES, Completion, Role
 from ireasoner.model.forward import completion_hidden
 from ireasoner.model.inputs import build_prompts
 from ireasoner.model.policy import Policy
+from ireasoner.model.source import TINY_MODEL
 from ireasoner.playground import dataset
 from ireasoner.rollouts import vllm
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.vllm import VllmEngine, VllmError
 from ireasoner.studies.doctor import fill_adapters
 from ireasoner.training.recorder import read_episodes
+from ireasoner.training.trained import TrainedModel
 from models import load, padded, requests, sample
+from runs import new_run
 
 QUESTIONS = ("Which bar is the tallest?", "Is red more than blue?", "Where?")
 
@@ -147,3 +154,51 @@ def test_a_run_that_is_killed_at_a_random_moment_ends_like_one_that_is_not(tmp_p
         mine, theirs = (load_file(run / place) for run in (killed, whole))
         for name, tensor in mine.items():
             torch.testing.assert_close(tensor, theirs[name], atol=2e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def trained(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with the policy's adapters."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    new_run(path, device="cpu").write_text("summary.json", "{}")
+    policy.save_adapters(path)
+    return path
+
+
+@pytest.mark.parametrize("options", [[], ["--merge"]])
+def test_an_export_is_served_as_the_trained_solver(
+    trained: Path, pictures: list[Image.Image], tmp_path: Path, options: list[str]
+):
+    """As `vllm serve` has it: the whole model with its own chat template and processor, the adapter with its base's."""
+    folder = tmp_path / "export"
+    assert main(["export", str(trained), "--to", str(folder), *options]) == 0
+    model = TrainedModel.from_run(trained, device="cpu")
+    merged = bool(options)
+    llm: Any = LLM(
+        model=str(folder if merged else TINY_MODEL), enable_lora=not merged, max_lora_rank=16,
+        max_model_len=512, limit_mm_per_prompt={"image": 1}, dtype="float32", enforce_eager=True,
+    )  # fmt: skip
+    serving = None if merged else LoRARequest("solver", 1, str(folder))
+    params = SamplingParams(temperature=0, max_tokens=model.config.sampling.max_solution_tokens)
+    image_then_text = [{"type": "image_pil", "image_pil": pictures[0]}]
+    for question in QUESTIONS:
+        (turn,) = solver_messages(model.config.sampling.solver_prompt, question)
+        chat = [{"role": "user", "content": [*image_then_text, *turn["content"][1:]]}]
+        (output,) = llm.chat(chat, params, lora_request=serving, use_tqdm=False)
+        assert output.outputs[0].text == model.ask(pictures[0], question).text
+
+
+def test_the_processor_of_an_export_is_read_by_transformers(
+    trained: Path, policy: Policy, pictures: list[Image.Image], tmp_path: Path
+):
+    """By the class that wants torchvision, which is here."""
+    folder = tmp_path / "export"
+    assert main(["export", str(trained), "--to", str(folder)]) == 0
+    processor = AutoProcessor.from_pretrained(folder)
+    text = processor.apply_chat_template(solver_messages("{question}", "Where?"), add_generation_prompt=True)
+    found = processor(images=[pictures[0]], text=[text], return_tensors="pt")
+    (request,) = requests(policy, pictures[:1], [solver_messages("{question}", "Where?")])
+    assert text == request.prompt
+    expected = request.image.seen.inputs(request.prompt)
+    for name in ("input_ids", "image_grid_thw"):
+        assert torch.equal(found[name], expected[name])

@@ -38,10 +38,6 @@ class Base:
     commit: str | None
     licence: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def name(self) -> str:
-        return self.hub_id or "a model from a local folder"
-
 
 def find_base(model: str, commit: str | None) -> Base:
     """Find out how others can name a model that is here already. The hub is not asked.
@@ -91,12 +87,13 @@ def model_card(
         header |= {"base_model": base.hub_id, "base_model_relation": "finetune" if form == "merged" else "adapter"}
     header |= {**base.licence, "pipeline_tag": "image-text-to-text"}
     header["tags"] = ["ireasoner", "self-play", "visual-reasoning", *(["lora"] if form != "merged" else [])]
+    name = base.hub_id or ("the tiny model of ireasoner" if config.model == "tiny" else "a model from a local folder")
     kind = "model with the solver merged into it" if form == "merged" else f"LoRA adapter of the {role}"
     at = f" at commit `{base.commit}`" if base.commit else ""
     paragraphs = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
-        f"# {base.name.rpartition('/')[2] if base.hub_id else 'A vision-language model'}, {role} of a self-play run",
-        f"A {kind}: {base.name}{at}, trained by self-play on unlabeled images with ireasoner {__version__} (an "
+        f"# {base.hub_id.rpartition('/')[2] if base.hub_id else 'A vision-language model'}, {role} of a self-play run",
+        f"A {kind}: {name}{at}, trained by self-play on unlabeled images with ireasoner {__version__} (an "
         "implementation of iReasoner, [arXiv 2601.05877](https://arxiv.org/abs/2601.05877)). A proposer asks a "
         "question about each image, a solver answers it several times, and the answers' agreement with each other is "
         "the reward.",
@@ -105,7 +102,7 @@ def model_card(
         "## What was measured",
         _measured(summary),
         "## What was not tested",
-        "Other images and questions than those above, other languages, safety and bias. The reward is the model's "
+        "Images and questions of other kinds, other languages, safety and bias. The reward is the model's "
         "agreement with itself, so that answers can become consistent without being right.",
     ]
     if role == "solver":

@@ -149,6 +149,7 @@ def _write_processor(target: Target, source: Path, folder: Path) -> None:
     """The files of the base's processor, with the limit of image tokens that the run was trained under."""
     config = target.config
     processor = load_processor(config.model, config.backbone.max_image_tokens, revision=config.revision)
+    (class_name,) = (base.__name__ for base in type(processor).__bases__)  # of transformers; ours leaves videos out
     for name in (*OF_PROCESSOR, *processor.tokenizer.vocab_files_names.values()):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -156,6 +157,8 @@ def _write_processor(target: Target, source: Path, folder: Path) -> None:
         if not (folder / name).is_file():
             continue
         settings = {key: value for key, value in read_json(folder / name, 2**24).items() if key not in PATHS}
+        # By which AutoProcessor finds the class where there is no config.json, as beside an adapter.
+        settings.setdefault("processor_class", class_name)
         images = settings if name == "preprocessor_config.json" else settings.get("image_processor")
         if isinstance(images, dict) and scales_by_area(processor):
             size = dict(processor.image_processor.size)
