@@ -33,11 +33,14 @@ from ireasoner.model.source import ModelError
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.studies import doctor
 from ireasoner.training.config import resolve
+from ireasoner.training.export import export
 from ireasoner.training.items import Item
 from ireasoner.training.selfplay import SelfPlay
+from ireasoner.training.targets import find_trained
 from models import learner, load, requests, sample, teach
 from plain import chosen
 from recorded import recorded
+from runs import new_run
 
 QUESTIONS = ("Which bar is the tallest?", "Is red more than blue, or is there no telling which of them is?", "Where?")
 WINDOWS = "gemma3"  # sliding windows: completions share the prompt's computation, but each has a copy of its cache
@@ -115,6 +118,22 @@ def test_logprobs_are_those_of_the_model_itself(
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert policy.shares_prompts == (family != OWN_STATE)
     assert policy.shares_attention == (family not in (OWN_STATE, WINDOWS))
+
+
+def test_exports_are_the_trained_solver_to_a_stranger(folder: Path, sized: list[Image.Image], tmp_path: Path):
+    """Its adapter on its base, and the whole model; with the processor that goes along."""
+    policy, ids = filled(folder), list(range(20, 32))
+    policy.save_adapters(tmp_path / "run")
+    new_run(tmp_path / "run", model=str(folder), dtype="float32").write_text("summary.json", "{}")
+    target = find_trained(str(tmp_path / "run"))
+    export(target, tmp_path / "adapter")
+    export(target, tmp_path / "merged", merge=True)
+    whole, processor = load_plain(tmp_path / "merged", None), load_processor(tmp_path / "merged")
+    on_base = load_plain(folder, tmp_path / "adapter")
+    found = plain_logprobs(whole, processor, sized[1], QUESTIONS[0], ids)
+    expected = plain_logprobs(on_base, load_processor(folder), sized[1], QUESTIONS[0], ids)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+    assert (plain_logprobs(load_plain(folder, None), processor, sized[1], QUESTIONS[0], ids) - found).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])

@@ -259,6 +259,8 @@ def test_the_processor_of_an_export_is_the_one_that_was_trained_with(
     images, tokenizer = AutoImageProcessor.from_pretrained(folder, backend="pil"), AutoTokenizer.from_pretrained(folder)
     found, expected = images(large, return_tensors="pt"), policy.processor.image_processor(large, return_tensors="pt")
     assert torch.equal(found["pixel_values"], expected["pixel_values"])
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    assert settings["processor_class"] == "Qwen2_5_VLProcessor"  # without which AutoProcessor would take the tokenizer
     chat = solver_messages("Look. {question}", QUESTION)
     assert tokenizer.apply_chat_template(chat, tokenize=False) == policy.processor.tokenizer.apply_chat_template(
         chat, chat_template=policy.processor.chat_template, tokenize=False
