@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
-from hub import Hub, serving
+from hub import COMMIT as COMMIT_OF_HUB
+from hub import OLDER, Hub, serving
 from ireasoner.app.cli import main
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Solution, UsageError
@@ -452,6 +453,26 @@ def pushed(hub: Hub, home: Path, run: Path, *options: str, name: str = "owner/so
     """What a push prints, and its error."""
     done = hub.ireasoner(home, "push", str(run), name, *options, **variables)
     return done.stdout + done.stderr
+
+
+def test_an_export_names_a_base_on_the_hub_with_its_commit_and_licence(hub: Hub, policy: Policy, tmp_path: Path):
+    """Those of the commit that the run began with, although the branch has moved on."""
+    for commit, licence in ((COMMIT_OF_HUB, "mit"), (OLDER, "apache-2.0")):
+        shutil.copytree(TINY_MODEL, tmp_path / commit)
+        (tmp_path / commit / "README.md").write_text(f"---\nlicense: {licence}\n---\n# Base")
+    hub.models = {"org/model": {commit: tmp_path / commit for commit in (COMMIT_OF_HUB, OLDER)}}
+    run = new_run(tmp_path / "run", model="org/model", preset="tiny", device="cpu")
+    run.write_text("versions.json", json.dumps({"model": f"org/model@{OLDER}"}))
+    run.write_text("summary.json", "{}")
+    policy.save_adapters(tmp_path / "run")
+    for name, options in {"adapter": [], "merged": ["--merge"]}.items():
+        done = hub.ireasoner(tmp_path / "home", "export", str(tmp_path / "run"), "--to", str(tmp_path / name), *options)
+        assert done.returncode == 0, done.stderr
+        header, text = card_of((tmp_path / name / "README.md").read_text("utf-8"))
+        assert (header["base_model"], header["license"]) == ("org/model", "apache-2.0")
+        assert f"org/model at commit `{OLDER}`" in text
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("org/model", OLDER)
 
 
 @pytest.mark.parametrize("merge", [False, True])
