@@ -12,14 +12,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from datasets import Dataset, Image
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from ireasoner.method.texts import SOLVER_PROMPT
 from ireasoner.model.backbone import load_processor
 from ireasoner.model.source import TINY_MODEL
 from ireasoner.plugins.trl import agreement_reward
+from ireasoner.training.config import resolve
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -36,12 +37,13 @@ def main() -> None:
     asked = parser.parse_args()
     trainer = trainer_for(asked)
     trainer.train()
-    trainer.save_model(str(asked.out))
+    trainer.model.save_pretrained(str(asked.out))
 
 
 def trainer_for(asked: argparse.Namespace) -> GRPOTrainer:
     """TRL's trainer with our reward."""
     model = str(TINY_MODEL) if asked.model == "tiny" else asked.model
+    solver_prompt = resolve({"model": asked.model, "images": str(asked.images)}).sampling.solver_prompt
     processor = load_processor(model)
     processor.tokenizer.padding_side = "left"  # which generation in batches takes
     config = GRPOConfig(
@@ -52,25 +54,28 @@ def trainer_for(asked: argparse.Namespace) -> GRPOTrainer:
         per_device_train_batch_size=asked.num_generations,
         max_completion_length=asked.max_completion_length,
         logging_steps=1,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
         save_strategy="no",
         report_to="none",
     )
     reward = agreement_reward(
         num_generations=asked.num_generations,
         question_column="question",
+        solver_prompt=solver_prompt,
         eos_token_ids=[processor.tokenizer.eos_token_id],
     )
-    data = questions_about(asked.images, asked.questions)
+    data = questions_about(asked.images, asked.questions, solver_prompt)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", exclude_modules=".*visual.*")
     return GRPOTrainer(model, reward, config, data, processing_class=processor, peft_config=lora)
 
 
-def questions_about(images: Path, questions: list[str]) -> Dataset:
-    """Every question about every image of a folder, in the prompt whose form the reward reads."""
+def questions_about(images: Path, questions: list[str], solver_prompt: str) -> Dataset:
+    """Every question about every image of a folder, in the prompt that asks for the form which the reward reads."""
     paths = sorted(str(path) for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
     rows = [
         {
-            "prompt": [{"role": "user", "content": SOLVER_PROMPT.replace("{question}", question)}],
+            "prompt": [{"role": "user", "content": solver_prompt.replace("{question}", question)}],
             "image": path,
             "question": question,
         }

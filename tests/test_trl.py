@@ -154,6 +154,7 @@ def test_a_reward_that_needs_more_than_texts_is_refused():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+@pytest.mark.filterwarnings("default")  # TRL and what it imports warn of their own options
 def test_the_example_trains_two_steps_with_the_real_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from ireasoner.playground import dataset
 
@@ -171,6 +172,6 @@ def test_the_example_trains_two_steps_with_the_real_trl(tmp_path: Path, monkeypa
     example.main()
     logged = [entry["rewards/ireasoner_default/mean"] for entry in trainers[0].state.log_history if "reward" in entry]
     assert len(logged) == 2
-    assert max(logged) > 0
+    assert min(logged) > 0
     adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert adapter["peft_type"] == "LORA"
