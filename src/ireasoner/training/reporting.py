@@ -111,6 +111,8 @@ class MLflow(Reported):
     name = "mlflow"
 
     def start(self, run: TrackedRun) -> str:
+        # MLflow tries seven times by default, each time after twice as long, while the run waits for it.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         self.begin(run, MLflowTracker(PROJECT, run_id=run.kept, run_name=run.folder.name))
         return self.tracker.tracker.info.run_id
 
