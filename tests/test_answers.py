@@ -81,6 +81,10 @@ SAME = [
     ["don't know", "don’t know"],
     ["red\u200b", "\ufeffred", "re\u00add"],
     ["5!", r"$5!$", "**5!**"],
+    # as models of other countries write them
+    ["D", "(D)", "D)", "Option D", "选D", "D is correct"],
+    ["1st", "first", "the first", "1^{st}"],
+    ["22nd", "twenty-second", "第22"],
 ]
 
 DIFFERENT = [

@@ -204,7 +204,7 @@ _ARTICLE = re.compile(
 # In two letters of which either case is a chemical symbol or a genotype, case tells: CO and Co, AA and Aa.
 _CASED = re.compile(r"(?P<letter>[A-Za-z])(?i:(?P=letter))|CO|CS|CU|HF|HO|NI|NP|OS|PB|PO|SB|SC|SN|BI")
 _BARE_PICK = re.compile(
-    r"(?:option |choice )?[(\[]?([a-z])[)\]]?[.:]?"
+    r"(?:option |choice |故?[选選]择? ?)?[(\[]?([a-z])[)\]]?[.:]?"
     r"(?: is (?:correct|right|the (?:correct |right )?(?:answer|option|choice)))?",
     re.IGNORECASE,
 )

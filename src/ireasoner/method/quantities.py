@@ -200,7 +200,11 @@ def _ordinal(text: str) -> str | None:
     elif match := re.match(r"第 ?(\d+|[一二三四五六七八九十百]+) ?[个名位]?", text):
         text = f"{match[1] if match[1].isdigit() else chinese_cardinal(match[1])}th{text[match.end() :]}"
     match = _ORDINAL.fullmatch(text)
-    return f"{int(match[1])}th{match['rest'].casefold()}" if match else None
+    if not match:
+        return None
+    number = int(match[1])
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}{match['rest'].casefold()}"
 
 
 _TO = re.compile(r" ?(?:-|~|→|至|到) ?| (?:to|through|bis|à|a|al|and|und|et|y) ", re.IGNORECASE)
