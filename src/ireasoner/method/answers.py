@@ -166,18 +166,16 @@ def _same_value(calculation: str, value: str) -> bool:
 
 def _without_noun(key: str, question: str) -> str:
     """`number:5` for `number:5 circles` if the question is how many circles there are, or asks for it in circles."""
-    if not key.startswith("number:") or " " not in key:
+    number, _, unit = key.partition(" ")
+    if not key.startswith("number:") or not unit:
         return key
-    if (measured := _IN_UNIT.search(question)) and _typed_key(f"1 {measured[1]}") == "number:1 " + key.partition(" ")[
-        2
-    ]:
-        return key.partition(" ")[0]
+    if (measured := _IN_UNIT.search(question)) and _typed_key(f"1 {measured[1]}") == f"number:1 {unit}":
+        return number
     if not (asked := _COUNTS.search(question)):
         return key
     phrase = re.split(r"[?\n:;.]", question[asked.start() :], maxsplit=1)[0]
     words = re.findall(r"[^\W\d_]+", phrase)[:12]
     names = {unit_name(word) for word in words} | {word.casefold() for word in words}
-    number, _, unit = key.partition(" ")
     nouns = re.findall(r"[^\W\d_]+|[^\w\s]", unit)
     known = all(
         {noun, noun + "s", noun.removesuffix("s")} & names or (not noun.isascii() and noun in phrase) for noun in nouns
@@ -226,7 +224,7 @@ def _numeric(text: str) -> str | None:
 
 
 def _typed_key(text: str) -> str:
-    """The key of an answer from `_bare`, leaving options aside: as a number if all of it is one, else as text."""
+    """The key of an answer from `bare`, leaving options aside: as a number if all of it is one, else as text."""
     if len(text) > MAX_ANSWER_LENGTH:
         return f"text:{text.casefold()}"
     text = re.sub(r"(?<=\d) ?[xX*×] ?(?=\d)", "×", text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from ireasoner.method.numerals import TABLES, cardinal, chinese_cardinal
+from ireasoner.method.numerals import TABLES, any_of, cardinal, chinese_cardinal
 
 _CLOCK = re.compile(r"(?P<hour>\d{1,2})(?:[:.](?P<minute>\d\d))? ?(?P<half>[ap])\.? ?m\.?", re.IGNORECASE)
 _CLOCK_24 = re.compile(
@@ -78,7 +78,7 @@ def _spoken_time(text: str) -> str | None:
 
 
 _MONTHS = {name: number for number, names in enumerate(TABLES["months"], 1) for name in names.split()}
-_MONTH = rf"(?P<month>{'|'.join(sorted(_MONTHS, key=len, reverse=True))})(?![^\W\d_])\.?"
+_MONTH = rf"(?P<month>{any_of(_MONTHS)})(?![^\W\d_])\.?"
 _ENGLISH_MONTH = (
     r"(?P<month>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|"
     r"nov(?:ember)?|dec(?:ember)?)(?![^\W\d_])\.?"

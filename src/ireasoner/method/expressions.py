@@ -40,12 +40,8 @@ def expression(text: str) -> str | None:
         r"[^\W\d_]{3}", re.sub(r"sqrt|sin|cos|tan|log|ln|(?<![a-z])pi(?![a-z])", "", text)
     ):
         return None
-    source = _in_python(text.casefold())
-    if source is None:
-        return None
-    try:
-        value = _value(ast.parse(source, mode="eval").body)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    value = _evaluated(text.casefold())
+    if value is None:
         return None
     import sympy
 
@@ -61,11 +57,17 @@ def arithmetic(text: str) -> str | None:
     """The value of a calculation with plain numbers, such as `15` for `60 - 45`; None for anything else."""
     if len(text) > MAX_LENGTH or not re.fullmatch(r"[\d .+*/()×÷-]+", text):
         return None
+    value = _evaluated(text.strip())
+    return str(value) if value is not None and value.is_finite else None
+
+
+def _evaluated(text: str) -> sympy.Expr | None:
+    """The value of a formula as SymPy holds it; None for what is no formula or too large."""
+    source = _in_python(text)
     try:
-        value = _value(ast.parse(_in_python(text.strip()) or "", mode="eval").body)
+        return None if source is None else _value(ast.parse(source, mode="eval").body)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
-    return str(value) if value.is_finite else None
 
 
 def _in_python(text: str) -> str | None:

@@ -12,9 +12,7 @@ import unicodedata
 
 # The Turkish letters among them match "i" where case is ignored, but lower() keeps them, so that tables lack the word.
 _LOOKALIKES = str.maketrans("‐‑‒–—―−‘’‚‛′ʼ“”„‟″⁄∕⋅∙·✕✖º˚。∶【】İı", "-------''''''\"\"\"\"\"//×××××°°.:[]Ii")
-
-
-_CIRCLED = {0x2460 + n: f"({n + 1})" for n in range(20)}  # ① and so on
+_BEFORE_NFKC = _LOOKALIKES | {0x2460 + n: f"({n + 1})" for n in range(20)}  # ① and so on, which NFKC makes 1
 
 
 def plain_characters(text: str) -> str:
@@ -22,7 +20,7 @@ def plain_characters(text: str) -> str:
 
     NFKC alone would make x2, 21/2 and 102 of x², 2½ and 10₂, so these are rewritten before it: x^2, 2 ½ and 10_2.
     """
-    text = "".join(c for c in text if unicodedata.category(c) != "Cf").translate(_LOOKALIKES | _CIRCLED)
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf").translate(_BEFORE_NFKC)
     text = re.sub(r"([⁰¹²³⁴-⁹⁺⁻ⁿ]+)", r"^\1", text)
     text = re.sub(r"([¼-¾⅐-⅞])", r" \1 ", text)
     text = re.sub(r"(?<=\d)([₀-₉]+)", r"_\1", text)
@@ -73,10 +71,8 @@ def _grouped(content: str) -> str:
 
 
 def _root(match: re.Match[str]) -> str:
-    degree, content = (
-        "3" if match["cube"] else match["degree"] or "2",
-        match["braced"] or match["bracketed"] or match["plain"],
-    )
+    degree = "3" if match["cube"] else match["degree"] or "2"
+    content = match["braced"] or match["bracketed"] or match["plain"]
     return f" sqrt({content}) " if degree == "2" else f" ({content})^(1/{degree}) "
 
 

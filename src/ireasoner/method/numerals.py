@@ -9,13 +9,19 @@ from __future__ import annotations
 import re
 import tomllib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
 
 TABLES = tomllib.loads(resources.files("ireasoner.method").joinpath("quantities.toml").read_text("utf-8"))
 MAX_WORDS = 12  # of a number that is spelled out
+
+
+def any_of(names: Iterable[str]) -> str:
+    """A pattern of any of these names, the longest one first."""
+    return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+
 
 SCALES = {"trillion": 10**12, "billion": 10**9, "million": 10**6, "thousand": 1000, "hundred": 100}
 NUMBER_WORD = (

@@ -6,8 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from ireasoner.method.latex import plain_characters
-
-MAX_QUESTION_LENGTH = 4096  # characters; a longer question is not searched for options
+from ireasoner.method.wording import MAX_QUESTION_LENGTH
 
 # How options may be marked, the surest way first; all options of a question are marked alike. A marker in brackets may
 # follow a word, `(A)cat(B)dog`, but not a single letter, `f(a)`.
@@ -28,8 +27,6 @@ _MARKERS = [
         r"(?<![\w(.])(?P<mark>\d{1,2})[.)](?=\s)",
     )
 ]
-
-
 _ROMAN = ("I", "II", "III", "IV", "V", "VI", "VII", "VIII")
 
 
@@ -37,7 +34,8 @@ def marked_options(question: str) -> dict[str, str]:
     """The options that a question offers: from letter, or number, to the text of the option, which may be "".
 
     Options are at least two, counted from A or 1, all marked in the same way, such as `A) red B) blue`, `(A)red(B)blue`
-    or `1. red`, `2. blue` on lines of their own. Reads any text and never raises.
+    or `1. red`, `2. blue` on lines of their own. A question beyond `MAX_QUESTION_LENGTH` is not searched. Reads any
+    text and never raises.
     """
     if len(question) > MAX_QUESTION_LENGTH:
         return {}
@@ -56,9 +54,8 @@ def marked_options(question: str) -> dict[str, str]:
             ends = [*(match.start() for match in run[1:]), len(question)]
             found = {m["mark"].upper(): _text(question[m.end() : end]) for m, end in zip(run, ends, strict=True)}
             texts = [text.strip(" .,;:?") for text in found.values()]
-            if all(texts) or (
-                not any(texts) and run[0][0][0] in "(["
-            ):  # but not "by A. B. Smith" or "figures (a) and (b) show"
+            without_texts = not any(texts) and run[0][0][0] in "(["  # "(A), (B) or (C)"
+            if all(texts) or without_texts:  # but not "by A. B. Smith" or "figures (a) and (b) show"
                 return found
     return {}
 

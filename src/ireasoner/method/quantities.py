@@ -6,13 +6,20 @@ The names and prefixes of units come from pint; quantities.toml adds what it doe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from fractions import Fraction
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from ireasoner.method.dates import date, time_of_day
-from ireasoner.method.numerals import SCALES, TABLES, chinese_cardinal, in_digits, ordinal_in_digits, with_points
+from ireasoner.method.numerals import (
+    SCALES,
+    TABLES,
+    any_of,
+    chinese_cardinal,
+    in_digits,
+    ordinal_in_digits,
+    with_points,
+)
 
 if TYPE_CHECKING:
     import pint
@@ -97,15 +104,11 @@ def quantity(text: str) -> str | None:
     return date(text) or time_of_day(text) or _ordinal(text) or _measure(text) or _range(text) or _compound(text)
 
 
-def _any_of(names: Iterable[str]) -> str:
-    """A pattern of any of these names; `mn` and `bn` are millions and billions, but `MN` and `mN` are newtons."""
-    longest_first = sorted(names, key=len, reverse=True)
-    return "|".join(f"(?-i:{name})" if name in ("mn", "bn", "tn") else re.escape(name) for name in longest_first)
-
-
 _SCALE_WORDS = SCALES | {name: 10 ** int(power) for power, names in TABLES["scales"].items() for name in names}
+_CASED_SCALES = {"mn", "bn", "tn"}  # `MN` and `mN` are newtons
+_SCALE = f"{any_of(_SCALE_WORDS.keys() - _CASED_SCALES)}|(?-i:{any_of(_CASED_SCALES)})"
 _LETTERS = {"k": "thousand", "m": "million", "mm": "million", "b": "billion", "t": "trillion"}
-_MONEY = rf"(?:{_any_of(CURRENCIES)})(?:(?<=\w)(?![^\W\d_])\.?|(?<=\W))"
+_MONEY = rf"(?:{any_of(CURRENCIES)})(?:(?<=\w)(?![^\W\d_])\.?|(?<=\W))"
 _INTEGER = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?:\ \d{3}){2,}|\d+)"  # groups of three only: 3,5 may be 3.5
 _DECIMAL = rf"(?:{_INTEGER}(?:\.\d+)?|\.\d+)"
 _QUANTITY = re.compile(
@@ -113,7 +116,7 @@ _QUANTITY = re.compile(
     (?: (?:(?P<whole>{_INTEGER})\ )?(?P<top>{_DECIMAL})\ ?/\ ?(?P<bottom>{_DECIMAL})
       | (?:(?P<factor>{_DECIMAL})×)?10\^\(?(?P<power>[+-]?\d+)\)?
       | (?P<decimal>{_DECIMAL})(?:e(?P<exponent>[+-]?\d+))?
-    )(?:\ ?(?P<scale>{_any_of(_SCALE_WORDS)})(?!(?<=[a-z])\w))?
+    )(?:\ ?(?P<scale>{_SCALE})(?!(?<=[a-z])\w))?
     \ ?(?P<unit>(?!(?:to|or|and)\ )
         (?:(?:[^\W\d_]|[%‰°$€£¥₹¢₩₽'"]|/(?=[^\W\d]))(?:[^\d^]|\^-?\d|(?<=[^\W\d_])[23](?!\d))*)?)""",
     re.IGNORECASE | re.VERBOSE,
@@ -155,7 +158,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 _RELATIONS = {name: sign for sign, names in TABLES["relations"].items() for name in names}
-_FIRST = re.compile(rf"(?:{_any_of(_RELATIONS)})(?:(?<=\W)|(?![a-z])) ?(?=[^ ])", re.IGNORECASE)
+_FIRST = re.compile(rf"(?:{any_of(_RELATIONS)})(?:(?<=\W)|(?![a-z])) ?(?=[^ ])", re.IGNORECASE)
 _LAST = {
     "≥": re.compile(
         r",? (?:or|and) (?:more|greater|higher|above|over|later|older|up|taller|longer|larger|bigger|heavier|"

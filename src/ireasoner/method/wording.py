@@ -126,6 +126,4 @@ _ASKS_FOR_WORDS = _any("asks_for_words")
 def commits(answer: str, question: str) -> bool:
     """Whether an answer names one thing. An "or" may be part of a title, if one is asked for or it is in quotes."""
     answer = _YES_OR_NO.sub(r"\g<core>", without_reason(answer))
-    return not _HEDGE.search(answer) or bool(
-        _ASKS_FOR_WORDS.search(question[:MAX_QUESTION_LENGTH]) or _QUOTED.match(answer.rstrip("."))
-    )
+    return not _HEDGE.search(answer) or bool(_ASKS_FOR_WORDS.search(question) or _QUOTED.match(answer.rstrip(".")))
