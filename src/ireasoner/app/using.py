@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ireasoner.app import display
 from ireasoner.app.command import Command
 from ireasoner.method.recipe import Count
-from ireasoner.training.targets import find_trained
+from ireasoner.training.targets import find_trained, load_target
 
 if TYPE_CHECKING:  # this imports torch
     from ireasoner.training.trained import Answer
@@ -43,7 +43,8 @@ class Ask(Command):
 
         image = load_image(self.image, target.config.max_image_pixels)  # before the model, which takes longer
         with out_of_memory_is_told():
-            model = TrainedModel.from_run(self.run_dir, device=self.device)
+            policy, _ = load_target(target, self.device)
+            model = TrainedModel(policy, target.config)
             for base in (True, False) if self.base else (False,):
                 if self.base:
                     display.print_text(f"Before training ({target.config.model}):" if base else "\nAfter training:")

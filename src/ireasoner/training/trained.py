@@ -41,7 +41,7 @@ class Answer:
 
 
 class TrainedModel:
-    """A policy with the config that it was trained under. Made by `TrainedModel.from_run`."""
+    """A policy with the config that it was trained under. `TrainedModel.from_run` loads both."""
 
     def __init__(self, policy: Policy, config: Config) -> None:
         self.policy, self.config = policy, config
