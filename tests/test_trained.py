@@ -88,6 +88,19 @@ def test_a_picture_in_memory_is_the_same_as_its_file(model: TrainedModel, pictur
         assert model.ask(image, QUESTION) == model.ask(picture, QUESTION)
 
 
+@pytest.mark.parametrize("longest", [256, 6])
+def test_a_single_reply_is_told_as_it_is_written(model: TrainedModel, picture: Path, longest: int):
+    sampling = model.config.sampling.model_copy(update={"max_solution_tokens": longest})
+    cut = TrainedModel(model.policy, model.config.model_copy(update={"sampling": sampling}))
+    parts: list[str] = []
+    reply = cut.ask(picture, QUESTION, on_text=parts.append)
+    assert "".join(parts) == reply.text
+    assert len(parts) > 1
+    assert reply == cut.ask(picture, QUESTION)  # which is told to nobody, as before
+    cut.ask(picture, QUESTION, votes=2, on_text=parts.append)
+    assert "".join(parts) == reply.text
+
+
 def test_votes_are_sampled_under_their_seed(model: TrainedModel, picture: Path):
     reply = model.ask(picture, QUESTION, votes=4, seed=1)
     assert reply.votes == 4
@@ -121,10 +134,10 @@ def test_the_majority_answers_as_its_first_reply_words_it(
 def test_ask_prints_the_steps_and_the_answer(run: Path, picture: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["ask", str(run), str(picture), QUESTION, "--base", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("Before training (tiny):\n1. ")
+    assert printed.startswith("Before training (tiny):\n<think>")
     before, after = printed.split("After training:")
     assert "\nAnswer: " in before
-    assert "1. " in after or "The reply has no answer" in after
+    assert "\nAnswer: " in after or "The reply has no answer" in after
     assert main(["ask", str(run), str(picture), QUESTION, "--votes", "3", "--device", "cpu"]) == 0
     assert " of 3 replies agree." in capsys.readouterr().out
 

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from ireasoner.app import display
+from ireasoner.app.api import continued, follow
 from ireasoner.app.command import Command
+from ireasoner.app.paths import absolute, find_truth
 from ireasoner.app.targets import evaluate_target
 from ireasoner.app.using import Ask, Export, Push
 from ireasoner.method.matching import Match
@@ -112,16 +114,11 @@ class Train(Command):
     """Save and stop after so many hours, as Ctrl-C does; --resume continues."""
 
     def run(self) -> int:
-        flags = _absolute(self.model_extra or {})
+        flags = absolute(self.model_extra or {})
         if self.resume is not None:
             if self.out is not None:
                 raise UsageError("--resume RUN continues RUN in place: leave out --out")
-            config = configs.load_config(self.resume / "config.yaml")
-            planned = config.schedule.steps
-            steps = config.changed(steps=flags.get("steps", planned)).schedule.steps
-            extend_to = steps if steps > planned else None
-            if differing := configs.conflicts(config, {**flags, "steps": planned} if extend_to else flags):
-                raise UsageError(f"cannot resume with other options: {'; '.join(differing)}")
+            config, extend_to = continued(self.resume, flags)
             return _follow(
                 config,
                 self.resume,
@@ -336,7 +333,7 @@ class Ablate(Command):
         from ireasoner.studies.ablation_tables import legend, tables
 
         given = self.model_dump(mode="json", exclude_unset=True, include=set(Settings.model_fields))
-        given = {**_absolute(given), "training": dict(self.model_extra or {})}
+        given = {**absolute(given), "training": dict(self.model_extra or {})}
         jobs = self.jobs or (QUICK_JOBS if self.quick else 1)
         if self.quick:
             given = {**QUICK, **given, "training": {**QUICK["training"], **given["training"]}}
@@ -379,7 +376,7 @@ class View(OfRun):
                 display.open_on_desktop(address)
 
         with suppress(KeyboardInterrupt):  # how a viewer ends
-            serve(self.run_dir, self.port, ready, _find_truth(self.run_dir, self.truth))
+            serve(self.run_dir, self.port, ready, find_truth(self.run_dir, self.truth))
         return 0
 
 
@@ -394,7 +391,7 @@ class Report(OfRun):
         from ireasoner.page import write_report
 
         try:
-            path = write_report(self.run_dir, self.out, _find_truth(self.run_dir, self.truth))
+            path = write_report(self.run_dir, self.out, find_truth(self.run_dir, self.truth))
         except OSError as error:
             raise UsageError(f"the report could not be written: {error}") from None
         print(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -670,32 +667,6 @@ def _print_command(*words: object) -> None:
     print(f"  {display.plain(shlex.join([PROGRAM, *map(str, words)]), 2000)}")
 
 
-def _absolute(flags: dict[str, Any]) -> dict[str, Any]:
-    """The same with paths from the root, for a run may be resumed from another folder."""
-    return {name: value if value is None else _from_root(name, value) for name, value in flags.items()}
-
-
-def _from_root(name: str, value: Any) -> Any:
-    if name == "recipes":
-        known = configs.names("recipes")
-        return [each if each in known or not Path(each).is_file() else os.path.abspath(each) for each in value]
-    is_path = (
-        name in ("images", "labels", "eval_data", "held_out", "data")
-        or (name == "model" and Path(value).expanduser().is_dir())
-        or (name == "reward" and ".py:" in value)
-    )
-    return os.path.abspath(os.path.expanduser(value) if name == "model" else value) if is_path else value
-
-
-def _find_truth(run: Path, file: Path | None = None) -> Any:
-    """How the page learns what is true of a run's images: from a file, or from what the playground left in the run."""
-    from ireasoner.playground.truth import read_truth, truth_beside
-
-    if file is None:
-        return lambda config: truth_beside(config.images, within=run)
-    return lambda config: read_truth(file)
-
-
 def _follow(
     config: configs.Config,
     out: Path,
@@ -706,26 +677,16 @@ def _follow(
     extend_to: int | None = None,
 ) -> int:
     """Run or resume with a display; the exit code."""
-    from ireasoner.page import write_report
-    from ireasoner.playground.truth import step_truth
-    from ireasoner.training import loop
-
-    def go(observer: Any = None) -> loop.Outcome:
-        if resuming:
-            trust = {"trusts_reward": trusts_reward, "extend_to": extend_to}
-            return loop.resume(config, out, observer, step_truth, max_hours, **trust)
-        return loop.start(config, out, observer, step_truth, max_hours)
-
-    if os.environ.get("RANK", "0") != "0":  # another of the run's processes shows and writes
-        outcome = go()
+    outcome = follow(
+        config,
+        out,
+        resuming=resuming,
+        max_hours=max_hours,
+        trusts_reward=trusts_reward,
+        extend_to=extend_to,
+    )
+    if os.environ.get("RANK", "0") != "0":
         return 0 if outcome.complete else 130  # the first process tells how the run ended
-    with display.Display(config, out) as shown:
-        outcome = go(shown.observer())
-        if outcome.complete:
-            try:
-                write_report(out, find_truth=_find_truth(out))
-            except OSError as error:  # the run itself is safe by now
-                raise UsageError(f"the run is complete, but its report could not be written: {error}") from None
     if not outcome.complete:
         print(f"Stopped after step {outcome.step}, saved. Continue with: {PROGRAM} train --resume {out}")
         return 130

@@ -166,7 +166,8 @@ class Display:
         self.console.print(Text(plain(message, 2000)), soft_wrap=self.live is None)
 
     def on_start(self, config: Config, first_step: int) -> None:
-        self.progress.update(self.task, completed=first_step - 1)
+        self.config = config  # an extended run has a later last step
+        self.progress.update(self.task, completed=first_step - 1, total=config.schedule.steps)
         self.say(
             f"{config.model} on {config.images}: recipe {config.recipe.name}, preset {config.preset}, "
             f"seed {config.seed}, {config.schedule.steps} steps of {config.schedule.images_per_step} images x "
@@ -228,6 +229,11 @@ def print_text(text: str) -> None:
     """A paragraph, broken between words on a terminal and nowhere else."""
     console = Console(highlight=False)
     console.print(Text(text), soft_wrap=not console.is_terminal)
+
+
+def print_part(text: str) -> None:
+    """A part of a model's reply, at once: its lines are kept, and other control characters are not."""
+    print("\n".join(plain(line, len(line)) for line in text.split("\n")), end="", flush=True)
 
 
 def _text_table(title: str, rows: Sequence[Sequence[str]], gap: int) -> Table:

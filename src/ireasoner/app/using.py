@@ -15,8 +15,9 @@ if TYPE_CHECKING:  # this imports torch
 
 
 class Ask(Command):
-    """Ask the solver that a run has trained a question about an image, with the run's own prompt: its reasoning steps
-    and its answer."""
+    """Ask the solver that a run has trained a question about an image, with the run's own prompt. A single reply is
+    printed as it is written; of several that vote, the one that words the majority's answer. The last line is the
+    answer."""
 
     summary: ClassVar = "ask a trained model about an image"
     positional: ClassVar = ("run_dir", "image", "question")
@@ -48,7 +49,11 @@ class Ask(Command):
             for base in (True, False) if self.base else (False,):
                 if self.base:
                     display.print_text(f"Before training ({target.config.model}):" if base else "\nAfter training:")
-                _show(model.ask(image, self.question, self.votes, base=base, seed=self.seed))
+                told = display.print_part if self.votes == 1 else None
+                reply = model.ask(image, self.question, self.votes, base=base, seed=self.seed, on_text=told)
+                if told:
+                    display.print_text("")
+                _show(reply)
         return 0
 
 
@@ -103,12 +108,15 @@ class Push(Command):
 
 
 def _show(reply: Answer) -> None:
-    """Print the reasoning steps and the answer. What a model writes may hold anything, so it is made plain."""
-    for number, step in enumerate(reply.reasoning_steps, 1):
-        display.print_text(f"{number}. {display.plain(step, 2000)}")
+    """Print the answer, and of several replies the reasoning steps of the one that words it; of one, all was printed.
+
+    What a model writes may hold anything, so it is made plain.
+    """
+    if reply.votes > 1:
+        for number, step in enumerate(reply.reasoning_steps, 1):
+            display.print_text(f"{number}. {display.plain(step, 2000)}")
     if reply.problem is not None:
-        display.print_text(f"The reply has no answer that could be read ({reply.problem}): ")
-        display.print_text(display.plain(reply.text, 4000))
+        display.print_text(f"The reply has no answer that could be read ({reply.problem}).")
     elif reply.answer is None:
         display.print_text("No reply commits itself to an answer.")
     else:

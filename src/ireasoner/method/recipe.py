@@ -15,6 +15,7 @@ Count = Annotated[int, Field(ge=1)]
 # What `reward` may name beside a file: agreement, and the keys of `ireasoner.method.scoring.BUILT_IN`, which cannot be
 # imported here because it reads recipes.
 REWARDS = ("agreement", "discrete", "random", "format", "oracle")
+IN_PYTHON = "python:"  # what stands before the name of a function that was handed over in Python
 
 
 class Options(BaseModel):
@@ -82,7 +83,8 @@ class Recipe(Options):
     @field_validator("reward")
     @classmethod
     def _known_or_in_a_file(cls, reward: str) -> str:
-        if reward not in REWARDS and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", reward, re.DOTALL):
+        in_file = re.fullmatch(r".+\.py:[A-Za-z_]\w*", reward, re.DOTALL)
+        if reward not in REWARDS and not in_file and not reward.startswith(IN_PYTHON):
             raise ValueError(f"choose {', '.join(REWARDS)}, or a function in a file, as my_rewards.py:function")
         return reward
 

@@ -24,7 +24,7 @@ from ireasoner.method.recipe import Recipe
 from ireasoner.method.scoring import Context, RewardError, score_solutions, step_weight
 from ireasoner.method.texts import SOLVER_PROMPTS, parse_trajectory
 from ireasoner.method.types import FinishReason, Form, Solution
-from ireasoner.training.config import resolve
+from ireasoner.training.config import load_recipe
 
 Prompt = str | Sequence[Mapping[str, Any]]  # text, or the turns of a chat
 
@@ -86,9 +86,7 @@ def agreement_reward(
     """
     if num_generations < 2:
         raise RewardError(f"num_generations is {num_generations}, but agreement takes a group of at least 2")
-    chosen = (
-        recipe if isinstance(recipe, Recipe) else resolve({"recipe": recipe, "images": ".", "model": "tiny"}).recipe
-    )
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if chosen.reward not in ("agreement", "discrete", "random", "format"):
         raise RewardError(
             f"the reward {chosen.reward} is none of the texts alone: give TRL a function of your own beside"

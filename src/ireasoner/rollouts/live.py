@@ -41,6 +41,8 @@ class LiveEngine:
     """Samples from the policy's own weights.
 
     `capture` turns a decoding step that has run once into a function that repeats it; None: steps are not captured.
+    `on_token` is told each token as soon as it is drawn, for someone who waits for a single completion: while it is
+    set, a call may ask for no more than one.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -48,6 +50,7 @@ class LiveEngine:
         self.capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
         if policy.device.type == "cuda":
             self.capture = partial(CudaGraph, torch.cuda.Stream(policy.device))
+        self.on_token: Callable[[int], None] | None = None
 
     def refresh(self) -> None:
         """Nothing to do: the policy that is sampled from is the one that is trained."""
@@ -134,9 +137,11 @@ class LiveEngine:
     def _run(self, decoding: _Decoding, max_tokens: int, captures: bool) -> None:
         decoding.draw(decoding.prefix.last_hidden_BD)
         step, first = decoding.step, captures  # whether the step is the first one of this batch size
-        for _ in range(max_tokens - 1):
+        for drawn in range(max_tokens):
+            if self.on_token:
+                self.on_token(int(decoding.tokens[:, drawn]))
             unfinished = int((~decoding.done).sum())
-            if unfinished == 0:
+            if unfinished == 0 or drawn == max_tokens - 1:
                 return
             # A finished row costs as much as any other, so finished rows are dropped in batches; more rarely where the
             # smaller batch has to be captured anew.

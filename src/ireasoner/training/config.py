@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, ValidationError, mo
 from pydantic.fields import FieldInfo
 
 from ireasoner.method.matching import Match
-from ireasoner.method.recipe import Count, Options, Recipe
+from ireasoner.method.recipe import IN_PYTHON, Count, Options, Recipe
 from ireasoner.method.texts import PROPOSER_PROMPT, SOLVER_PROMPTS
 from ireasoner.method.types import Form, UsageError
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
@@ -261,9 +261,20 @@ def resolve(flags: Mapping[str, Any]) -> Config:
     recipe = str(flags.get("recipe", "default"))
     preset = str(flags.get("preset", "tiny" if flags.get("model") == "tiny" else option("preset").default))
     parts = _read_part("presets", preset, PRESET_OPTIONS) | _read_part("recipes", recipe, RECIPE_OPTIONS)
+    if str(reward := {**parts, **flags}.get("reward")).startswith(IN_PYTHON):
+        raise ConfigError(f"--reward {reward}: a function that is not in a file is handed to ireasoner.train")
     if flags.get("solution_form") not in (None, parts.get("solution_form", "tags")):
         parts.pop("solver_prompt", None)  # the preset's prompt asks for another form; the default one asks for this
     return config_of({**parts, **flags, "recipe": recipe, "preset": preset}, flags)
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by its name, or from a YAML file of recipe options.
+
+    Raises:
+        ConfigError: there is no such recipe, or the file is not one.
+    """
+    return resolve({"recipe": name, "images": ".", "model": "tiny"}).recipe
 
 
 def load_config(path: Path) -> Config:

@@ -15,7 +15,7 @@ from ireasoner.method.types import Episode
 from ireasoner.model.parallel import joined
 from ireasoner.training.closing import Outcome, finish, finished, scores_before, versions
 from ireasoner.training.config import Config, dump_config
-from ireasoner.training.custom_reward import load_reward, names_a_file
+from ireasoner.training.custom_reward import reward_to_resume, reward_to_start
 from ireasoner.training.fitting import fitted, within_memory
 from ireasoner.training.floors import common_problem, floor_signals
 from ireasoner.training.items import Item
@@ -45,6 +45,8 @@ def start(
     observer: Observer | None = None,
     truth: StepTruth | None = None,
     max_hours: float | None = None,
+    *,
+    reward: RewardFunction | None = None,
 ) -> Outcome:
     """Begin a run in a new or empty directory.
 
@@ -56,6 +58,7 @@ def start(
         observer: is told about every step, evaluation and message.
         truth: tells for the evaluation whether a reasoning step about a held-out question is true.
         max_hours: after which it saves and stops; None: it goes on to its end.
+        reward: a reward function, instead of the one that the recipe names.
 
     Raises:
         UsageError: something that the user named cannot be used, or the directory holds a run already.
@@ -67,10 +70,7 @@ def start(
             f"{out} lies inside the image folder {config.images}, so its thumbnails would be trained on: "
             "choose another --out"
         )
-    reward = None
-    if names_a_file(config):
-        reward, digest = load_reward(config)
-        config = config.model_copy(update={"reward_sha256": digest})
+    config, reward = reward_to_start(config, reward)
     return _run(config, out, observer or Observer(), truth, reward, max_hours)
 
 
@@ -81,6 +81,7 @@ def resume(
     truth: StepTruth | None = None,
     max_hours: float | None = None,
     *,
+    reward: RewardFunction | None = None,
     extend_to: int | None = None,
     trusts_reward: bool = False,
 ) -> Outcome:
@@ -88,6 +89,7 @@ def resume(
 
     Args:
         config, out, observer, truth, max_hours: as for `start`.
+        reward: the function that `start` was given, if it was.
         extend_to: a later last step than the run has so far; a finished run then goes on as well. None: its own.
         trusts_reward: whether a reward file that the run's config names may be imported, which runs its code.
 
@@ -98,14 +100,7 @@ def resume(
         config = config.extended(extend_to)
     if (summary := finished(config, out)) is not None:
         return Outcome(summary["steps"], True, summary)
-    reward = None
-    if names_a_file(config):
-        name = config.recipe.reward
-        if not trusts_reward:
-            raise RunError(f"{out} uses the reward {name}, whose code runs only if you name it: add --reward {name}")
-        reward, digest = load_reward(config)
-        if digest != config.reward_sha256:
-            raise RunError(f"{name} has changed since {out} was started: restore the file, or start a new run")
+    reward = reward_to_resume(config, out, reward, trusts_reward)
     return _run(config, out, observer or Observer(), truth, reward, max_hours)
 
 

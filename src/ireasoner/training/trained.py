@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from PIL import Image
+from transformers import TextStreamer
 
 from ireasoner.method.answers import answer_key, majority
 from ireasoner.method.texts import parse_trajectory, solver_messages
@@ -70,6 +74,7 @@ class TrainedModel:
         *,
         base: bool = False,
         seed: int = 0,
+        on_text: Callable[[str], None] | None = None,
     ) -> Answer:
         """Ask one question about one image, as the run's solver was asked in training.
 
@@ -79,6 +84,7 @@ class TrainedModel:
             votes: 1: the greedy reply; more: so many are sampled at temperature 1, and the majority answers.
             base: ask the model that the run started from, with the same prompt.
             seed: of the sampled replies.
+            on_text: is told a single reply as it is written, a few words at a time; of several, nothing.
 
         Raises:
             ImageError: the image cannot be read.
@@ -95,11 +101,42 @@ class TrainedModel:
         (encoded,) = encode_images(self.policy, [picture])
         request = Request(encoded, solver_messages(sampling.solver_prompt, question), (seed,))
         temperature = 0.0 if votes == 1 else 1.0
-        (replies,) = self.engine.sample(
-            [request], role, n=votes, max_tokens=sampling.max_solution_tokens, temperature=temperature
-        )
+        with self._streamed_to(on_text if votes == 1 else None):
+            (replies,) = self.engine.sample(
+                [request], role, n=votes, max_tokens=sampling.max_solution_tokens, temperature=temperature
+            )
         read = [parse_trajectory(c.text, c.finish_reason, sampling.solution_form, request.prompt) for c in replies]
         return _voted([reply.text for reply in replies], read, question)
+
+    @contextmanager
+    def _streamed_to(self, on_text: Callable[[str], None] | None) -> Iterator[None]:
+        """Tell the text of a single completion as it is drawn."""
+        if on_text is None:
+            yield
+            return
+        streamer = _Streamer(self.policy, on_text)
+        self.engine.on_token = streamer.token
+        try:
+            yield
+            streamer.end()
+        finally:
+            self.engine.on_token = None
+
+
+class _Streamer(TextStreamer):
+    """Hands the text of a completion on, in parts that later tokens do not change."""
+
+    def __init__(self, policy: Policy, on_text: Callable[[str], None]) -> None:
+        super().__init__(policy.processor.tokenizer)
+        self._end_tokens, self._on_text = policy.end_tokens, on_text
+
+    def token(self, drawn: int) -> None:
+        if drawn not in self._end_tokens:
+            self.put(torch.tensor([drawn]))
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._on_text(text)
 
 
 def _voted(texts: list[str], read: list[Solution], question: str) -> Answer:
