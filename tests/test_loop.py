@@ -866,6 +866,11 @@ def test_every_published_adapter_has_a_card_with_the_summarys_numbers(reference:
         card = (reference / role / "README.md").read_text("utf-8")
         assert f"LoRA adapter of the {role}" in card
         assert f"| {mean:.1f} [{low:.1f}, {high:.1f}] |" in card
+        for checkpoint in (reference / "checkpoints").glob("step-*"):
+            card = (checkpoint / role / "README.md").read_text("utf-8")
+            assert f"LoRA adapter of the {role}" in card
+            assert f"steps: {int(checkpoint.name.removeprefix('step-'))} of " in card
+            assert "is not known" in card  # nothing was measured of these
 
 
 def test_evaluating_the_finished_run_gives_the_summarys_numbers(data: Path, reference: Path, tmp_path: Path):

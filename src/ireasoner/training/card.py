@@ -19,6 +19,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 
 from ireasoner import __version__
+from ireasoner.method.recipe import REWARDS
 from ireasoner.method.types import Role
 from ireasoner.model.source import TINY_MODEL, is_folder_name
 from ireasoner.training.config import Config, names
@@ -116,7 +117,7 @@ def _training(config: Config, summary: Mapping[str, Any]) -> str:
     preset = config.preset if config.preset in names("presets") else "of its own"
     steps, images = summary.get("best_step", config.schedule.steps), summary.get("images")
     rows = [
-        f"recipe: {recipe}" + ("; a reward function of its own" if ".py:" in config.recipe.reward else ""),
+        f"recipe: {recipe}" + ("" if config.recipe.reward in REWARDS else "; a reward function of its own"),
         f"preset: {preset}",
         f"steps: {steps} of {config.schedule.images_per_step} images each"
         + ("; the run ended itself later and went back to this step" if summary.get("stopped_early") else ""),

@@ -17,11 +17,12 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from ireasoner.method.types import Episode, Role, UsageError
+from ireasoner.method.types import ROLES, Episode, Role, UsageError
 from ireasoner.model.learner import Learner
 from ireasoner.model.parallel import Processes
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Engine
+from ireasoner.training.card import find_base, model_card
 from ireasoner.training.checkpoints import clear_remains, newest_checkpoint, prune, save_checkpoint
 from ireasoner.training.config import Config, dump_config, load_config
 from ireasoner.training.items import ImagePool, Item
@@ -183,6 +184,10 @@ def _steps_to_return_to(run: Run) -> set[int]:
 
 def _write_state(run: Run, folder: Path) -> None:
     run.policy.save_adapters(folder)
+    base = find_base(run.config.model, run.policy.commit)
+    for role in ROLES:  # instead of PEFT's card, which has nothing to say
+        card = model_card(run.config, {"best_step": run.step, "images": len(run.pool)}, base, role)
+        (folder / role / "README.md").write_text(card, "utf-8")
     state: dict[str, Any] = {"step": run.step, "elapsed": run.elapsed, "pool": run.pool.state()}
     state |= {"memory": run.selfplay.memory.state(), "learners": {}}
     for role, learner in run.learners.items():
