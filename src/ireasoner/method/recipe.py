@@ -20,7 +20,8 @@ REWARDS = ("agreement", "discrete", "random", "format", "oracle")
 class Options(BaseModel):
     """A group of options: each field is stated once, with its default, its bounds and a sentence for the help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # Validators are built when they are first used, because --help needs none.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True)
 
 
 class Recipe(Options):
@@ -87,4 +88,4 @@ class Recipe(Options):
         return reward
 
 
-PAPER = Recipe()
+PAPER = Recipe.model_construct()  # of the defaults, which need no validator
