@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from PIL import Image
 from transformers.utils import logging
 
-from ireasoner.app import commands
-from ireasoner.app.cli import build_parser
-from ireasoner.app.command import parsed
+from ireasoner.app.cli import build_app
 from ireasoner.app.display import print_table, print_text
+from ireasoner.app.options import keep
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.texts import proposer_messages, solver_messages
@@ -40,7 +38,6 @@ from ireasoner.studies.bench import (
     readable,
     table,
 )
-from ireasoner.training.recorder import write_json
 
 
 class Published:
@@ -104,19 +101,18 @@ class Published:
 
 
 def main() -> None:
-    given = vars(build_parser().parse_args(["bench", *sys.argv[1:]]))
-    del given["command"]
-    asked: Any = parsed(commands.Bench, given)
+    _, given, _ = build_app().parse_args(["bench", *sys.argv[1:]])
+    given.apply_defaults()
+    asked = given.arguments
     logging.disable_progress_bar()
-    bench = load_bench(asked.model, asked.tokens, asked.group_size, asked.image_tokens, asked.device)
+    bench = load_bench(asked["model"], asked["tokens"], asked["group_size"], asked["image_tokens"], asked["device"])
     known = {"ours": bench.ours, "plain": bench.plain}
-    sides = {name: known[name] for name in known if name in asked.sides} | {"published": Published(bench).step}
-    result = measure(bench, sides, asked.images_per_step, asked.repetitions)
+    sides = {name: known[name] for name in known if name in asked["sides"]} | {"published": Published(bench).step}
+    result = measure(bench, sides, asked["images_per_step"], asked["repetitions"])
     print_text(heading(result))
     for row in result["sizes"]:
         print_table(*table(row))
-    if asked.json_file:
-        asked.json_file.write_text(write_json(result), "utf-8")
+    keep(asked["json"], result)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from PIL import Image
 
 import forked
 from forked import Forked
-from ireasoner.app.cli import build_parser, main
+from ireasoner.app.cli import build_app, main
 from ireasoner.app.display import Display, print_table
 from ireasoner.app.targets import evaluate_target
 from ireasoner.method.types import Episode, Proposal, Question, UsageError
@@ -386,9 +386,9 @@ def test_training_is_told_every_option(tmp_path: Path):
     training = {"steps": "3", "lora_targets": ["q_proj", "v_proj"], "solver_prompt": "-{question}"}
     settings = Settings(training=training, recipes=("oracle",))
     command = train_command(tmp_path, settings, "oracle", tmp_path / "oracle-2", 2)
-    given = vars(build_parser().parse_args(command))
-    assert given.pop("out") == str(tmp_path / "oracle-2")
-    config = resolve({name: value for name, value in given.items() if name not in ("command", "function", "resume")})
+    given = build_app().parse_args(command)[1].arguments
+    assert given.pop("out") == tmp_path / "oracle-2"
+    config = resolve(given)
     assert config == arm_config(tmp_path, settings, "oracle", 2)
 
 
@@ -397,7 +397,7 @@ def test_mistakes_are_named_and_leave_nothing(capsys: pytest.CaptureFixture[str]
     assert "papre" in mistake(capsys, out, "--recipes", "papre")
     assert "steps" in mistake(capsys, out, "--steps", "many")
     assert "seeds: input should be greater than or equal to 1, not '0'" in mistake(capsys, out, "--seeds", "0")
-    assert "'oil'" in mistake(capsys, out, "--style", "oil")
+    assert '"oil" for --style' in mistake(capsys, out, "--style", "oil")
     assert "both --images and --data" in mistake(capsys, out, "--images", own / "pool")
     assert "both --images and --data" in mistake(capsys, out, "--data", own / "own.jsonl")
     assert "no.jsonl" in mistake(capsys, out, "--images", own / "pool", "--data", own / "no.jsonl")
@@ -682,9 +682,9 @@ def test_two_jobs_make_what_one_makes(own: Path, capsys: pytest.CaptureFixture[s
 
 def given_by(out: Path, *options: str) -> dict[str, Any]:
     """The settings that a command line gives."""
-    given = vars(build_parser().parse_args(["ablate", str(out), *options]))
+    given = build_app().parse_args(["ablate", str(out), *options])[1].arguments
     chosen = {name: value for name, value in given.items() if name in Settings.model_fields}
-    return {**chosen, "training": {n: given[n] for n in given.keys() - chosen.keys() - {"command", "function", "out"}}}
+    return {**chosen, "training": {name: given[name] for name in given.keys() - chosen.keys() - {"out"}}}
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def tracked(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the command line that was reported to TensorBoard."""
     out = tmp_path_factory.mktemp("tracked") / "run"
     given = flags(data, report_to="tensorboard", report_images="true")
-    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("ireasoner.page.write_report", lambda *_, **__: None)
         assert main(["train", "--out", str(out), *words]) in (0, 3)

@@ -7,7 +7,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ireasoner.app.display import Display, quiet_libraries
 from ireasoner.app.paths import absolute, find_truth
 from ireasoner.method.types import UsageError
 from ireasoner.training import config as configs
@@ -81,7 +80,7 @@ def resume(
     """
     out = Path(run)
     flags: dict[str, Any] = {"reward": reward} if isinstance(reward, str) else {}
-    config, extend_to = continued(out, absolute(flags) | ({} if steps is None else {"steps": steps}))
+    config, extend_to = configs.continued(out, absolute(flags) | ({} if steps is None else {"steps": steps}))
     follow(
         config,
         out,
@@ -93,21 +92,6 @@ def resume(
         extend_to=extend_to,
     )
     return load_run(out)
-
-
-def continued(run_dir: Path, flags: dict[str, Any]) -> tuple[configs.Config, int | None]:
-    """The config of a run that is to go on, and the later last step that `flags` ask for, if they do.
-
-    Raises:
-        UsageError: the config cannot be read, or flags differ from it.
-    """
-    config = configs.load_config(run_dir / "config.yaml")
-    planned = config.schedule.steps
-    steps = config.changed(steps=flags.get("steps", planned)).schedule.steps
-    extend_to = steps if steps > planned else None
-    if differing := configs.conflicts(config, {**flags, "steps": planned} if extend_to else flags):
-        raise UsageError(f"cannot resume with other options: {'; '.join(differing)}")
-    return config, extend_to
 
 
 def follow(
@@ -122,7 +106,9 @@ def follow(
     extend_to: int | None = None,
 ) -> Outcome:
     """Start or resume a run and write its report; the main process shows the progress unless there is an observer."""
-    if observer is None:
+    from ireasoner.app.display import Display, quiet_libraries, verbosity
+
+    if observer is None and verbosity() != "debug":
         quiet_libraries()
     from ireasoner.page import write_report
     from ireasoner.playground.truth import step_truth

@@ -1,61 +1,118 @@
-"""The command line: `ireasoner COMMAND`. What each command takes and does stands in `commands`."""
+"""The command line: `ireasoner COMMAND`. The commands are the functions that COMMANDS names; each is imported when it
+is chosen, and what it needs when it runs, so that `--help` answers at once."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Collection, Sequence
+from typing import Annotated, Literal
+
+from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
+from pydantic import ValidationError
 
 from ireasoner import __version__
-from ireasoner.app.command import Parser, add_command, parsed
-from ireasoner.app.commands import COMMANDS, PROGRAM
-from ireasoner.app.display import plain, quiet_libraries
+from ireasoner.app.options import shown
 from ireasoner.method.types import UsageError
 
-# Options by the names that they have elsewhere in the field.
-ALIASES = {
-    "--model-name-or-path": "--model",
-    "--output-dir": "--out",
-    "--max-steps": "--steps",
-    "--num-generations": "--group-size",
-    "--beta": "--kl-coef",
-    "--save-steps": "--save-every",
+PROGRAM = "ireasoner"
+Verbosity = Literal["quiet", "normal", "debug"]
+
+# Each command with the function that it calls, and its line in the list of commands.
+COMMANDS = {
+    "train": ("train:train", "self-evolve a model on a folder of images"),
+    "demo": ("demo:demo", "watch the tiny model improve itself, in minutes, on a CPU"),
+    "eval": ("evaluate:evaluate", "held-out accuracy of a run or a model; two are compared on the same questions"),
+    "ask": ("using:ask", "ask a trained model about an image"),
+    "export": ("using:export", "write a trained model as a folder for transformers, PEFT and vLLM"),
+    "push": ("using:push", "put a trained model on the hub"),
+    "label": ("evaluate:label", "answer a run's own questions yourself, as evaluation data"),
+    "ablate": ("study:ablate", "recipes x seeds beside the base and the controls: one table with intervals"),
+    "view": ("show:view", "look at a run in the browser, while it goes or afterwards"),
+    "report": ("show:report", "write that page as one file that can be mailed"),
+    "runs": ("show:runs", "list runs with their state and results"),
+    "validity": ("study:validity", "test whether step agreement is worth being a reward, without training"),
+    "doctor": (
+        "examine:doctor",
+        "check that this model can be trained correctly on this machine, and can learn from your images",
+    ),
+    "bench": ("study:bench", "time one training step by phases, with and without shared prompts"),
+    "playground": ("demo:playground", "write the embedded world's pictures and questions as files"),
 }
 
 
-def build_parser() -> Parser:
-    """The parser of every command."""
-    parser = Parser(
-        prog=PROGRAM,
-        description="Self-evolving visual reasoning from a folder of unlabeled images: a Proposer asks, a Solver "
-        "answers several times, and their agreement is the reward.",
-        epilog=f"Start with: {PROGRAM} demo",
+def build_app(described: Collection[str] = COMMANDS) -> App:
+    """The command line. `app[name].assemble_argument_collection()` are the options of a command.
+
+    Args:
+        described: commands that `--help` describes by their docstrings and not by their lines in COMMANDS. For the
+            docstring, the command is imported.
+    """
+    app = App(
+        name=PROGRAM,
+        help="Self-evolving visual reasoning from unlabeled images: a Proposer asks, a Solver answers several times, "
+        "and their agreement is the reward.",
+        help_epilogue=f"Start with: {PROGRAM} demo",
+        help_format="plaintext",
+        version=f"{PROGRAM} {__version__}",
+        group_parameters=Group.create_default_parameters("Options"),
+        default_parameter=Parameter(negative_iterable=(), show_default=shown),
+        suppress_keyboard_interrupt=False,  # `main` says what becomes of the run
+        exit_on_error=False,
+        print_error=False,
+        result_action="return_value",
     )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        add_command(commands, name, command)
-    return parser
+    for place, (name, (function, line)) in enumerate(COMMANDS.items()):
+        app.command(f"ireasoner.app.{function}", name=name, help=None if name in described else line, sort_key=place)
+
+    @app.meta.default
+    def launch(
+        *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+        verbosity: Annotated[Verbosity, Parameter(group=Group.create_ordered("Every command"))] = "normal",
+    ) -> int:
+        """Run the command that the tokens name.
+
+        Args:
+            verbosity: quiet: only results and what needs attention; debug: also what libraries say, and tracebacks.
+        """
+        from ireasoner.app.display import set_verbosity
+
+        set_verbosity(verbosity)
+        return app(tokens)
+
+    return app
 
 
-def _canonical(argument: str) -> str:
-    """An option as the parser knows it: `_` may stand for `-`, and the names of ALIASES do as well."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    name = name.replace("_", "-")
-    return ALIASES.get(name, name) + equals + value
+def _sentence(error: CycloptsError) -> str:
+    """What is wrong with a command line, and where to look."""
+    error.verbose = False  # or it would name the function of the package
+    text = str(error)
+    if isinstance(error.__cause__, ValidationError) and error.argument:  # pydantic's, of a value out of its bounds
+        from ireasoner.training.config import problem
+
+        flag = error.argument.tokens[0].keyword or error.argument.name
+        text = f"{flag}: {'; '.join(map(problem, error.__cause__.errors()))}"
+    elif isinstance(error, UnusedCliTokensError):
+        text = f"nothing takes {' '.join(error.unused_tokens or ())!r}; what is on or off is --NAME or --no-NAME."
+    return f"{text[0].lower()}{text[1:]} (see {' '.join([PROGRAM, *(error.command_chain or ())])} --help)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (2: a mistake that the user can put right, in one sentence)."""
-    quiet_libraries()
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        given = vars(build_parser().parse_args([_canonical(a) for a in (sys.argv[1:] if argv is None else argv)]))
-        return parsed(COMMANDS[given.pop("command")], given).run()
-    except UsageError as error:
+        if not words:
+            raise UsageError(f"name a command (see {PROGRAM} --help)")
+        return build_app(described=words[:1]).meta(words) or 0
+    except (CycloptsError, UsageError) as error:
+        from ireasoner.app.display import plain, verbosity
+
+        if verbosity() == "debug":
+            traceback.print_exception(error)
+        said = _sentence(error) if isinstance(error, CycloptsError) else str(error)
         rank = os.environ.get("RANK", "0")  # of several processes of one run
-        said = plain(str(error), 2000)  # it may quote a run directory of somebody else
+        said = plain(said, 2000)  # it may quote a run directory of somebody else
         print(f"{PROGRAM}: {said}" if rank == "0" else f"{PROGRAM}, process {rank}: {said}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read the output has gone, as in `ireasoner eval … | head -1`

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console, Group
@@ -43,6 +43,23 @@ OTHER_ROWS = {
     "step_truth": "true steps",
     "checkable_steps": "checkable",
 }
+
+
+Verbosity = Literal["quiet", "normal", "debug"]
+_verbosity: Verbosity = "normal"
+
+
+def verbosity() -> Verbosity:
+    """How much is said: only results and what needs attention; progress too; what libraries say, and tracebacks too."""
+    return _verbosity
+
+
+def set_verbosity(chosen: Verbosity) -> None:
+    """Choose how much is said from now on; before transformers is imported."""
+    global _verbosity
+    _verbosity = chosen
+    if chosen != "debug":
+        quiet_libraries()
 
 
 def quiet_libraries() -> None:

@@ -11,16 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from string import ascii_uppercase
-from typing import Literal
 
 import numpy as np
 
 from ireasoner.method.answers import answer_key, lettered_options
 from ireasoner.method.latex import plain_characters, without_latex
 from ireasoner.method.quantities import is_unit
+from ireasoner.method.types import Match
 from ireasoner.method.wording import MAX_ANSWER_LENGTH
-
-Match = Literal["exact", "relaxed", "anls", "vqa"]
 
 TOLERANCE = 0.05  # of ChartQA
 ROUNDING = 1e-6  # numbers that agree to six digits are the same, as in Math-Verify

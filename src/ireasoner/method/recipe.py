@@ -21,7 +21,8 @@ IN_PYTHON = "python:"  # what stands before the name of a function that was hand
 class Options(BaseModel):
     """A group of options: each field is stated once, with its default, its bounds and a sentence for the help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # Validators are built when they are first used, because --help needs none.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True)
 
 
 class Recipe(Options):
@@ -89,4 +90,4 @@ class Recipe(Options):
         return reward
 
 
-PAPER = Recipe()
+PAPER = Recipe.model_construct()  # of the defaults, which need no validator

@@ -11,26 +11,15 @@ import re
 import string
 from collections.abc import Callable
 from functools import lru_cache
-from importlib import resources
 from typing import Any, NamedTuple
 
+from ireasoner.method.instructions import PROPOSER_PROMPT, SOLVER_PROMPTS
+from ireasoner.method.instructions import SOLVER_PROMPT as SOLVER_PROMPT
 from ireasoner.method.sentences import sentences
 from ireasoner.method.steps import CLOSED, EMPHASIS, LIST_ITEM, reasoning_steps
 from ireasoner.method.tags import LETTER_OR_DIGIT, MARKUP, TAG, after_thought, block, parts
 from ireasoner.method.types import FinishReason, Form, Question, Solution
 
-
-def _prompt(name: str) -> str:
-    return resources.files("ireasoner.method").joinpath("prompts", f"{name}.txt").read_text("utf-8").removesuffix("\n")
-
-
-PROPOSER_PROMPT = _prompt("proposer")
-SOLVER_PROMPT = _prompt("solver-tags")
-SOLVER_PROMPTS: dict[Form, str] = {
-    "tags": SOLVER_PROMPT,
-    "boxed": _prompt("solver-boxed"),
-    "answer-line": _prompt("solver-answer-line"),
-}
 _CUT_OFF, _RECITES = "cut off before the end token", "recites the prompt"
 
 

@@ -21,6 +21,7 @@ Role = Literal["proposer", "solver"]
 ROLES: tuple[Role, ...] = ("proposer", "solver")
 FinishReason = Literal["stop", "length"]
 Form = Literal["tags", "boxed", "answer-line"]
+Match = Literal["exact", "relaxed", "anls", "vqa"]  # how answers are judged, as `ireasoner.method.matching` says
 
 
 class Truth(Protocol):
@@ -73,7 +74,8 @@ Whole = Annotated[int, Field(ge=0, le=10**9)]
 class Record(BaseModel):
     """Part of what is written to a run directory; keys that are not known are ignored when it is read."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    # Validators are built when they are first used, because --help needs none.
+    model_config = ConfigDict(extra="ignore", frozen=True, defer_build=True)
 
 
 class StepScore(Record):

@@ -21,8 +21,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ireasoner.method.matching import Match
-from ireasoner.method.types import UsageError
+from ireasoner.method.types import Match, UsageError
 from ireasoner.model.backbone import load_processor
 from ireasoner.playground import dataset, world
 from ireasoner.playground.truth import step_truth

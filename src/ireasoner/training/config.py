@@ -7,23 +7,24 @@ override both. In all three an option has its own, unique name; only `config.yam
 
 from __future__ import annotations
 
+import difflib
 import os
 import reprlib
-from collections.abc import Collection, Mapping, Sequence
-from importlib import resources
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, NonNegativeInt, ValidationError, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
-from ireasoner.method.matching import Match
+from ireasoner.method.instructions import PROPOSER_PROMPT, SOLVER_PROMPTS
 from ireasoner.method.recipe import IN_PYTHON, Count, Options, Recipe
-from ireasoner.method.texts import PROPOSER_PROMPT, SOLVER_PROMPTS
-from ireasoner.method.types import Form, UsageError
+from ireasoner.method.types import Form, Match, UsageError
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
 
+_FOLDER = Path(__file__).parent  # with the recipes and the presets
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 ImagePixels = Annotated[int, Field(ge=1, le=178_956_970)]  # Pillow itself refuses more
 
@@ -136,12 +137,12 @@ class Config(Options):
     """Steps that the run was planned for before it was extended; λ moves over these and then stays."""
     fitted_tokens_per_batch: int | None = None
     """What the GPU of the run's beginning holds, where that is less than tokens_per_batch."""
-    recipe: Recipe = Recipe()
-    sampling: SamplingOptions = SamplingOptions()
-    backbone: BackboneOptions = BackboneOptions()
-    optimizer: OptimizerOptions = OptimizerOptions()
-    schedule: ScheduleOptions = ScheduleOptions()
-    watch: WatchOptions = WatchOptions()
+    recipe: Recipe = Field(default_factory=Recipe)
+    sampling: SamplingOptions = Field(default_factory=SamplingOptions)
+    backbone: BackboneOptions = Field(default_factory=BackboneOptions)
+    optimizer: OptimizerOptions = Field(default_factory=OptimizerOptions)
+    schedule: ScheduleOptions = Field(default_factory=ScheduleOptions)
+    watch: WatchOptions = Field(default_factory=WatchOptions)
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> Config:
@@ -185,8 +186,10 @@ class Config(Options):
 
 UNNAMED = ("format", "reward_sha256", "planned_steps", "fitted_tokens_per_batch")  # in config.yaml, but no options
 # The group of each option ("" for those of no group) and its name there. The option `recipe` is the name of a recipe.
-GROUPS = {
-    name: type(field.default) for name, field in Config.model_fields.items() if isinstance(field.default, Options)
+GROUPS: dict[str, type[Options]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Options)
 }
 PATHS = {name: ("", name) for name in Config.model_fields if name not in (*GROUPS, *UNNAMED)}
 PATHS |= {name: (group, name) for group, options in GROUPS.items() for name in options.model_fields if name != "name"}
@@ -223,30 +226,48 @@ def config_of(options: Mapping[str, Any], flags: Collection[str] = ()) -> Config
 
 def names(kind: Literal["recipes", "presets"]) -> list[str]:
     """The names of the recipes or presets in the package."""
-    folder = resources.files("ireasoner.training").joinpath(kind)
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    return sorted(path.stem for path in (_FOLDER / kind).glob("*.yaml"))
 
 
-def _read_part(kind: Literal["recipes", "presets"], name: str, known: Sequence[str]) -> dict[str, Any]:
-    """The options in a recipe or preset, given by its name or by the path of a YAML file; `known` are those allowed."""
-    what = f"{kind[:-1]} {name!r}"
+def options_in(kind: Literal["recipes", "presets"], name: str) -> dict[str, Any]:
+    """The options that a recipe or preset sets, given by its name or by the path of a YAML file.
+
+    Raises:
+        ConfigError: there is none of this name, or its file cannot be read or has options that it may not set.
+    """
+    what, known = f"{kind[:-1]} {name!r}", RECIPE_OPTIONS if kind == "recipes" else PRESET_OPTIONS
     if name in names(kind):
-        path = resources.files("ireasoner.training").joinpath(kind, f"{name}.yaml")
+        path = _FOLDER / kind / f"{name}.yaml"
     elif Path(name).is_file():
         path = Path(name)
     else:
-        raise ConfigError(f"there is no {what}: name a YAML file, or one of {', '.join(names(kind))}")
+        raise ConfigError(
+            f"there is no {what}{meant(name, names(kind))}; name a YAML file, or one of {', '.join(names(kind))}"
+        )
+    values = _read_mapping(path, what)
+    if strangers := sorted(map(str, set(values) - set(known))):
+        raise ConfigError(
+            f"{what} has unknown options: {', '.join(f'{each}{meant(each, known)}' for each in strangers)}"
+        )
+    if ".py:" in str(values.get("reward")):
+        values["reward"] = os.path.abspath(path.parent / values["reward"])  # relative to the recipe's folder
+    return values
+
+
+def _read_mapping(path: Path, what: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text("utf-8")) or {}
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{what} is not YAML text: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{what} must be a mapping of options to values")
-    if strangers := sorted(map(str, set(values) - set(known))):
-        raise ConfigError(f"{what} has unknown options: {', '.join(strangers)}")
-    if isinstance(path, Path) and ".py:" in str(values.get("reward")):
-        values["reward"] = os.path.abspath(path.parent / values["reward"])  # relative to the recipe's folder
     return values
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` about the nearest of the known names; nothing if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def resolve(flags: Mapping[str, Any]) -> Config:
@@ -260,7 +281,7 @@ def resolve(flags: Mapping[str, Any]) -> Config:
     """
     recipe = str(flags.get("recipe", "default"))
     preset = str(flags.get("preset", "tiny" if flags.get("model") == "tiny" else option("preset").default))
-    parts = _read_part("presets", preset, PRESET_OPTIONS) | _read_part("recipes", recipe, RECIPE_OPTIONS)
+    parts = options_in("presets", preset) | options_in("recipes", recipe)
     if str(reward := {**parts, **flags}.get("reward")).startswith(IN_PYTHON):
         raise ConfigError(f"--reward {reward}: a function that is not in a file is handed to ireasoner.train")
     if flags.get("solution_form") not in (None, parts.get("solution_form", "tags")):
@@ -275,6 +296,27 @@ def load_recipe(name: str) -> Recipe:
         ConfigError: there is no such recipe, or the file is not one.
     """
     return resolve({"recipe": name, "images": ".", "model": "tiny"}).recipe
+
+
+def with_options_of(path: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in a YAML file, by their own names or in the groups of a run's `config.yaml`, and the given flags.
+
+    A flag comes before the file. So does what a recipe or preset sets that is named among the flags: all options that
+    recipes (or presets) may set are then left out of the file.
+
+    Raises:
+        ConfigError: the file cannot be read, or names an option that there is not.
+    """
+    values, found = _read_mapping(path, str(path)), {}
+    for name, value in values.items():
+        if name in GROUPS and isinstance(value, dict):
+            found |= {name if name == "recipe" and field == "name" else field: each for field, each in value.items()}
+        elif name not in UNNAMED:
+            found[name] = value
+    if strangers := [str(name) for name in found if name not in PATHS]:
+        raise ConfigError(f"{path}: {', '.join(f'{each} is not an option{meant(each, PATHS)}' for each in strangers)}")
+    replaced = [*(RECIPE_OPTIONS if "recipe" in flags else ()), *(PRESET_OPTIONS if "preset" in flags else ())]
+    return {name: value for name, value in found.items() if name not in replaced} | dict(flags)
 
 
 def load_config(path: Path) -> Config:
@@ -313,6 +355,21 @@ def conflicts(stored: Config, flags: Mapping[str, Any]) -> list[str]:
     return [f"{flag} is {kept} in the run, not {given}" for flag, kept, given in told]
 
 
+def continued(run_dir: Path, flags: dict[str, Any]) -> tuple[Config, int | None]:
+    """The config of a run that is to go on, and the later last step that `flags` ask for, if they do.
+
+    Raises:
+        ConfigError: the config cannot be read, or flags differ from it.
+    """
+    config = load_config(run_dir / "config.yaml")
+    planned = config.schedule.steps
+    steps = config.changed(steps=flags.get("steps", planned)).schedule.steps
+    extend_to = steps if steps > planned else None
+    if differing := conflicts(config, {**flags, "steps": planned} if extend_to else flags):
+        raise ConfigError(f"cannot resume with other options: {'; '.join(differing)}")
+    return config, extend_to
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring = 2, 200  # with YAML aliases, a few lines can expand to a value of any size
 
@@ -328,15 +385,21 @@ def explain(error: ValidationError, flags: Collection[str] = ()) -> str:
     for item in error.errors():
         inside = item["loc"][1:] if item["loc"] and item["loc"][0] in GROUPS else ()  # `watch` names an option as well
         where = [str(part) for part in inside or item["loc"]]
-        name, problem = ".".join(where), item["msg"].removeprefix("Value error, ")
+        name = ".".join(where)
         if where and where[0] in flags:
             name = as_flag(where[0])
         if not name:  # the error of `_options_fit_together`
-            parts.append(problem)
+            parts.append(item["msg"].removeprefix("Value error, "))
         elif item["type"] == "missing":
             parts.append(f"{name} is missing")
         elif item["type"] == "extra_forbidden":
             parts.append(f"{name} is not an option")
         else:
-            parts.append(f"{name}: {problem[0].lower()}{problem[1:]}, not {_SHORT.repr(item['input'])}")
+            parts.append(f"{name}: {problem(item)}")
     return "; ".join(parts)
+
+
+def problem(item: ErrorDetails) -> str:
+    """One of pydantic's errors as the end of a sentence."""
+    text = item["msg"].removeprefix("Value error, ")
+    return f"{text[0].lower()}{text[1:]}, not {_SHORT.repr(item['input'])}"

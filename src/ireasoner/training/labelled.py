@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from ireasoner.method.answers import answer_key, lettered_options
-from ireasoner.method.matching import Match
-from ireasoner.method.types import UsageError
+from ireasoner.method.types import Match, UsageError
 
 # Whether a reasoning step is true of what the field `picture` of a labelled question describes; None: not known.
 StepTruth = Callable[[Mapping[str, Any], str], bool | None]

@@ -1,0 +1,132 @@
+"""The commands about held-out answers: `eval`, and `label`, with which a person makes evaluation data."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from ireasoner.app.options import WHOLE, Count, Device, JsonFile, Seed, keep
+from ireasoner.method.types import Match, UsageError
+from ireasoner.training.config import ImagePixels, option
+
+MATCH, LARGEST = option("match").default, option("max_image_pixels").default
+
+
+def evaluate(
+    models: list[str],
+    /,
+    *,
+    data: Path,
+    limit: Count | None = None,
+    match: Match = MATCH,
+    preset: str | None = None,
+    revision: str | None = None,
+    temperature: Annotated[float, Field(ge=0, lt=100)] = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    blank: bool = False,
+    max_image_pixels: Annotated[ImagePixels, WHOLE] = LARGEST,
+    json: JsonFile = None,
+) -> int:
+    """Greedy, mean@1, maj@5 and pass@5 accuracy with 95 % intervals on labelled questions. The file that --json names
+    also holds the scores of each question.
+
+    Args:
+        models: Run, checkpoint or model; of two, the second is compared with the first, and what was trained with what
+            was not.
+        data: JSONL of image, question, answer.
+        limit: Ask only so many questions, drawn from as many images as possible.
+        match: How answers are judged, where a question names no metric: by sameness, ChartQA's 5 %, ANLS, or VQA's
+            agreement with ten people.
+        preset: Preset for plain models: prompts and lengths (7b; tiny for the tiny model).
+        revision: Branch, tag or commit of plain models on the hub; a run has its own (the newest commit).
+        temperature: Temperature of the sampled answers.
+        seed: Seed of the sampled answers.
+        blank: Show gray images instead of the true ones: how much is answered unseen?
+        max_image_pixels: Most pixels of an image.
+    """
+    from ireasoner.app import display
+    from ireasoner.app.targets import evaluate_target
+    from ireasoner.training.labelled import answer_prior, load_questions, prior_line
+    from ireasoner.training.targets import find_target
+
+    if len(models) > 2:
+        raise UsageError("eval takes one run or model, or two to compare")
+    # The base comes first in whatever order they are named, so that the difference is what training changed.
+    targets = [find_target(name, preset, revision) for name in models]
+    targets.sort(key=lambda target: target.run is not None)
+    from ireasoner.playground.truth import step_truth
+
+    questions = load_questions(data, limit, step_truth)
+    from ireasoner.training.evaluation import EvaluationOptions
+
+    options = EvaluationOptions(
+        match=match,
+        seed=seed,
+        temperature=temperature,
+        blank=blank,
+        max_image_pixels=max_image_pixels,
+    )
+    scores = [evaluate_target(target, questions, options, device=device, truth=step_truth) for target in targets]
+    named = [f"{target.name}, images blanked" if blank else target.name for target in targets]
+    result = {"match": match, **display.evaluation_table(named, scores)}
+    columns = [found.per_question() for found in scores]
+    result["per_question"] = columns[0] if len(columns) == 1 else {"before": columns[0], "after": columns[1]}
+    if blank:
+        result["answer_prior"] = answer_prior(questions)
+        display.print_text(prior_line(result["answer_prior"]))
+    keep(json, result)
+    return 0
+
+
+def label(
+    run: Path,
+    /,
+    *,
+    questions: Count = 50,
+    out: Path | None = None,
+    seed: Seed = 0,
+    viewer: bool = True,
+) -> int:
+    """Answer some of a run's own questions about its images, and learn how often its majority answered as you do. Your
+    answers are written as evaluation data. Enter alone skips a question and q stops; every answer is saved at once, and
+    the same command goes on where it was stopped.
+
+    Args:
+        run: A run directory, finished or not.
+        questions: How many questions to answer, one an image, spread over the training steps.
+        out: The file to write or to go on with (RUN/labelled.jsonl).
+        seed: Seed of the draw of questions.
+        viewer: Open each image on the desktop; its path is printed in any case.
+    """
+    from ireasoner.app import display, labelling
+    from ireasoner.training.config import load_config
+
+    config = load_config(run / "config.yaml")
+    out = out or run / "labelled.jsonl"
+    show = display.open_on_desktop if viewer else None
+    if not labelling.label(run, config, out, questions, seed, show):
+        print("Nothing was answered.")
+        return 0
+    print(f"\nYour answers: {out}   (the same command goes on)")
+    display.print_text(labelling.agreement(out))
+    print("What the model answers before and after training:")
+    revision = ("--revision", config.revision) if config.revision else ()
+    _print_command("eval", config.model, run, "--data", out, *revision)
+    display.print_text(
+        "The run has trained on these images, though without answers. Held-out accuracy takes a new run, which "
+        "sets them aside (add the options of this one):"
+    )
+    given = ("--images", config.images, "--model", config.model, *revision, "--out", "NEW", "--eval-data", out)
+    _print_command("train", *given)
+    return 0
+
+
+def _print_command(*words: object) -> None:
+    """A command to copy. What a config says is quoted, because a run may come from anywhere."""
+    from ireasoner.app.display import plain
+
+    print(f"  {plain(shlex.join(['ireasoner', *map(str, words)]), 2000)}")
