@@ -72,7 +72,8 @@ def help_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_of_every_command_is_explained(command: str):
     arguments = build_app()[command].assemble_argument_collection(parse_docstring=True)
-    assert [argument.name for argument in arguments if argument.show and not argument.parameter.help] == []
+    told = {argument.name: argument.parameter.help or "" for argument in arguments if argument.show}
+    assert [name for name, text in told.items() if not text or "\n" in text] == []  # breaks would be shown
 
 
 HELP_OF_TRAIN = """
@@ -311,6 +312,26 @@ def test_options_that_cannot_be(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["trian"], 'unknown command "trian". Did you mean "train"?'),
+        (["train", "--stepz", "5"], "unknown option: --stepz. Did you mean --steps?"),
+        (["train", "--step", "5"], "unknown option: --step. Did you mean --steps?"),  # no abbreviations
+        (["train", "--engine", "vlm"], 'Did you mean "vllm"?'),
+        (["train", "--watch", "false"], "'false' belongs to no option; what is on or off is --NAME or --no-NAME"),
+        (["train", "--steps", "1", "--steps", "2"], "--steps specified multiple times"),
+        (["demo", "--steps", "2.5"], "invalid value for --steps: a whole number is needed, not 2.5"),
+        (["demo", "--recipe", "defualt"], "there is no recipe 'defualt' (did you mean default?)"),
+        (["eval", "tiny", "--data", "x", "--preset", "tinny"], "there is no preset 'tinny' (did you mean tiny?)"),
+    ],
+)
+def test_a_slip_of_the_pen_is_told_with_what_may_be_meant(
+    capsys: pytest.CaptureFixture[str], argv: list[str], said: str
+):
+    assert said in mistake(capsys, *argv)
+
+
 def test_an_error_tells_a_flag_from_a_line_of_a_recipe(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path):
     (tmp_path / "mine.yaml").write_text("kl_rate: -1\n")
     text = mistake(capsys, *train(place, tmp_path / "run", recipe=tmp_path / "mine.yaml", **{"kl-target": "0"}))
@@ -356,6 +377,66 @@ def test_options_that_are_missing(capsys: pytest.CaptureFixture[str], place: Pat
 )
 def test_what_no_command_knows(capsys: pytest.CaptureFixture[str], argv: list[str]):
     assert "--help" in mistake(capsys, *argv)
+
+
+# --- options in a file ------------------------------------------------------------------------------------------------
+
+
+def given_with(file: Path, text: str, *flags: str, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """The config of a run whose options stand in a file and among the flags."""
+    file.write_text(text)
+    found: list[Config] = []
+    monkeypatch.setattr("ireasoner.app.train.follow", lambda config, out, **_: found.append(config) or 0)
+    assert main(["train", "--config", str(file), "--out", "unused", *flags]) == 0
+    return found[0]
+
+
+def test_options_may_stand_in_a_file_and_flags_come_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    text = "images: pictures\nmodel: tiny\nsteps: 7\nwatch: false\nreport_to: [wandb]\nkl_coef: 0.5\n"
+    config = given_with(tmp_path / "mine.yaml", text, "--max-steps", "9", monkeypatch=monkeypatch)
+    assert config == resolve({
+        "images": tmp_path / "pictures", "model": "tiny", "steps": 9, "watch": False, "report_to": ["wandb"],
+        "kl_coef": 0.5,
+    })  # fmt: skip
+
+
+def test_the_config_of_a_run_gives_the_same_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = resolve({"images": "/x", "model": "tiny", "recipe": "paper", "steps": 3, "watch": False, "seed": 4})
+    again = given_with(tmp_path / "config.yaml", dump_config(config), monkeypatch=monkeypatch)
+    assert again == config
+
+
+def test_a_recipe_or_a_preset_that_is_named_replaces_that_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = resolve({"images": "/x", "model": "tiny", "recipe": "paper", "kl_rate": 0.5, "steps": 3})
+    flags = ("--recipe", "default", "--gate-low", "0.1")
+    again = given_with(tmp_path / "config.yaml", dump_config(config), *flags, monkeypatch=monkeypatch)
+    assert again == resolve({"images": "/x", "model": "tiny", "steps": 3, "gate_low": 0.1})
+    again = given_with(tmp_path / "config.yaml", dump_config(config), "--preset", "7b", monkeypatch=monkeypatch)
+    assert again == resolve({"images": "/x", "model": "tiny", "recipe": "paper", "kl_rate": 0.5, "preset": "7b"})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("stepz: 5", "stepz is not an option (did you mean steps?)"),
+        ("sampling: {groupsize: 5}", "groupsize is not an option (did you mean group_size?)"),
+        ("samplign: {group_size: 5}", "samplign is not an option"),
+        ("recipe: {reward: '/x/evil.py:pay'}", "whose code is run only if you say so: name it again with --reward"),
+        ("- steps", "must be a mapping of options to values"),
+        ("steps: [", "is not YAML text"),
+        ("model: tiny\nimages: x\nsteps: many", "steps: input should be a valid integer"),
+    ],
+)
+def test_a_file_of_options_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, said: str):
+    (tmp_path / "mine.yaml").write_text(text)
+    told = mistake(capsys, "train", "--config", tmp_path / "mine.yaml", "--out", tmp_path / "run")
+    assert said in told
+    assert "mine.yaml" in told
+    assert "nowhere.yaml" in mistake(capsys, "train", "--config", tmp_path / "nowhere.yaml")
+
+
+# --- what cannot be found or used -------------------------------------------------------------------------------------
 
 
 def test_an_unknown_device(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path):

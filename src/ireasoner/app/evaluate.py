@@ -35,12 +35,10 @@ def evaluate(
     also holds the scores of each question.
 
     Args:
-        models: Run, checkpoint or model; of two, the second is compared with the first, and what was trained with what
-            was not.
+        models: Run, checkpoint or model. Two are compared: the second with the first, what was trained with its base.
         data: JSONL of image, question, answer.
         limit: Ask only so many questions, drawn from as many images as possible.
-        match: How answers are judged, where a question names no metric: by sameness, ChartQA's 5 %, ANLS, or VQA's
-            agreement with ten people.
+        match: How answers are judged, where a question names no metric: sameness, ChartQA's 5 %, ANLS, or VQA's ten.
         preset: Preset for plain models: prompts and lengths (7b; tiny for the tiny model).
         revision: Branch, tag or commit of plain models on the hub; a run has its own (the newest commit).
         temperature: Temperature of the sampled answers.

@@ -49,8 +49,7 @@ def doctor(
     Args:
         model: A folder, a hub id, or 'tiny'.
         images: Folder of your unlabeled images: read what the model asks and answers about some of them.
-        dtype: Of the backbone (with --images the preset's; otherwise float32 on a CPU, bfloat16 on a GPU, or float16
-            where it has none).
+        dtype: Of the backbone (with --images the preset's; else float32 on a CPU, bfloat16 or float16 on a GPU).
     """
     if images is None and flags:
         raise UsageError(f"{', '.join(map(configs.as_flag, flags))}: only with --images FOLDER")

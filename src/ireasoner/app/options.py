@@ -22,7 +22,10 @@ Split = Literal["validation", "test"]
 
 def whole(kind: Any, tokens: Sequence[Any]) -> int | tuple[int, ...]:
     """Whole numbers as they are typed; the library itself would round 2.5."""
-    numbers = tuple(int(token.value) for token in tokens)
+    try:
+        numbers = tuple(int(token.value) for token in tokens)
+    except ValueError:
+        raise ValueError("a whole number is needed, not " + " ".join(token.value for token in tokens)) from None
     return numbers if get_origin(without_none(kind)) is tuple else numbers[0]
 
 

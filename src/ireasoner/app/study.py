@@ -57,8 +57,7 @@ def ablate(
         recipes: Names or YAML files (paper outcome-only answers-only random-reward default).
         seeds: Runs of each recipe, seeds 0 to N - 1 (5).
         quick: 2 seeds, 256 questions, 24 steps and 2 jobs: a first look.
-        cooled: Add a control: the base, sampled at the temperature at which its answer entropy equals the first
-            recipe's.
+        cooled: Add a control: the base at the temperature at which its answer entropy equals the first recipe's.
         jobs: Arms that run at a time, sharing the cores (1).
         questions: Held-out questions, at most (512).
         style: How the embedded world is drawn (chalk).

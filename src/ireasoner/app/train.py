@@ -29,13 +29,14 @@ def train(
     max_hours: Annotated[Annotated[float, Field(gt=0)] | None, Parameter(group=RUN)] = None,
     **flags: Any,
 ) -> int:
-    """Self-evolve a model on a folder of unlabeled images, or continue a run.
+    """Self-evolve a model on a folder of unlabeled images, or continue a run. With --config, options are read from a
+    file, and those that are given here come before it: a recipe or preset that is named here replaces every option in
+    the file that recipes or presets may set. Paths in the file are relative to the current folder.
 
     Args:
         out: The run directory to write.
         resume: Continue the run in this directory.
-        config: YAML file of options by these names, or a run's config.yaml. What is given here comes before it, and a
-            recipe or preset that is named here replaces all options of recipes or presets in it.
+        config: YAML file of options by these names, or the config.yaml of a run.
         max_hours: Save and stop after so many hours, as Ctrl-C does; --resume continues.
     """
     if config is not None:

@@ -305,18 +305,26 @@ def with_options_of(path: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
     recipes (or presets) may set are then left out of the file.
 
     Raises:
-        ConfigError: the file cannot be read, or names an option that there is not.
+        ConfigError: the file cannot be read, or has an unknown option or a bad value; or it is that of a run that was
+            paid by a function in a file, which the flags do not name. A run may come from anywhere, and with it code.
     """
-    values, found = _read_mapping(path, str(path)), {}
-    for name, value in values.items():
-        if name in GROUPS and isinstance(value, dict):
-            found |= {name if name == "recipe" and field == "name" else field: each for field, each in value.items()}
-        elif name not in UNNAMED:
-            found[name] = value
+    values = _read_mapping(path, str(path))
+    groups = {name: value for name, value in values.items() if name in GROUPS and isinstance(value, dict)}
+    found = {name: value for name, value in values.items() if name not in (*groups, *UNNAMED)}
+    for group, options in groups.items():
+        found |= {group if name == "name" else name: value for name, value in options.items()}
     if strangers := [str(name) for name in found if name not in PATHS]:
-        raise ConfigError(f"{path}: {', '.join(f'{each} is not an option{meant(each, PATHS)}' for each in strangers)}")
+        raise ConfigError(f"{path}: {', '.join(f'{name} is not an option{meant(name, PATHS)}' for name in strangers)}")
     replaced = [*(RECIPE_OPTIONS if "recipe" in flags else ()), *(PRESET_OPTIONS if "preset" in flags else ())]
-    return {name: value for name, value in found.items() if name not in replaced} | dict(flags)
+    options = {name: value for name, value in found.items() if name not in replaced} | dict(flags)
+    if "recipe" in groups and ".py:" in str(options.get("reward")) and "reward" not in flags:
+        own = f"{path} is of a run that was paid by {options['reward']}"
+        raise ConfigError(f"{own}, whose code is run only if you say so: name it again with --reward")
+    try:
+        config_of({"images": ".", "model": "tiny", **options}, flags)
+    except ConfigError as error:
+        raise ConfigError(f"with {path}: {error}") from None
+    return options
 
 
 def load_config(path: Path) -> Config:
