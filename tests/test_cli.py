@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from PIL import Image
 
 from ireasoner import __version__
 from ireasoner.app.cli import COMMANDS, build_app, main
-from ireasoner.app.display import Display, evaluation_table, plain, results_table, vote_line
+from ireasoner.app.display import Display, evaluation_table, plain, results_table, set_verbosity, vote_line
 from ireasoner.method.types import Episode, Part, Question, Trajectory
 from ireasoner.training.config import PATHS, Config, dump_config, names, resolve
 from ireasoner.training.evaluation import ACCURACIES, Scores, compare
@@ -183,6 +184,51 @@ def test_the_help_of_other_commands_shows_what_they_take(
 def test_options_go_by_the_fields_own_names_too(written: list[str], meant: tuple[str, object]):
     _, given, _ = build_app().parse_args(["train", *written])
     assert given.arguments == dict([meant])
+
+
+# --- how much is said -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _normal_verbosity():
+    yield
+    set_verbosity("normal")
+
+
+@pytest.mark.usefixtures("_normal_verbosity")
+def test_quiet_leaves_out_progress_and_keeps_what_needs_attention(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ireasoner.app.train.follow", lambda *_, **__: 0)
+    drawn = ("write_unlabeled", "write_questions")
+    for name in drawn:
+        monkeypatch.setattr(f"ireasoner.playground.dataset.{name}", lambda *_: (tmp_path / "data").mkdir(exist_ok=True))
+    said = {}
+    for level in ("normal", "quiet"):
+        assert main(["demo", "--out", str(tmp_path), "--verbosity", level]) == 0
+        show(resolve({"images": "/pictures", "model": "tiny", "steps": 2}), [episode()])
+        said[level] = capsys.readouterr().out
+    assert all(text in said["normal"] for text in ("Drawing 512", "step 1/2", "evaluated before", "Resumed after"))
+    assert said["quiet"] == "Resumed after [step] 2.\n"
+
+
+@pytest.mark.usefixtures("_normal_verbosity")
+def test_debug_shows_where_a_mistake_was_found_and_lets_libraries_speak(tmp_path: Path):
+    code = f"""
+import os
+from ireasoner.app.cli import main
+assert main(["--verbosity", "debug", "train", "--resume", {str(tmp_path)!r}]) == 2
+print("TRANSFORMERS_VERBOSITY" in os.environ)
+assert main(["train", "--resume", {str(tmp_path)!r}]) == 2
+print("TRANSFORMERS_VERBOSITY" in os.environ)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        env={name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["False", "True"], done.stderr
+    assert done.stderr.count("Traceback (most recent call last)") == 1
+    assert done.stderr.count("ireasoner: ") == 2
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

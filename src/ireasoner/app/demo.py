@@ -29,6 +29,7 @@ def demo(
         seed: Seed of training.
         steps: Training steps (as many as the preset says).
     """
+    from ireasoner.app.display import as_progress
     from ireasoner.app.train import follow
     from ireasoner.playground import dataset
     from ireasoner.training import config as configs
@@ -55,9 +56,11 @@ def demo(
             raise UsageError(f"{problem}: choose another --out")
         finished = (out / "summary.json").exists()
         state = ", finished: choose another --out for a new one" if finished else ": going on"
-        print(f"{out} holds this run{state}.")
+        with as_progress():
+            print(f"{out} holds this run{state}.")
         return follow(config, out, resuming=True)
-    print(f"Drawing 512 pictures into {data}/unlabeled and 512 others, a held-out question each, into {data}/test.")
+    with as_progress():
+        print(f"Drawing 512 pictures into {data}/unlabeled and 512 others, a held-out question each, into {data}/test.")
     try:
         dataset.write_unlabeled(data / "unlabeled", 512, style)
         dataset.write_questions(data / "test", 512, style)

@@ -7,7 +7,8 @@ import sys
 import textwrap
 import webbrowser
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -82,6 +83,16 @@ def plain(text: str, limit: int = 120) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+@contextmanager
+def as_progress() -> Iterator[None]:
+    """What is printed inside is progress, and goes nowhere if only results are asked for."""
+    if verbosity() != "quiet":
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
 def open_on_desktop(address: str) -> None:
     """Open an address in the browser or viewer. Where there is no desktop, one would start in this very terminal."""
     if sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
@@ -149,9 +160,8 @@ class Display:
     def __init__(self, config: Config, out: Path) -> None:
         self.config, self.out = config, out
         self.console = Output(highlight=False)
-        self.live = (
-            Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
-        )
+        steady = self.console.is_terminal and verbosity() != "quiet"
+        self.live = Live(console=self.console, refresh_per_second=4, transient=True) if steady else None
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -173,9 +183,11 @@ class Display:
             self.live.stop()
 
     def observer(self) -> Observer:
-        """The callbacks that `train` takes."""
+        """The callbacks that `train` takes; with `--verbosity quiet`, only what is said once and for a reason."""
         from ireasoner.training.state import Observer
 
+        if verbosity() == "quiet":
+            return Observer(on_message=self.say, verdict=_verdict)
         return Observer(self.on_start, self.on_step, self.on_evaluation, self.say, _verdict)
 
     def say(self, message: str) -> None:

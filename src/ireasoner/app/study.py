@@ -94,7 +94,8 @@ def ablate(
         if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup, SIGHUP stays ignored
             signal.signal(number, signal.default_int_handler)  # interrupt as Ctrl-C does
     try:
-        result = study.ablate(out.absolute(), study.settle(out.absolute(), given), jobs)
+        with display.as_progress():
+            result = study.ablate(out.absolute(), study.settle(out.absolute(), given), jobs)
     except OSError as error:
         raise UsageError(f"the ablation in {out} cannot go on: {error}") from None
     except KeyboardInterrupt:
