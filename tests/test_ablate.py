@@ -396,7 +396,7 @@ def test_mistakes_are_named_and_leave_nothing(capsys: pytest.CaptureFixture[str]
     out, mine = own / "out", ("--images", own / "pool", "--data", own / "own.jsonl")
     assert "papre" in mistake(capsys, out, "--recipes", "papre")
     assert "steps" in mistake(capsys, out, "--steps", "many")
-    assert "seeds: input should be greater than or equal to 1, not '0'" in mistake(capsys, out, "--seeds", "0")
+    assert "--seeds: input should be greater than or equal to 1, not 0 " in mistake(capsys, out, "--seeds", "0")
     assert '"oil" for --style' in mistake(capsys, out, "--style", "oil")
     assert "both --images and --data" in mistake(capsys, out, "--images", own / "pool")
     assert "both --images and --data" in mistake(capsys, out, "--data", own / "own.jsonl")
