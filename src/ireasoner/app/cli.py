@@ -94,7 +94,7 @@ def _sentence(error: CycloptsError) -> str:
         flag = error.argument.tokens[0].keyword or error.argument.name
         text = f"{flag}: {'; '.join(map(problem, error.__cause__.errors()))}"
     elif isinstance(error, UnusedCliTokensError):
-        text = f"nothing takes {' '.join(error.unused_tokens or ())!r}; what is on or off is --NAME or --no-NAME."
+        text = f"{' '.join(error.unused_tokens or ())!r} belongs to no option; what is on or off is --NAME or --no-NAME"
     return f"{text[0].lower()}{text[1:]} (see {' '.join([PROGRAM, *(error.command_chain or ())])} --help)"
 
 
