@@ -482,6 +482,15 @@ def test_a_file_of_options_that_cannot_be(capsys: pytest.CaptureFixture[str], tm
     assert "nowhere.yaml" in mistake(capsys, "train", "--config", tmp_path / "nowhere.yaml")
 
 
+def test_ctrl_c_is_told_in_a_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    def interrupted(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ireasoner.page.overview.overview", interrupted)
+    assert main(["runs"]) == 130
+    assert capsys.readouterr().err == "\nireasoner: interrupted; nothing saved so far is lost\n"
+
+
 # --- what cannot be found or used -------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Collection, Sequence
 from typing import Annotated, Literal
 
@@ -58,13 +57,15 @@ def build_app(described: Collection[str] = COMMANDS) -> App:
         version=f"{PROGRAM} {__version__}",
         group_parameters=Group.create_default_parameters("Options"),
         default_parameter=Parameter(negative_iterable=(), show_default=shown),
-        suppress_keyboard_interrupt=False,  # `main` says what becomes of the run
         exit_on_error=False,
         print_error=False,
         result_action="return_value",
     )
     for place, (name, (function, line)) in enumerate(COMMANDS.items()):
         app.command(f"ireasoner.app.{function}", name=name, help=None if name in described else line, sort_key=place)
+
+    # `main` says what becomes of a run that is interrupted.
+    app.suppress_keyboard_interrupt = app.meta.suppress_keyboard_interrupt = False
 
     @app.meta.default
     def launch(
@@ -109,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ireasoner.app.display import plain, verbosity
 
         if verbosity() == "debug":
+            import traceback
+
             traceback.print_exception(error)
         said = _sentence(error) if isinstance(error, CycloptsError) else str(error)
         rank = os.environ.get("RANK", "0")  # of several processes of one run

@@ -102,13 +102,13 @@ class Config(Options):
     images: Path
     """Folder of unlabeled images, searched with all of its subfolders."""
     max_image_pixels: ImagePixels = 25_000_000
-    """Larger images are skipped, as decoding takes up to 24 bytes of memory a pixel (25 million)."""
+    """Larger images are skipped, as decoding takes up to 24 bytes of memory a pixel."""
     model: str
     """Folder or hub id of an image-text-to-text model; 'tiny' is the one that ships here."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub (the newest commit)."""
     preset: str = "7b"
-    """Name of a preset, or a YAML file of preset options (7b; tiny for the model tiny)."""
+    """Name of a preset, or a YAML file of preset options; tiny for the model tiny."""
     seed: NonNegativeInt = 0
     """Seed of all random draws."""
     labels: Path | None = None
