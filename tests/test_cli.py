@@ -139,6 +139,14 @@ def test_the_help_of_train_shows_defaults_choices_and_the_names_of_recipes_and_p
         assert f"--{name.replace('_', '-')} " in text
 
 
+def test_the_options_of_every_command_may_stand_anywhere(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    described = "List the runs in a folder and below it"
+    for argv in (("runs",), ("--verbosity", "debug", "runs"), ("runs", "--verbosity=quiet")):
+        assert described in help_of(capsys, monkeypatch, *argv)
+
+
 def test_the_help_of_other_commands_shows_what_they_take(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not words:
             raise UsageError(f"name a command (see {PROGRAM} --help)")
-        return build_app(described=words[:1]).meta(words) or 0
+        return build_app(described=words).meta(words) or 0
     except (CycloptsError, UsageError) as error:
         from ireasoner.app.display import plain, verbosity
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group
@@ -46,16 +46,16 @@ OTHER_ROWS = {
 }
 
 
-Verbosity = Literal["quiet", "normal", "debug"]
-_verbosity: Verbosity = "normal"
+_verbosity = "normal"
 
 
-def verbosity() -> Verbosity:
-    """How much is said: only results and what needs attention; progress too; what libraries say, and tracebacks too."""
+def verbosity() -> str:
+    """How much is said. "quiet": only results and what needs attention; "normal": progress too; "debug": what libraries
+    say, and tracebacks too."""
     return _verbosity
 
 
-def set_verbosity(chosen: Verbosity) -> None:
+def set_verbosity(chosen: str) -> None:
     """Choose how much is said from now on; before transformers is imported."""
     global _verbosity
     _verbosity = chosen

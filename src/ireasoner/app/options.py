@@ -37,7 +37,6 @@ def _writable(kind: Any, path: Path | None) -> None:
 
 
 WHOLE = Parameter(converter=whole)
-SEVERAL = Parameter(consume_multiple=True)  # values after one another, as in `--recipes paper default`
 Count = Annotated[int, Field(ge=1), WHOLE]
 Seed = Annotated[int, Field(ge=0), WHOLE]
 Device = Annotated[str, Parameter(help="One of auto, cpu, cuda and cuda:N.")]

@@ -38,7 +38,7 @@ def with_training_options(groups: Mapping[Group, Sequence[str]], first: Sequence
         groups: the names of options by the group in which the help shows them.
         first: names of options that come before the command's own.
     """
-    parameters = {name: _parameter(name, group) for group, names in groups.items() for name in names}
+    parameters = {name: _parameter(name, group) for group, listed in groups.items() for name in listed}
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command)
