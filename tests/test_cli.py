@@ -82,11 +82,11 @@ Usage: ireasoner train [OPTIONS]
 ─ The run ─
 --images PATH
 --model --model-name-or-path STR
---recipe STR
---preset STR
 --out --output-dir PATH The run directory to write
 --resume PATH Continue the run in this directory
 --config PATH
+--recipe STR
+--preset STR
 --engine CHOICE
 --report-to CHOICE...
 --report-images --no-report-images

@@ -15,12 +15,15 @@ from ireasoner.app.training_options import REWARDS, RUN, RUN_OPTIONS, SCALE, wit
 from ireasoner.method.types import UsageError
 from ireasoner.training import config as configs
 
-ESSENTIAL = ("images", "model", "recipe", "preset", "eval_data", "seed")
+NEEDED, OFTEN_NEEDED = ("images", "model"), ("recipe", "preset", "eval_data", "seed")
+OPTIONS = {
+    RUN: dict.fromkeys((*NEEDED, *OFTEN_NEEDED, *RUN_OPTIONS)),
+    SCALE: configs.PRESET_OPTIONS,
+    REWARDS: configs.RECIPE_OPTIONS,
+}
 
 
-@with_training_options(
-    {RUN: RUN_OPTIONS, SCALE: configs.PRESET_OPTIONS, REWARDS: configs.RECIPE_OPTIONS}, first=ESSENTIAL
-)
+@with_training_options(OPTIONS, first=NEEDED)
 def train(
     *,
     out: Annotated[OutFolder | None, Parameter(group=RUN)] = None,

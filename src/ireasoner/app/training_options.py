@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal, get_origin
 
@@ -31,7 +31,7 @@ REWARDS = Group.create_ordered("Rewards, advantages, KL: a recipe sets these")
 RUN_OPTIONS = [name for name in PATHS if name not in (*RECIPE_OPTIONS, *PRESET_OPTIONS)]
 
 
-def with_training_options(groups: Mapping[Group, Sequence[str]], first: Sequence[str] = ()) -> Callable[..., Any]:
+def with_training_options(groups: Mapping[Group, Iterable[str]], first: Sequence[str] = ()) -> Callable[..., Any]:
     """A decorator: the command also takes these options of a run, and is given those that were named.
 
     Args:
