@@ -56,7 +56,7 @@ def build_app(described: Collection[str] = COMMANDS) -> App:
         help_format="plaintext",
         version=f"{PROGRAM} {__version__}",
         group_parameters=Group.create_default_parameters("Options"),
-        default_parameter=Parameter(negative_iterable=(), show_default=shown),
+        default_parameter=Parameter(negative_iterable=(), show_default=shown, allow_repeating=True),
         exit_on_error=False,
         print_error=False,
         result_action="return_value",
