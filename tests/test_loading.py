@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -89,9 +91,21 @@ def test_what_is_wrong_with_a_model_on_the_hub_is_one_sentence(hub: Hub, tmp_pat
     for sentence in (half, none):
         assert "not all of it is on this machine, and HF_HUB_OFFLINE forbids to download it" in sentence
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    by_name, none = told(hub, tmp_path, models[0], models[3], **unreachable)
-    assert by_name == COMMIT
+    by_name, by_commit, none = told(hub, tmp_path, *models[:2], models[3], **unreachable)
+    assert (by_name, by_commit) == (COMMIT, COMMIT)
     assert "Connection refused): check the network and start again" in none
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(hub: Hub, tmp_path: Path):
+    hub.models = {"org/here": {COMMIT: TINY_MODEL}}
+    assert told(hub, tmp_path, ("org/here", None)) == [COMMIT]
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and never says anything
+        silence = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_ETAG_TIMEOUT": "1"}
+        began = time.monotonic()
+        here, missing = told(hub, tmp_path, ("org/here", None), ("org/missing", None), **silence)
+    assert time.monotonic() - began < 20
+    assert here == COMMIT
+    assert "timed out): check the network and start again" in missing
 
 
 def test_nothing_but_text_and_safetensors_is_downloaded(hub: Hub, folder: Path, tmp_path: Path):
@@ -135,15 +149,17 @@ def test_a_run_keeps_the_commit_that_it_began_with(hub: Hub, folder: Path, tmp_p
     assert not [path for path in hub.asked if COMMIT in path or path.endswith("/main")]
 
 
-@pytest.mark.parametrize("name", ["./none", "../none", "/none", "~/none", "a/b/c", "data/none"])
+@pytest.mark.parametrize("name", ["./none", "../none", "/none", "~/none", "a/b/c", "data/none", "here/none"])
 def test_the_hub_is_not_asked_for_what_can_only_be_a_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "qwen").mkdir(parents=True)
     (tmp_path / "data" / "qwen" / "config.json").write_text("{}")
-    monkeypatch.setattr("ireasoner.model.source.snapshot_download", None)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr("ireasoner.model.source._download", None)
     with pytest.raises(ModelError, match="there is no such folder") as caught:
         find_model(name)
     assert ("the models in data are qwen" in str(caught.value)) == (name == "data/none")
+    assert ("because there is a folder" in str(caught.value)) == (name in ("data/none", "here/none"))
 
 
 @pytest.mark.parametrize("model", ["tiny", "folder"])

@@ -26,8 +26,9 @@ from safetensors.torch import load_file
 import forked
 from forked import Forked
 from ireasoner.method.types import UsageError
-from ireasoner.model import parallel as processes
-from ireasoner.model.parallel import LostProcessError, Processes
+from ireasoner.model import distributed as processes
+from ireasoner.model.distributed import Joined, LostProcessError
+from ireasoner.model.parallel import Processes
 from ireasoner.playground import dataset
 from ireasoner.training import images, loop
 from ireasoner.training.recorder import read_records
@@ -260,7 +261,7 @@ def test_what_fails_between_processes_keeps_its_reason(monkeypatch: pytest.Monke
             raise error
 
         monkeypatch.setattr(processes, "reduce", reduce)
-        return Processes(0, 2).sum(torch.ones(1))
+        return Joined(0, 2).sum(torch.ones(1))
 
     with pytest.raises(LostProcessError) as lost:
         failing(RuntimeError("Connection closed by peer\n#0: a trace"))

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -18,14 +17,12 @@ from ireasoner import __version__
 from ireasoner.method.types import ROLES, Role
 from ireasoner.training.card import find_base, model_card
 from ireasoner.training.checkpoints import apply_umask
-from ireasoner.training.config import Config
 from ireasoner.training.evaluation import EvaluationOptions, Scores, compare, evaluate
 from ireasoner.training.fitting import tell_shortages
-from ireasoner.training.recorder import RunDirectoryError, read_json, write_json
-from ireasoner.training.state import Run, RunError, go_back, tidy_checkpoints
+from ireasoner.training.recorder import LARGEST, RunDirectoryError, read_json, write_json
+from ireasoner.training.state import Run, go_back, tidy_checkpoints
 
 BEFORE = "before.json"
-LARGEST = 2**28  # bytes of a file of results that is read again
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pillow")
 
 
@@ -75,23 +72,6 @@ def finish(run: Run, before: Scores | None) -> dict[str, Any]:
     run.recorder.write_text("summary.json", write_json(summary))
     run.trackers.summarise(run.step, summary, lambda: run.observer.verdict(run.out))
     return summary
-
-
-def finished(config: Config, out: Path) -> dict[str, Any] | None:
-    """The summary of a run that has ended; None if it has not, or if it is being extended to more steps.
-
-    Raises:
-        RunError: the summary is damaged.
-    """
-    path = out / "summary.json"
-    if not path.exists():
-        return None
-    try:
-        summary = read_json(path, LARGEST)
-        steps, ended_itself = int(summary["steps"]), bool(summary["stopped_early"])
-    except (KeyError, TypeError, ValueError):
-        raise RunError(f"{path} is damaged: remove it, and the run is finished anew") from None
-    return summary if ended_itself or steps >= config.schedule.steps else None
 
 
 def scores_before(run: Run) -> Scores | None:

@@ -21,10 +21,8 @@ from ireasoner.model.policy import Policy
 from ireasoner.model.source import ModelError, find_model
 from ireasoner.training.card import HERE, Base, find_base, model_card
 from ireasoner.training.checkpoints import apply_umask
-from ireasoner.training.closing import LARGEST
-from ireasoner.training.opening import model_revision
-from ireasoner.training.recorder import read_json
-from ireasoner.training.targets import Target, load_target
+from ireasoner.training.recorder import LARGEST, read_json
+from ireasoner.training.targets import Target, load_target, model_revision
 
 OF_PROCESSOR = (
     "processor_config.json",

@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from ireasoner.method.types import ROLES, Episode, Role, UsageError
+from ireasoner.method.types import ROLES, Episode, Role
 from ireasoner.model.learner import Learner
 from ireasoner.model.parallel import Processes
 from ireasoner.model.policy import Policy
@@ -27,18 +27,13 @@ from ireasoner.training.checkpoints import clear_remains, newest_checkpoint, pru
 from ireasoner.training.config import Config, dump_config, load_config
 from ireasoner.training.items import ImagePool, Item
 from ireasoner.training.labelled import LabelledQuestion, StepTruth
-from ireasoner.training.recorder import Recorder, read_episodes, read_records
+from ireasoner.training.recorder import Recorder, RunError, read_episodes, read_records
 from ireasoner.training.selfplay import SelfPlay
 from ireasoner.training.trackers import Tracker, Trackers
 from ireasoner.training.watch import Alarm, Signals, Watch
 
 CONFIG = "config.yaml"
 OPTIONS = "options.yaml"  # the same in a checkpoint, so that nothing but a deliberate extension changes it unnoticed
-VERSIONS = "versions.json"  # what the run began with: packages, and the commit of a model on the hub
-
-
-class RunError(UsageError):
-    """A run cannot start or continue; the message says why and what to do."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ireasoner.method.types import Role, UsageError
 from ireasoner.training.checkpoints import verify_checkpoint
 from ireasoner.training.config import Config, load_config, resolve
+from ireasoner.training.recorder import VERSIONS, read_json
 
 if TYPE_CHECKING:  # these import torch
     from ireasoner.model.policy import Policy
@@ -86,6 +87,12 @@ def find_trained(name: str) -> Target:
     return target
 
 
+def model_revision(config: Config, run_dir: Path) -> str | None:
+    """The revision of a run's model: the commit that it began with, once that is recorded, for branches move on."""
+    model, at, commit = str(read_json(run_dir / VERSIONS, 2**20).get("model")).rpartition("@")
+    return commit if at and model == config.model else config.revision
+
+
 def load_target(target: Target, device: str = "auto") -> tuple[Policy, Role | None]:
     """Load a target; the role to use it under is None where it has no adapter of its own.
 
@@ -94,7 +101,6 @@ def load_target(target: Target, device: str = "auto") -> tuple[Policy, Role | No
     """
     from ireasoner.model.counting import limit_sampling
     from ireasoner.model.loading import load_policy
-    from ireasoner.training.opening import model_revision
 
     config = target.config
     revision = model_revision(config, target.run) if target.run else config.revision
