@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # these import torch
 READ_WITH = (
     "recipe", "preset", "seed", "eval_data", "held_out", "labels", "reward", "group_size", "max_question_tokens",
     "max_solution_tokens", "solution_form", "proposer_prompt", "solver_prompt", "max_image_tokens", "max_image_pixels",
-    "learning_rate",
+    "learning_rate", "domain",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -43,6 +43,18 @@ def _separated(value: Any) -> Any:
     return [name for name in dict.fromkeys(found) if name not in ("", "none")]
 
 
+def _phrase(text: str) -> str:
+    """What the images show, on one line and without the full stop that the prompt sets.
+
+    Raises:
+        ValueError: it is empty, longer than 200 characters, or holds signs that cannot be seen.
+    """
+    text = " ".join(text.split()).rstrip(".")
+    if not 1 <= len(text) <= 200 or not text.isprintable():
+        raise ValueError("must be a phrase of 1 to 200 characters")
+    return text
+
+
 class SamplingOptions(Options):
     """What both roles are told, and how much they may write."""
 
@@ -59,6 +71,9 @@ class SamplingOptions(Options):
     """What the proposer is told."""
     solver_prompt: str = Field(default_factory=lambda options: SOLVER_PROMPTS[options["solution_form"]])
     """What the solver is told; {question} stands for the question (instructions for the solution form)."""
+    domain: Annotated[str, AfterValidator(_phrase)] | None = None
+    """What the images show, such as 'chest X-rays of adults'. The proposer is told this, in place of {domain} in its
+    prompt or else in a sentence before it (nothing)."""
 
 
 class ScheduleOptions(Options):
@@ -149,6 +164,8 @@ class Config(Options):
         low, high = self.recipe.gate_low, self.recipe.gate_high
         if "{question}" not in self.sampling.solver_prompt:
             raise ValueError("--solver-prompt must contain {question}, which stands for the question")
+        if "{domain}" in self.sampling.proposer_prompt and self.sampling.domain is None:
+            raise ValueError("--proposer-prompt has {domain}: say with --domain what that is")
         if low > high:
             raise ValueError(f"--gate-low {low} is above --gate-high {high}: no group would be kept")
         if self.recipe.reward == "oracle" and self.labels is None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ireasoner.method.scoring import RewardFunction
+from ireasoner.method.texts import with_domain
 from ireasoner.method.types import ROLES
 from ireasoner.model.backbone import lacks_bfloat16, most_image_tokens, resolve_device
 from ireasoner.model.counting import limit_sampling
@@ -167,6 +168,7 @@ def open_engine(config: Config, policy: Policy, processes: Processes) -> Engine:
     sampling, tokenizer = config.sampling, policy.processor.tokenizer
     # The longest sequence that vLLM has to hold: image, prompt, question, solution, and 128 for the chat template.
     image = most_image_tokens(policy.processor, config.max_image_pixels)
-    prompt = max(len(tokenizer(text)["input_ids"]) for text in (sampling.proposer_prompt, sampling.solver_prompt))
+    prompts = with_domain(sampling.proposer_prompt, sampling.domain), sampling.solver_prompt
+    prompt = max(len(tokenizer(text)["input_ids"]) for text in prompts)
     written = sampling.max_question_tokens + sampling.max_solution_tokens
     return VllmEngine.load(policy, config.model, image + prompt + written + 128, config.vllm_share)
