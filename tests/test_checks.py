@@ -129,6 +129,19 @@ def test_what_is_checked_is_not_read_twice(place: Path, tmp_path: Path, monkeypa
         loop.start(config, tmp_path / "run", Observer(on_message=interrupt), inputs=inputs)
 
 
+def test_the_wait_for_the_model_is_told_first(place: Path, tmp_path: Path):
+    config = resolve({"images": str(place / "pool"), "model": "tiny", "steps": 1, "device": "cpu"})
+    said: list[str] = []
+
+    def tell(message: str) -> None:
+        said.append(message)
+        interrupt()
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.start(config, tmp_path / "run", Observer(on_message=tell))
+    assert said[0].startswith("Loading tiny (")
+
+
 # --- what leaves no folder --------------------------------------------------------------------------------------------
 
 

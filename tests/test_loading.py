@@ -29,7 +29,7 @@ from ireasoner.model.inputs import SeenImage, build_prompts
 from ireasoner.model.loading import load_policy
 from ireasoner.model.options import BackboneOptions
 from ireasoner.model.parallel import ALONE
-from ireasoner.model.source import INDEX, SINGLE, TINY_MODEL, ModelError, find_model
+from ireasoner.model.source import INDEX, SINGLE, TINY_MODEL, ModelError, Source, find_model, waiting_line
 from ireasoner.playground import dataset
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import load_config, resolve
@@ -103,7 +103,7 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(hub: Hub, tmp_path: Path):
         silence = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_ETAG_TIMEOUT": "1"}
         began = time.monotonic()
         here, missing = told(hub, tmp_path, ("org/here", None), ("org/missing", None), **silence)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 40
     assert here == COMMIT
     assert "timed out): check the network and start again" in missing
 
@@ -234,6 +234,17 @@ def test_weights_in_shards_are_read(folder: Path):
     in_shards(folder)
     ours, theirs = (load_backbone(model).state_dict() for model in (str(folder), "tiny"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_is_waited_for_is_told_with_its_size_where_that_is_known(folder: Path):
+    megabytes = (TINY_MODEL / SINGLE).stat().st_size / 1e6
+    assert waiting_line(find_model("tiny")) == f"Loading tiny ({megabytes:.1f} MB) …"
+    of_hub = Source("org/model", folder, COMMIT)
+    assert waiting_line(of_hub) == f"Loading org/model ({megabytes:.1f} MB) …"
+    in_shards(folder, keep=1, metadata={"total_size": 16_584_333_312})
+    assert waiting_line(of_hub) == "Downloading and loading org/model (16.6 GB) …"
+    (folder / INDEX).unlink()
+    assert waiting_line(of_hub) == "Downloading and loading org/model …"
 
 
 # --- device, precision, attention -------------------------------------------------------------------------------------

@@ -253,6 +253,11 @@ def print_part(text: str) -> None:
     print("\n".join(plain(line, len(line)) for line in text.split("\n")), end="", flush=True)
 
 
+def print_wait(line: str) -> None:
+    """What is waited for, beside the results, which may be read by another program."""
+    print(plain(line, 300), file=sys.stderr, flush=True)
+
+
 def _text_table(title: str, rows: Sequence[Sequence[str]], gap: int) -> Table:
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0))
     for head in rows[0]:

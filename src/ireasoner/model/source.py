@@ -28,9 +28,9 @@ TINY_MODEL = Path(__file__).with_name("tiny_lmm")
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 IMAGE_PROCESSOR = ("preprocessor_config.json", "processor_config.json")  # either of them says how images are read
-# Seconds in which the hub must begin to answer, or what was downloaded before is used. Its library would wait for ever.
-# Its own variable for this makes them more.
-PATIENCE = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 5)
+# Seconds in which the hub must begin to answer, or what was downloaded before is used. Its library would wait for ever,
+# here at least; for other requests it has a variable, HF_HUB_ETAG_TIMEOUT, which counts here too.
+PATIENCE = 5.0
 
 
 class ModelError(UsageError):
@@ -197,7 +197,8 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     log_in = "log in with: hf auth login"
     try:
         try:
-            HfApi().model_info(name, revision=revision, timeout=PATIENCE)
+            patience = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or PATIENCE)
+            HfApi().model_info(name, revision=revision, timeout=patience)
         except Exception:  # whatever it is, what is here already may do
             with suppress(OSError, ValueError):
                 return Path(files(local_files_only=True))

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from ireasoner.method.scoring import RewardFunction
-from ireasoner.method.types import UsageError
+from ireasoner.method.types import ROLES, Role, UsageError
+from ireasoner.model.options import BackboneOptions
 from ireasoner.model.source import Source, check_processor, find_model, with_weights
 from ireasoner.training.config import Config
 from ireasoner.training.custom_reward import reward_to_resume, reward_to_start
 from ireasoner.training.items import ImagePool
 from ireasoner.training.labelled import LabelledQuestion, StepTruth, load_questions
 from ireasoner.training.recorder import LARGEST, RunError, is_locked, read_json, refuse_links
-from ireasoner.training.targets import model_revision
+from ireasoner.training.targets import find_adapters, model_revision
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Inputs:
         questions: all of the evaluation data.
         labels: labelled questions and their answers by the names of the images, where they replace the proposer.
         reward: the reward function if it is the user's own.
+        initial: the folder of the adapter that each role begins with; none of a role whose adapter is new, and none at
+            all where a run goes on from a checkpoint, which has them.
     """
 
     config: Config
@@ -45,6 +48,7 @@ class Inputs:
     questions: Sequence[LabelledQuestion]
     labels: dict[str, list[tuple[str, str]]] | None
     reward: RewardFunction | None
+    initial: dict[Role, Path]
 
 
 def check_start(
@@ -140,11 +144,14 @@ def _read(config: Config, out: Path, truth: StepTruth | None, reward: RewardFunc
         check_processor(model)
         if model.commit is None:  # otherwise they may have to be downloaded first
             with_weights(model)
+    resumes = next((out / "checkpoints").glob("step-*"), None) is not None
+    with _naming("--init-adapters"):
+        initial = initial_adapters(config, model) if config.init_adapters and not resumes else {}
     with _naming("--images"):
         pool = open_pool(config, [*questions, *held_out])
         pool.check_readable()
     labels = match_labels(config, labelled, pool) if config.labels else None
-    return Inputs(config, model, pool, questions, labels, reward)
+    return Inputs(config, model, pool, questions, labels, reward, initial)
 
 
 def check_packages(config: Config) -> None:
@@ -210,6 +217,57 @@ def match_labels(
         unless = " that is not set aside for evaluation" if config.eval_data or config.held_out else ""
         raise RunError(f"--labels: no question in {config.labels} is about an image in {config.images}{unless}")
     return labels
+
+
+def initial_adapters(config: Config, model: Source) -> dict[Role, Path]:
+    """The folders of the adapters of `config.init_adapters`, by role. They are of the same model and kind.
+
+    A run has no adapter of a role that it did not train; such a role begins anew.
+
+    Raises:
+        UsageError: it is no run and no adapter, or one of another model or kind.
+    """
+    path, ours = config.init_adapters, config.backbone
+    assert path is not None
+    if (path / "adapter_config.json").is_file():
+        return _peft_adapter(path, ours)
+    run, its_config, adapters = find_adapters(path)
+    if adapters is None:
+        raise UsageError(f"{path} learned nothing and has no adapter")
+    base, wanted = _base_of(its_config.model, model_revision(its_config, run)), _base_of(config.model, model.commit)
+    if base != wanted:
+        raise UsageError(f"{path} was trained on {base}, and this run is to be on {wanted}: name the same --model")
+    theirs = its_config.backbone
+    _same_lora(path, theirs.lora_rank, theirs.lora_alpha, ours)
+    if set(theirs.lora_targets) != set(ours.lora_targets):
+        told = " ".join(theirs.lora_targets) or "all layers"
+        raise UsageError(f"{path} was trained with --lora-targets {told}: give this run the same")
+    return {role: adapters / role for role in ROLES if (adapters / role).is_dir()}
+
+
+def _peft_adapter(folder: Path, ours: BackboneOptions) -> dict[Role, Path]:
+    """A PEFT adapter is the solver's. Whether it is of the same model and layers is only known by its tensors."""
+    settings = read_json(folder / "adapter_config.json", 2**20)
+    _same_lora(folder, settings.get("r"), settings.get("lora_alpha"), ours)
+    return {"solver": folder}
+
+
+def _same_lora(path: Path, rank: Any, alpha: Any, ours: BackboneOptions) -> None:
+    if (rank, alpha) != (ours.lora_rank, ours.lora_alpha):
+        raise UsageError(
+            f"{path} has rank {rank} and alpha {alpha}, and this run {ours.lora_rank} and {ours.lora_alpha}: add "
+            f"--lora-rank {rank} --lora-alpha {alpha}"
+        )
+
+
+def _base_of(model: str, commit: str | None) -> str:
+    """A name for a model that is the same wherever it was found: its hub id and commit, or the place of its folder."""
+    from ireasoner.training.card import find_base  # imports the hub's library, which takes half a second
+
+    base = find_base(model, commit)
+    if base.hub_id:
+        return f"{base.hub_id} at {base.commit}"
+    return model if model == "tiny" else os.path.realpath(os.path.expanduser(model))
 
 
 @contextmanager

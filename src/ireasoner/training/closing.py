@@ -38,25 +38,25 @@ class Outcome:
 def finish(run: Run, before: Scores | None) -> dict[str, Any]:
     """Write `solver/`, `proposer/` and `summary.json`, and return the summary.
 
-    An adapter that is as it was at the start is not published. The adapters come first: whatever happens to the
-    evaluation, they are there.
+    An adapter whose matrices B are 0 is not published, for it changes nothing. The adapters come first: whatever
+    happens to the evaluation, they are there.
 
     Args:
         run: the run, after its last step.
         before: scores of the backbone on the held-out questions; None if there are none.
     """
     best_step = go_back(run) if run.alarm else run.step
-    trained: list[Role] = [role for role in ROLES if run.policy.largest_lora_b(role) > 0]
+    published: list[Role] = [role for role in ROLES if run.policy.largest_lora_b(role) > 0]
     if run.processes.is_main:
-        _publish_adapters(run, trained)
+        _publish_adapters(run, published)
         tidy_checkpoints(run)
-    after = evaluate_role(run, "after", "solver") if before is not None and "solver" in trained else None
+    after = evaluate_role(run, "after", "solver") if before is not None and "solver" in published else None
     summary: dict[str, Any] = {
         "steps": run.step,
         "stopped_early": run.alarm is not None,
         "reason": run.alarm.reason if run.alarm else None,
         "best_step": best_step,
-        "trained_roles": trained,
+        "trained_roles": [role for role in published if run.moved(role)],
         "images": len(run.pool),
         "skipped_images": len(run.pool.skipped),
         "before": before.summary() if before else None,
@@ -67,7 +67,7 @@ def finish(run: Run, before: Scores | None) -> dict[str, Any]:
     }
     run.recorder.sync()
     base = find_base(run.config.model, run.policy.commit)
-    for role in trained:
+    for role in published:
         run.recorder.write_text(f"{role}/README.md", model_card(run.config, summary, base, role))
     run.recorder.write_text("summary.json", write_json(summary))
     run.trackers.summarise(run.step, summary, lambda: run.observer.verdict(run.out))
@@ -118,8 +118,8 @@ def versions(run: Run) -> dict[str, str]:
     return {"ireasoner": __version__, **{name: metadata.version(name) for name in PACKAGES}, **model}
 
 
-def _publish_adapters(run: Run, trained: Sequence[Role]) -> None:
-    """Write the adapters of the trained roles. They are renamed when complete: a kill leaves no half-written one."""
+def _publish_adapters(run: Run, published: Sequence[Role]) -> None:
+    """Write the adapters of these roles. They are renamed when complete: a kill leaves no half-written one."""
     staging = run.out / ".adapters"
     try:
         if staging.is_symlink() or staging.is_file():
@@ -129,7 +129,7 @@ def _publish_adapters(run: Run, trained: Sequence[Role]) -> None:
         apply_umask(staging)
         for role in ROLES:
             shutil.rmtree(run.out / role, ignore_errors=True)
-            if role in trained:
+            if role in published:
                 (staging / role).rename(run.out / role)
     except (OSError, SafetensorError) as error:
         raise RunDirectoryError(f"the adapters could not be written to {run.out}: {error}") from error

@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 
 from ireasoner.method.instructions import PROPOSER_PROMPT, SOLVER_PROMPTS
 from ireasoner.method.recipe import IN_PYTHON, Count, Options, Recipe
-from ireasoner.method.types import Form, Match, UsageError
+from ireasoner.method.types import Form, Match, Role, UsageError
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
 
 _FOLDER = Path(__file__).parent  # with the recipes and the presets
@@ -136,6 +136,9 @@ class Config(Options):
     agreement with ten people."""
     held_out: Path | None = None
     """Another file of such questions, whose images are not trained on either, and which is not evaluated on."""
+    init_adapters: Path | None = None
+    """A run, one of its checkpoints, or a PEFT adapter of the solver on the same model: begin with these adapters. All
+    else begins anew; the KL, and the accuracy before training, stay those of the model without adapters (new ones)."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """Who samples: transformers on the live policy, or vLLM beside it, where installed."""
     vllm_share: Annotated[float, Field(gt=0, lt=1)] = 0.45
@@ -148,6 +151,8 @@ class Config(Options):
     """Show four episodes with their pictures to the trackers, at the first step and every save_every steps."""
     reward_sha256: str | None = None
     """SHA-256 of the file with the reward function, if the recipe names one of your own."""
+    init_adapters_sha256: dict[Role, str] = Field(default_factory=dict)
+    """SHA-256 of the adapter files that the run began with, by role, where they are not new."""
     planned_steps: int | None = None
     """Steps that the run was planned for before it was extended; λ moves over these and then stays."""
     fitted_tokens_per_batch: int | None = None
@@ -201,7 +206,8 @@ class Config(Options):
         return self.changed(steps=steps).model_copy(update={"planned_steps": planned})
 
 
-UNNAMED = ("format", "reward_sha256", "planned_steps", "fitted_tokens_per_batch")  # in config.yaml, but no options
+# In config.yaml, but no options.
+UNNAMED = ("format", "reward_sha256", "init_adapters_sha256", "planned_steps", "fitted_tokens_per_batch")
 # The group of each option ("" for those of no group) and its name there. The option `recipe` is the name of a recipe.
 GROUPS: dict[str, type[Options]] = {
     name: field.annotation

@@ -126,14 +126,14 @@ def _run(
             record_extension(run)
         else:
             run.recorder.write_text(VERSIONS, write_json(versions(run)))
-            run.recorder.write_text("config.yaml", dump_config(config))  # which makes the directory a run
+            run.recorder.write_text("config.yaml", dump_config(run.config))  # which makes the directory a run
             probe(run)
             save(run)
-        observer.on_start(config, run.step + 1)
+        observer.on_start(run.config, run.step + 1)
         stack.enter_context(tracking(run, trackers))
         try:
             before = scores_before(run)
-            while run.step < config.schedule.steps and run.alarm is None:
+            while run.step < run.config.schedule.steps and run.alarm is None:
                 if processes.any(run.stop_asked()):  # all processes must stop after the same step
                     save(run)
                     return Outcome(run.step, False, None)
@@ -157,7 +157,7 @@ def advance(run: Run) -> None:
         with timed(seconds, "update"):
             episodes, learned = update(run, play)
         episodes = record(run, items, episodes)
-    signals |= floor_signals(episodes, learned, run.policy.largest_lora_b("solver"))
+    signals |= floor_signals(episodes, learned, run.policy.largest_lora_b("solver") if run.moved("solver") else 0.0)
     metrics = {**play_metrics(episodes), **learned}
     metrics |= {f"watch/{name}": value for name, value in signals.items()}
     metrics |= {f"time/{name}_seconds": value for name, value in seconds.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ireasoner.method.scoring import RewardFunction
 from ireasoner.method.texts import with_domain
-from ireasoner.method.types import ROLES
+from ireasoner.method.types import ROLES, Role
 from ireasoner.model.backbone import lacks_bfloat16, most_image_tokens, resolve_device
 from ireasoner.model.counting import limit_sampling
 from ireasoner.model.learner import Learner
@@ -61,6 +61,9 @@ def load_run(
             f"{processes.count - images} of {processes.count} processes have nothing to play or to learn from: a step "
             f"has images_per_step {images}, shared out among them. Start fewer, or a run with more images a step."
         )
+    if inputs.initial:
+        config = _with_initial_adapters(config, policy, inputs.initial)
+        selfplay.engine.refresh()
     run = Run(
         config=config,
         out=out,
@@ -79,6 +82,20 @@ def load_run(
     )
     policy.on_shortage = run.shortages.append
     return run
+
+
+def _with_initial_adapters(config: Config, policy: Policy, folders: Mapping[Role, Path]) -> Config:
+    """Load the adapters that a run begins with. The config says from now on which they are.
+
+    Raises:
+        UsageError: they do not fit the model, or are not those that the run began with before.
+    """
+    for role, folder in folders.items():
+        policy.load_adapter(folder, role)
+    found = {role: policy.adapter_sha256(role) for role in folders}
+    if config.init_adapters_sha256 not in ({}, found):
+        raise RunError(f"{config.init_adapters} has changed since the run was started: start a new run")
+    return config.model_copy(update={"init_adapters_sha256": found})
 
 
 def open_directory(run: Run) -> bool:

@@ -98,6 +98,11 @@ class Run:
         if self.config.report_images and (self.step == 1 or self.due(self.config.schedule.save_every)):
             self.trackers.pictures(self.step, self.out, episodes)
 
+    def moved(self, role: Role) -> bool:
+        """Whether a role's adapter has changed since the run began."""
+        began = self.config.init_adapters_sha256.get(role)
+        return self.policy.adapter_sha256(role) != began if began else self.policy.largest_lora_b(role) > 0
+
     def thumbnail(self, item: Item) -> str:
         """Save a small copy of an item's image in the run directory and return its relative path."""
         return self.recorder.thumbnail(item.image, item.content_hash)
@@ -202,8 +207,9 @@ def check_config(config: Config, checkpoint: Path) -> None:
     """
     kept = load_config(checkpoint / OPTIONS)
     changed = config.differences(kept)
-    if config.reward_sha256 != kept.reward_sha256:
-        changed["reward_sha256"] = (config.reward_sha256, kept.reward_sha256)
+    for name in ("reward_sha256", "init_adapters_sha256"):
+        if getattr(config, name) != getattr(kept, name):
+            changed[name] = (getattr(config, name), getattr(kept, name))
     for name in ("images", "model", "labels", "eval_data", "held_out"):
         if all(changed.get(name, ())):  # moved, and neither lost nor added
             changed.pop(name, None)
