@@ -136,6 +136,7 @@ def test_recipe_and_preset_options_are_apart_and_together_with_the_runs_own_are_
         "engine",
         "revision",
         "vllm_share",
+        "init_adapters",
         "report_to",
         "report_images",
     }

@@ -66,6 +66,8 @@ def build_app(described: Collection[str] = COMMANDS) -> App:
     for place, (name, (function, line)) in enumerate(COMMANDS.items()):
         app.command(f"ireasoner.app.{function}", name=name, help=None if name in described else line, sort_key=place)
 
+    app.meta.suppress_keyboard_interrupt = False  # which it does not take over from `app`
+
     @app.meta.default
     def launch(
         *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],

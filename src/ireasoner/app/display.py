@@ -254,8 +254,9 @@ def print_part(text: str) -> None:
 
 
 def print_wait(line: str) -> None:
-    """What is waited for, beside the results, which may be read by another program."""
-    print(plain(line, 300), file=sys.stderr, flush=True)
+    """What a person at a terminal waits for; beside the results, and not where errors go into a file."""
+    if sys.stderr.isatty():
+        print(plain(line, 300), file=sys.stderr, flush=True)
 
 
 def _text_table(title: str, rows: Sequence[Sequence[str]], gap: int) -> Table:
