@@ -81,6 +81,7 @@ def load_run(
         truth=truth,
     )
     policy.on_shortage = run.shortages.append
+    processes.wait()  # where one of them cannot load the model, the main one must not have begun to write
     return run
 
 
