@@ -20,14 +20,14 @@ from ireasoner.model.footprint import Footprint
 from ireasoner.model.loading import meta_policy
 from ireasoner.model.parallel import Processes
 from ireasoner.model.pieces import DoesNotFitError, out_of_memory_is_told, release_memory
-from ireasoner.training.checks import Inputs
 from ireasoner.training.config import Config
 from ireasoner.training.evaluation import EvaluationOptions
 from ireasoner.training.state import CONFIG, Observer, Run, save
+from ireasoner.training.targets import model_revision
 
 
 @contextmanager
-def fitted(inputs: Inputs, out: Path, processes: Processes, observer: Observer) -> Iterator[Config]:
+def fitted(config: Config, out: Path, processes: Processes, observer: Observer) -> Iterator[Config]:
     """Gives the config of a run that is about to be loaded, with no more tokens in an update than its GPU holds.
 
     The config of a resumed run is not changed. On the CPU nothing is counted.
@@ -36,13 +36,12 @@ def fitted(inputs: Inputs, out: Path, processes: Processes, observer: Observer) 
         DoesNotFitError: the GPU is too small for this model; or memory runs out inside, which otherwise ends in a
             traceback of torch's.
     """
-    config = inputs.config
     device = resolve_device(processes.device if processes.count > 1 else config.device)
     if device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info(device)
         for_vllm = config.vllm_share * total if config.engine == "vllm" else 0
         free = min(processes.gather([free - for_vllm], processes.count))  # every process must get the same config
-        policy = meta_policy(inputs.model, config.backbone)
+        policy = meta_policy(config.model, config.backbone, model_revision(config, out))
         takes, image_tokens = policy.footprint, most_image_tokens(policy.processor, config.max_image_pixels)
         try:
             tokens = tokens_that_fit(config, takes, image_tokens, free)

@@ -115,7 +115,7 @@ def _run(
         processes = stack.enter_context(joined(inputs.config.device))
         if resuming and processes.is_main:
             stack.enter_context(writer_lock(out))
-        config = stack.enter_context(fitted(inputs, out, processes, observer))
+        config = stack.enter_context(fitted(inputs.config, out, processes, observer))
         run = load_run(config, out, inputs, observer, processes, truth)
         # Until here Ctrl-C ends the process as usual, and a new run has written nothing.
         run.stop_asked = stack.enter_context(stop_requests(max_hours, began))
