@@ -94,7 +94,7 @@ def ask(
     config: Config, engine: Engine, step: int, items: list[Item], images: list[EncodedImage]
 ) -> tuple[list[Request], list[list[Completion]], list[Question]]:
     """One question about each image, sampled from the proposer and read."""
-    messages = proposer_messages(config.sampling.proposer_prompt)
+    messages = proposer_messages(config.sampling.proposer_prompt, config.sampling.domain)
     requests = [
         Request(image, messages, draw_seed(config.seed, step, item.name, 0, PROPOSE))
         for item, image in zip(items, images, strict=True)

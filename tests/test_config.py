@@ -136,6 +136,7 @@ def test_recipe_and_preset_options_are_apart_and_together_with_the_runs_own_are_
         "engine",
         "revision",
         "vllm_share",
+        "init_adapters",
         "report_to",
         "report_images",
     }
@@ -208,10 +209,18 @@ def test_every_shipped_recipe_resolves_with_every_preset(recipe: str, preset: st
         ("solution_form", "xml"),
         ("train_proposer", "perhaps"),
         ("solver_prompt", "Answer."),
+        ("domain", " . "),
+        ("domain", 201 * "x"),
+        ("domain", "X-rays\x1b[2J"),
+        ("proposer_prompt", "Ask about {domain}."),
     ],
 )
 def test_a_bad_value_is_an_error_that_names_the_option(name: str, value: str):
     assert as_flag(name) in mistake(**{name: value})
+
+
+def test_a_domain_is_one_line_without_a_full_stop():
+    assert resolve(NEEDED | {"domain": " chest X-rays\n of adults. "}).sampling.domain == "chest X-rays of adults"
 
 
 def test_all_bad_values_are_named_at_once():

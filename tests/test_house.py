@@ -34,6 +34,7 @@ ALLOWED = {
 NO_TORCH = ("method", "page", "playground", "plugins")
 LIGHT = (
     "training.config", "training.recorder", "training.watch", "training.statistics", "training.advice",
+    "training.checks", "model.source", "model.parallel",
     "app.cli", "app.display",
 )  # fmt: skip
 

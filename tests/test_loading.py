@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,7 @@ from ireasoner.model.inputs import SeenImage, build_prompts
 from ireasoner.model.loading import load_policy
 from ireasoner.model.options import BackboneOptions
 from ireasoner.model.parallel import ALONE
-from ireasoner.model.source import INDEX, SINGLE, TINY_MODEL, ModelError, find_model
+from ireasoner.model.source import INDEX, SINGLE, TINY_MODEL, ModelError, Source, find_model, waiting_line
 from ireasoner.playground import dataset
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import load_config, resolve
@@ -89,9 +91,21 @@ def test_what_is_wrong_with_a_model_on_the_hub_is_one_sentence(hub: Hub, tmp_pat
     for sentence in (half, none):
         assert "not all of it is on this machine, and HF_HUB_OFFLINE forbids to download it" in sentence
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    by_name, none = told(hub, tmp_path, models[0], models[3], **unreachable)
-    assert by_name == COMMIT
+    by_name, by_commit, none = told(hub, tmp_path, *models[:2], models[3], **unreachable)
+    assert (by_name, by_commit) == (COMMIT, COMMIT)
     assert "Connection refused): check the network and start again" in none
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(hub: Hub, tmp_path: Path):
+    hub.models = {"org/here": {COMMIT: TINY_MODEL}}
+    assert told(hub, tmp_path, ("org/here", None)) == [COMMIT]
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and never says anything
+        silence = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_ETAG_TIMEOUT": "1"}
+        began = time.monotonic()
+        here, missing = told(hub, tmp_path, ("org/here", None), ("org/missing", None), **silence)
+    assert time.monotonic() - began < 40
+    assert here == COMMIT
+    assert "timed out): check the network and start again" in missing
 
 
 def test_nothing_but_text_and_safetensors_is_downloaded(hub: Hub, folder: Path, tmp_path: Path):
@@ -135,15 +149,17 @@ def test_a_run_keeps_the_commit_that_it_began_with(hub: Hub, folder: Path, tmp_p
     assert not [path for path in hub.asked if COMMIT in path or path.endswith("/main")]
 
 
-@pytest.mark.parametrize("name", ["./none", "../none", "/none", "~/none", "a/b/c", "data/none"])
+@pytest.mark.parametrize("name", ["./none", "../none", "/none", "~/none", "a/b/c", "data/none", "here/none"])
 def test_the_hub_is_not_asked_for_what_can_only_be_a_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "qwen").mkdir(parents=True)
     (tmp_path / "data" / "qwen" / "config.json").write_text("{}")
-    monkeypatch.setattr("ireasoner.model.source.snapshot_download", None)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr("ireasoner.model.source._download", None)
     with pytest.raises(ModelError, match="there is no such folder") as caught:
         find_model(name)
     assert ("the models in data are qwen" in str(caught.value)) == (name == "data/none")
+    assert ("because there is a folder" in str(caught.value)) == (name in ("data/none", "here/none"))
 
 
 @pytest.mark.parametrize("model", ["tiny", "folder"])
@@ -218,6 +234,17 @@ def test_weights_in_shards_are_read(folder: Path):
     in_shards(folder)
     ours, theirs = (load_backbone(model).state_dict() for model in (str(folder), "tiny"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_is_waited_for_is_told_with_its_size_where_that_is_known(folder: Path):
+    megabytes = (TINY_MODEL / SINGLE).stat().st_size / 1e6
+    assert waiting_line(find_model("tiny")) == f"Loading tiny ({megabytes:.1f} MB) …"
+    of_hub = Source("org/model", folder, COMMIT)
+    assert waiting_line(of_hub) == f"Loading org/model ({megabytes:.1f} MB) …"
+    in_shards(folder, keep=1, metadata={"total_size": 16_584_333_312})
+    assert waiting_line(of_hub) == "Downloading and loading org/model (16.6 GB) …"
+    (folder / INDEX).unlink()
+    assert waiting_line(of_hub) == "Downloading and loading org/model …"
 
 
 # --- device, precision, attention -------------------------------------------------------------------------------------

@@ -26,8 +26,10 @@ from safetensors.torch import load_file
 import forked
 from forked import Forked
 from ireasoner.method.types import UsageError
-from ireasoner.model import parallel as processes
-from ireasoner.model.parallel import LostProcessError, Processes
+from ireasoner.model import distributed as processes
+from ireasoner.model import loading
+from ireasoner.model.distributed import Joined, LostProcessError
+from ireasoner.model.parallel import Processes
 from ireasoner.playground import dataset
 from ireasoner.training import images, loop
 from ireasoner.training.recorder import read_records
@@ -201,9 +203,29 @@ def test_a_mistake_is_said_by_each_process(place: Path):
         *options(place, model="no/such/model"), "--out", place / "mistake", output=place / "mistake-printed"
     )
     first, other = finish(processes, expected=2)
-    assert "ireasoner: cannot load the model" in first
-    assert "ireasoner, process 1: cannot load the model" in other
-    assert not (place / "mistake" / "config.yaml").exists()
+    assert "ireasoner: --model: cannot load the model" in first
+    assert "ireasoner, process 1: --model: cannot load the model" in other
+    assert not (place / "mistake").exists()
+
+
+def fail_to_load() -> None:
+    """Rank 1 has no memory for the model."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("made to fail")
+
+    if os.environ["RANK"] == "1":
+        loading.make_policy = fail
+
+
+def test_where_one_process_cannot_load_the_model_no_folder_is_left(place: Path):
+    out = place / "new" / "run"
+    both = forked.start_two(*options(place), "--out", out, output=place / "no-load-printed", before=fail_to_load)
+    first, other = (process.wait() for process in both)
+    assert (first.returncode, other.returncode) == (2, 2)
+    assert "another process of this run has ended" in first.stderr
+    assert "made to fail" in other.stderr
+    assert not out.parent.exists()
 
 
 def test_alone_nothing_is_exchanged():
@@ -260,7 +282,7 @@ def test_what_fails_between_processes_keeps_its_reason(monkeypatch: pytest.Monke
             raise error
 
         monkeypatch.setattr(processes, "reduce", reduce)
-        return Processes(0, 2).sum(torch.ones(1))
+        return Joined(0, 2).sum(torch.ones(1))
 
     with pytest.raises(LostProcessError) as lost:
         failing(RuntimeError("Connection closed by peer\n#0: a trace"))

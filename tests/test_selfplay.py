@@ -39,6 +39,18 @@ def selfplay(policy: Policy, config: Config | None = None, labels: Any = None) -
     return SelfPlay(policy, LiveEngine(policy), config or config_of(), labels)
 
 
+class Listening(LiveEngine):
+    """Keeps what each role was asked."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy)
+        self.asked: dict[Any, list[Any]] = {"proposer": [], "solver": []}
+
+    def sample(self, requests: Sequence[Any], role: Any, **options: Any) -> list[list[Completion]]:
+        self.asked[role] += requests
+        return super().sample(requests, role, **options)
+
+
 @pytest.fixture(scope="module")
 def policy() -> Policy:
     """The model as it ships, not to be changed: it writes well-formed questions and trajectories."""
@@ -64,6 +76,23 @@ def taught(policy: Policy, play: Play) -> tuple[Any, list[Sequence[Completion]],
 
 
 # --- a played step ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [None, "Ask about {domain}."])
+def test_the_proposer_reads_what_the_images_show(policy: Policy, pictures: list[Image.Image], prompt: str | None):
+    given = {"proposer_prompt": prompt} if prompt else {}
+    played, engine = selfplay(policy, config_of(domain="how many {dots}", **given)), Listening(policy)
+    played.engine = engine
+    play = played.play(1, named(pictures[:1]))
+    tokenizer = policy.processor.tokenizer
+    (asked,) = engine.asked["proposer"]
+    ids = build_prompts(policy, [asked.image], [asked.messages]).text["input_ids"]
+    (read,) = tokenizer.batch_decode(ids)
+    sentence = "Ask about how many {dots}." if prompt else "The images are all of this kind: how many {dots}."
+    assert sentence in " ".join(read.split())
+    assert play.episodes[0].proposal is not None
+    assert sentence in play.episodes[0].proposal.prompt
+    assert all("dots" not in str(request.messages) for request in engine.asked["solver"])
 
 
 def test_a_played_step_is_complete_and_repeats(policy: Policy, pictures: list[Image.Image]):

@@ -66,6 +66,12 @@ WORDS = st.lists(st.sampled_from(["red", "bar", "half", "than", "more"]), min_si
     ("messages", "text"),
     [
         (proposer_messages("Ask."), "Ask."),
+        (proposer_messages("Ask about {domain}."), "Ask about {domain}."),
+        (proposer_messages("Ask.", "X-rays"), "The images are all of this kind: X-rays.\nAsk."),
+        (
+            proposer_messages("Ask {domain} {x}.", "{0} {question} {domain}"),
+            "Ask {0} {question} {domain} {x}.",
+        ),
         (solver_messages("Q: {question}", "How many?"), "Q: How many?"),
         (
             solver_messages("{a} {question}{}", "f({x}) at {0}, {question}, \\1?"),

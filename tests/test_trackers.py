@@ -17,7 +17,7 @@ from ireasoner.app.cli import main
 from ireasoner.method.types import UsageError
 from ireasoner.model.parallel import Processes
 from ireasoner.playground import dataset
-from ireasoner.training import reporting
+from ireasoner.training import checks, reporting
 from ireasoner.training.config import load_config, resolve
 from ireasoner.training.loop import resume, start
 from ireasoner.training.recorder import read_records
@@ -201,7 +201,7 @@ def test_trackers_that_fail_are_named_once_and_the_run_goes_on(data: Path, tmp_p
 def test_a_tracker_whose_package_is_missing_is_told_before_anything_else(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(reporting, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     config = resolve(flags(data, report_to="trackio", model="/no/such/model"))
     with pytest.raises(UsageError, match="--report-to trackio needs the package trackio"):
         start(config, tmp_path / "run")
@@ -211,8 +211,8 @@ def test_a_tracker_whose_package_is_missing_is_told_before_anything_else(
 def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "wandb_of_a_test").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    assert not reporting._installed("wandb_of_a_test")
-    assert reporting._installed("tensorboard")
+    assert not checks.installed("wandb_of_a_test")
+    assert checks.installed("tensorboard")
 
 
 def test_only_the_main_process_tracks():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ireasoner.app.paths import absolute, find_truth
 from ireasoner.method.types import UsageError
 from ireasoner.training import config as configs
+from ireasoner.training.checks import check_resume, check_start, finished
 from ireasoner.training.saved import SavedRun, load_run
 
 if TYPE_CHECKING:  # these import torch
@@ -112,13 +113,19 @@ def follow(
         quiet_libraries()
     from ireasoner.page import write_report
     from ireasoner.playground.truth import step_truth
+
+    inputs = None  # mistakes are found before torch is imported, which takes seconds
+    if not resuming:
+        inputs = check_start(config, out, step_truth, reward=reward)
+    elif finished(wanted := config.extended(extend_to) if extend_to else config, out) is None:
+        inputs = check_resume(wanted, out, step_truth, reward=reward, trusts_reward=trusts_reward)
     from ireasoner.training import loop
 
     def go(told: Observer | None) -> Outcome:
         if resuming:
             more = {"trusts_reward": trusts_reward, "extend_to": extend_to}
-            return loop.resume(config, out, told, step_truth, max_hours, reward=reward, **more)
-        return loop.start(config, out, told, step_truth, max_hours, reward=reward)
+            return loop.resume(config, out, told, step_truth, max_hours, reward=reward, inputs=inputs, **more)
+        return loop.start(config, out, told, step_truth, max_hours, reward=reward, inputs=inputs)
 
     def go_and_report(told: Observer | None) -> Outcome:
         outcome = go(told)

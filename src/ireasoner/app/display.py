@@ -265,6 +265,12 @@ def print_part(text: str) -> None:
     print("\n".join(plain(line, len(line)) for line in text.split("\n")), end="", flush=True)
 
 
+def print_wait(line: str) -> None:
+    """What a person at a terminal waits for; beside the results, and not where errors go into a file."""
+    if sys.stderr.isatty():
+        print(plain(line, 300), file=sys.stderr, flush=True)
+
+
 def _text_table(title: str, rows: Sequence[Sequence[str]], gap: int) -> Table:
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0))
     for head in rows[0]:

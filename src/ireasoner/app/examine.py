@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # these import torch
 READ_WITH = (
     "recipe", "preset", "seed", "eval_data", "held_out", "labels", "reward", "group_size", "max_question_tokens",
     "max_solution_tokens", "solution_form", "proposer_prompt", "solver_prompt", "max_image_tokens", "max_image_pixels",
-    "learning_rate",
+    "learning_rate", "domain",
 )  # fmt: skip
 
 
@@ -70,16 +70,21 @@ def _examine(
     model: str, config: configs.Config | None, device: str, dtype: Dtype | None, revision: str | None
 ) -> dict[str, Any]:
     """Make the checks, and read what the model writes about images if there is a config; the results, for JSON."""
+    from ireasoner.app.display import print_wait
     from ireasoner.model.backbone import lacks_bfloat16, resolve_device
     from ireasoner.model.options import BackboneOptions
+    from ireasoner.model.source import find_model, waiting_line
     from ireasoner.studies import reading
     from ireasoner.studies.doctor import examine
+    from ireasoner.studies.random_models import SIZES
 
     drawn = reading.draw(config) if config else None  # now, so that a mistake need not wait for the checks
     device = resolve_device(device)
     of_device: Dtype = "float32" if device == "cpu" else "float16" if lacks_bfloat16(device) else "bfloat16"
     backbone = config.backbone if config else BackboneOptions(dtype=dtype or of_device)
     print(f"{model} in {backbone.dtype} on {device}")
+    if model not in SIZES:
+        print_wait(waiting_line(find_model(model, revision)))
     rate = {"learning_rate": config.optimizer.learning_rate} if config else {}
     checks = _shown(examine(model, backbone, device=device, revision=revision, **rate))
     failed = sum(not finding.passed for finding in checks)

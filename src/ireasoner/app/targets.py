@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ireasoner.app.display import plain
+from ireasoner.app.display import plain, print_wait
 from ireasoner.training.targets import Target, load_target
 
 if TYPE_CHECKING:  # these import torch
@@ -37,7 +37,7 @@ def evaluate_target(
     from ireasoner.training.evaluation import evaluate
 
     with out_of_memory_is_told():
-        policy, role = load_target(target, device)
+        policy, role = load_target(target, device, print_wait)
         if target.run and role is None:
             model = plain(target.config.model)
             print(f"{target.run} learned nothing and has no adapter: its model {model} is scored.", file=sys.stderr)

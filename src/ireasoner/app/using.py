@@ -47,7 +47,7 @@ def ask(
 
     picture = load_image(image, target.config.max_image_pixels)  # before the model, which takes longer
     with out_of_memory_is_told():
-        policy, _ = load_target(target, device)
+        policy, _ = load_target(target, device, display.print_wait)
         model = TrainedModel(policy, target.config)
         for of_base in (True, False) if base else (False,):
             if base:
@@ -69,12 +69,13 @@ def export(run: Trained, /, *, to: Path, merge: bool = False) -> int:
         to: The folder to write, missing or empty.
         merge: Write a whole model instead of an adapter, merged in float32 and rounded to the dtype of the base.
     """
+    from ireasoner.app import display
     from ireasoner.training.targets import find_trained
 
     target = find_trained(run)
     from ireasoner.training import export as exporting
 
-    exporting.export(target, to, merge=merge)
+    exporting.export(target, to, merge=merge, tell=display.print_wait)
     print(f"Written: {to} ({'the whole model' if merge else 'a LoRA adapter of its base'})")
     print(f"How to load it stands in {to}/README.md.")
     return 0

@@ -23,9 +23,22 @@ from ireasoner.method.types import FinishReason, Form, Question, Solution
 _CUT_OFF, _RECITES = "cut off before the end token", "recites the prompt"
 
 
-def proposer_messages(prompt: str) -> list[dict[str, Any]]:
-    """The proposer's prompt as chat messages for a processor's chat template: one user turn, image then text."""
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+def proposer_messages(prompt: str, domain: str | None = None) -> list[dict[str, Any]]:
+    """The proposer's prompt as chat messages for a processor's chat template: one user turn, image then text.
+
+    `domain`, such as "chest X-rays of adults", is put into the prompt as `with_domain` does it.
+    """
+    return _user_turn(with_domain(prompt, domain))
+
+
+def with_domain(prompt: str, domain: str | None) -> str:
+    """The proposer's prompt with what the images show: in place of each literal `{domain}`, or else in a sentence
+    before everything. Without a domain it is the same prompt."""
+    if domain is None:
+        return prompt
+    if "{domain}" in prompt:
+        return prompt.replace("{domain}", domain)  # not str.format: a domain and a prompt may hold braces
+    return f"The images are all of this kind: {domain}.\n{prompt}"
 
 
 def solver_messages(prompt: str, question: str) -> list[dict[str, Any]]:
@@ -36,7 +49,11 @@ def solver_messages(prompt: str, question: str) -> list[dict[str, Any]]:
     """
     if "{question}" not in prompt:
         raise ValueError("the solver's prompt must contain {question}")
-    return proposer_messages(prompt.replace("{question}", question))  # not str.format: a question may hold braces
+    return _user_turn(prompt.replace("{question}", question))  # not str.format: a question may hold braces
+
+
+def _user_turn(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
 
 
 def opens_thought(prompt: str) -> bool:

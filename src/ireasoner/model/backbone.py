@@ -23,13 +23,13 @@ from transformers import (
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from ireasoner.method.types import UsageError
-from ireasoner.model.source import ModelError, brief, find_model, with_weights
+from ireasoner.model.source import ModelError, Source, brief, find_model, with_weights
 
 SHAPES = (1, 4 / 3, 3 / 2, 2, 3, 4, 6, 12)  # widths of images over their heights, or the other way round
 LARGEST_TRIAL = 2**23  # pixels: more than the largest grid of tiles that processors cut, of 36 times 384 x 384
 
 
-def read_config(model: str | Path, revision: str | None = None) -> Any:
+def read_config(model: str | Path | Source, revision: str | None = None) -> Any:
     """The model's config.json.
 
     Raises:
@@ -44,7 +44,7 @@ def read_config(model: str | Path, revision: str | None = None) -> Any:
 
 
 def load_backbone(
-    model: str | Path,
+    model: str | Path | Source,
     dtype: str = "float32",
     device: str = "cpu",
     *,
@@ -68,7 +68,7 @@ def load_backbone(
     """
     check_attention(attention, dtype, device)
     source = find_model(model, revision)
-    config = read_config(model, source.commit)
+    config = read_config(source)
     with_weights(source)
     with _told(f"cannot load the model {str(model)!r}", device):
         backbone, found = AutoModelForImageTextToText.from_pretrained(  # type: ignore[call-arg]
@@ -128,7 +128,9 @@ def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]
     return ImageTextProcessor
 
 
-def load_processor(model: str | Path, max_image_tokens: int | None = None, *, revision: str | None = None) -> Any:
+def load_processor(
+    model: str | Path | Source, max_image_tokens: int | None = None, *, revision: str | None = None
+) -> Any:
     """Load the model's processor, without its video processor.
 
     The image processor is always the one on Pillow: it and torchvision's differ by up to 0.25 in pixel values, and a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,29 +20,38 @@ from ireasoner.model.forward import Prefix, decode, new_cache, packed_hidden, re
 from ireasoner.model.lora import HALF, Float32SumLinear
 from ireasoner.model.options import BackboneOptions
 from ireasoner.model.policy import Policy
-from ireasoner.model.source import ModelError, find_model
+from ireasoner.model.source import ModelError, Source, find_model, waiting_line
 
 
 def load_policy(
-    model: str, options: BackboneOptions, *, revision: str | None = None, device: str = "auto", seed: int = 0
+    model: str | Source,
+    options: BackboneOptions,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Policy:
     """Load a model from 'tiny', a folder or a hub id, with new adapters.
 
     Args:
-        model: which one.
+        model: which one; or where it was found already.
         options: how it is held in memory, and its adapters.
         revision: a branch, tag or commit of a model on the hub; None: the newest.
         device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
         seed: of the new adapters.
+        tell: is told what is waited for, before the wait.
 
     Raises:
         ModelError: no such model or device, no vision, another architecture, or a LoRA target that matches nothing.
     """
-    commit = find_model(model, revision).commit  # asked once, so that weights and processor are of the same one
-    backbone = load_backbone(model, options.dtype, resolve_device(device), revision=commit, attention=options.attention)
-    processor = load_processor(model, options.max_image_tokens, revision=commit)
+    source = find_model(model, revision)  # asked once, so that weights and processor are of the same commit
+    device = resolve_device(device)
+    tell(waiting_line(source))
+    backbone = load_backbone(source, options.dtype, device, attention=options.attention)
+    processor = load_processor(source, options.max_image_tokens)
     policy = make_policy(backbone, processor, options, seed=seed)
-    policy.commit = commit
+    policy.commit = source.commit
     return policy
 
 
@@ -58,7 +68,7 @@ def make_policy(backbone: Any, processor: Any, options: BackboneOptions, *, seed
     return policy
 
 
-def meta_policy(model: str, options: BackboneOptions, revision: str | None = None) -> Policy:
+def meta_policy(model: str | Source, options: BackboneOptions, revision: str | None = None) -> Policy:
     """A policy without weights, on the meta device, to count how much memory it takes (`counting`).
 
     Raises:

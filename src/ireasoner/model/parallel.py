@@ -1,39 +1,23 @@
 """The processes of a run: one, unless `accelerate launch` started several.
 
-Every process holds the whole model and plays its own share of each step's images. Completions and the adapters'
-gradients are exchanged, so that all processes know the same episodes and take the same optimizer step. They exchange
-nothing but tensors; what is not a number is sent as the bytes of JSON, never as a pickle.
+Every process holds the whole model and plays its own share of each step's images. What several processes exchange is in
+`distributed`, which imports torch; this module does not, so that mistakes can be found before torch is imported.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather, pad_across_processes, reduce
-from torch import Tensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
-
-from ireasoner.method.types import UsageError
-from ireasoner.model.backbone import resolve_device
-
-
-class LostProcessError(UsageError):
-    """Another process of the run does not answer; the message says what to do.
-
-    Every method of `Processes` that exchanges something may raise it.
-    """
+if TYPE_CHECKING:  # it takes seconds to import
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of its run.
+    """This process among those of its run; as it is here, it is alone and exchanges nothing.
 
     Attributes:
         index: its number; process 0 writes the run directory.
@@ -56,84 +40,25 @@ class Processes:
 
     def gather(self, items: Sequence[Any], total: int) -> list[Any]:
         """Results of all processes in order, each of which did its `share(total)`; items must be JSON."""
-        if self.count == 1:
-            return list(items)
-        text = torch.frombuffer(bytearray(json.dumps(list(items)).encode("ascii")), dtype=torch.uint8).to(self.device)
-        with _boundary():
-            lengths: Any = gather(torch.tensor([len(text)], device=self.device))
-            texts: Any = gather(pad_across_processes(text[None], dim=1))
-        sent = zip(texts.cpu().numpy(), lengths.tolist(), strict=True)
-        shares = [json.loads(row[:length].tobytes()) for row, length in sent]
-        return [shares[i % self.count][i // self.count] for i in range(total)]
+        return list(items)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of all processes' tensors, the same bits in each process."""
-        if self.count == 1:
-            return values
-        with _boundary():
-            return reduce(values.to(self.device), "sum").to(values.device)  # type: ignore[union-attr]
+        return values
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace the gradients of these parameters by their sums over all processes, in one exchange."""
-        if self.count == 1:
-            return
-        gradients = []
-        for parameter in parameters:
-            if parameter.grad is None:  # a process without groups has no gradient yet
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        vector_to_parameters(self.sum(parameters_to_vector(gradients)), gradients)
 
     def maximum(self, value: float) -> float:
         """The largest of the processes' values, or NaN if one is NaN."""
-        return torch.tensor(self.gather([value], self.count)).max().item()
+        return value
 
     def any(self, value: bool) -> bool:
         """Whether the value is true in any process. No process returns before all have called this."""
-        return bool(self.sum(torch.tensor([float(value)])).item() > 0)
+        return value
 
     def wait(self) -> None:
         """Return when all processes have called this."""
-        self.any(True)
 
 
 ALONE = Processes()  # the only process of its run
-
-
-@contextmanager
-def joined(device: str) -> Iterator[Processes]:
-    """Join the processes that were started with this one, for a run on `device` ('auto', 'cpu', 'cuda' or 'cuda:N').
-
-    Raises:
-        UsageError: a GPU by its number for several processes, or processes that do not find each other.
-    """
-    started = int(os.environ.get("WORLD_SIZE", "1"))  # set by the launcher
-    if started == 1:
-        yield ALONE
-        return
-    if ":" in device:
-        raise UsageError(f"--device {device} names one GPU, and several processes were started: use auto, cpu or cuda")
-    on_cpu = resolve_device(device) == "cpu"
-    state = PartialState(cpu=on_cpu)
-    if state.num_processes != started:
-        raise UsageError("the processes that were started did not find each other: name --device cpu or cuda")
-    try:
-        # On CPUs, accelerate numbers the device by the process ("cpu:1"); there is only one CPU device.
-        yield Processes(state.process_index, state.num_processes, "cpu" if on_cpu else str(state.device))
-    finally:
-        state.destroy_process_group()
-
-
-@contextmanager
-def _boundary() -> Iterator[None]:
-    """Turn what torch.distributed raises when a process is gone into a `LostProcessError`."""
-    try:
-        yield
-    except torch.OutOfMemoryError:  # a RuntimeError too, but no other process's doing
-        raise
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise LostProcessError(
-            "another process of this run has ended or cannot be reached: what is saved is safe; start as many as you "
-            f"like again, with train --resume RUN (torch says: {reason})"
-        ) from error

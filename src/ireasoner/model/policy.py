@@ -6,6 +6,7 @@ what it reads, `forward` runs it.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from ireasoner.method.types import ROLES, Role
@@ -127,6 +129,12 @@ class Policy:
         entries = [p.detach().abs().amax() for name, p in self.parameters(role).items() if ".lora_B." in name]
         return torch.stack(entries).amax().item()
 
+    def adapter_sha256(self, role: Role) -> str:
+        """The SHA-256 of the file that `save_adapters` would write the tensors of a role to."""
+        tensors = get_peft_model_state_dict(self.model, adapter_name=role, save_embedding_layers=False)
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        return hashlib.sha256(serialized(on_cpu, {"format": "pt"})).hexdigest()
+
     def load_adapters(self, folder: Path, roles: Sequence[Role] = ROLES) -> None:
         """Read back what `save_adapters` wrote, for some roles or for all.
 
@@ -134,17 +142,25 @@ class Policy:
             ModelError: the adapters do not fit this backbone.
         """
         for role in roles:
-            path = folder / role / "adapter_model.safetensors"
-            try:
-                if not path.is_file():  # opening a named pipe would wait for ever
-                    raise OSError(f"{path.name} is missing or is not a file")
-                tensors = load_file(path)
-            except (OSError, SafetensorError) as error:
-                raise ModelError(f"the adapter in {folder / role} cannot be read: {error}") from None
-            expected = len(self.parameters(role))
-            try:
-                result = set_peft_model_state_dict(self.model, tensors, adapter_name=role)
-            except RuntimeError as error:
-                raise ModelError(f"the adapter in {folder / role} does not fit the model: {error}") from None
-            if result.unexpected_keys or len(tensors) != expected:
-                raise ModelError(f"the adapter in {folder / role} has {len(tensors)} tensors, the model {expected}")
+            self.load_adapter(folder / role, role)
+
+    def load_adapter(self, folder: Path, role: Role) -> None:
+        """Read the adapter in a folder of PEFT's as that of a role.
+
+        Raises:
+            ModelError: it does not fit this backbone.
+        """
+        path = folder / "adapter_model.safetensors"
+        try:
+            if not path.is_file():  # opening a named pipe would wait for ever
+                raise OSError(f"{path.name} is missing or is not a file")
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"the adapter in {folder} cannot be read: {error}") from None
+        expected = len(self.parameters(role))
+        try:
+            result = set_peft_model_state_dict(self.model, tensors, adapter_name=role)
+        except RuntimeError as error:
+            raise ModelError(f"the adapter in {folder} does not fit the model: {error}") from None
+        if result.unexpected_keys or len(tensors) != expected:
+            raise ModelError(f"the adapter in {folder} has {len(tensors)} tensors, the model {expected}")

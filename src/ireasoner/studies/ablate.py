@@ -27,11 +27,11 @@ from ireasoner.playground import dataset, world
 from ireasoner.playground.truth import step_truth
 from ireasoner.studies import ablation_tables as report
 from ireasoner.studies.ablation_jobs import ArmsProgress, Columns, Jobs, make_scores
+from ireasoner.training.checks import match_labels
 from ireasoner.training.config import PRESET_OPTIONS, Config, dump_config, load_config, names, resolve
 from ireasoner.training.custom_reward import names_a_file, sha256_of
 from ireasoner.training.items import ImagePool
 from ireasoner.training.labelled import answer_prior, load_questions, prior_line
-from ireasoner.training.opening import load_labels
 from ireasoner.training.recorder import replace_file, write_json
 from ireasoner.training.statistics import MEASURES, numbered
 
@@ -171,7 +171,7 @@ def prepare(out: Path, settings: Settings) -> None:
         pool = ImagePool.scan(settings.images, 0)
         for config in configs.values():
             if config.labels:
-                load_labels(config, pool)
+                match_labels(config, load_questions(config.labels), pool)
     for arm, config in configs.items():
         for seed in range(settings.seeds):
             _check_run(out / f"{arm}-{seed}", config.changed(seed=seed))

@@ -14,14 +14,15 @@ from typing import Literal
 
 from ireasoner.method.texts import opens_thought, parse_trajectory
 from ireasoner.method.types import Episode, Form, Sampled, Trajectory
+from ireasoner.model.source import find_model
 from ireasoner.studies.doctor import Finding
 from ireasoner.training.advice import advice
+from ireasoner.training.checks import match_labels, open_pool, read_questions
 from ireasoner.training.config import Config, as_flag
 from ireasoner.training.custom_reward import load_reward, names_a_file
 from ireasoner.training.floors import FLOORS
 from ireasoner.training.items import SET_ASIDE, ImagePool, Item
-from ireasoner.training.labelled import load_questions
-from ireasoner.training.opening import open_pool, open_selfplay
+from ireasoner.training.opening import open_selfplay
 from ireasoner.training.teaching import gate
 from ireasoner.training.watch import repeated_share
 
@@ -53,7 +54,8 @@ def draw(config: Config) -> Drawn:
     Raises:
         UsageError: the folder or the evaluation data cannot be used.
     """
-    pool = open_pool(config, load_questions(config.eval_data) if config.eval_data else [])
+    held_out = read_questions(config.eval_data, "--eval-data"), read_questions(config.held_out, "--held-out")
+    pool = open_pool(config, [question for questions in held_out for question in questions])
     return Drawn(pool, pool.peek(IMAGES))
 
 
@@ -64,7 +66,8 @@ def read(config: Config, drawn: Drawn) -> list[Episode]:
         UsageError: the model, or something else that the config names, cannot be used.
     """
     reward = load_reward(config)[0] if names_a_file(config) else None
-    selfplay = open_selfplay(config, drawn.pool, reward=reward, revision=config.revision)
+    labels = match_labels(config, read_questions(config.labels, "--labels"), drawn.pool) if config.labels else None
+    selfplay = open_selfplay(config, find_model(config.model, config.revision), labels, reward)
     size = config.schedule.images_per_step
     steps = [drawn.items[start : start + size] for start in range(0, len(drawn.items), size)]
     return [episode for step, items in enumerate(steps, 1) for episode in selfplay.play(step, items).episodes]

@@ -310,7 +310,7 @@ def validity(run: Path, truth: Path | None = None, steps: tuple[int, int] | None
     Raises:
         UsageError: no run, no truth where it was asked for, or no readable trajectory.
     """
-    from ireasoner.training.opening import model_revision
+    from ireasoner.training.targets import model_revision
 
     config, notes = load_config(run / "config.yaml"), []
     config = config.model_copy(update={"revision": model_revision(config, run)})

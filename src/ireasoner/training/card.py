@@ -99,7 +99,7 @@ def model_card(
         "question about each image, a solver answers it several times, and the answers' agreement with each other is "
         "the reward.",
         "## Training",
-        _training(config, summary),
+        _training(config, summary, role),
         "## What was measured",
         _measured(summary),
         "## What was not tested",
@@ -111,7 +111,7 @@ def model_card(
     return "\n\n".join(paragraphs) + "\n"
 
 
-def _training(config: Config, summary: Mapping[str, Any]) -> str:
+def _training(config: Config, summary: Mapping[str, Any], role: Role) -> str:
     """How it was trained, as a list. Recipes, presets and rewards of the user's own may be paths and are not named."""
     recipe = config.recipe.name if config.recipe.name in names("recipes") else "of its own"
     preset = config.preset if config.preset in names("presets") else "of its own"
@@ -127,6 +127,8 @@ def _training(config: Config, summary: Mapping[str, Any]) -> str:
         f"learning rate: {config.optimizer.learning_rate:g}",
         f"seed: {config.seed}",
     ]
+    if began := config.init_adapters_sha256.get(role):
+        rows.insert(0, f"began with: an adapter that was trained before, of SHA-256 `{began}`")
     return "\n".join(f"- {row}" for row in rows)
 
 

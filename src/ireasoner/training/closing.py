@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -18,14 +17,12 @@ from ireasoner import __version__
 from ireasoner.method.types import ROLES, Role
 from ireasoner.training.card import find_base, model_card
 from ireasoner.training.checkpoints import apply_umask
-from ireasoner.training.config import Config
 from ireasoner.training.evaluation import EvaluationOptions, Scores, compare, evaluate
 from ireasoner.training.fitting import tell_shortages
-from ireasoner.training.recorder import RunDirectoryError, read_json, write_json
-from ireasoner.training.state import Run, RunError, go_back, tidy_checkpoints
+from ireasoner.training.recorder import LARGEST, RunDirectoryError, read_json, write_json
+from ireasoner.training.state import Run, go_back, tidy_checkpoints
 
 BEFORE = "before.json"
-LARGEST = 2**28  # bytes of a file of results that is read again
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pillow")
 
 
@@ -41,25 +38,25 @@ class Outcome:
 def finish(run: Run, before: Scores | None) -> dict[str, Any]:
     """Write `solver/`, `proposer/` and `summary.json`, and return the summary.
 
-    An adapter that is as it was at the start is not published. The adapters come first: whatever happens to the
-    evaluation, they are there.
+    An adapter whose matrices B are 0 is not published, for it changes nothing. The adapters come first: whatever
+    happens to the evaluation, they are there.
 
     Args:
         run: the run, after its last step.
         before: scores of the backbone on the held-out questions; None if there are none.
     """
     best_step = go_back(run) if run.alarm else run.step
-    trained: list[Role] = [role for role in ROLES if run.policy.largest_lora_b(role) > 0]
+    published: list[Role] = [role for role in ROLES if run.policy.largest_lora_b(role) > 0]
     if run.processes.is_main:
-        _publish_adapters(run, trained)
+        _publish_adapters(run, published)
         tidy_checkpoints(run)
-    after = evaluate_role(run, "after", "solver") if before is not None and "solver" in trained else None
+    after = evaluate_role(run, "after", "solver") if before is not None and "solver" in published else None
     summary: dict[str, Any] = {
         "steps": run.step,
         "stopped_early": run.alarm is not None,
         "reason": run.alarm.reason if run.alarm else None,
         "best_step": best_step,
-        "trained_roles": trained,
+        "trained_roles": [role for role in published if run.moved(role)],
         "images": len(run.pool),
         "skipped_images": len(run.pool.skipped),
         "before": before.summary() if before else None,
@@ -70,28 +67,11 @@ def finish(run: Run, before: Scores | None) -> dict[str, Any]:
     }
     run.recorder.sync()
     base = find_base(run.config.model, run.policy.commit)
-    for role in trained:
+    for role in published:
         run.recorder.write_text(f"{role}/README.md", model_card(run.config, summary, base, role))
     run.recorder.write_text("summary.json", write_json(summary))
     run.trackers.summarise(run.step, summary, lambda: run.observer.verdict(run.out))
     return summary
-
-
-def finished(config: Config, out: Path) -> dict[str, Any] | None:
-    """The summary of a run that has ended; None if it has not, or if it is being extended to more steps.
-
-    Raises:
-        RunError: the summary is damaged.
-    """
-    path = out / "summary.json"
-    if not path.exists():
-        return None
-    try:
-        summary = read_json(path, LARGEST)
-        steps, ended_itself = int(summary["steps"]), bool(summary["stopped_early"])
-    except (KeyError, TypeError, ValueError):
-        raise RunError(f"{path} is damaged: remove it, and the run is finished anew") from None
-    return summary if ended_itself or steps >= config.schedule.steps else None
 
 
 def scores_before(run: Run) -> Scores | None:
@@ -138,8 +118,8 @@ def versions(run: Run) -> dict[str, str]:
     return {"ireasoner": __version__, **{name: metadata.version(name) for name in PACKAGES}, **model}
 
 
-def _publish_adapters(run: Run, trained: Sequence[Role]) -> None:
-    """Write the adapters of the trained roles. They are renamed when complete: a kill leaves no half-written one."""
+def _publish_adapters(run: Run, published: Sequence[Role]) -> None:
+    """Write the adapters of these roles. They are renamed when complete: a kill leaves no half-written one."""
     staging = run.out / ".adapters"
     try:
         if staging.is_symlink() or staging.is_file():
@@ -149,7 +129,7 @@ def _publish_adapters(run: Run, trained: Sequence[Role]) -> None:
         apply_umask(staging)
         for role in ROLES:
             shutil.rmtree(run.out / role, ignore_errors=True)
-            if role in trained:
+            if role in published:
                 (staging / role).rename(run.out / role)
     except (OSError, SafetensorError) as error:
         raise RunDirectoryError(f"the adapters could not be written to {run.out}: {error}") from error

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from ireasoner.method.instructions import PROPOSER_PROMPT, SOLVER_PROMPTS
 from ireasoner.method.recipe import IN_PYTHON, Count, Options, Recipe
-from ireasoner.method.types import Form, Match, UsageError
+from ireasoner.method.types import Form, Match, Role, UsageError
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
 
 _FOLDER = Path(__file__).parent  # with the recipes and the presets
@@ -43,6 +43,18 @@ def _separated(value: Any) -> Any:
     return [name for name in dict.fromkeys(found) if name not in ("", "none")]
 
 
+def _phrase(text: str) -> str:
+    """What the images show, on one line and without the full stop that the prompt sets.
+
+    Raises:
+        ValueError: it is empty, longer than 200 characters, or holds signs that cannot be seen.
+    """
+    text = " ".join(text.split()).rstrip(".")
+    if not 1 <= len(text) <= 200 or not text.isprintable():
+        raise ValueError("must be a phrase of 1 to 200 characters")
+    return text
+
+
 class SamplingOptions(Options):
     """What both roles are told, and how much they may write."""
 
@@ -59,6 +71,9 @@ class SamplingOptions(Options):
     """What the proposer is told."""
     solver_prompt: str = Field(default_factory=lambda options: SOLVER_PROMPTS[options["solution_form"]])
     """What the solver is told; {question} stands for the question (instructions for the solution form)."""
+    domain: Annotated[str, AfterValidator(_phrase)] | None = None
+    """What the images show, such as 'chest X-rays of adults'. The proposer is told this, in place of {domain} in its
+    prompt or else in a sentence before it (nothing)."""
 
 
 class ScheduleOptions(Options):
@@ -121,6 +136,9 @@ class Config(Options):
     agreement with ten people."""
     held_out: Path | None = None
     """Another file of such questions, whose images are not trained on either, and which is not evaluated on."""
+    init_adapters: Path | None = None
+    """A run, one of its checkpoints, or a PEFT adapter of the solver on the same model: begin with these adapters. All
+    else begins anew; the KL, and the accuracy before training, stay those of the model without adapters (new ones)."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """Who samples: transformers on the live policy, or vLLM beside it, where installed."""
     vllm_share: Annotated[float, Field(gt=0, lt=1)] = 0.45
@@ -133,6 +151,8 @@ class Config(Options):
     """Show four episodes with their pictures to the trackers, at the first step and every save_every steps."""
     reward_sha256: str | None = None
     """SHA-256 of the file with the reward function, if the recipe names one of your own."""
+    init_adapters_sha256: dict[Role, str] = Field(default_factory=dict)
+    """SHA-256 of the adapter files that the run began with, by role, where they are not new."""
     planned_steps: int | None = None
     """Steps that the run was planned for before it was extended; λ moves over these and then stays."""
     fitted_tokens_per_batch: int | None = None
@@ -149,6 +169,8 @@ class Config(Options):
         low, high = self.recipe.gate_low, self.recipe.gate_high
         if "{question}" not in self.sampling.solver_prompt:
             raise ValueError("--solver-prompt must contain {question}, which stands for the question")
+        if "{domain}" in self.sampling.proposer_prompt and self.sampling.domain is None:
+            raise ValueError("--proposer-prompt has {domain}: say with --domain what that is")
         if low > high:
             raise ValueError(f"--gate-low {low} is above --gate-high {high}: no group would be kept")
         if self.recipe.reward == "oracle" and self.labels is None:
@@ -184,7 +206,8 @@ class Config(Options):
         return self.changed(steps=steps).model_copy(update={"planned_steps": planned})
 
 
-UNNAMED = ("format", "reward_sha256", "planned_steps", "fitted_tokens_per_batch")  # in config.yaml, but no options
+# In config.yaml, but no options.
+UNNAMED = ("format", "reward_sha256", "init_adapters_sha256", "planned_steps", "fitted_tokens_per_batch")
 # The group of each option ("" for those of no group) and its name there. The option `recipe` is the name of a recipe.
 GROUPS: dict[str, type[Options]] = {
     name: field.annotation

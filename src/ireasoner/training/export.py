@@ -18,12 +18,10 @@ from ireasoner.method.types import UsageError
 from ireasoner.model.backbone import load_processor, read_config, scales_by_area
 from ireasoner.model.options import Dtype
 from ireasoner.model.policy import Policy
-from ireasoner.model.source import ModelError, find_model
+from ireasoner.model.source import ModelError
 from ireasoner.training.card import HERE, Base, find_base, model_card
 from ireasoner.training.checkpoints import apply_umask
-from ireasoner.training.closing import LARGEST
-from ireasoner.training.opening import model_revision
-from ireasoner.training.recorder import read_json
+from ireasoner.training.recorder import LARGEST, read_json
 from ireasoner.training.targets import Target, load_target
 
 OF_PROCESSOR = (
@@ -48,7 +46,14 @@ def check_destination(folder: Path) -> None:
         raise UsageError(f"{folder} cannot be written: {parent} is no folder that may be written to")
 
 
-def export(target: Target, folder: Path, *, merge: bool = False, name: str = HERE) -> None:
+def export(
+    target: Target,
+    folder: Path,
+    *,
+    merge: bool = False,
+    name: str = HERE,
+    tell: Callable[[str], None] = lambda line: None,
+) -> None:
     """Write the trained solver of a run, with its processor and its model card.
 
     The folder is written under a temporary name beside its own, and renamed when it is complete.
@@ -59,6 +64,7 @@ def export(target: Target, folder: Path, *, merge: bool = False, name: str = HER
         merge: write a whole model, with the adapter merged into its weights in float32, each then rounded once to the
             dtype of the base; otherwise only the adapter, as PEFT and vLLM load it.
         name: what the card says that it is loaded by.
+        tell: is told what is waited for.
 
     Raises:
         UsageError: the folder cannot be written, or the model or its adapter cannot be read.
@@ -67,15 +73,15 @@ def export(target: Target, folder: Path, *, merge: bool = False, name: str = HER
     folder = folder.absolute()
     check_destination(folder)
     config = target.config
-    source = find_model(config.model, model_revision(config, target.run))
-    base = find_base(config.model, source.commit)
-    target = replace(target, config=config.model_copy(update={"revision": source.commit}))
-    write: Callable[[Target, Path, Base], None] = _write_merged if merge else _write_adapter
+    base = find_base(config.model, target.model.commit)
     staging = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         staging.mkdir()
-        write(target, staging, base)
-        _write_processor(target, source.folder, staging)
+        if merge:
+            _write_merged(target, staging, tell)
+        else:
+            _write_adapter(target, staging, base)
+        _write_processor(target, staging)
         card = model_card(config, _summary(target), base, form="merged" if merge else "adapter", here=name)
         (staging / "README.md").write_text(card, "utf-8")
         apply_umask(staging)
@@ -116,12 +122,12 @@ def _write_adapter(target: Target, folder: Path, base: Base) -> None:
     _write_json(folder / "adapter_config.json", settings)
 
 
-def _write_merged(target: Target, folder: Path, base: Base) -> None:
+def _write_merged(target: Target, folder: Path, tell: Callable[[str], None]) -> None:
     """The whole model, on the CPU: of each adapted layer W + s·B·A in float32, rounded to the dtype of the base."""
     config = target.config
-    stored = str(read_config(config.model, config.revision).dtype).removeprefix("torch.")
+    stored = str(read_config(target.model).dtype).removeprefix("torch.")
     dtype = stored if stored in get_args(Dtype) else config.backbone.dtype
-    policy, _ = load_target(replace(target, config=config.changed(dtype=dtype)), "cpu")
+    policy, _ = load_target(replace(target, config=config.changed(dtype=dtype)), "cpu", tell)
     for module in policy.model.modules():
         if isinstance(module, lora.Linear):
             layer: Any = module.get_base_layer()
@@ -145,10 +151,9 @@ def _greedy(policy: Policy) -> GenerationConfig:
     )
 
 
-def _write_processor(target: Target, source: Path, folder: Path) -> None:
+def _write_processor(target: Target, folder: Path) -> None:
     """The files of the base's processor, with the limit of image tokens that the run was trained under."""
-    config = target.config
-    processor = load_processor(config.model, config.backbone.max_image_tokens, revision=config.revision)
+    processor, source = load_processor(target.model, target.config.backbone.max_image_tokens), target.model.folder
     (class_name,) = (base.__name__ for base in type(processor).__bases__)  # of transformers; ours leaves videos out
     for name in (*OF_PROCESSOR, *processor.tokenizer.vocab_files_names.values()):
         if (source / name).is_file():

@@ -22,8 +22,8 @@ from ireasoner.model.parallel import Processes
 from ireasoner.model.pieces import DoesNotFitError, out_of_memory_is_told, release_memory
 from ireasoner.training.config import Config
 from ireasoner.training.evaluation import EvaluationOptions
-from ireasoner.training.opening import model_revision
 from ireasoner.training.state import CONFIG, Observer, Run, save
+from ireasoner.training.targets import model_revision
 
 
 @contextmanager

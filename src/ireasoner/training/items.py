@@ -104,12 +104,32 @@ class ImagePool:
             seen = f" (skipped: {first_skips(skipped)})" if skipped else ""
             raise ImageError(f"No image in the folder {quoted(folder)}{seen}: point to a folder of images.")
         pool = cls(os.fspath(folder), seed, paths, skipped, max_pixels, processes)
-        if len(set(processes.gather([pool._fingerprint], processes.count))) > 1:
-            raise ImageError(
-                f"The processes of this run do not see the same images in {quoted(folder)}: give all machines the same "
-                "folder, and wait until nobody copies into it."
-            )
+        pool.share(processes)
         return pool
+
+    def share(self, processes: Processes) -> None:
+        """Draw together with these processes from now on.
+
+        Raises:
+            ImageError: they do not hold the same images.
+        """
+        self._processes = processes
+        if len(set(processes.gather([self._fingerprint], processes.count))) > 1:
+            raise ImageError(
+                f"The processes of this run do not see the same images in {quoted(self._folder)}: give all machines "
+                "the same folder, and wait until nobody copies into it."
+            )
+
+    def check_readable(self) -> None:
+        """Raises `ImageError` if no image can be decoded. It stops at the first that can, and remembers none."""
+        reasons: dict[str, str] = {}
+        for name in self._epoch_order(0):
+            try:
+                read_image(self.paths[name], self._max_pixels)
+                return
+            except UnreadableImageError as error:
+                reasons[name] = error.reason
+        raise self._nothing_readable(reasons)
 
     def __len__(self) -> int:
         """The number of images that have not failed to decode so far."""
@@ -200,10 +220,13 @@ class ImagePool:
 
     def _require_decodable(self) -> None:
         if len(self) == 0:
-            raise ImageError(
-                f"None of the {len(self.names)} images in {quoted(self._folder)} can be decoded "
-                f"({first_skips(self.skipped)}): point to a folder of readable images."
-            )
+            raise self._nothing_readable(self.skipped)
+
+    def _nothing_readable(self, reasons: Mapping[str, str]) -> ImageError:
+        return ImageError(
+            f"None of the {len(self.names)} images in {quoted(self._folder)} can be decoded "
+            f"({first_skips(reasons)}): point to a folder of readable images."
+        )
 
 
 def set_aside_line(count: int) -> str:

@@ -5,31 +5,29 @@
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from ireasoner.method.scoring import RewardFunction
 from ireasoner.method.types import Episode
-from ireasoner.model.parallel import joined
-from ireasoner.training.closing import Outcome, finish, finished, scores_before, versions
+from ireasoner.model.distributed import joined
+from ireasoner.training.checks import Inputs, check_out, check_resume, check_start, finished
+from ireasoner.training.closing import Outcome, finish, scores_before, versions
 from ireasoner.training.config import Config, dump_config
-from ireasoner.training.custom_reward import reward_to_resume, reward_to_start
 from ireasoner.training.fitting import fitted, within_memory
 from ireasoner.training.floors import common_problem, floor_signals
 from ireasoner.training.items import Item
 from ireasoner.training.labelled import StepTruth
 from ireasoner.training.metrics import play_metrics, timed
-from ireasoner.training.opening import open_run
+from ireasoner.training.opening import load_run, open_directory
 from ireasoner.training.probes import blank_survival, probe
-from ireasoner.training.recorder import Recorder, write_json, writer_lock
+from ireasoner.training.recorder import VERSIONS, write_json, writer_lock
 from ireasoner.training.reporting import named_trackers, tracking
 from ireasoner.training.state import (
-    VERSIONS,
     Observer,
     Run,
-    RunError,
     record_extension,
     record_skips,
     regular_step,
@@ -47,6 +45,7 @@ def start(
     max_hours: float | None = None,
     *,
     reward: RewardFunction | None = None,
+    inputs: Inputs | None = None,
 ) -> Outcome:
     """Begin a run in a new or empty directory.
 
@@ -59,19 +58,14 @@ def start(
         truth: tells for the evaluation whether a reasoning step about a held-out question is true.
         max_hours: after which it saves and stops; None: it goes on to its end.
         reward: a reward function, instead of the one that the recipe names.
+        inputs: what `check_start` gave for this config, if it was called before.
 
     Raises:
-        UsageError: something that the user named cannot be used, or the directory holds a run already.
+        UsageError: something that the user named cannot be used, or the directory holds a run already. Nothing has
+            been written then.
     """
-    if (out / "config.yaml").exists() or (out / "checkpoints").exists():
-        raise RunError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
-    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(config.images)):
-        raise RunError(
-            f"{out} lies inside the image folder {config.images}, so its thumbnails would be trained on: "
-            "choose another --out"
-        )
-    config, reward = reward_to_start(config, reward)
-    return _run(config, out, observer or Observer(), truth, reward, max_hours)
+    inputs = inputs or check_start(config, out, truth, reward=reward)
+    return _run(inputs, out, observer or Observer(), truth, max_hours, resuming=False)
 
 
 def resume(
@@ -84,6 +78,7 @@ def resume(
     reward: RewardFunction | None = None,
     extend_to: int | None = None,
     trusts_reward: bool = False,
+    inputs: Inputs | None = None,
 ) -> Outcome:
     """Continue a run from its newest sound checkpoint, so that it ends as if it had never stopped.
 
@@ -92,6 +87,7 @@ def resume(
         reward: the function that `start` was given, if it was.
         extend_to: a later last step than the run has so far; a finished run then goes on as well. None: its own.
         trusts_reward: whether a reward file that the run's config names may be imported, which runs its code.
+        inputs: what `check_resume` gave for this config, extended if it is to be, if it was called before.
 
     Raises:
         UsageError: no checkpoint can be used, or the reward file may not be imported or has changed.
@@ -100,42 +96,44 @@ def resume(
         config = config.extended(extend_to)
     if (summary := finished(config, out)) is not None:
         return Outcome(summary["steps"], True, summary)
-    reward = reward_to_resume(config, out, reward, trusts_reward)
-    return _run(config, out, observer or Observer(), truth, reward, max_hours)
+    inputs = inputs or check_resume(config, out, truth, reward=reward, trusts_reward=trusts_reward)
+    return _run(inputs, out, observer or Observer(), truth, max_hours, resuming=True)
 
 
 def _run(
-    config: Config,
+    inputs: Inputs,
     out: Path,
     observer: Observer,
     truth: StepTruth | None,
-    reward: RewardFunction | None,
     max_hours: float | None,
+    *,
+    resuming: bool,
 ) -> Outcome:
-    trackers = [*named_trackers(config), *observer.trackers]
+    began = time.monotonic()
+    trackers = [*named_trackers(inputs.config), *observer.trackers]
     with ExitStack() as stack:
-        stop_asked = stack.enter_context(stop_requests(max_hours))
-        processes = stack.enter_context(joined(config.device))
-        if processes.is_main:
+        processes = stack.enter_context(joined(inputs.config.device))
+        if resuming and processes.is_main:
             stack.enter_context(writer_lock(out))
-        config = stack.enter_context(fitted(config, out, processes, observer))
-        recorder = Recorder.open(out, writes=processes.is_main)
-        run, resumed = open_run(config, out, recorder, observer, processes, reward, truth)
-        run.stop_asked = stop_asked
-        if resumed:
+        config = stack.enter_context(fitted(inputs.config, out, processes, observer))
+        run = load_run(config, out, inputs, observer, processes, truth)
+        # Until here Ctrl-C ends the process as usual, and a new run has written nothing.
+        run.stop_asked = stack.enter_context(stop_requests(max_hours, began))
+        if not resuming and processes.is_main:
+            check_out(config, out)  # somebody else may have begun a run there in the meantime
+            stack.enter_context(writer_lock(out))
+        if open_directory(run):
             record_extension(run)
         else:
-            # `config.yaml` makes the directory a run, which is why it is written only after everything has been loaded:
-            # a mistake in an option must not leave a run that cannot start.
-            recorder.write_text(VERSIONS, write_json(versions(run)))
-            recorder.write_text("config.yaml", dump_config(config))
+            run.recorder.write_text(VERSIONS, write_json(versions(run)))
+            run.recorder.write_text("config.yaml", dump_config(run.config))  # which makes the directory a run
             probe(run)
             save(run)
-        observer.on_start(config, run.step + 1)
+        observer.on_start(run.config, run.step + 1)
         stack.enter_context(tracking(run, trackers))
         try:
             before = scores_before(run)
-            while run.step < config.schedule.steps and run.alarm is None:
+            while run.step < run.config.schedule.steps and run.alarm is None:
                 if processes.any(run.stop_asked()):  # all processes must stop after the same step
                     save(run)
                     return Outcome(run.step, False, None)
@@ -159,7 +157,7 @@ def advance(run: Run) -> None:
         with timed(seconds, "update"):
             episodes, learned = update(run, play)
         episodes = record(run, items, episodes)
-    signals |= floor_signals(episodes, learned, run.policy.largest_lora_b("solver"))
+    signals |= floor_signals(episodes, learned, run.policy.largest_lora_b("solver") if run.moved("solver") else 0.0)
     metrics = {**play_metrics(episodes), **learned}
     metrics |= {f"watch/{name}": value for name, value in signals.items()}
     metrics |= {f"time/{name}_seconds": value for name, value in seconds.items()}

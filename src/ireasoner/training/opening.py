@@ -1,86 +1,59 @@
-"""Opening a run: everything that it needs is loaded here, and it continues from its newest checkpoint if it has one."""
+"""Opening a run: its model is loaded, and its directory is begun or taken back to its newest checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ireasoner.method.scoring import RewardFunction
-from ireasoner.method.types import ROLES
+from ireasoner.method.texts import with_domain
+from ireasoner.method.types import ROLES, Role
 from ireasoner.model.backbone import lacks_bfloat16, most_image_tokens, resolve_device
 from ireasoner.model.counting import limit_sampling
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy
 from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
-from ireasoner.model.source import find_model
+from ireasoner.model.source import Source, find_model
 from ireasoner.rollouts.engine import Engine
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.advice import drowned_in_rounding
 from ireasoner.training.checkpoints import newest_checkpoint
+from ireasoner.training.checks import Inputs
 from ireasoner.training.config import Config
-from ireasoner.training.items import ImagePool, set_aside_line
-from ireasoner.training.labelled import LabelledQuestion, StepTruth, draw_questions, load_questions
-from ireasoner.training.recorder import Recorder, read_json
+from ireasoner.training.items import set_aside_line
+from ireasoner.training.labelled import StepTruth, draw_questions
+from ireasoner.training.recorder import Recorder, RunError
 from ireasoner.training.selfplay import SelfPlay
-from ireasoner.training.state import (
-    VERSIONS,
-    Observer,
-    Run,
-    RunError,
-    check_config,
-    notes,
-    read_state,
-    record_skips,
-    restore,
-)
+from ireasoner.training.state import Observer, Run, check_config, notes, read_state, record_skips, restore
 from ireasoner.training.watch import Signals, Watch
 
 
-def open_run(
+def load_run(
     config: Config,
     out: Path,
-    recorder: Recorder,
+    inputs: Inputs,
     observer: Observer,
     processes: Processes = ALONE,
-    reward: RewardFunction | None = None,
     truth: StepTruth | None = None,
-) -> tuple[Run, bool]:
-    """Load everything that a run needs, and restore its newest sound checkpoint if there is one.
+) -> Run:
+    """Load everything that a run needs. Nothing is written: a run that cannot start must leave no folder behind.
 
-    The records that `recorder` has written after that checkpoint are dropped. `reward` is the reward function if it is
-    the user's own; the other arguments are kept in the run.
-
-    Returns:
-        The run, and whether it was restored from a checkpoint.
+    Args:
+        config: options of the run, which may have been fitted to the device since `inputs` were read.
+        out: the run directory.
+        inputs: what `checks` has read.
+        observer, processes, truth: kept in the run.
 
     Raises:
-        UsageError: every checkpoint is damaged, or something that the user named cannot be used.
+        UsageError: something that the user named cannot be used.
     """
-    try:
-        checkpoint, skipped = newest_checkpoint(out / "checkpoints")
-    except OSError as error:
-        raise RunError(f"the checkpoints of {out} cannot be read: {error}") from None
-    if skipped and checkpoint is None:
-        raise RunError(f"every checkpoint of {out} is damaged: {skipped[0][0].name}: {skipped[0][1]}")
-    state = read_state(checkpoint) if checkpoint else {"step": 0, "elapsed": 0.0}
-    if checkpoint:
-        check_config(config, checkpoint)
-    # Steps after the checkpoint are taken again and give the same records, so theirs are dropped. Without a checkpoint
-    # (a new run, or one that was killed before its first) that holds for all records, those of step 0 included.
-    dropped = recorder.rewind(state["step"] if checkpoint else -1)
-    told = [f"Dropped a damaged record: {warning}." for warning in dropped]
-    told += [f"Records are missing: {gap}." for gap in recorder.gaps(state["step"])]
-    for text in [*notes(skipped), *told]:
-        recorder.event(state["step"], text)
-        observer.on_message(text)
-    processes.wait()  # the other processes read the records below, so the main one must have finished rewinding them
-    questions = load_questions(config.eval_data, truth=truth) if config.eval_data else []
-    # Before the images are read, so that a mistyped name is told at once. Every process takes the first one's commit.
-    found = find_model(config.model, model_revision(config, out))
-    commit = processes.gather([found.commit], processes.count)[0]
-    pool = open_pool(config, questions, processes)
-    selfplay = open_selfplay(config, pool, processes, reward, commit)
+    # Every process takes the first one's commit: a branch may have moved on in between.
+    commit = processes.gather([inputs.model.commit], processes.count)[0]
+    model = inputs.model if commit == inputs.model.commit else find_model(config.model, commit)
+    pool = inputs.pool
+    pool.share(processes)
+    selfplay = open_selfplay(config, model, inputs.labels, inputs.reward, processes, observer.on_message)
     policy = selfplay.policy
     observer.on_message(policy.describe() + ".")
     if (images := config.schedule.images_per_step) < processes.count:
@@ -88,10 +61,13 @@ def open_run(
             f"{processes.count - images} of {processes.count} processes have nothing to play or to learn from: a step "
             f"has images_per_step {images}, shared out among them. Start fewer, or a run with more images a step."
         )
+    if inputs.initial:
+        config = _with_initial_adapters(config, policy, inputs.initial)
+        selfplay.engine.refresh()
     run = Run(
         config=config,
         out=out,
-        recorder=recorder,
+        recorder=Recorder(out, writes=processes.is_main),
         observer=observer,
         processes=processes,
         pool=pool,
@@ -101,12 +77,58 @@ def open_run(
         learners={role: Learner(policy, role, config.recipe, config.fitted_optimizer(), processes) for role in ROLES},
         watch=Watch(config),
         signals=Signals(config.watch.watch_window * config.schedule.images_per_step),
-        questions=draw_questions(questions, config.schedule.eval_questions),
+        questions=draw_questions(inputs.questions, config.schedule.eval_questions),
         truth=truth,
-        step=state["step"],
-        elapsed=state["elapsed"],
     )
     policy.on_shortage = run.shortages.append
+    processes.wait()  # where one of them cannot load the model, the main one must not have begun to write
+    return run
+
+
+def _with_initial_adapters(config: Config, policy: Policy, folders: Mapping[Role, Path]) -> Config:
+    """Load the adapters that a run begins with. The config says from now on which they are.
+
+    Raises:
+        UsageError: they do not fit the model, or are not those that the run began with before.
+    """
+    for role, folder in folders.items():
+        policy.load_adapter(folder, role)
+    found = {role: policy.adapter_sha256(role) for role in folders}
+    if config.init_adapters_sha256 not in ({}, found):
+        raise RunError(f"{config.init_adapters} has changed since the run was started: start a new run")
+    return config.model_copy(update={"init_adapters_sha256": found})
+
+
+def open_directory(run: Run) -> bool:
+    """Make the directory of a new run, or take the run back to the newest sound checkpoint that its directory has.
+
+    The records after that checkpoint are dropped.
+
+    Returns:
+        Whether there was a checkpoint.
+
+    Raises:
+        UsageError: every checkpoint is damaged or does not fit, or the directory cannot be written.
+    """
+    try:
+        checkpoint, skipped = newest_checkpoint(run.out / "checkpoints")
+    except OSError as error:
+        raise RunError(f"the checkpoints of {run.out} cannot be read: {error}") from None
+    if skipped and checkpoint is None:
+        raise RunError(f"every checkpoint of {run.out} is damaged: {skipped[0][0].name}: {skipped[0][1]}")
+    state = read_state(checkpoint) if checkpoint else {"step": 0, "elapsed": 0.0}
+    run.step, run.elapsed = state["step"], state["elapsed"]
+    if checkpoint:
+        check_config(run.config, checkpoint)
+    run.recorder.prepare()
+    # Steps after the checkpoint are taken again and give the same records, so theirs are dropped. Without a checkpoint
+    # (a new run, or one that was killed before its first) that holds for all records, those of step 0 included.
+    dropped = run.recorder.rewind(run.step if checkpoint else -1)
+    told = [f"Dropped a damaged record: {warning}." for warning in dropped]
+    told += [f"Records are missing: {gap}." for gap in run.recorder.gaps(run.step)]
+    for text in [*notes(skipped), *told]:
+        run.tell(text)
+    run.processes.wait()  # the others read the records below, so the main one must have finished rewinding them
     record_skips(run)
     if checkpoint:
         try:
@@ -114,62 +136,42 @@ def open_run(
         except (KeyError, TypeError, ValueError) as error:  # a checkpoint that is whole, but not a run's
             raise RunError(f"{checkpoint} does not fit this run: {type(error).__name__}: {error}") from None
     else:
-        if pool.set_aside:
-            run.tell(set_aside_line(pool.set_aside))
-        if warning := drowned_in_rounding(config):
+        if run.pool.set_aside:
+            run.tell(set_aside_line(run.pool.set_aside))
+        if warning := drowned_in_rounding(run.config):
             run.tell(warning)
-    return run, checkpoint is not None
-
-
-def model_revision(config: Config, run_dir: Path) -> str | None:
-    """The revision of a run's model: the commit that it began with, once that is recorded, for branches move on."""
-    model, at, commit = str(read_json(run_dir / VERSIONS, 2**20).get("model")).rpartition("@")
-    return commit if at and model == config.model else config.revision
-
-
-def open_pool(config: Config, questions: Sequence[LabelledQuestion], processes: Processes = ALONE) -> ImagePool:
-    """The images of the config's folder, without those of the evaluation data.
-
-    Args:
-        config: names the folder, and maybe a file of further questions whose images are held out.
-        questions: those of the evaluation data, which have been read already.
-        processes: those that draw together.
-
-    Raises:
-        UsageError: the folder or the file cannot be used.
-    """
-    held_out = {q.image for q in (*questions, *(load_questions(config.held_out) if config.held_out else ()))}
-    return ImagePool.scan(config.images, config.seed, config.max_image_pixels, processes, held_out)
+    return checkpoint is not None
 
 
 def open_selfplay(
     config: Config,
-    pool: ImagePool,
-    processes: Processes = ALONE,
+    model: Source,
+    labels: Mapping[str, Sequence[tuple[str, str]]] | None = None,
     reward: RewardFunction | None = None,
-    revision: str | None = None,
+    processes: Processes = ALONE,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> SelfPlay:
     """Load the model with new adapters, and make the self-play of a run on it.
 
     Args:
         config: options of the run.
-        pool: the run's images; labelled questions are about these.
-        processes: those that play together.
+        model: where the backbone is.
+        labels: as `match_labels` gives them.
         reward: the reward function if it is the user's own.
-        revision: a branch, tag or commit of a model on the hub; None: the newest.
+        processes: those that play together.
+        tell: as for `load_policy`.
 
     Raises:
-        UsageError: the model, the engine or the labels cannot be used.
+        UsageError: the model or the engine cannot be used.
     """
     device = resolve_device(processes.device if processes.count > 1 else config.device)
     if config.backbone.dtype == "bfloat16" and lacks_bfloat16(device):
         raise RunError(
             f"{device} only emulates bfloat16, slowly: train with --dtype float16, or float32 if activations overflow"
         )
-    policy = load_policy(config.model, config.backbone, revision=revision, device=device, seed=config.seed)
+    policy = load_policy(model, config.backbone, device=device, seed=config.seed, tell=tell)
     limit_sampling(policy, config.fitted_optimizer().tokens_per_batch)
     engine = open_engine(config, policy, processes)
-    labels = load_labels(config, pool) if config.labels else None
     return SelfPlay(policy, engine, config, labels, reward, processes)
 
 
@@ -184,24 +186,7 @@ def open_engine(config: Config, policy: Policy, processes: Processes) -> Engine:
     sampling, tokenizer = config.sampling, policy.processor.tokenizer
     # The longest sequence that vLLM has to hold: image, prompt, question, solution, and 128 for the chat template.
     image = most_image_tokens(policy.processor, config.max_image_pixels)
-    prompt = max(len(tokenizer(text)["input_ids"]) for text in (sampling.proposer_prompt, sampling.solver_prompt))
+    prompts = with_domain(sampling.proposer_prompt, sampling.domain), sampling.solver_prompt
+    prompt = max(len(tokenizer(text)["input_ids"]) for text in prompts)
     written = sampling.max_question_tokens + sampling.max_solution_tokens
     return VllmEngine.load(policy, config.model, image + prompt + written + 128, config.vllm_share)
-
-
-def load_labels(config: Config, pool: ImagePool) -> dict[str, list[tuple[str, str]]]:
-    """Labelled questions and their answers by the names of the pool's images, for the oracle recipe.
-
-    Raises:
-        RunError: none of them is about an image of the pool.
-    """
-    assert config.labels is not None
-    names = {Path(pool.paths[name]).resolve(): name for name in pool.names}
-    labels: dict[str, list[tuple[str, str]]] = {}
-    for row in load_questions(config.labels):
-        if row.image in names:
-            labels.setdefault(names[row.image], []).append((row.question, row.answer))
-    if not labels:
-        unless = " that is not set aside for evaluation" if config.eval_data or config.held_out else ""
-        raise RunError(f"no question in {config.labels} is about an image in {config.images}{unless}")
-    return labels

@@ -32,7 +32,7 @@ def probe(run: Run) -> None:
     items = run.pool.peek(schedule.probe_images)
     encoded = encode_images(run.policy, [item.image for item in items])
     if run.step == 0:
-        messages = proposer_messages(sampling.proposer_prompt)
+        messages = proposer_messages(sampling.proposer_prompt, sampling.domain)
         requests = [Request(image, messages, (run.config.seed, 0, i)) for i, image in enumerate(encoded)]
         proposals = run.engine.sample(requests, None, max_tokens=sampling.max_question_tokens)
         questions = [

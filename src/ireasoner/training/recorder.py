@@ -32,10 +32,16 @@ else:
     import fcntl
 
 FILES = ("metrics.jsonl", "episodes.jsonl", "probes.jsonl", "skipped.jsonl", "events.jsonl")
+VERSIONS = "versions.json"  # what the run began with: packages, and the commit of a model on the hub
+LARGEST = 2**28  # bytes of a file of results that is read again
 
 
 class RunDirectoryError(UsageError):
     """The run directory cannot be written or read; the message says where and why."""
+
+
+class RunError(UsageError):
+    """A run cannot start or continue; the message says why and what to do."""
 
 
 class Recorder:
@@ -53,14 +59,18 @@ class Recorder:
     def open(cls, run_dir: Path, *, writes: bool = True) -> Self:
         """Create the directory, or prepare one whose process was killed: a line that it did not finish is cut off."""
         recorder = cls(run_dir, writes=writes)
-        if writes:
-            _refuse_links(run_dir)
-            with _boundary(run_dir):
-                (run_dir / "images").mkdir(parents=True, exist_ok=True)
-                for path in recorder._files():
-                    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-            recorder._read_skipped()
+        recorder.prepare()
         return recorder
+
+    def prepare(self) -> None:
+        """Do to the directory what `open` does."""
+        if self.writes:
+            refuse_links(self.run_dir)
+            with _boundary(self.run_dir):
+                (self.run_dir / "images").mkdir(parents=True, exist_ok=True)
+                for path in self._files():
+                    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+            self._read_skipped()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Add one line of numbers, by names such as `reward/solver/outcome`."""
@@ -169,7 +179,7 @@ class Recorder:
             append_record(self.run_dir / name, record)
 
 
-def _refuse_links(run_dir: Path) -> None:
+def refuse_links(run_dir: Path) -> None:
     """A run directory may come from somebody else; what is written into it must not end up elsewhere.
 
     Raises:

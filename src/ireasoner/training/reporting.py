@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 from uuid import uuid4
 
@@ -15,7 +14,6 @@ from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from PIL import Image
 
-from ireasoner.method.types import UsageError
 from ireasoner.training.config import Config
 from ireasoner.training.recorder import read_json, write_json
 from ireasoner.training.state import Run
@@ -145,23 +143,8 @@ REPORTED: dict[str, type[TensorBoard | Wandb | Trackio | MLflow]] = {
 
 
 def named_trackers(config: Config) -> list[Tracker]:
-    """The trackers that the config names; nothing is started.
-
-    Raises:
-        UsageError: the package of one is not installed.
-    """
-    if missing := [name for name in config.report_to if not _installed(name)]:
-        raise UsageError(
-            f"--report-to {missing[0]} needs the package {missing[0]}, which is not installed: "
-            f"pip install {missing[0]}, or leave it out"
-        )
+    """The trackers that the config names; nothing is started."""
     return [REPORTED[name]() for name in config.report_to]
-
-
-def _installed(package: str) -> bool:
-    """Whether a package can be imported. A folder of its name, such as wandb leaves where it ran, is no package."""
-    spec = find_spec(package)
-    return spec is not None and spec.origin is not None
 
 
 @contextmanager

@@ -105,9 +105,10 @@ class SelfPlay:
         total = len(batch.names)
         if self.labels is not None:
             return [self._pick_label(batch, i) for i in range(total)], ()
-        messages = proposer_messages(self.config.sampling.proposer_prompt)
+        sampling = self.config.sampling
+        messages = proposer_messages(sampling.proposer_prompt, sampling.domain)
         requests = [Request(image, messages, batch.seed(i, seeds.PROPOSE)) for i, image in images.items()]
-        longest = self.config.sampling.max_question_tokens
+        longest = sampling.max_question_tokens
         groups = self.engine.sample(requests, "proposer", max_tokens=longest) if requests else []
         proposals = [group[0] for group in self._exchange(groups, total)]
         prompt = render(self.policy.processor, messages)

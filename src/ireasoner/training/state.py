@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from ireasoner.method.types import ROLES, Episode, Role, UsageError
+from ireasoner.method.types import ROLES, Episode, Role
 from ireasoner.model.learner import Learner
 from ireasoner.model.parallel import Processes
 from ireasoner.model.policy import Policy
@@ -27,18 +27,13 @@ from ireasoner.training.checkpoints import clear_remains, newest_checkpoint, pru
 from ireasoner.training.config import Config, dump_config, load_config
 from ireasoner.training.items import ImagePool, Item
 from ireasoner.training.labelled import LabelledQuestion, StepTruth
-from ireasoner.training.recorder import Recorder, read_episodes, read_records
+from ireasoner.training.recorder import Recorder, RunError, read_episodes, read_records
 from ireasoner.training.selfplay import SelfPlay
 from ireasoner.training.trackers import Tracker, Trackers
 from ireasoner.training.watch import Alarm, Signals, Watch
 
 CONFIG = "config.yaml"
 OPTIONS = "options.yaml"  # the same in a checkpoint, so that nothing but a deliberate extension changes it unnoticed
-VERSIONS = "versions.json"  # what the run began with: packages, and the commit of a model on the hub
-
-
-class RunError(UsageError):
-    """A run cannot start or continue; the message says why and what to do."""
 
 
 @dataclass
@@ -102,6 +97,11 @@ class Run:
         self.trackers.step(self.step, metrics)
         if self.config.report_images and (self.step == 1 or self.due(self.config.schedule.save_every)):
             self.trackers.pictures(self.step, self.out, episodes)
+
+    def moved(self, role: Role) -> bool:
+        """Whether a role's adapter has changed since the run began."""
+        began = self.config.init_adapters_sha256.get(role)
+        return self.policy.adapter_sha256(role) != began if began else self.policy.largest_lora_b(role) > 0
 
     def thumbnail(self, item: Item) -> str:
         """Save a small copy of an item's image in the run directory and return its relative path."""
@@ -207,8 +207,9 @@ def check_config(config: Config, checkpoint: Path) -> None:
     """
     kept = load_config(checkpoint / OPTIONS)
     changed = config.differences(kept)
-    if config.reward_sha256 != kept.reward_sha256:
-        changed["reward_sha256"] = (config.reward_sha256, kept.reward_sha256)
+    for name in ("reward_sha256", "init_adapters_sha256"):
+        if getattr(config, name) != getattr(kept, name):
+            changed[name] = (getattr(config, name), getattr(kept, name))
     for name in ("images", "model", "labels", "eval_data", "held_out"):
         if all(changed.get(name, ())):  # moved, and neither lost nor added
             changed.pop(name, None)

@@ -18,15 +18,16 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if
 
 
 @contextmanager
-def stop_requests(max_hours: float | None = None) -> Iterator[Callable[[], bool]]:
+def stop_requests(max_hours: float | None = None, began: float | None = None) -> Iterator[Callable[[], bool]]:
     """Gives a function that tells whether the run should save and stop now.
 
     The first of the signals asks for that; a second one ends the process as usual.
 
     Args:
-        max_hours: how long the run may go on from now; None: as long as it takes.
+        max_hours: how long the run may go on; None: as long as it takes.
+        began: when it began, by `time.monotonic`; None: now.
     """
-    flag, began = threading.Event(), time.monotonic()
+    flag, began = threading.Event(), time.monotonic() if began is None else began
 
     def asked() -> bool:
         return flag.is_set() or (max_hours is not None and time.monotonic() - began >= 3600 * max_hours)

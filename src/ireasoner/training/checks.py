@@ -1,0 +1,279 @@
+"""What a user can get wrong about a run is found out here, before torch is imported and a model is loaded.
+
+What had to be read for that is handed on to the run as `Inputs`, so that nothing is read twice. Every error is one
+sentence that names the option.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ireasoner.method.scoring import RewardFunction
+from ireasoner.method.types import ROLES, Role, UsageError
+from ireasoner.model.options import BackboneOptions
+from ireasoner.model.source import Source, check_processor, find_model, with_weights
+from ireasoner.training.config import Config
+from ireasoner.training.custom_reward import reward_to_resume, reward_to_start
+from ireasoner.training.items import ImagePool
+from ireasoner.training.labelled import LabelledQuestion, StepTruth, load_questions
+from ireasoner.training.recorder import LARGEST, RunError, is_locked, read_json, refuse_links
+from ireasoner.training.targets import find_adapters, model_revision
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run was given, as it was read.
+
+    Attributes:
+        config: its options.
+        model: where the backbone is; its small files are on this machine.
+        pool: the images, for a run of one process; `ImagePool.share` makes it that of several.
+        questions: all of the evaluation data.
+        labels: labelled questions and their answers by the names of the images, where they replace the proposer.
+        reward: the reward function if it is the user's own.
+        initial: the folder of the adapter that each role begins with; none of a role whose adapter is new, and none at
+            all where a run goes on from a checkpoint, which has them.
+    """
+
+    config: Config
+    model: Source
+    pool: ImagePool
+    questions: Sequence[LabelledQuestion]
+    labels: dict[str, list[tuple[str, str]]] | None
+    reward: RewardFunction | None
+    initial: dict[Role, Path]
+
+
+def check_start(
+    config: Config, out: Path, truth: StepTruth | None = None, *, reward: RewardFunction | None = None
+) -> Inputs:
+    """Check what a new run was given.
+
+    If the recipe names a reward of the user's own, its file is imported, which runs the code in it.
+
+    Args:
+        config: options of the run.
+        out: the run directory, which is not touched.
+        truth: must be able to read the pictures of the evaluation data.
+        reward: a reward function, instead of the one that the recipe names.
+
+    Raises:
+        UsageError: something that the user named cannot be used, or the directory cannot be, or holds a run already.
+    """
+    check_out(config, out)
+    with _naming("--reward"):
+        config, reward = reward_to_start(config, reward)
+    return _read(config, out, truth, reward)
+
+
+def check_resume(
+    config: Config,
+    out: Path,
+    truth: StepTruth | None = None,
+    *,
+    reward: RewardFunction | None = None,
+    trusts_reward: bool = False,
+) -> Inputs:
+    """Check what a run that goes on needs.
+
+    Args:
+        config, out, truth: as for `check_start`.
+        reward: the function that `check_start` was given, if it was.
+        trusts_reward: whether a reward file that the run's config names may be imported, which runs its code.
+
+    Raises:
+        UsageError: something that the run needs cannot be used, or the reward file may not be imported or has changed.
+    """
+    return _read(config, out, truth, reward_to_resume(config, out, reward, trusts_reward))
+
+
+def finished(config: Config, out: Path) -> dict[str, Any] | None:
+    """The summary of a run that has ended; None if it has not, or if it is being extended to more steps.
+
+    Raises:
+        RunError: the summary is damaged.
+    """
+    path = out / "summary.json"
+    if not path.exists():
+        return None
+    try:
+        summary = read_json(path, LARGEST)
+        steps, ended_itself = int(summary["steps"]), bool(summary["stopped_early"])
+    except (KeyError, TypeError, ValueError):
+        raise RunError(f"{path} is damaged: remove it, and the run is finished anew") from None
+    return summary if ended_itself or steps >= config.schedule.steps else None
+
+
+def check_out(config: Config, out: Path) -> None:
+    """Raises `RunError` unless a new run can be written to `out`: into a folder that is missing or holds no run."""
+    try:
+        if (out / "config.yaml").exists() or (out / "checkpoints").exists():
+            raise RunError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
+        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(config.images)):
+            raise RunError(
+                f"{out} lies inside the image folder {config.images}, so its thumbnails would be trained on: "
+                "choose another --out"
+            )
+        there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise RunError(f"--out {out} cannot be written: {there}: Not a directory")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise RunError(f"--out {out} cannot be written: {there}: Permission denied")
+        refuse_links(out)
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be written: {error.strerror or error}") from None
+    if is_locked(out):
+        raise RunError(f"another process is starting a run in {out}: choose another --out")
+
+
+def _read(config: Config, out: Path, truth: StepTruth | None, reward: RewardFunction | None) -> Inputs:
+    """Read everything else that was named: what takes longest comes last."""
+    check_packages(config)
+    check_device(config.device)
+    questions = read_questions(config.eval_data, "--eval-data", truth)
+    held_out, labelled = read_questions(config.held_out, "--held-out"), read_questions(config.labels, "--labels")
+    with _naming("--model"):
+        model = find_model(config.model, model_revision(config, out))
+        check_processor(model)
+        if model.commit is None:  # otherwise they may have to be downloaded first
+            with_weights(model)
+    resumes = next((out / "checkpoints").glob("step-*"), None) is not None
+    with _naming("--init-adapters"):
+        initial = initial_adapters(config, model) if config.init_adapters and not resumes else {}
+    with _naming("--images"):
+        pool = open_pool(config, [*questions, *held_out])
+        pool.check_readable()
+    labels = match_labels(config, labelled, pool) if config.labels else None
+    return Inputs(config, model, pool, questions, labels, reward, initial)
+
+
+def check_packages(config: Config) -> None:
+    """Raises `UsageError` if a package that the config asks for is not installed."""
+    if config.engine == "vllm" and not installed("vllm"):
+        raise UsageError("--engine vllm needs vLLM: pip install vllm, or leave the option out")
+    for name in config.report_to:
+        if not installed(name):
+            raise UsageError(
+                f"--report-to {name} needs the package {name}, which is not installed: pip install {name}, or leave "
+                "it out"
+            )
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported. A folder of its name, such as wandb leaves where it ran, is no package."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def check_device(device: str) -> None:
+    """Raises `UsageError` for what can be no device anywhere; only torch knows which devices are here."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device {device} is no device: name auto, cpu, cuda or cuda:N")
+
+
+def read_questions(path: Path | None, flag: str, truth: StepTruth | None = None) -> list[LabelledQuestion]:
+    """The labelled questions of the file that was given with a flag; none if none was.
+
+    Raises:
+        UsageError: the file cannot be used; the message names the flag.
+    """
+    if path is None:
+        return []
+    with _naming(flag):
+        return load_questions(path, truth=truth)
+
+
+def open_pool(config: Config, held_out: Sequence[LabelledQuestion]) -> ImagePool:
+    """The images of the config's folder, without those of the held-out questions.
+
+    Raises:
+        ImageError: the folder cannot be used.
+    """
+    images = {question.image for question in held_out}
+    return ImagePool.scan(config.images, config.seed, config.max_image_pixels, held_out=images)
+
+
+def match_labels(
+    config: Config, labelled: Sequence[LabelledQuestion], pool: ImagePool
+) -> dict[str, list[tuple[str, str]]]:
+    """Labelled questions and their answers by the names of the pool's images, for the oracle recipe.
+
+    Raises:
+        RunError: none of them is about an image of the pool.
+    """
+    names = {Path(pool.paths[name]).resolve(): name for name in pool.names}
+    labels: dict[str, list[tuple[str, str]]] = {}
+    for row in labelled:
+        if row.image in names:
+            labels.setdefault(names[row.image], []).append((row.question, row.answer))
+    if not labels:
+        unless = " that is not set aside for evaluation" if config.eval_data or config.held_out else ""
+        raise RunError(f"--labels: no question in {config.labels} is about an image in {config.images}{unless}")
+    return labels
+
+
+def initial_adapters(config: Config, model: Source) -> dict[Role, Path]:
+    """The folders of the adapters of `config.init_adapters`, by role. They are of the same model and kind.
+
+    A run has no adapter of a role that it did not train; such a role begins anew.
+
+    Raises:
+        UsageError: it is no run and no adapter, or one of another model or kind.
+    """
+    path, ours = config.init_adapters, config.backbone
+    assert path is not None
+    if (path / "adapter_config.json").is_file():
+        return _peft_adapter(path, ours)
+    run, its_config, adapters = find_adapters(path)
+    if adapters is None:
+        raise UsageError(f"{path} learned nothing and has no adapter")
+    base, wanted = _base_of(its_config.model, model_revision(its_config, run)), _base_of(config.model, model.commit)
+    if base != wanted:
+        raise UsageError(f"{path} was trained on {base}, and this run is to be on {wanted}: name the same --model")
+    theirs = its_config.backbone
+    _same_lora(path, theirs.lora_rank, theirs.lora_alpha, ours)
+    if set(theirs.lora_targets) != set(ours.lora_targets):
+        told = " ".join(theirs.lora_targets) or "all layers"
+        raise UsageError(f"{path} was trained with --lora-targets {told}: give this run the same")
+    return {role: adapters / role for role in ROLES if (adapters / role).is_dir()}
+
+
+def _peft_adapter(folder: Path, ours: BackboneOptions) -> dict[Role, Path]:
+    """A PEFT adapter is the solver's. Whether it is of the same model and layers is only known by its tensors."""
+    settings = read_json(folder / "adapter_config.json", 2**20)
+    _same_lora(folder, settings.get("r"), settings.get("lora_alpha"), ours)
+    return {"solver": folder}
+
+
+def _same_lora(path: Path, rank: Any, alpha: Any, ours: BackboneOptions) -> None:
+    if (rank, alpha) != (ours.lora_rank, ours.lora_alpha):
+        raise UsageError(
+            f"{path} has rank {rank} and alpha {alpha}, and this run {ours.lora_rank} and {ours.lora_alpha}: add "
+            f"--lora-rank {rank} --lora-alpha {alpha}"
+        )
+
+
+def _base_of(model: str, commit: str | None) -> str:
+    """A name for a model that is the same wherever it was found: its hub id and commit, or the place of its folder."""
+    from ireasoner.training.card import find_base  # imports the hub's library, which takes half a second
+
+    base = find_base(model, commit)
+    if base.hub_id:
+        return f"{base.hub_id} at {base.commit}"
+    return model if model == "tiny" else os.path.realpath(os.path.expanduser(model))
+
+
+@contextmanager
+def _naming(flag: str) -> Iterator[None]:
+    """Inside, an error is about what was given with this flag."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{flag}: {error}") from None
