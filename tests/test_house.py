@@ -34,7 +34,7 @@ ALLOWED = {
 NO_TORCH = ("method", "page", "playground", "plugins")
 LIGHT = (
     "training.config", "training.recorder", "training.watch", "training.statistics", "training.advice",
-    "app.cli", "app.display",
+    "studies.compare", "app.cli", "app.display",
 )  # fmt: skip
 
 
