@@ -310,7 +310,7 @@ def comparison_table(found: Comparison) -> None:
     rows = [["task", "metric", "documents", "A", "B", "B − A", "p", "won, lost, tied"]]
     for row in found.rows:
         mean, low, high = (f"{row.difference[name]:+.3g}" for name in ("mean", "low", "high"))
-        cells = [f"{row.a:.4g}", f"{row.b:.4g}", f"{mean} [{low}, {high}]", f"{row.difference['p']:.4f}"]
+        cells = [f"{row.a:.4g}", f"{row.b:.4g}", f"{mean} [{low}, {high}]", _p(row.difference["p"])]
         counts = f"{row.wins}, {row.losses}, {row.ties}"
         rows.append([plain(row.task), plain(row.metric), str(row.documents), *cells, counts])
     print_table("Two models on the same documents, with 95 % intervals", rows)
@@ -320,6 +320,10 @@ def comparison_table(found: Comparison) -> None:
         print_text(f"p by {name}: {', '.join(tested)}")
     for note in found.notes:
         print_text(plain(note, 1000))
+
+
+def _p(value: float) -> str:
+    return f"{value:.4f}" if value >= 1e-4 else "< 0.0001"
 
 
 def _rows(
