@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer
 
 from ireasoner.method.scoring import Context, RewardError, score_group
@@ -17,6 +21,7 @@ from ireasoner.model.source import TINY_MODEL
 from ireasoner.plugins.verl import AgreementRewardManager
 from ireasoner.training.config import ConfigError, resolve
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "verl_grpo.sh"
 QUESTION = "How many bars are there?"
 TEXTS = (
     "<think>The bars are red, blue.</think><answer>2</answer>",
@@ -216,3 +221,42 @@ def test_validation_needs_whole_groups_that_fit(tokenizer: Any):
 def test_an_unknown_recipe_is_told(tokenizer: Any):
     with pytest.raises(ConfigError, match="there is no recipe 'defualt'"):
         AgreementRewardManager(settings(reward__reward_kwargs={"recipe": "defualt"}), tokenizer)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="verl is not installed")
+@pytest.mark.filterwarnings("default")  # verl, Ray and what they import warn of their own options
+def test_the_example_in_verls_own_reward_loop(tokenizer: Any):
+    """Its config is composed as verl composes it, and its worker is handed completions as by the agent loop."""
+    import ray
+    from hydra import compose, initialize_config_module
+    from tensordict import TensorDict
+    from verl import DataProto
+    from verl.experimental.reward_loop import RewardLoopManager
+
+    words = shlex.split(EXAMPLE.read_text("utf-8").replace("\\\n", " ").replace('"$1"', str(TINY_MODEL)), comments=True)
+    overrides = [word for word in words if "=" in word]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", [*overrides, "actor_rollout_ref.rollout.n=4"])
+
+    def handed_over(text: str, uid: str) -> Any:
+        ids = [*tokenizer.encode(text), tokenizer.eos_token_id]
+        asked = torch.tensor(tokenizer.encode(QUESTION))
+        parts = {"prompts": asked, "responses": torch.tensor(ids), "input_ids": torch.cat([asked, torch.tensor(ids)])}
+        parts["attention_mask"] = torch.ones_like(parts["input_ids"])
+        image = Image.new("RGB", (28, 28), "red" if uid == "a" else "blue")
+        turn = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]}
+        of_row = {"uid": uid, "raw_prompt": [turn], "extra_info": {}, "reward_model": {"ground_truth": "2"}}
+        return DataProto(
+            batch=TensorDict({name: ids[None] for name, ids in parts.items()}, batch_size=1),
+            non_tensor_batch={name: np.array([value]) for name, value in of_row.items()},
+        )
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    try:
+        (worker,) = RewardLoopManager(config).reward_loop_worker_handles
+        waiting = [worker.compute_score.remote(handed_over(text, uid)) for text in TEXTS for uid in ("a", "b")]
+        found = ray.get(waiting, timeout=120)
+    finally:
+        ray.shutdown()
+    assert [each["reward_score"] for each in found[::2]] == pytest.approx(expected(TEXTS))
+    assert [each["reward_extra_info"]["acc"] for each in found] == [1, 1, 1, 1, 0, 0, 0, 0]
