@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from ireasoner.method.scoring import Context, RewardError, score_group
 from ireasoner.model.source import TINY_MODEL
 from ireasoner.plugins.verl import AgreementRewardManager
-from ireasoner.training.config import ConfigError, resolve
+from ireasoner.training.config import ConfigError, load_recipe
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "verl_grpo.sh"
 QUESTION = "How many bars are there?"
@@ -102,7 +102,7 @@ def judge(manager: AgreementRewardManager, rows: Sequence[OneRow]) -> list[Any]:
 
 
 def expected(texts: Sequence[str], weight: float = 0.5) -> list[float]:
-    recipe = resolve({"recipe": "default", "images": ".", "model": "tiny"}).recipe
+    recipe = load_recipe("default")
     return list(score_group(QUESTION, texts, recipe, Context(step_weight=weight, recent_steps=[])).rewards)
 
 
@@ -186,7 +186,7 @@ def test_the_weight_of_steps_follows_the_trainers_step(tokenizer: Any):
         manager = AgreementRewardManager(settings(reward__reward_kwargs={"recipe": "paper"}), tokenizer, embed=embed)
         return judge(manager, [row(tokenizer, text, **columns("a", **step)) for text in TEXTS])[2]["reward_score"]
 
-    recipe = resolve({"recipe": "paper", "images": ".", "model": "tiny"}).recipe
+    recipe = load_recipe("paper")
     assert recipe.step_weight_initial != recipe.step_weight_final
     assert paid(global_steps=1) != paid(global_steps=10) == paid()
 
