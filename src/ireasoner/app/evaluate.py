@@ -1,8 +1,10 @@
-"""The commands about held-out answers: `eval`, and `label`, with which a person makes evaluation data."""
+"""The commands about held-out answers: `eval`, `compare`, which reads what lmms-eval logged, and `label`, with which a
+person makes evaluation data."""
 
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -77,6 +79,26 @@ def evaluate(
         result["answer_prior"] = answer_prior(questions)
         display.print_text(prior_line(result["answer_prior"]))
     keep(json, result)
+    return 0
+
+
+def compare(a: Path, b: Path, /, *, metric: str | None = None, json: JsonFile = None) -> int:
+    """Compare two models, document by document, by the sample logs that lmms-eval wrote of them with --log_samples. The
+    difference is B - A, with a 95 % interval and a paired test: McNemar's exact one where every score is 0 or 1 and no
+    two documents are known to be about one image, and otherwise random sign flips, all documents about an image
+    together.
+
+    Args:
+        a: A sample log (*_samples_*.jsonl), or the folder with the logs of one model.
+        b: The same of the other model.
+        metric: Compare by this metric alone (by all that both have).
+    """
+    from ireasoner.app.display import comparison_table
+    from ireasoner.studies.compare import compare_logs
+
+    found = compare_logs(a, b, metric)
+    comparison_table(found)
+    keep(json, asdict(found))
     return 0
 
 

@@ -9,24 +9,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import count, groupby
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from ireasoner.method.memory import RecentSteps
 from ireasoner.method.recipe import Recipe
-from ireasoner.method.scoring import Context, RewardError, score_solutions, step_weight
-from ireasoner.method.texts import SOLVER_PROMPTS, parse_trajectory
-from ireasoner.method.types import FinishReason, Form, Solution
-from ireasoner.training.config import load_recipe
-
-Prompt = str | Sequence[Mapping[str, Any]]  # text, or the turns of a chat
+from ireasoner.method.scoring import RewardError
+from ireasoner.method.types import FinishReason, Form
+from ireasoner.plugins.groups import Completions, GroupScorer, Prompt, digest, last_question, last_text, pictures
 
 
 class TRLReward(Protocol):
@@ -86,15 +79,8 @@ def agreement_reward(
     """
     if num_generations < 2:
         raise RewardError(f"num_generations is {num_generations}, but agreement takes a group of at least 2")
-    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if chosen.reward not in ("agreement", "discrete", "random", "format"):
-        raise RewardError(
-            f"the reward {chosen.reward} is none of the texts alone: give TRL a function of your own beside"
-        )
-    if chosen.reward == "agreement" and chosen.step_measure == "embedding" and embed is None:
-        raise RewardError(f"the recipe {chosen.name!r} compares embeddings of reasoning steps: hand in embed")
-    prompt, ends = solver_prompt or SOLVER_PROMPTS[form], frozenset(eos_token_ids)
-    memory, calls = RecentSteps(chosen.recurrence_window), count()
+    scorer = GroupScorer(recipe, form=form, solver_prompt=solver_prompt, embed=embed, seed=seed)
+    ends = frozenset(eos_token_ids)
 
     def reward(
         prompts: Sequence[Prompt],
@@ -103,30 +89,21 @@ def agreement_reward(
         **columns: Any,
     ) -> list[float]:
         _check_groups(prompts, completions, num_generations)
-        solutions: list[list[Solution]] = []
-        starts = range(0, len(completions), num_generations)
-        for start in starts:
+        groups = []
+        for start in range(0, len(completions), num_generations):
             rows = range(start, start + num_generations)
-            solutions.append(
-                [
-                    parse_trajectory(_text(completions[i]), _finish_reason(completion_ids, i, ends), form, prompt)
-                    for i in rows
-                ]
+            groups.append(
+                Completions(
+                    _question(prompts[start], columns, question_column, start),
+                    digest(pictures(prompts[start]) or prompts[start]),
+                    [scorer.read(last_text(completions[i]), _finish_reason(completion_ids, i, ends)) for i in rows],
+                )
             )
-        # All groups are remembered before any is scored, as in training here.
-        pictures = [_digest(_pictures(prompts[start]) or prompts[start]) for start in starts]
-        for picture, group in zip(pictures, solutions, strict=True):
-            memory.add(picture, group)
-        call, weight, rewards = next(calls), _step_weight(chosen, columns.get("trainer_state")), list[float]()
-        for start, picture, group in zip(starts, pictures, solutions, strict=True):
-            context = Context(
-                step_weight=weight, embed=embed, recent_steps=memory.of_others(picture), seed=(seed, call, start)
-            )
-            question = _question(prompts[start], columns, question_column, start)
-            rewards += score_solutions(question, group, chosen, context).rewards
-        return rewards
+        state = columns.get("trainer_state")
+        step, steps = (None, 0) if state is None else (state.global_step + 1, state.max_steps)
+        return [paid for group in scorer.score(groups, step, steps) for paid in group.rewards]
 
-    reward.__name__ = f"ireasoner_{chosen.name}"
+    reward.__name__ = f"ireasoner_{scorer.recipe.name}"
     return reward
 
 
@@ -142,7 +119,7 @@ def _check_groups(prompts: Sequence[Prompt], completions: Sequence[Prompt], size
             "cannot be judged: make per_device_train_batch_size * steps_per_generation a multiple of num_generations"
         )
     # Copies of one image are equal in their pixels alone.
-    asked = [_digest(prompt) for prompt in prompts]
+    asked = [digest(prompt) for prompt in prompts]
     groups = [asked[start : start + size] for start in range(0, len(asked), size)]
     if any(len(set(group)) > 1 for group in groups):
         raise RewardError(
@@ -155,34 +132,6 @@ def _check_groups(prompts: Sequence[Prompt], completions: Sequence[Prompt], size
         )
 
 
-def _digest(value: Any) -> str:
-    """A digest of a prompt or of its pictures, the same for equal ones."""
-    return hashlib.sha256(json.dumps(value, default=_as_text, sort_keys=True).encode()).hexdigest()
-
-
-def _as_text(value: Any) -> str:
-    """What a prompt may hold beside text: pictures and videos by their contents, whatever object they are."""
-    if isinstance(value, Image.Image):
-        return f"{value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
-    array = np.asarray(value)
-    return f"{array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
-
-
-def _pictures(prompt: Prompt) -> list[Any]:
-    """The images of a prompt; TRL puts those of the data set's columns into the prompt's turns."""
-    turns = [] if isinstance(prompt, str) else prompt
-    blocks = [block for turn in turns for block in turn["content"] if not isinstance(block, str)]
-    return [block["image"] for block in blocks if block.get("image") is not None]
-
-
-def _text(written: Prompt) -> str:
-    """A completion, or the last turn of a chat, as text."""
-    if isinstance(written, str):
-        return written
-    content = written[-1]["content"]
-    return content if isinstance(content, str) else "".join(block.get("text") or "" for block in content)
-
-
 def _finish_reason(completion_ids: Sequence[Sequence[int]] | None, row: int, ends: Collection[int]) -> FinishReason:
     """Whether a completion ended by itself, as far as can be known."""
     if completion_ids is None or not ends or (len(completion_ids[row]) and completion_ids[row][-1] in ends):
@@ -192,16 +141,8 @@ def _finish_reason(completion_ids: Sequence[Sequence[int]] | None, row: int, end
 
 def _question(prompt: Prompt, columns: Mapping[str, Any], column: str | None, row: int) -> str:
     if column is None and "question" not in columns:
-        turns = prompt if isinstance(prompt, str) else [turn for turn in prompt if turn["role"] == "user"]
-        return _text(turns)
+        return last_question(prompt)
     name = column or "question"
     if name not in columns:
         raise RewardError(f"the data set has no column {name!r} with the questions")
     return str(columns[name][row])
-
-
-def _step_weight(recipe: Recipe, state: Any) -> float:
-    """λ at the trainer's step; its last value where the trainer does not say at which step it is."""
-    if state is None or state.max_steps < 1:
-        return recipe.step_weight_final
-    return step_weight(recipe, state.global_step + 1, state.max_steps)

@@ -54,7 +54,7 @@ class VllmEngine:
         try:
             from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
         except ImportError:
-            raise VllmError("--engine vllm needs vLLM: pip install vllm, or leave the option out") from None
+            raise VllmError("--engine vllm needs vLLM: pip install 'ireasoner[vllm]', or leave it out") from None
         on_gpu = policy.device.type == "cuda"
         options: dict[str, Any] = {"gpu_memory_utilization": gpu_share} if on_gpu else {"enforce_eager": True}
         try:

@@ -166,6 +166,13 @@ print(processor.decode(reply[0, inputs["input_ids"].shape[1] :], skip_special_to
 ```
 
 The answer stands $where. The prompt above is the one that it was trained with.""")
+EVALUATION = Template("""\
+lmms-eval asks it with this prompt too, which stands in `solver.json`, where ireasoner is installed
+(`pip install 'ireasoner[eval]'`):
+
+```bash
+lmms-eval --model ireasoner --model_args "pretrained=$here" --tasks chartqa --log_samples --output_path logs
+```""")
 WHERE = {
     "tags": "between `<answer>` and `</answer>`, after the reasoning steps between `<think>` and `</think>`",
     "boxed": "in the last `\\boxed{}`, after the reasoning steps",
@@ -182,10 +189,11 @@ def _usage(config: Config, base: Base, form: Form, here: str) -> str:
         load.append(f"model = PeftModel.from_pretrained(model, {here!r})")
     load.append(f"processor = AutoProcessor.from_pretrained({f'{start}{at}' if form == 'run' else repr(here)})")
     peft = [] if form == "merged" else ["from peft import PeftModel"]
-    return USAGE.substitute(
+    usage = USAGE.substitute(
         imports="\n".join([*peft, "from PIL import Image"]),
         load="\n".join(load),
         prompt=repr(config.sampling.solver_prompt),
         longest=config.sampling.max_solution_tokens,
         where=WHERE[config.sampling.solution_form],
     )
+    return usage if form != "merged" else f"{usage}\n\n{EVALUATION.substitute(here=here)}"

@@ -28,15 +28,14 @@ from ireasoner.training.statistics import (
     READABLE,
     SAMPLES,
     STRICT,
-    difference_interval,
     numbered,
+    paired_differences,
     share_interval,
 )
 from ireasoner.training.stopping import Stopped
 
 ACCURACIES = (*MEASURES, *STRICT)
 TRUTH = ("checkable_steps", "true_steps")
-FLIPS = 10_000  # of the signs of differences, for a p-value
 GRAY = (128, 128, 128)
 
 
@@ -236,18 +235,6 @@ def _accuracies(values: Sequence[float], vote: Vote) -> tuple[float, float, floa
 
 
 def compare(before: Scores, after: Scores) -> dict[str, dict[str, float]]:
-    """Paired differences after − before on the same questions, by measure.
-
-    Each has its mean, a 95 % interval, and a two-sided p-value by random sign flips: the chance of a mean difference at
-    least as large if before and after were exchangeable for every image, all questions about it together.
-    """
+    """Paired differences after − before on the same questions, by measure, as `paired_differences` gives them."""
     differences = {name: after.measures[name] - before.measures[name] for name in before.measures}
-    sums_MI = np.stack([np.bincount(before.image, values) for values in differences.values()])  # [measures, images]
-    rng, signs = np.random.default_rng(0), np.array([-1.0, 1.0])
-    flipped = np.stack([sums_MI @ rng.choice(signs, size=sums_MI.shape[1]) for _ in range(FLIPS)])
-    extreme = (np.abs(flipped) >= np.abs(sums_MI.sum(1)) - 1e-9).sum(0)
-    found = {}
-    for (name, values), count in zip(differences.items(), extreme, strict=True):
-        mean, low, high = difference_interval(values, before.image)
-        found[name] = {"mean": mean, "low": low, "high": high, "p": float((count + 1) / (FLIPS + 1))}
-    return found
+    return paired_differences(differences, before.image)

@@ -34,6 +34,7 @@ OF_PROCESSOR = (
     "special_tokens_map.json",
     "added_tokens.json",
 )  # beside the vocabulary, whose files each tokenizer names
+SOLVER = "solver.json"  # how the solver was asked in training, for programs; the model card says it in Python
 PATHS = ("_name_or_path", "name_or_path")  # where transformers and tokenizers may have kept a folder's name
 
 
@@ -84,6 +85,8 @@ def export(
         _write_processor(target, staging)
         card = model_card(config, _summary(target), base, form="merged" if merge else "adapter", here=name)
         (staging / "README.md").write_text(card, "utf-8")
+        asked = {"solver_prompt", "solution_form", "max_solution_tokens"}
+        _write_json(staging / SOLVER, config.sampling.model_dump(mode="json", include=asked))
         apply_umask(staging)
         if folder.exists():
             folder.rmdir()

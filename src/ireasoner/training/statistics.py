@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ MEASURES = ("greedy", "mean@1", f"maj@{SAMPLES}", f"pass@{SAMPLES}")  # of accur
 STRICT = tuple(f"strict_{name}" for name in MEASURES)  # the same, where only the key of the true answer is right
 # By measure, the share of the texts that it judges that could be read, and could be right at all.
 READABLE = {"greedy": "greedy_well_formed", "mean@1": "well_formed"}
+FLIPS = 10_000  # of the signs of differences, for a p-value
 
 
 def numbered(names: Iterable[Hashable]) -> NDArray[np.int64]:
@@ -84,6 +85,29 @@ def difference_interval(values_Q: NDArray[np.float64], images_Q: NDArray[np.int6
     """A mean of differences of shares with its 95 % interval, which ends at -1 and 1: mean, low, high."""
     mean, half = float(values_Q.mean()), half_width(values_Q[None], images_Q)
     return mean, max(mean - half, -1.0), min(mean + half, 1.0)
+
+
+def paired_differences(
+    differences: Mapping[str, NDArray[np.float64]], images_Q: NDArray[np.int64]
+) -> dict[str, dict[str, float]]:
+    """What two models differ by on the same questions, by measure.
+
+    Each measure has its mean, a 95 % interval, and a two-sided p-value by random sign flips: the chance of a mean
+    difference at least as large if the models were exchangeable for every image, all questions about it together.
+
+    Args:
+        differences: arrays [Q] of differences of shares, by measure.
+        images_Q: the number of the image that each question is about, as `numbered` gives it.
+    """
+    sums_MI = np.stack([np.bincount(images_Q, values) for values in differences.values()])  # [measures, images]
+    rng, signs = np.random.default_rng(0), np.array([-1.0, 1.0])
+    flipped = np.stack([sums_MI @ rng.choice(signs, size=sums_MI.shape[1]) for _ in range(FLIPS)])
+    extreme = (np.abs(flipped) >= np.abs(sums_MI.sum(1)) - 1e-9).sum(0)
+    found = {}
+    for (name, values), count in zip(differences.items(), extreme, strict=True):
+        mean, low, high = difference_interval(values, images_Q)
+        found[name] = {"mean": mean, "low": low, "high": high, "p": float((count + 1) / (FLIPS + 1))}
+    return found
 
 
 def t_quantile(freedom: float) -> float:
