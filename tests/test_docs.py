@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 
+import ireasoner
 from ireasoner.app import cli
 from ireasoner.app.command import parsed
 from ireasoner.app.commands import COMMANDS
@@ -105,6 +106,10 @@ def test_nothing_is_loaded_from_elsewhere_and_every_picture_is_there(site: dict[
 
 def test_the_table_of_options_has_every_option(site: dict[str, Page]):
     assert {name.replace("_", "-") for name in configs.PATHS} <= site["options.html"].places
+
+
+def test_the_reference_of_the_api_has_every_public_name(site: dict[str, Page]):
+    assert {f"ireasoner.{name}" for name in ireasoner.__all__} - site["api.html"].places == {"ireasoner.__version__"}
 
 
 def test_the_reference_shows_every_command():
