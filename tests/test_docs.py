@@ -20,8 +20,6 @@ import pytest
 
 import ireasoner
 from ireasoner.app import cli
-from ireasoner.app.command import parsed
-from ireasoner.app.commands import COMMANDS
 from ireasoner.playground import world
 from ireasoner.training import config as configs
 
@@ -114,7 +112,7 @@ def test_the_reference_of_the_api_has_every_public_name(site: dict[str, Page]):
 
 def test_the_reference_shows_every_command():
     shown = [code for code, _ in blocks(ROOT / "docs" / "commands.md", "command")]
-    assert shown == list(COMMANDS)
+    assert shown == list(cli.COMMANDS)
 
 
 # --- README -----------------------------------------------------------------------------------------------------------
@@ -152,15 +150,14 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def test_the_documented_commands_can_be_given():
-    checked = 0
+    app, checked = cli.build_app(), 0
     for page, words in commands():
         line = f"{page}: {shlex.join(words)}"
-        if "ireasoner" in words[:-1] and words[:2] != ["pip", "install"]:
+        if words[0] in ("ireasoner", "ssh") or "-m ireasoner" in line:
             given = words[words.index("ireasoner") + 1 :]
-            options = vars(cli.build_parser().parse_args([cli._canonical(word) for word in given]))
-            command = parsed(COMMANDS[options.pop("command")], options)
-            extra = dict(command.model_extra or {})
-            configs.config_of({"images": "photos", "model": "tiny", **extra})
+            _, bound, _ = app.parse_args(given, exit_on_error=False, print_error=False)
+            options = {name: value for name, value in bound.arguments.items() if name in configs.PATHS}
+            configs.config_of({"images": "photos", "model": "tiny", **options})
             checked += 1
         elif words[0] == "make":
             assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text("utf-8"), line

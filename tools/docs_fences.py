@@ -14,7 +14,6 @@ from html import escape
 from importlib import resources
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
 from latex2mathml.converter import convert
 from markdown import Extension, Markdown
 from markdown.inlinepatterns import InlineProcessor
@@ -107,7 +106,7 @@ def _default(name: str, info: FieldInfo) -> str:
     shown = [] if unsaid else [_value(default)]
     kind: Literal["recipes", "presets"] = "recipes" if name in configs.RECIPE_OPTIONS else "presets"
     for part in configs.names(kind):
-        value = (yaml.safe_load(_text_of(kind, part)) or {}).get(name, default)
+        value = configs.options_in(kind, part).get(name, default)
         if value != default:
             shown.append(f"{part}: {_value(value)}")
     return "<br>".join(shown)
