@@ -1,11 +1,11 @@
-# Two commands: `make demo` and `make test`. Each builds what it needs in .venv, from pinned versions.
+# The two commands of the README are `make demo` and `make test`. Each builds what it needs in .venv, from pinned versions.
 
 PYTHON ?= python3
 BIN := .venv/bin
 # Two processes that spin on both cores slow each other down many times over.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-torchvision test-vllm test-ecosystem test-gpu soak lint bench clean
+.PHONY: demo test test-torchvision test-vllm test-ecosystem test-gpu soak lint docs bench clean
 
 demo: .venv/installed
 	$(BIN)/ireasoner demo
@@ -72,6 +72,10 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check src tests tools benchmarks examples
 	$(BIN)/ruff format --check src tests tools benchmarks examples
 	$(BIN)/pyright
+
+# The documentation as a site, build/docs/index.html. A warning, such as one about a broken link, is an error.
+docs: .venv/installed-dev
+	PYTHONPATH=tools $(BIN)/zensical build --strict --clean
 
 bench: .venv/installed
 	env -u OMP_WAIT_POLICY $(BIN)/ireasoner bench

@@ -53,3 +53,19 @@ def test_the_example_learns_what_train_learns(example: Any, tmp_path: Path):
 
 def test_the_example_fits_on_a_few_screens():
     assert len(EXAMPLE.read_text("utf-8").splitlines()) < 250
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its cells in their order, with fewer pictures and steps; no outputs are committed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    notebook = json.loads((EXAMPLE.parent / "quickstart.ipynb").read_text("utf-8"))
+    assert notebook["nbformat"] == 4
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            source = "".join(cell["source"]).replace("64", "4").replace("steps=10", "steps=1, images_per_step=4")
+            exec(compile(source, cell["id"], "exec"), names)
+    assert [row["step"] for row in names["run"].metrics()] == [1]
+    assert names["after"].votes == 5

@@ -1,9 +1,9 @@
 """Does what training takes for granted hold for this model on this machine? One finding for each check.
 
-The faults are those measured in the published code, numbered as in the README's table: an update that is blind to the
-image, a reference that is the live policy, a role that never trains, a sampler that draws from another distribution
-than the one that is trained, LoRA outside the language model. Pictures and completions are made up: the checks are
-about how the parts fit together, which does not depend on what the model knows.
+The faults are those measured in the published code (docs/published-code.md): an update that is blind to the image, a
+reference that is the live policy, a role that never trains, a sampler that draws from another distribution than the one
+that is trained, LoRA outside the language model. Pictures and completions are made up: the checks are about how the
+parts fit together, which does not depend on what the model knows.
 """
 
 from __future__ import annotations
