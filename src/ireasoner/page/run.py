@@ -24,7 +24,7 @@ from ireasoner.training.watch import Watch
 
 # A run directory may come from anywhere. Nothing that we record comes near these bounds.
 LONGEST_LINE = 4_000_000  # bytes
-LARGEST_PICTURE = 4_000_000  # bytes; a thumbnail has 256 pixels a side
+LARGEST_PICTURE = 4_000_000  # bytes; a thumbnail has at most 768 pixels a side
 MOST_TRAJECTORIES = 512  # of an episode
 HEAT_MAP = (64, 64)  # most trajectories and reasoning steps that an averaged heat map shows
 
@@ -199,7 +199,7 @@ class RecordedRun:
 
     def thumbnail(self, name: str) -> Path | None:
         """One of the run's own thumbnails by its recorded name; None for anything outside the run's image folder."""
-        match = re.fullmatch(r"(?:images/)?([0-9a-f]{8,64}\.png)", name)
+        match = re.fullmatch(r"(?:images/)?([0-9a-f]{8,64}\.(?:png|webp))", name)
         if not match:
             return None
         folder = self.path / "images"
