@@ -296,7 +296,9 @@ def test_a_small_image_is_kept_without_loss_and_written_once(tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["0123456789abcdef.png"]
 
 
-@pytest.mark.parametrize(("size", "small"), [((1024, 512), (768, 384)), ((100, 3000), (26, 768)), ((4000, 1), (768, 1))])
+@pytest.mark.parametrize(
+    ("size", "small"), [((1024, 512), (768, 384)), ((100, 3000), (26, 768)), ((4000, 1), (768, 1))]
+)
 def test_a_large_image_is_reduced_and_the_original_untouched(
     tmp_path: Path, size: tuple[int, int], small: tuple[int, int]
 ) -> None:

@@ -87,8 +87,9 @@ class Recorder:
     def thumbnail(self, image: Image.Image, key: str) -> str:
         """Save an image of at most 768 pixels a side, unless it is there, and return its relative path.
 
-        Up to 256 pixels a side it is a PNG, without loss. A larger one is a WebP, which at 768 pixels takes fewer bytes
-        of a photograph than a PNG at 256. `key` identifies the image's content by 8 to 64 lower-case hexadecimal digits.
+        Up to 256 pixels a side it is a PNG, without loss; a larger one is a WebP, which of a photograph takes fewer
+        bytes at 768 pixels than a PNG at 256. `key` identifies the image's content by 8 to 64 lower-case hexadecimal
+        digits.
         """
         if not re.fullmatch(r"[0-9a-f]{8,64}", key):
             raise ValueError(f"not a content key: {key!r}")
