@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def episode(text: str = "7", step: int = 1, question: str = "How many?", **chang
         parts["step_agreement"] = Part(value=agreement, weight=0.5)
         return Trajectory(
             text=text, finish_reason="stop", num_tokens=1, mean_sampler_logprob=-1.0, in_majority=not unreadable,
-            reward=0.5 * outcome + 0.5 * agreement, parts=parts, step_scores=scores, advantage=agreement - 0.25,
+            reward=0.5 * outcome + 0.5 * agreement, parts=parts, step_scores=scores,
             answer=None if unreadable else text, answer_key=None if unreadable else "k", **read,
         )  # fmt: skip
 
@@ -87,10 +87,19 @@ def episode(text: str = "7", step: int = 1, question: str = "How many?", **chang
     )
     record = Episode(
         step=step, image=f"{text}.png", question=Question(question, text, None), proposal=proposal(text),
-        proposer_reward=proposer_reward(0.0), prompt=f"Answer: {question}", trajectories=trajectories,
+        proposer_reward=proposer_reward(0.0), prompt=f"Answer: {question}", trajectories=with_advantages(trajectories),
         majority_answer="k", majority_fraction=2 / 3, answer_entropy=0.0, step_weight=0.5, true_answer=None,
     )  # fmt: skip
     return record.model_dump(mode="json") | changes
+
+
+def with_advantages(trajectories: Sequence[Trajectory]) -> tuple[Trajectory, ...]:
+    """Trajectories with what leave-one-out would give them: the reward minus the mean of the others'."""
+    total = sum(t.reward for t in trajectories)
+    means = [(total - t.reward) / (len(trajectories) - 1) for t in trajectories]
+    return tuple(
+        t.model_copy(update={"advantage": t.reward - mean}) for t, mean in zip(trajectories, means, strict=True)
+    )
 
 
 def proposal(text: str) -> Proposal:
@@ -173,14 +182,13 @@ def _embed(texts: Any) -> np.ndarray:
 
 
 def _episode(step: int, image: str, thumbnail: str, asked: str, texts: list[str], scored: ScoredGroup) -> Episode:
-    vote, mean = scored.vote, sum(scored.rewards) / len(texts)
-    trajectories = tuple(
+    vote = scored.vote
+    trajectories = with_advantages([
         Trajectory(
-            text=text, finish_reason="stop", num_tokens=len(text.split()), mean_sampler_logprob=-0.5,
-            advantage=earned.reward - mean, **dict(earned),
+            text=text, finish_reason="stop", num_tokens=len(text.split()), mean_sampler_logprob=-0.5, **dict(earned)
         )
         for text, earned in zip(texts, scored.trajectories, strict=True)
-    )  # fmt: skip
+    ])  # fmt: skip
     return Episode(
         step=step, image=image, thumbnail=thumbnail, question=Question(asked, "It can be seen.", None),
         proposal=proposal(f"<question>{asked}</question>"), proposer_reward=scored.proposer_reward,

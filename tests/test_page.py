@@ -18,12 +18,12 @@ from ireasoner.method.answers import answer_key
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.types import Episode, UsageError
 from ireasoner.page import write_report
-from ireasoner.page.curves import MOST_POINTS, PANELS, draw_panel, readings, smooth, thin
+from ireasoner.page.curves import MOST_POINTS, PANELS, charts, draw_svg, limits, overlay, readings, smooth, thin
 from ireasoner.page.gallery import average_agreement, select, stretches
 from ireasoner.page.page import IN_REPORT, Page, Query
 from ireasoner.page.run import RecordedRun
 from ireasoner.page.terms import proposer_term, reward_terms
-from ireasoner.page.verdict import verdict
+from ireasoner.page.verdict import Figure, figures, verdict
 from ireasoner.playground import dataset, world
 from ireasoner.playground.truth import read_truth, truth_beside
 from ireasoner.training.config import load_config, names, resolve
@@ -206,6 +206,23 @@ def test_the_strict_accuracy_is_told_where_it_is_another(recorder: HandMade):
     assert "strict greedy" in report(recorder).text
 
 
+def test_three_numbers_stand_first(recorder: HandMade):
+    """Without held-out questions, the reward stands for it. A sign of trouble marks its number."""
+    assert figures(RecordedRun.open(recorder.run_dir)) == []
+    run = RecordedRun.open(with_metrics(recorder).run_dir)
+    assert [(figure.name, figure.value, figure.tone) for figure in figures(run)] == [
+        ("solver's reward", "0.500", None), ("majority fraction", "70.0 %", None),
+        ("well-formed answers", "100.0 %", None),
+    ]  # fmt: skip
+    run = RecordedRun.open(scored(recorder, greedy=0.25).run_dir)
+    assert figures(run)[0] == Figure(
+        "greedy accuracy, held out", "50.0 %", "25.0 % before: +25.0 points [+12.5, +37.5]", "good"
+    )
+    assert len(figures(run)) == 3
+    collapsed = signal_run(recorder.run_dir.parent / "bad", {"majority_fraction": 0.99})
+    assert [figure.tone for figure in figures(collapsed)] == [None, "bad", None]
+
+
 @pytest.mark.parametrize("summary", [None, {"before": None, "after": None, "difference": None, "steps": 3}])
 def test_without_labels_no_accuracy_is_claimed(recorder: HandMade, summary: dict[str, Any] | None):
     if summary:
@@ -310,12 +327,12 @@ def test_every_metric_has_its_panel_with_first_and_last_value(recorder: HandMade
     recorder.metrics(2, METRICS | {"answers/answer_entropy": 0.2})
     recorder.episode(episode())
     run = RecordedRun.open(recorder.run_dir)
-    found = readings(run)
+    found = readings(charts(run))
     assert found["steps"] == [1, 2]
     assert all(found["panels"])  # each of them has a curve
     by_title = {panel.title: values for panel, values in zip(PANELS, found["panels"], strict=True)}
-    assert by_title["Answer entropy"] == {"": [0.8, 0.2]}  # two steps: nothing to smooth over
-    assert by_title["Throughput"] == {"": [2.0, 2.0]}  # 3 trajectories in 1.5 s; step 2 played none
+    assert by_title["Answer entropy"] == {"solver": [0.8, 0.2]}  # two steps: nothing to smooth over
+    assert by_title["Throughput"] == {"both roles": [2.0, 2.0]}  # 3 trajectories in 1.5 s; step 2 played none
     assert set(by_title["KL to the reference"]) == {"solver", "proposer"}
     assert "0.8 → 0.2" in report(recorder).text
 
@@ -334,10 +351,50 @@ def test_axes_say_how_small_their_numbers_are(recorder: HandMade):
     """An exponent that stands above the axis would be outside of the panel."""
     for step in range(1, 20):
         recorder.metrics(step, METRICS | {"kl/solver": step * 1e-7, "kl/proposer": 0.0})
-    number = next(i for i, panel in enumerate(PANELS) if panel.title == "KL to the reference")
-    labels = re.findall(r">([\d.]+e-\d+)</text>", draw_panel(RecordedRun.open(recorder.run_dir), number))
+    (chart,) = [c for c in charts(RecordedRun.open(recorder.run_dir)) if c.panel.title == "KL to the reference"]
+    labels = re.findall(r">([\d.]+e-\d+)</text>", draw_svg(chart))
     assert labels
     assert all(0 < float(label) < 1e-5 for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "share", "expected"),
+    [
+        (0.03, 0.03, False, (0.02175, 0.03825)),  # β that stands still is a flat line: 1.1 · 0.03 / 2 about it
+        (30.0, 30.5, False, (21.8625, 38.6375)),
+        (0.0, 2e-6, False, (0.0, 2.2e-6)),
+        (0.0, 0.0, False, (0.0, 1.0)),
+        (-0.5, 0.5, False, (-0.55, 0.55)),
+        (0.98, 1.0, True, (0.49, 1.04)),  # shares end at 1
+        (0.0, 1.0, True, (0.0, 1.1)),
+        (1e9, 1e9, False, (0.725e9, 1.275e9)),
+    ],
+)
+def test_axes_make_no_drama_of_what_hardly_moves(low: float, high: float, share: bool, expected: tuple[float, float]):
+    assert limits(low, high, share=share) == pytest.approx(expected)
+
+
+def test_charts_of_several_runs_have_a_curve_for_each_run(tmp_path: Path):
+    runs = {}
+    for name, values in {"a": {"kl/solver": 0.5}, "b": {}, "$c": {"reward/solver/brevity": 0.2}}.items():
+        recorder = with_metrics(new_run(tmp_path / name), 9 if name == "b" else 3, **values)
+        runs[name] = RecordedRun.open(recorder.run_dir, files=("metrics",))
+    recorder = HandMade.open(tmp_path / "fresh")
+    shutil.copy(tmp_path / "a" / "config.yaml", tmp_path / "fresh")
+    runs["fresh"] = RecordedRun.open(recorder.run_dir)
+    found = {chart.panel.title: chart for chart in overlay(runs)}
+    assert [*found][:4] == [
+        "Solver's reward, total", "Majority fraction", "Well-formed, solver", "Distinct questions, in a step",
+    ]  # fmt: skip
+    assert {*found["KL to the reference, solver"].curves} == {"a", "b", "$c"}
+    assert found["KL to the reference, solver"].curves["a"].values.tolist() == [0.5] * 3
+    assert {*found["Solver's reward, brevity"].curves} == {"$c"}
+    assert {chart.span for chart in found.values()} == {(1, 9)}
+    assert [found["Majority fraction"].curves[name].line for name in ("a", "b", "$c")] == [0, 1, 2]
+    assert "Throughput" not in found  # it takes the episodes
+    assert readings([*found.values()])["steps"] == [*range(1, 10)]
+    for chart in found.values():
+        draw_svg(chart)
 
 
 def test_thinning_keeps_every_spike():
@@ -352,18 +409,19 @@ def test_thinning_keeps_every_spike():
 
 def test_a_run_that_went_back_shows_where_in_its_curves(recorder: HandMade):
     with_metrics(recorder, 30)
-    plain = draw_panel(RecordedRun.open(recorder.run_dir), 2)
+    plain = draw_svg(charts(RecordedRun.open(recorder.run_dir))[2])
     for best, marks in ((20, 1), (10**30, 0), ("x", 0)):
         recorder.write_text("summary.json", write_json({"stopped_early": True, "best_step": best, "steps": 30}))
-        assert (draw_panel(RecordedRun.open(recorder.run_dir), 2) != plain) == bool(marks)
+        assert (draw_svg(charts(RecordedRun.open(recorder.run_dir))[2]) != plain) == bool(marks)
     write_report(recorder.run_dir)  # its PNG has legends only where there are labels: warnings are errors
 
 
 def test_panels_are_pictures_that_suit_light_and_dark(recorder: HandMade):
     run = RecordedRun.open(with_metrics(recorder, 30).run_dir)
-    for number in range(len(PANELS)):
-        svg = draw_panel(run, number)
+    for chart in charts(run):
+        svg = draw_svg(chart)
         assert "currentColor" in svg
+        assert ("stroke: var(--c" in svg) == bool(chart.curves)
         assert "prefers-color-scheme:dark" in svg
         assert "<script" not in svg
 
@@ -391,7 +449,7 @@ def test_an_episode_shows_question_votes_and_rewards(recorder: HandMade):
     for text in ("Which one?", "I see blue.", "So it is.", "blue ×2", "unreadable ×1", "no closed <think>: blue"):
         assert text in flat(page.text)
     groups = [a["class"] for tag, a in page.elements if tag == "section" and "group" in (a.get("class") or "")]
-    assert groups == ["group n2 majority", "group n1"]
+    assert groups == ["group asked", "group majority first", "group"]
 
 
 def test_steps_are_coloured_by_their_agreement_and_say_the_number(recorder: HandMade):
@@ -410,7 +468,7 @@ def test_every_reward_is_taken_apart(recorder: HandMade):
     assert "× 1.0000 not said of other images" in text
     assert "step agreement 0.5000" in text
     assert "8 words before the answer" in text
-    assert "Proposer's reward 0.0367 = exp(−(0.0000 − 0.9)² / (2 · 0.35²)), the vote's entropy against its" in text
+    assert "proposer's reward 0.0367 = exp(−(0.0000 − 0.9)² / (2 · 0.35²)), the vote's entropy against its" in text
     assert "does not add up" not in text
 
 
@@ -419,6 +477,8 @@ def test_terms_that_do_not_add_up_are_shown_as_such(recorder: HandMade):
     record["trajectories"][0]["reward"] = 0.9
     record["trajectories"][1]["parts"]["outcome"]["factors"]["length"] = 0.9
     record["trajectories"][2]["parts"]["outcome"] |= {"value": 0.0, "factors": {"a": 1e9, "b": 1e9, "c": 0.0}}
+    for t in record["trajectories"]:
+        t["advantage"] = None  # it was computed from the true rewards
     with_metrics(recorder).episode(record)
     run = RecordedRun.open(recorder.run_dir)
     read = run.episode(run.entries[0])
@@ -469,6 +529,8 @@ def test_a_reward_of_the_users_own_is_added_up_and_drawn_under_its_own_names(rec
     record["trajectories"][0] |= {"parts": parts, "reward": 0.0}
     record["trajectories"][1] |= {"parts": parts, "reward": 0.1}
     record["trajectories"][2] |= {"parts": {"outcome": parts["outcome"]}, "reward": 0.0}
+    for t in record["trajectories"]:
+        t["advantage"] = None
     recorder.episode(record)
     own = {f"reward/solver/{name}": 0.5 for name in ("total", "brevity", "cites_<b>", "$x", "a fifth")}
     for step in (1, 2, 3):
@@ -492,14 +554,48 @@ def test_an_episode_shows_advantages_rationale_and_prompts(recorder: HandMade):
     with_metrics(recorder).episode(record)
     page = report(recorder)
     text = flat(page.text)
-    assert "advantage +0.2500 · 1 tokens" in text
-    assert text.count("not used in an update") == 1
-    assert "advantage -0.0625" in text  # the proposer's
+    # Rewards of 0.6264 and 0.5014 and 0: 0.6264 − (0.5014 + 0) / 2
+    assert "baseline 0.2507 = mean reward of the group's others" in text
+    assert "advantage +0.3757 = 0.6264 reward − 0.2507 baseline" in text
+    assert text.count("not used in an update · 1 tokens") == 1
+    # The proposer's: exp(−0.9² / (2 · 0.35²)) + 0.0625
+    assert "baseline 0.0992 = moving average of earlier rewards" in text
+    assert "advantage -0.0625 = 0.0367 reward − 0.0992 baseline" in text
     assert "The proposer's rationale: Because it is hard." in text
     assert "Proposer:Ask something." in text
     assert "Solver:Answer: Which one?" in text
     assert [a for tag, a in page.elements if tag == "details" and a.get("class") == "prompts"] == [{"class": "prompts"}]
     assert [entry.step for entry in select(RecordedRun.open(recorder.run_dir), text="it is hard")] == [1]
+
+
+def test_an_advantage_that_is_not_reward_minus_baseline_is_shown_as_such(recorder: HandMade):
+    record = episode()
+    record["trajectories"][1]["advantage"] += 0.01
+    with_metrics(recorder).episode(record)
+    assert flat(report(recorder).text).count("does not add up") == 1
+
+
+def test_an_episode_alone_shows_every_text_whole_and_its_neighbours(recorder: HandMade):
+    long = "word " * 5000
+    for step in (1, 2, 2, 3):
+        record = episode(f"text {step}", step=step)
+        record["trajectories"][0]["text"] = f"<think>{long}</think>"
+        recorder.episode(record)
+    run = RecordedRun.open(recorder.run_dir)
+    assert [entry.name for entry in run.entries] == ["1-1", "2-1", "2-2", "3-1"]
+    page = Page(run)
+    text = page.render("alone.html", Query.read({"episode": "2-1"})).decode()
+    assert f"&lt;think&gt;{long}&lt;/think&gt;" in text
+    assert long not in page.render("episodes.html").decode()
+    assert "3 of 4, newest" in text
+    assert re.findall(r'rel="(\w+)" href="\?[^"]*episode=([\d-]+)"', text) == [("prev", "2-2"), ("next", "1-1")]
+    only = page.render("alone.html", Query("newest", "text 2", episode=(2, 2))).decode()
+    assert "1 of 2, newest with" in only
+    elsewhere = page.render("alone.html", Query("newest", "no such text", episode=(2, 2))).decode()
+    assert "2 of 4, newest" in elsewhere  # a link that was kept while its list changed
+    for missing in ((9, 9), (2, 3), (0, 0)):
+        with pytest.raises(LookupError):
+            page.render("alone.html", Query(episode=missing))
 
 
 def test_an_unreadable_question_shows_why_and_what_was_written(recorder: HandMade):
@@ -589,7 +685,8 @@ def test_answers_are_marked_where_the_truth_is_known(recorder: HandMade):
     assert "8 ×1✗7 ×1✓unreadable ×1 step 1" in text  # the majority first, the unreadable last
     assert "true answer 7" in text
     assert "8 ×17 ×1unreadable ×1 step 1" in text
-    assert [text.count(f"×1 {badge}") for badge in ("majority false", "true", "majority", "false")] == [1, 1, 2, 0]
+    marks = ("majority ✗ false", "✓ true", "majority", "✗ false")
+    assert [text.count(f"×1 {mark}") for mark in marks] == [1, 1, 2, 0]
 
 
 def test_a_copied_run_keeps_the_truth_about_its_pictures(tmp_path: Path):
@@ -636,6 +733,10 @@ def test_a_report_keeps_the_first_episodes_of_every_list(recorder: HandMade):
         ({"show": "wrong", "q": "red", "page": "2", "from": "3", "to": "9"}, Query("wrong", "red", (3, 9), 2)),
         ({"show": "../etc", "page": "-1", "from": "x", "to": "²"}, Query()),
         ({"page": "9" * 50, "from": "7"}, Query(steps=(7, 10**9))),
+        ({"episode": "12-3"}, Query(episode=(12, 3))),
+        ({"episode": "12-3-4"}, Query(episode=(12, 3))),
+        ({"episode": "12"}, Query()),
+        ({"episode": "../-x"}, Query()),
     ],
 )
 def test_an_address_may_say_anything(values: dict[str, str], expected: Query):
@@ -732,15 +833,25 @@ def test_thumbnails_are_inside_the_page(recorder: HandMade):
     assert all(np.abs(pixels(image) - np.asarray(red)).max() < 8 for image in found)
 
 
+def test_a_report_holds_small_pictures(recorder: HandMade):
+    thumbnail = recorder.thumbnail(Image.new("RGB", (2000, 1000), "blue"), "1" * 16)
+    assert thumbnail.endswith(".webp")
+    with_metrics(recorder).episode(episode(thumbnail=thumbnail))
+    (found,) = report(recorder).thumbnails()
+    assert pixels(found).shape == (128, 256, 3)
+
+
 def test_nothing_outside_the_runs_own_images_is_read(recorder: HandMade, tmp_path: Path):
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "secret.png")
     Image.new("RGB", (8, 8), "blue").save(recorder.run_dir / "deadbeef.png")
     (recorder.run_dir / "images" / "00000000.png").symlink_to(tmp_path / "secret.png")
     (recorder.run_dir / "images" / "11111111.png").write_bytes(b"no picture")
+    (recorder.run_dir / "images" / "33333333.webp").symlink_to(tmp_path / "secret.png")
     (recorder.run_dir / "images" / "22222222.png").mkdir()
     places = [
         "../secret.png", str(tmp_path / "secret.png"), "images/../../secret.png", "images/00000000.png",
-        "images/../deadbeef.png", "images/11111111.png", "images/22222222.png", "config.yaml", "", "images",
+        "images/33333333.webp", "images/../deadbeef.png", "images/11111111.png", "images/22222222.png", "config.yaml",
+        "", "images",
     ]  # fmt: skip
     for place in places:
         with_metrics(recorder).episode(episode(thumbnail=place))

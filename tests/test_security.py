@@ -121,5 +121,5 @@ def test_the_page_is_served_on_the_loopback_address_alone(tmp_path: Path, monkey
 
     monkeypatch.setattr("ireasoner.page.server.socket.create_server", create_server)
     with pytest.raises(UsageError, match="port 0 cannot be used"):
-        serve(new_run(tmp_path / "run").run_dir, 0, print)
+        serve([new_run(tmp_path / "run").run_dir], 0, print)
     assert asked == [("127.0.0.1", 0)]

@@ -26,9 +26,10 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 import forked
 from ireasoner.method.types import UsageError
 from ireasoner.page import write_report
-from ireasoner.page.curves import PANELS, draw_panel
+from ireasoner.page.curves import LINES, charts, draw_svg, overlay
 from ireasoner.page.gallery import select
-from ireasoner.page.overview import overview
+from ireasoner.page.many import ManyRuns
+from ireasoner.page.overview import find_runs, overview
 from ireasoner.page.page import Page as Rendered
 from ireasoner.page.page import Query
 from ireasoner.page.run import LARGEST_PICTURE, TAILS, RecordedRun
@@ -40,7 +41,7 @@ from runs import HOSTILE, METRICS, episode, new_run, played_run, probe, unreadab
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 IDLE = "!document.querySelector('[aria-busy]')"
-LOADED = "[...document.querySelectorAll('.panel img')].every(i => i.complete && i.naturalWidth)"
+LOADED = "[...document.querySelectorAll('.panel img')].every(i => !i.checkVisibility() || i.complete && i.naturalWidth)"
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 
 
@@ -280,7 +281,7 @@ def test_a_record_of_any_kind_breaks_nothing(played: Path, tmp_path: Path, seed:
         read = RecordedRun.open(run)
         for query in (Query(), Query("disagreement", "x", (0, 2)), Query("wrong", page=3)):
             assert b"What ran?" in Rendered(read).render("page.html", query)
-        draw_panel(read, rng.randrange(len(PANELS)))
+        draw_svg(rng.choice(charts(read)))
     write_report(run, tmp_path / "page.html")
 
 
@@ -340,7 +341,8 @@ sys.platform = "win32"
 sys.modules["fcntl"] = None
 sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=locking)
 importlib.reload(recorder)
-from ireasoner.page.overview import overview
+from ireasoner.page.many import ManyRuns
+from ireasoner.page.overview import find_runs, overview
 from ireasoner.page.page import Page
 from ireasoner.page.run import RecordedRun
 path = Path({str(run)!r})
@@ -425,20 +427,20 @@ def test_a_config_that_cannot_be_read_yet_is_tried_again(tmp_path: Path):
 def test_curves_are_drawn_anew_whenever_the_run_has_changed(tmp_path: Path):
     recorder = with_metrics(new_run(tmp_path / "run"), 30)
     with viewing(recorder.run_dir) as (_, port):
-        page, before = get(port, "/")[2], get(port, "/curves/2.svg")[2]
+        page, before = get(port, "/")[2], get(port, "/curves/1.svg")[2]
         recorder.write_text("summary.json", json.dumps({"stopped_early": True, "best_step": 20, "steps": 30}))
         later = get(port, "/")[2]
-        assert get(port, "/curves/2.svg")[2] != before  # where it went back to is dotted
-        asked = [re.findall(r"/curves/2\.svg\?v=[^\"]+", text) for text in (page, later)]
+        assert get(port, "/curves/1.svg")[2] != before  # where it went back to is dotted
+        asked = [re.findall(r"curves/1\.svg\?v=[^\"]+", text) for text in (page, later)]
         assert asked[0] != asked[1]  # or the browser would show what it kept
         recorder.rewind(10)
         for step in range(11, 31):
             recorder.metrics(step, METRICS | {"answers/majority_fraction": 0.1})
-        drawn = get(port, "/curves/2.svg")[2]
+        drawn = get(port, "/curves/1.svg")[2]
         assert get(port, "/pulse")[0] == 200
-        assert get(port, "/curves/2.svg")[2] != drawn
+        assert get(port, "/curves/1.svg")[2] != drawn
     with viewing(recorder.run_dir) as (_, port):
-        again = re.findall(r"/curves/2\.svg\?v=[^\"]+", get(port, "/")[2])
+        again = re.findall(r"curves/1\.svg\?v=[^\"]+", get(port, "/")[2])
         assert len(again) == 1
         assert again not in asked  # nor what it kept of another viewer at this address
 
@@ -523,12 +525,13 @@ def test_viewing_imports_no_torch(played: Path):
 import sys
 from pathlib import Path
 from ireasoner.page.page import Page, write_report
-from ireasoner.page.server import Viewer
-from ireasoner.page.overview import overview
+from ireasoner.page.server import Viewer, application
+from ireasoner.page.many import ManyRuns
+from ireasoner.page.overview import find_runs, overview
 from ireasoner.page.run import RecordedRun
 run = RecordedRun.open(Path({str(played)!r}))
 Page(run).render("page.html")
-Viewer(run).app()
+application(Viewer(run).routes())
 overview(Path({str(played)!r}))
 print(sorted(set(sys.modules) & {{"torch", "transformers", "peft", "accelerate", "safetensors"}}))
 """
@@ -686,12 +689,14 @@ def test_the_report_filters_and_searches_without_a_server(played: Path, tmp_path
 def test_curves_are_read_out_at_a_step(played: Path, viewed: tuple[str, int], browser: Browser):
     with tab(browser) as page:
         page.goto(viewed[0])
-        panel = page.locator(".panel").nth(3)
+        panel = page.locator(".panel").nth(1)
         assert " → " in panel.locator("output").inner_text()
         page.get_by_label("Read the curves at step").focus()
         page.keyboard.press("Home")  # a range is moved by keys
         metrics = RecordedRun.open(played).metrics[0]
-        assert float(panel.locator("output").inner_text()) == pytest.approx(metrics["answers/answer_entropy"], rel=0.01)
+        assert float(panel.locator("output").inner_text()) == pytest.approx(
+            metrics["answers/majority_fraction"], rel=0.01
+        )
         assert page.locator("#at-value").inner_text() == "1"
         page.get_by_role("link", name="Episodes of this step").click()
         until(page, "document.querySelectorAll('article').length === 4")
@@ -711,6 +716,197 @@ def test_the_page_is_reached_by_keys_alone(viewed: tuple[str, int], browser: Bro
         assert page.locator("article").nth(1).locator(".trajectory").first.is_visible()
         outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
         assert outline == "solid"
+
+
+@needs_browser
+def test_episodes_are_gone_through_by_keys(viewed: tuple[str, int], browser: Browser):
+    with tab(browser) as page:
+        page.goto(viewed[0])
+        opened = "[...document.querySelectorAll('article')].findIndex(a => a.querySelector('details').open)"
+        for key, place in (("j", 1), ("ArrowRight", 2), ("k", 1), ("ArrowLeft", 0)):
+            page.keyboard.press(key)
+            assert page.evaluate(opened) == place
+            assert page.evaluate("document.querySelectorAll('article > details[open]').length") == 1
+        page.get_by_label("with").focus()
+        page.keyboard.type("jk")  # there, they are letters
+        assert page.get_by_label("with").input_value() == "jk"
+        page.get_by_label("with").fill("")
+        until(page, f"{IDLE} && document.querySelectorAll('article').length === 12")
+        page.locator("article > details > summary").last.focus()
+        page.keyboard.press("j")  # after the last one comes the next page
+        until(page, "document.querySelectorAll('article').length === 4")
+
+
+@needs_browser
+def test_an_episode_has_an_address_and_neighbours(viewed: tuple[str, int], browser: Browser):
+    with tab(browser) as page:
+        page.goto(f"{viewed[0]}?show=disagreement")
+        asked = page.locator("article strong.question").all_inner_texts()
+        page.get_by_role("link", name="Open", exact=True).nth(1).click()
+        page.wait_for_url(re.compile(r"\?show=disagreement&q=&episode=\d+-\d+$"))
+        address = page.url
+        assert page.locator("article").count() == 1
+        assert page.locator("strong.question").inner_text() == asked[1]
+        assert "2 of 16, most disagreement" in page.locator(".pager").inner_text()
+        for key, place in (("j", 2), ("ArrowLeft", 1), ("k", 0)):
+            with page.expect_navigation():
+                page.keyboard.press(key)
+            assert page.locator("strong.question").inner_text() == asked[place]
+        page.keyboard.press("k")  # there is none before it
+        page.goto(address)
+        assert page.locator("strong.question").inner_text() == asked[1]
+        page.locator(".up a").click()
+        page.wait_for_url(re.compile("#asks$"))
+        assert page.get_by_label("Show").input_value() == "disagreement"
+
+
+@needs_browser
+def test_a_picture_is_enlarged_and_put_away(viewed: tuple[str, int], browser: Browser):
+    with tab(browser) as page:
+        page.goto(viewed[0])
+        thumbnail, dialog = page.locator("article img.thumb").first, page.locator("dialog")
+        thumbnail.scroll_into_view_if_needed()
+        before = page.locator("article > details").first.get_attribute("open")
+        thumbnail.click()
+        assert dialog.is_visible()
+        assert dialog.locator("img").get_attribute("src") == thumbnail.evaluate("image => image.src")
+        box = dialog.locator("img").bounding_box()
+        assert box is not None
+        assert min(box["width"], box["height"]) > 700
+        page.keyboard.press("Escape")
+        assert not dialog.is_visible()
+        assert page.locator("article > details").first.get_attribute("open") == before
+
+
+@needs_browser
+def test_a_report_opens_the_episode_that_its_address_names(played: Path, tmp_path: Path, browser: Browser):
+    report = write_report(played, tmp_path / "page.html").as_uri()
+    with tab(browser) as page:
+        page.goto(f"{report}#episode-2-3")
+        assert page.locator("#episode-2-3 > details").get_attribute("open") is not None
+        assert page.locator("#episode-2-3 .trajectory").first.is_visible()
+        page.evaluate("location.hash = 'episode-1-1'")
+        until(page, "document.querySelector('#episode-1-1 > details').open")
+        page.evaluate("location.hash = '#episode-1-1,script'")  # whatever an address says
+        page.keyboard.press("j")
+        assert page.locator("article > details[open]").count() > 0
+
+
+@pytest.fixture(scope="module")
+def shelf(played: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """The address and port of a viewer of a folder with three runs that can be shown, and one that cannot."""
+    folder = tmp_path_factory.mktemp("shelf")
+    shutil.copytree(played, folder / "group" / "first")
+    played_run(folder / 'second <b>& %2F"', "paper", steps=6)
+    with_metrics(new_run(folder / "third", seed=7), 2)
+    with_metrics(new_run(folder / "old")).write_text("config.yaml", "images: /pictures\nmodel: tiny\nsteps: 3\n")
+    with viewing(folder) as found:
+        yield found
+
+
+@needs_browser
+def test_runs_of_a_folder_are_listed_opened_and_laid_over_each_other(shelf: tuple[str, int], browser: Browser):
+    address, _ = shelf
+    with tab(browser) as page:
+        page.goto(address)
+        assert page.locator("tbody tr").count() == 4
+        assert "written by ireasoner 0.1" in page.locator("tr", has_text="old").inner_text()
+        page.get_by_role("link", name="second").click()
+        assert page.locator("h1 .said").inner_text() == 'second <b>& %2F"'
+        until(page, LOADED)
+        page.get_by_role("link", name="Open", exact=True).first.click()
+        assert page.locator("article .trajectory").count() == 5
+        until(page, "document.querySelector('article img.thumb').naturalWidth > 0")
+        page.get_by_role("link", name="All runs").click()
+        for name in ("group/first", "second", "third"):
+            page.get_by_role("checkbox", name=name).check()
+        page.get_by_role("button", name="Lay the chosen runs over each other").click()
+        assert page.locator("h1").inner_text().startswith("3 runs")
+        until(page, LOADED)
+        legend = page.locator(".panel").first.locator(".series").all_inner_texts()
+        assert sorted(legend) == ["group/first", 'second <b>& %2F"', "third"]
+        assert page.locator(".results tbody tr").count() == 3
+        options = dict(re.findall(r"^(\w+)\t(.*)$", page.locator(".options tbody").inner_text(), re.MULTILINE))
+        assert sorted(options["recipe"].split("\t")) == ["default", "default", "paper"]
+        assert sorted(options["seed"].split("\t")) == ["0", "0", "7"]
+        assert "learning_rate" not in options  # it is the same in all of them
+        page.get_by_label("Read the curves at step").focus()
+        page.keyboard.press("Home")
+        assert page.locator(".panel").nth(1).locator("output").all_inner_texts() == ["0.7"] * 3
+
+
+def test_the_shelf_serves_its_own_runs_and_nothing_else(shelf: tuple[str, int]):
+    _, port = shelf
+    page = get(port, "/")[2]
+    assert "<b>" not in page
+    keys = sorted(set(re.findall(r'href="run/([^/"]+)/"', page)))
+    assert keys == ["group-first", "second-b-2F-", "third"]
+    for key in keys:
+        status, headers, _ = get(port, f"/run/{key}/")
+        assert status == 200
+        assert headers["content-security-policy"].startswith("default-src 'none'; img-src 'self'")
+        assert get(port, f"/run/{key}/", "evil.example")[0] == 400
+    places = (
+        "/run/nowhere/", "/run/../../etc/", "/run/%2e%2e/", "/run/group%2Ffirst/", "/run/old/", "/run//",
+        "/run/third/x", "/run/third/../old/", "/run/third/images/..%2f..%2fthird%2fconfig.yaml",
+        "/run/third/config.yaml",
+        "/part/working", "/curves/99.svg?run=third", "/curves/0.svg", "/images/0000000000000000.png",
+        "/run/third/?episode=1-1", "/run/group-first/?episode=9-9",
+    )  # fmt: skip
+    for place in places:
+        status, headers, _ = get(port, place)
+        assert status == 404, place
+        assert "html" not in headers["content-type"]
+    for query in ("?run=nowhere", "?run=old", f"?run={'x' * 9000}", "?run=../third", "?run=%00&run=%ff"):
+        status, _, body = get(port, f"/{query}")
+        assert (status, "run/third/" in body) == (200, True), query  # the list
+
+
+def test_more_runs_than_can_be_told_apart_are_not_drawn(tmp_path: Path):
+    for number in range(12):
+        with_metrics(new_run(tmp_path / "runs" / f"run-{number}"), 2)
+    found = find_runs([tmp_path / "runs"])
+    chosen = ManyRuns().opened(found, [*found, *found])
+    assert len(chosen) == len(LINES) < len(found) == 12
+    assert len({*LINES}) == len(LINES)
+    assert [len(chart.curves) for chart in overlay(chosen)] == [10] * len(overlay(chosen))
+
+
+def test_runs_are_found_by_names_that_stay(tmp_path: Path):
+    for path in ("a/x", "b/x", "a/x y", "a/x-y"):
+        new_run(tmp_path / path)
+    (tmp_path / "a" / "x" / "data").mkdir()
+    found = find_runs([tmp_path / "a" / "x", tmp_path / "b" / "x"])
+    assert [(key, name) for key, (_, name) in found.items()] == [("a-x", "a/x"), ("b-x", "b/x")]
+    assert [name for _, name in find_runs([tmp_path / "a" / "x", tmp_path / "a" / "x-y"]).values()] == ["x", "x-y"]
+    assert sorted(find_runs([tmp_path / "a"])) == ["x", "x-y", "x-y-2"]
+    assert find_runs([tmp_path / "nowhere"]) == {}
+
+
+def test_two_runs_open_laid_over_each_other(played: Path, tmp_path: Path):
+    other = with_metrics(new_run(tmp_path / "other")).run_dir
+    with forked.start("view", played, other, "--no-browser", output=tmp_path) as process:
+        process.wait_until(lambda: "Ctrl-C" in process.printed())
+        found = re.search(r":(\d+)(/\?run=\S*run&run=\S*other) ", process.printed())
+        assert found, process.printed()
+        try:
+            assert "2 runs laid over each other" in get(int(found[1]), found[2])[2]
+            assert get(int(found[1]), "/")[2].count('type="checkbox"') == 2
+        finally:
+            process.send(signal.SIGINT)
+            process.wait(20)
+
+
+def test_the_list_and_the_overlay_follow_their_runs(tmp_path: Path):
+    recorder = with_metrics(new_run(tmp_path / "runs" / "one"), 2)
+    with viewing(tmp_path / "runs") as (_, port):
+        for query in ("", "?run=one"):
+            before = json.loads(get(port, f"/pulse{query}")[2])
+            assert json.loads(get(port, f"/pulse{query}")[2]) == before
+            recorder.metrics(3 if query else 4, METRICS)
+            assert json.loads(get(port, f"/pulse{query}")[2]) != before
+        new_run(tmp_path / "runs" / "two")
+        assert "run/two/" in get(port, "/part/runs")[2]
 
 
 # The contrast of every text with what is behind it, by WCAG; small text needs 4.5.
@@ -738,13 +934,19 @@ CONTRASTS = """() => {
 @needs_browser
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_fits_and_is_readable(viewed: tuple[str, int], browser: Browser, width: int, scheme: Any):
+def test_the_page_fits_and_is_readable(
+    viewed: tuple[str, int], shelf: tuple[str, int], browser: Browser, width: int, scheme: Any
+):
+    pages = {viewed[0]: 100, f"{viewed[0]}?episode=1-1": 50, shelf[0]: 15}
+    pages[f"{shelf[0]}?run=group-first&run=second-b-2F-&run=third"] = 50
     with tab(browser, width, color_scheme=scheme) as page:
-        page.goto(viewed[0])
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        contrasts = page.evaluate(CONTRASTS)
-        assert len(contrasts) > 100
-        assert {text for contrast, text in contrasts if contrast < 4.5} == set()
+        for address, least in pages.items():
+            page.goto(address)
+            page.evaluate("for (const details of document.querySelectorAll('details')) details.open = true")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, address
+            contrasts = page.evaluate(CONTRASTS)
+            assert len(contrasts) > least
+            assert {text for contrast, text in contrasts if contrast < 4.5} == set()
 
 
 @needs_browser
@@ -759,18 +961,18 @@ def test_the_page_follows_a_run(tmp_path: Path, browser: Browser):
         assert page.locator("#state").inner_text() == "running"
         page.get_by_label("Read the curves at step").focus()
         page.keyboard.press("Home")
-        page.locator(".panel").nth(3).hover(position={"x": 20, "y": 5})  # where one looks
+        page.locator(".panel").nth(1).hover(position={"x": 20, "y": 5})  # where one looks
         page.clock.run_for(3100)
         page.wait_for_timeout(500)  # it has looked once
-        recorder.metrics(3, METRICS | {"answers/answer_entropy": 0.123})
+        recorder.metrics(3, METRICS | {"answers/majority_fraction": 0.123})
         recorder.episode(episode(question="The second.", step=3))
         until(page, "!document.querySelector('#fresh').hidden", tick=1000)
         page.get_by_role("link", name="New episodes: show").click()
-        page.get_by_text("The second.", exact=True).wait_for()
+        page.locator("strong.question", has_text="The second.").wait_for()
         until(page, "JSON.parse(document.querySelector('#readings').textContent).steps.length === 3", tick=1000)
         assert page.locator("#step").inner_text() == "3"
         assert page.locator("#at-value").inner_text() == "1"  # the reader's step stays, and the focus
-        assert page.locator(".panel").nth(3).locator("output").inner_text() == "0.8"
+        assert page.locator(".panel").nth(1).locator("output").inner_text() == "0.7"
         assert page.evaluate("document.activeElement.className").startswith("hint pager")
         lock.close()
         until(page, "document.querySelector('#state').textContent === 'stopped'", tick=1000)

@@ -29,7 +29,7 @@ COMMANDS = {
     "push": ("using:push", "put a trained model on the hub"),
     "label": ("evaluate:label", "answer a run's own questions yourself, as evaluation data"),
     "ablate": ("study:ablate", "recipes x seeds beside the base and the controls: one table with intervals"),
-    "view": ("show:view", "look at a run in the browser, while it goes or afterwards"),
+    "view": ("show:view", "look at runs in the browser, while they go or afterwards"),
     "report": ("show:report", "write that page as one file that can be mailed"),
     "runs": ("show:runs", "list runs with their state and results"),
     "validity": ("study:validity", "test whether step agreement is worth being a reward, without training"),

@@ -22,12 +22,13 @@ Truth = Annotated[
 Port = Annotated[int, Field(ge=0, le=65535), WHOLE]
 
 
-def view(run: Path, /, *, truth: Truth = None, port: Port = 0, browser: bool = True) -> int:
+def view(runs: list[Path], /, *, truth: Truth = None, port: Port = 0, browser: bool = True) -> int:
     """Show a run on a local page: is it working, what does it ask and answer, how do the reasoning steps agree, how did
-    it change, what ran. Follows a run that goes on. Ctrl-C ends it.
+    it change, what ran. Of several runs, or of a folder that holds some: their list, and their curves laid over each
+    other. Follows runs that go on. Ctrl-C ends it.
 
     Args:
-        run: A run directory, finished or not.
+        runs: Run directories, finished or not, or folders that hold some.
         port: Port on 127.0.0.1 (0: any that is free).
         browser: Open the page in the browser; its address is printed in any case.
     """
@@ -35,12 +36,12 @@ def view(run: Path, /, *, truth: Truth = None, port: Port = 0, browser: bool = T
     from ireasoner.page.server import serve
 
     def ready(address: str) -> None:
-        print(f"{run}: {address}   (Ctrl-C ends it)", flush=True)
+        print(f"{', '.join(map(str, runs))}: {address}   (Ctrl-C ends it)", flush=True)
         if browser:
             open_on_desktop(address)
 
     with suppress(KeyboardInterrupt):  # how a viewer ends
-        serve(run, port, ready, find_truth(run, truth))
+        serve(runs, port, ready, lambda run: find_truth(run, truth))
     return 0
 
 

@@ -1,9 +1,10 @@
-"""A run's metrics as panels of curves: all of them in one PNG, or each as an SVG."""
+"""Metrics as charts, of one run or of several laid over each other: all of a run in one PNG, or each as an SVG."""
 
 from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,53 +20,94 @@ if TYPE_CHECKING:
 
 THROUGHPUT = "trajectories a second"
 REWARD = "reward/solver/"  # begins the names of the metrics of the solver's reward and its parts
-COLORS = ("#2b8cd6", "#e06c1f", "#1aa179", "#a06fd0")  # readable on white and on black; style.css has the same
-MOST_POINTS = 300  # drawn of a curve: a panel is about as many pixels wide
+# After Okabe and Ito, whose colours readers with any kind of colour vision can tell apart: on white and on black. Their
+# red stands for trouble alone. The styles tell lines apart a second time. style.css has the same.
+COLORS = (
+    ("#0072b2", "#56b4e9"),
+    ("#008f68", "#2fc79a"),
+    ("#b8609a", "#e29ac4"),
+    ("#a87400", "#e6b422"),
+    ("#1c1d21", "#e7e8ea"),
+)
+LINES = tuple((k % 5, style) for k, style in enumerate(("-", "-", "--", "--", ":", ":", ":", "-", "-", "--")))
+MOST_PARTS = 4  # curves of a reward: its total and its first parts
+MOST_POINTS = 300  # drawn of a curve: a chart is about as many pixels wide
 FOREGROUND = "#010203"  # stands for the colour of the page's text in an SVG
-AXES = (0.15, 0.12, 0.80, 0.84)  # left, bottom, width and height of a panel's axes, as shares of the panel
+PLACEHOLDERS = tuple(f"#0a0b0{k}" for k in range(len(COLORS)))  # stand for the colours of lines
+AXES = (0.16, 0.13, 0.80, 0.83)  # left, bottom, width and height of a chart's axes, as shares of the chart
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves that share axes: their title, a hint at what they show, and the metric of each by its label."""
+    """What a chart shows: its title, what to make of it, the metric of each curve by its label.
+
+    `share` says that the values lie between 0 and 1.
+    """
 
     title: str
     hint: str
     metrics: dict[str, str]
+    share: bool = False
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric's values where it was measured; `line` says which of `LINES` draws it."""
+
+    line: int
+    steps: NDArray[np.float64]
+    values: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves by their labels, which share axes over the training steps `span`; a dotted line marks the step `back`."""
+
+    panel: Panel
+    curves: dict[str, Curve]
+    span: tuple[int, int]
+    back: int | None = None
 
 
 def _roles(metric: str) -> dict[str, str]:
     return {role: f"{metric}/{role}" for role in ("solver", "proposer")}
 
 
+DECIDING = 4  # the first panels, which say whether a run goes well; the page folds the others
 PANELS = (
-    Panel("Solver's reward", "mean, and unweighted parts", {"total": f"{REWARD}total"}),
-    Panel("Proposer's reward", "best at middle difficulty", {"proposer": "reward/proposer/total"}),
-    Panel("Majority fraction", "of a group's answers", {"": "answers/majority_fraction"}),
-    Panel("Answer entropy", "nats; 0: unanimous", {"": "answers/answer_entropy"}),
-    Panel("KL to the reference", "nats a token", _roles("kl")),
-    Panel("KL coefficient β", "weight of that KL", _roles("kl_coef")),
-    Panel("Completion length", "tokens", _roles("length")),
-    Panel("Well-formed", "share of texts that could be read", _roles("well_formed")),
+    Panel("Solver's reward", "rises while it learns", {"total": f"{REWARD}total"}),
+    Panel("Majority fraction", "should rise and stay below 1", {"solver": "answers/majority_fraction"}, share=True),
+    Panel("Well-formed", "texts that can be read; should stay near 1", _roles("well_formed"), share=True),
     Panel(
         "Distinct questions",
-        "texts per question asked",
-        {"in a step": "questions/distinct", "in the watch's window": "watch/distinct_questions"},
+        "low: the same questions come again",
+        {"in a step": "questions/distinct", "in the last window": "watch/distinct_questions"},
+        share=True,
     ),
+    Panel("Proposer's reward", "highest at middle difficulty: may fall", {"proposer": "reward/proposer/total"}),
+    Panel("Answer entropy", "nats; falls as answers agree, 0: unanimous", {"solver": "answers/answer_entropy"}),
+    Panel("KL to the reference", "nats a token; how far it has moved", _roles("kl")),
+    Panel("KL coefficient β", "weight of that KL in the loss", _roles("kl_coef")),
+    Panel("Completion length", "tokens", _roles("length")),
     Panel("Token entropy", "nats; randomness of sampling", _roles("token_entropy")),
-    Panel("Blank image", "share of majority answers that survive it", {"": "watch/blank_survival"}),
-    Panel("Throughput", THROUGHPUT, {"": THROUGHPUT}),
+    Panel(
+        "Blank image",
+        "majority answers that survive it; should stay low",
+        {"solver": "watch/blank_survival"},
+        share=True,
+    ),
+    Panel("Throughput", "trajectories a second", {"both roles": THROUGHPUT}),
 )
 
 
 def panels(run: RecordedRun) -> tuple[Panel, ...]:
-    """The panels of a run: the first one has a curve for the reward and for as many of its parts as there are colours.
+    """The panels of a run: the first one has a curve for the reward and for its first parts, before their weights.
 
     Which parts there are depends on the reward, which may be the user's own.
     """
     first, *others = PANELS
     recorded = dict.fromkeys(name for record in run.metrics for name in record if name.startswith(REWARD))
-    parts = [name for name in recorded if name not in first.metrics.values()][: len(COLORS) - 1]
+    parts = [name for name in recorded if name not in first.metrics.values()][: MOST_PARTS - 1]
     labels = {_label(name): name for name in parts}
     return (replace(first, metrics=first.metrics | labels), *others)
 
@@ -73,6 +115,50 @@ def panels(run: RecordedRun) -> tuple[Panel, ...]:
 def _label(metric: str) -> str:
     """The name of a reward's part, which may be any text, as a short label."""
     return "".join(filter(str.isprintable, metric.removeprefix(REWARD).replace("_", " ")))[:40]
+
+
+def charts(run: RecordedRun) -> list[Chart]:
+    """One chart for each panel of a run, without the curves that were not measured."""
+    back = run.summary.get("best_step") if run.state == "ended itself" else None
+    span = _span([run])
+    back = back if type(back) is int and span[0] <= back <= span[1] else None  # the step that the run went back to
+    found = []
+    for panel in panels(run):
+        lines = {label: 1 if label == "proposer" else i for i, label in enumerate(panel.metrics)}  # one colour a role
+        curves = {label: Curve(lines[label], *series(run, metric)) for label, metric in panel.metrics.items()}
+        found.append(Chart(panel, _measured(curves), span, back))
+    return found
+
+
+def overlay(runs: Mapping[str, RecordedRun]) -> list[Chart]:
+    """A chart for each metric that was measured, with a curve for each run that measured it; those that decide first.
+
+    Args:
+        runs: at most as many as there are `LINES`, by the names that the legend gives them.
+    """
+    together = [
+        replace(alike[0], metrics={label: metric for panel in alike for label, metric in panel.metrics.items()})
+        for alike in zip(*(panels(run) for run in runs.values()), strict=True)
+    ]
+    wanted = [(panel, label, metric) for panel in together for label, metric in panel.metrics.items()]
+    deciding = [(panel, *next(iter(panel.metrics.items()))) for panel in together[:DECIDING]]
+    found = []
+    for panel, label, metric in [*deciding, *(each for each in wanted if each not in deciding)]:
+        curves = _measured({name: Curve(i, *series(run, metric)) for i, (name, run) in enumerate(runs.items())})
+        if curves:
+            title = f"{panel.title}, {label}" if len(panel.metrics) > 1 else panel.title
+            found.append(Chart(replace(panel, title=title), curves, _span(runs.values())))
+    return found
+
+
+def _measured(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    return {label: curve for label, curve in curves.items() if len(curve.values)}
+
+
+def _span(runs: Any) -> tuple[int, int]:
+    """The first and the last step of runs, which differ: axes have some width."""
+    ends = [run.metrics[end]["step"] for run in runs if run.metrics for end in (0, -1)] or [0]
+    return min(ends), max(max(ends), min(ends) + 1)
 
 
 def series(run: RecordedRun, metric: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -107,27 +193,39 @@ def thin(values: NDArray[np.float64]) -> NDArray[np.intp]:
     return np.unique([0, *extremes, len(values) - 1])
 
 
-def readings(run: RecordedRun) -> dict[str, Any]:
-    """Smoothed values for the page to read out: `steps`, and for each panel as many values by label.
+def limits(low: float, high: float, *, share: bool) -> tuple[float, float]:
+    """The ends of a vertical axis for values from `low` to `high`.
+
+    It spans at least half of the largest value, so that a level that hardly moves is a flat line instead of a drama.
+    It shows nothing below 0 where no value is, and little above 1 where no value can be.
+    """
+    span = 1.1 * max(high - low, 0.5 * max(abs(low), abs(high))) or 1.0
+    bottom = (low + high - span) / 2
+    bottom = max(0.0, bottom) if low >= 0 else bottom
+    top = bottom + span
+    return (1.04 - span, 1.04) if share and top > 1.04 >= span and high <= 1 else (bottom, top)
+
+
+def readings(charts: Sequence[Chart]) -> dict[str, Any]:
+    """Smoothed values for the page to read out: `steps`, and for each of some charts as many values by label.
 
     Where a metric was not measured at a step, its last value is repeated; None before its first.
     """
-    steps = np.array([record["step"] for record in run.metrics], dtype=np.float64)
+    measured = [curve.steps for chart in charts for curve in chart.curves.values()]
+    steps = np.unique(np.concatenate(measured)) if measured else np.zeros(0)
     if len(steps) > MOST_POINTS:
         steps = steps[np.linspace(0, len(steps) - 1, MOST_POINTS).astype(int)]
     found: list[dict[str, list[float | None]]] = []
-    for panel in panels(run):
+    for chart in charts:
         found.append({})
-        for label, metric in panel.metrics.items():
-            at, values = series(run, metric)
-            if len(values):
-                last, smoothed = np.searchsorted(at, steps, side="right") - 1, smooth(values)
-                found[-1][label] = [float(f"{smoothed[i]:.4g}") if i >= 0 else None for i in last]
-    return {"steps": steps.astype(int).tolist(), "panels": found, "axes": AXES}
+        for label, curve in chart.curves.items():
+            last, smoothed = np.searchsorted(curve.steps, steps, side="right") - 1, smooth(curve.values)
+            found[-1][label] = [float(f"{smoothed[i]:.4g}") if i >= 0 else None for i in last]
+    return {"steps": steps.astype(int).tolist(), "panels": found, "axes": AXES, "span": charts[0].span}
 
 
 def draw_curves(run: RecordedRun, target: Path) -> None:
-    """Write all panels as one PNG: raw values faint, moving averages over them.
+    """Write all charts of a run as one PNG: raw values faint, moving averages over them.
 
     Raises:
         OSError: it cannot be written.
@@ -136,52 +234,56 @@ def draw_curves(run: RecordedRun, target: Path) -> None:
 
     figure = Figure(figsize=(14, 8))
     figure.subplots_adjust(left=0.04, right=0.99, bottom=0.04, top=0.95, wspace=0.2, hspace=0.27)
-    for axis, panel in zip(figure.subplots(3, 4).flat, panels(run), strict=True):
-        _draw(axis, run, panel)
-        axis.set_title(panel.title, fontsize=10)
-        if axis.get_legend_handles_labels()[1]:
+    for axis, chart in zip(figure.subplots(3, 4).flat, charts(run), strict=True):
+        _draw(axis, chart, [on_white for on_white, _ in COLORS])
+        axis.set_title(chart.panel.title, fontsize=10)
+        if chart.curves:
             axis.legend(fontsize=7)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     replace_file(target, png.getvalue())
 
 
-def draw_panel(run: RecordedRun, number: int) -> str:
-    """One panel as a transparent SVG, whose text and axes take the colour that suits the reader's page."""
+def draw_svg(chart: Chart) -> str:
+    """A chart as a transparent SVG, whose text, axes and lines take the colours that suit the reader's page."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "panel"}):
-        figure = Figure(figsize=(4, 2.3))
+        figure = Figure(figsize=(3.6, 2.1))
         axis = figure.add_axes(AXES)
-        _draw(axis, run, panels(run)[number])
-        axis.tick_params(labelsize=9, length=3, color=FOREGROUND, labelcolor=FOREGROUND)
+        _draw(axis, chart, PLACEHOLDERS)
+        axis.tick_params(labelsize=9.5, length=3, color=FOREGROUND, labelcolor=FOREGROUND)
         axis.grid(axis="y", color="#888", alpha=0.25, linewidth=0.6)
         for side, spine in axis.spines.items():
             spine.set_color(FOREGROUND)
             spine.set_visible(side in ("left", "bottom"))
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    colors = "<style>svg{color:#444}@media(prefers-color-scheme:dark){svg{color:#bbb}}</style>"
-    head, _, rest = text.getvalue().replace(FOREGROUND, "currentColor").partition("<defs>")
-    return f"{head}{colors}<defs>{rest}"
+    drawn = text.getvalue().replace(FOREGROUND, "currentColor")
+    for k, placeholder in enumerate(PLACEHOLDERS):
+        drawn = drawn.replace(placeholder, f"var(--c{k})")
+    light, dark = (";".join(f"--c{k}:{pair[side]}" for k, pair in enumerate(COLORS)) for side in (0, 1))
+    style = f"svg{{color:#444;{light}}}@media(prefers-color-scheme:dark){{svg{{color:#bbb;{dark}}}}}"
+    head, _, rest = drawn.partition("<defs>")
+    return f"{head}<style>{style}</style><defs>{rest}"
 
 
-def _draw(axis: Axes, run: RecordedRun, panel: Panel) -> None:
+def _draw(axis: Axes, chart: Chart, colors: Sequence[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))  # no half steps
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))  # no half steps
+    axis.yaxis.set_major_locator(MaxNLocator(5))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")  # an exponent at the top would be cut off
-    for color, (label, metric) in zip(COLORS, panel.metrics.items(), strict=False):
-        steps, values = series(run, metric)
-        if not len(values):
-            continue
-        axis.plot(steps[raw := thin(values)], values[raw], color=color, alpha=0.3, linewidth=0.8)
-        smoothed, name = smooth(values), label.replace("$", r"\$")  # matplotlib reads $…$ as mathematics
-        axis.plot(steps[drawn := thin(smoothed)], smoothed[drawn], color=color, linewidth=1.6, label=name or None)
-    if run.metrics:
-        first, last = run.metrics[0]["step"], run.metrics[-1]["step"]
-        axis.set_xlim(first, max(last, first + 1))
-        back = run.summary.get("best_step") if run.state == "ended itself" else None
-        if type(back) is int and first <= back <= last:  # the step that the run went back to
-            axis.axvline(back, color="#888", linestyle=":", linewidth=1.2)
+    for label, curve in chart.curves.items():
+        color, style = colors[LINES[curve.line][0]], LINES[curve.line][1]
+        smoothed, name = smooth(curve.values), label.replace("$", r"\$")  # matplotlib reads $…$ as mathematics
+        raw, drawn = thin(curve.values), thin(smoothed)
+        axis.plot(curve.steps[raw], curve.values[raw], color=color, alpha=0.3, linewidth=0.7)
+        axis.plot(curve.steps[drawn], smoothed[drawn], style, color=color, linewidth=1.6, label=name)
+    axis.set_xlim(*chart.span)
+    if chart.curves:
+        values = np.concatenate([curve.values for curve in chart.curves.values()])
+        axis.set_ylim(*limits(values.min(), values.max(), share=chart.panel.share))
+    if chart.back is not None:
+        axis.axvline(chart.back, color="#888", linestyle=":", linewidth=1.2)

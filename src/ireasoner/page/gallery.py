@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ireasoner.method.answers import answer_key
+from ireasoner.method.recipe import Recipe
 from ireasoner.method.types import Episode, ProbeAnswer, Trajectory
 from ireasoner.page.run import Entry, RecordedRun
 
@@ -60,6 +61,11 @@ def by_answer(episode: Episode) -> list[list[Trajectory]]:
     for t in episode.trajectories:
         found.setdefault(t.answer_key, []).append(t)
     return sorted(found.values(), key=lambda own: (not own[0].in_majority, own[0].answer_key is None, -len(own)))
+
+
+def others(episode: Episode, trajectory: Trajectory, recipe: Recipe) -> list[float] | None:
+    """The rewards that a trajectory's baseline is the mean of; None where the baseline is a moving average."""
+    return [t.reward for t in episode.trajectories if t is not trajectory] if recipe.advantage == "rloo" else None
 
 
 def any_compared(episode: Episode) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from ireasoner.training.watch import Watch
 
 # A run directory may come from anywhere. Nothing that we record comes near these bounds.
 LONGEST_LINE = 4_000_000  # bytes
-LARGEST_PICTURE = 4_000_000  # bytes; a thumbnail has 256 pixels a side
+LARGEST_PICTURE = 4_000_000  # bytes; a thumbnail has at most 768 pixels a side
 MOST_TRAJECTORIES = 512  # of an episode
 HEAT_MAP = (64, 64)  # most trajectories and reasoning steps that an averaged heat map shows
 
@@ -37,13 +37,15 @@ FindTruth = Callable[[Config], Truth | None]
 class Entry:
     """What the index keeps of an episode.
 
-    `place` is the offset and the length of its line in `episodes.jsonl`. `agreement` holds the leave-one-out
+    `place` is the offset and the length of its line in `episodes.jsonl`; `number` tells the episodes of a step apart,
+    from 1 on. `agreement` holds the leave-one-out
     similarity of each reasoning step [group_size, max_reasoning_steps], NaN where there is none. Trajectories have no
     order of their own: they are sorted by the mean of their row, highest first.
     """
 
     place: tuple[int, int]
     step: int
+    number: int
     image: str
     question: str | None
     text: str
@@ -53,6 +55,11 @@ class Entry:
     wrong: bool | None
     trajectories: int
     agreement: NDArray[np.float32]
+
+    @property
+    def name(self) -> str:
+        """The step and the number, which name an episode in an address."""
+        return f"{self.step}-{self.number}"
 
     @property
     def opening(self) -> str | None:
@@ -105,21 +112,22 @@ class RecordedRun:
     Args:
         path: the run directory, which is only read.
         find_truth: finds what is true of the images of a run; called again when another run takes the same place.
+        files: which of `TAILS` to read.
     """
 
-    def __init__(self, path: Path, find_truth: FindTruth | None) -> None:
-        self.path, self.find_truth, self.gone = path, find_truth, False
+    def __init__(self, path: Path, find_truth: FindTruth | None, files: Sequence[str]) -> None:
+        self.path, self.find_truth, self.files, self.gone = path, find_truth, files, False
 
     @classmethod
-    def open(cls, path: Path, find_truth: FindTruth | None = None) -> RecordedRun:
-        """Read a run directory.
+    def open(cls, path: Path, find_truth: FindTruth | None = None, files: Sequence[str] = TAILS) -> RecordedRun:
+        """Read a run directory, or only some of its files of records.
 
         Raises:
             UsageError: this is no run directory, or its config or its truth cannot be read.
         """
         if not (path / "config.yaml").is_file():
             raise UsageError(f"{path} is not a run directory: it has no config.yaml")
-        run = cls(path, find_truth)
+        run = cls(path, find_truth, files)
         run._begin()
         run.refresh()
         return run
@@ -178,8 +186,8 @@ class RecordedRun:
             if not self.gone:
                 if self._config_identity() != self._identity:  # another run took this place
                     self._begin()
-                for name, tail in self._tails.items():
-                    self._read(name, tail)
+                for name in self.files:
+                    self._read(name, self._tails[name])
                 self.summary = read_json(self.path / "summary.json", LONGEST_LINE)
         except (OSError, UsageError):  # deleted, unmounted, or replaced while it was being read
             self.gone = True
@@ -199,7 +207,7 @@ class RecordedRun:
 
     def thumbnail(self, name: str) -> Path | None:
         """One of the run's own thumbnails by its recorded name; None for anything outside the run's image folder."""
-        match = re.fullmatch(r"(?:images/)?([0-9a-f]{8,64}\.png)", name)
+        match = re.fullmatch(r"(?:images/)?([0-9a-f]{8,64}\.(?:png|webp))", name)
         if not match:
             return None
         folder = self.path / "images"
@@ -249,6 +257,7 @@ class RecordedRun:
             raise ValueError("more trajectories than any group has")
         question = e.question.text if e.question.well_formed else None
         key = self.episode_truth(e)[1] if question else None
+        before = self.entries[-1] if self.entries else None
         texts = [e.image, e.question.text, e.question.rationale, *(t.answer or "" for t in e.trajectories)]
         texts += [step for t in e.trajectories for step in t.reasoning_steps]
         texts += [t.text for t in e.trajectories if t.problem]
@@ -256,6 +265,7 @@ class RecordedRun:
         return Entry(
             place=place,
             step=e.step,
+            number=before.number + 1 if before and before.step == e.step else 1,
             image=e.image,
             question=question,
             text="\n".join(texts).casefold(),

@@ -1,27 +1,32 @@
-"""`ireasoner view`: serves the page about a run on this machine's loopback address, and follows the run."""
+"""`ireasoner view`: serves the page about a run, or about several, on this machine's loopback address."""
 
 from __future__ import annotations
 
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import copy
 from pathlib import Path
+from urllib.parse import urlencode
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Mount, Route, Router
+from starlette.types import Receive, Scope, Send
 
 from ireasoner.method.types import UsageError
-from ireasoner.page.curves import PANELS, draw_panel
+from ireasoner.page.curves import Chart, charts, draw_svg, overlay
+from ireasoner.page.many import ManyRuns
+from ireasoner.page.overview import find_runs
 from ireasoner.page.page import FILES, Page, Query
 from ireasoner.page.run import FindTruth, RecordedRun
 
@@ -37,6 +42,8 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+DRAWING = threading.Lock()  # matplotlib's caches are not thread-safe
+MOST_OPEN = 8  # of several runs, how many are kept in memory with their episodes
 # An SVG has inline styles. A picture may be kept for ever, because its address names the version that it shows.
 PICTURE = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
@@ -52,32 +59,50 @@ async def _guarded(request: Request, answer: RequestResponseEndpoint) -> Respons
     return response
 
 
+def application(routes: Sequence[BaseRoute]) -> Starlette:
+    """What answers a browser, to loopback names alone, so that no site can reach it by DNS rebinding."""
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS), www_redirect=False)
+    assets = [Route(f"/{name}", _asset) for name in ASSETS]
+    return Starlette(routes=[*routes, *assets], middleware=[Middleware(BaseHTTPMiddleware, dispatch=_guarded), hosts])
+
+
+def _asset(request: Request) -> Response:
+    """The style sheet or the script."""
+    name = request.url.path[1:]
+    return Response(FILES.joinpath(name).read_bytes(), media_type=ASSETS[name])
+
+
 class Viewer:
-    """Answers a browser's requests about one run, which is only read."""
+    """Answers a browser's requests about one run, which is only read.
 
-    def __init__(self, run: RecordedRun) -> None:
-        self.run, self.page = run, Page(run)
+    Args:
+        run: what is shown.
+        home: the address of the list of runs that it belongs to, if there is one.
+    """
+
+    def __init__(self, run: RecordedRun, home: str = "") -> None:
+        self.run, self.page = run, Page(run, home=home)
         self.lock = threading.Lock()  # requests are answered by several threads
-        self.drawing = threading.Lock()  # matplotlib's caches are not thread-safe
 
-    def app(self) -> Starlette:
-        """The ASGI application. It answers to loopback names alone, so that no site can reach it by DNS rebinding."""
-        routes = [
+    def routes(self) -> list[BaseRoute]:
+        """What is answered, below an address that ends with a slash."""
+        return [
             *[Route(path, self.html) for path in ("/", *(f"/part/{part}" for part in PARTS))],
             Route("/pulse", self.pulse),
             Route("/curves/{number:int}.svg", self.curve),
             Route("/images/{name}", self.image),
-            *[Route(f"/{name}", self.asset) for name in ASSETS],
         ]
-        hosts = Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS), www_redirect=False)
-        return Starlette(routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=_guarded), hosts])
 
     def html(self, request: Request) -> Response:
-        """The page, or one section of it."""
-        template = f"{request.url.path.rpartition('/')[2] or 'page'}.html"
+        """The page, one section of it, or an episode alone."""
+        query, part = Query.read(request.query_params), request.url.path.rpartition("/")[2]
+        template = f"{part or ('alone' if query.episode else 'page')}.html"
         with self.lock:
             self.run.refresh()
-            text = self.page.render(template, Query.read(request.query_params))
+            try:
+                text = self.page.render(template, query)
+            except LookupError:
+                raise HTTPException(404, "There is no such episode.") from None
         return Response(text, media_type="text/html")
 
     def pulse(self, request: Request) -> Response:
@@ -90,43 +115,120 @@ class Viewer:
         return JSONResponse(found)
 
     def curve(self, request: Request) -> Response:
-        """A panel as it is now."""
-        number = request.path_params["number"]
-        if number >= len(PANELS):
-            raise HTTPException(404)
+        """A chart as it is now."""
         with self.lock:  # the lists that may grow are copied, so that other requests need not wait for the drawing
             run = copy(self.run)
             run.metrics, run.entries = [*run.metrics], [*run.entries]
-        with self.drawing:
-            svg = draw_panel(run, number)
-        return Response(svg, media_type="image/svg+xml", headers=PICTURE)
+        return _picture_of(charts(run), request)
 
     def image(self, request: Request) -> Response:
         """A thumbnail of the run."""
         with suppress(OSError):
             if path := self.run.thumbnail(request.path_params["name"]):
-                return Response(path.read_bytes(), media_type="image/png", headers=PICTURE)
+                kind = path.suffix.removeprefix(".")
+                return Response(path.read_bytes(), media_type=f"image/{kind}", headers=PICTURE)
         raise HTTPException(404)
 
-    def asset(self, request: Request) -> Response:
-        """The style sheet or the script."""
-        name = request.url.path[1:]
-        return Response(FILES.joinpath(name).read_bytes(), media_type=ASSETS[name])
 
-
-def serve(path: Path, port: int, on_ready: Callable[[str], None], find_truth: FindTruth | None = None) -> None:
-    """Show a run until Ctrl-C.
+class Shelf:
+    """Answers a browser's requests about several runs: their list, some of them laid over each other, and each alone.
 
     Args:
-        path: the run directory.
+        paths: run directories, and folders that hold some.
+        find_truth: gives for a run's directory what `RecordedRun` takes.
+    """
+
+    def __init__(self, paths: Sequence[Path], find_truth: Callable[[Path], FindTruth | None]) -> None:
+        self.paths, self.find_truth = paths, find_truth
+        self.page = ManyRuns()
+        self.viewers: dict[str, Viewer] = {}  # the runs that were opened, the latest last
+        self.lock = threading.Lock()
+
+    def routes(self) -> list[BaseRoute]:
+        """What is answered."""
+        return [
+            *[Route(path, self.html) for path in ("/", "/part/runs", "/part/overlay")],
+            Route("/pulse", self.pulse),
+            Route("/curves/{number:int}.svg", self.curve),
+            Mount("/run/{key}", app=self.one_run),
+        ]
+
+    def html(self, request: Request) -> Response:
+        """The list of runs, or those that the address names laid over each other; or the one section of this page."""
+        part = request.url.path.rpartition("/")[2]
+        with self.lock:
+            text = self.page.render(find_runs(self.paths), _keys(request), whole=not part)
+        return Response(text, media_type="text/html")
+
+    def pulse(self, request: Request) -> Response:
+        """Whether there is something new."""
+        with self.lock:
+            version = self.page.version(find_runs(self.paths), _keys(request))
+        return JSONResponse({"version": version, "state": ""})
+
+    def curve(self, request: Request) -> Response:
+        """A chart of the runs that the address names, as it is now."""
+        with self.lock:
+            found = overlay(self.page.opened(find_runs(self.paths), _keys(request)))
+        return _picture_of(found, request)
+
+    async def one_run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand a request about one run on to its viewer."""
+        viewer = await run_in_threadpool(self.viewer, scope["path_params"]["key"])
+        await Router(viewer.routes())(scope, receive, send)
+
+    def viewer(self, key: str) -> Viewer:
+        """The viewer of a run, which is opened at the first request."""
+        with self.lock:
+            if key not in (found := find_runs(self.paths)):
+                raise HTTPException(404, "There is no such run.")
+            if key not in self.viewers:
+                try:
+                    path = found[key].path
+                    self.viewers[key] = Viewer(RecordedRun.open(path, self.find_truth(path)), home="/")
+                except UsageError as error:
+                    raise HTTPException(404, str(error)) from None
+            for oldest in [*self.viewers][:-MOST_OPEN]:
+                del self.viewers[oldest]
+            return self.viewers[key]
+
+
+def _keys(request: Request) -> list[str]:
+    return request.query_params.getlist("run")
+
+
+def _picture_of(found: Sequence[Chart], request: Request) -> Response:
+    number = request.path_params["number"]
+    if number >= len(found):
+        raise HTTPException(404)
+    with DRAWING:
+        svg = draw_svg(found[number])
+    return Response(svg, media_type="image/svg+xml", headers=PICTURE)
+
+
+def serve(
+    paths: Sequence[Path],
+    port: int,
+    on_ready: Callable[[str], None],
+    find_truth: Callable[[Path], FindTruth | None] = lambda _: None,
+) -> None:
+    """Show a run, or several, until Ctrl-C.
+
+    Args:
+        paths: run directories, and folders that hold some.
         port: on the loopback address; 0: any free one.
         on_ready: called with the address once it can be opened.
-        find_truth: as for `RecordedRun`.
+        find_truth: gives for a run's directory what `RecordedRun` takes.
 
     Raises:
-        UsageError: this is no run directory, its config or its truth cannot be read, or the port cannot be used.
+        UsageError: there is no run, its config or its truth cannot be read, or the port cannot be used.
     """
-    viewer = Viewer(RecordedRun.open(path, find_truth))
+    address = ""
+    if len(paths) == 1 and ((paths[0] / "config.yaml").is_file() or not find_runs(paths)):
+        routes = Viewer(RecordedRun.open(paths[0], find_truth(paths[0]))).routes()
+    else:
+        routes, found = Shelf(paths, find_truth).routes(), find_runs(paths)
+        address = f"?{urlencode([('run', key) for key in found])}" if len(paths) > 1 else ""
     try:
         listener = socket.create_server(("127.0.0.1", port), backlog=64)  # from now on a browser waits for the server
     except OSError as error:
@@ -134,7 +236,7 @@ def serve(path: Path, port: int, on_ready: Callable[[str], None], find_truth: Fi
             f"port {port} cannot be used ({os.strerror(error.errno or 0)}): choose another --port, or leave it out"
         )
         raise UsageError(problem) from None
-    config = uvicorn.Config(viewer.app(), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(application(routes), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     with listener:
-        on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+        on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/{address}")
         uvicorn.Server(config).run(sockets=[listener])

@@ -7,6 +7,7 @@ is shown like one of ours. The proposer's reward is the same in every recipe.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ireasoner.method.recipe import Recipe
@@ -14,6 +15,7 @@ from ireasoner.method.rewards import proposer_reward
 from ireasoner.method.types import Episode, Part, Trajectory
 
 SLACK = 1e-6  # recorded numbers are exact, but sums and products depend on the order of their terms
+FLOAT32 = 1e-4  # advantages were computed in float32, from rewards of about 1
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,23 @@ def reward_terms(trajectory: Trajectory) -> list[Term]:
     made_of = f"= {made_of}" if paid else "no part is paid"
     reward = Term("reward", trajectory.reward, made_of, _close(trajectory.reward, total))
     return [reward, *(_part_term(name, part) for name, part in trajectory.parts.items())]
+
+
+def advantage_terms(advantage: float | None, reward: float, others: Sequence[float] | None = None) -> list[Term]:
+    """The baseline and the advantage, A = r − b, of a text that was trained on; empty for one that was not.
+
+    Args:
+        advantage: as it was recorded.
+        reward: that it was computed from.
+        others: the rewards whose mean is the baseline; None: it is a moving average, which is not recorded.
+    """
+    if advantage is None:
+        return []
+    baseline = reward - advantage
+    told = "= mean reward of the group's others" if others else "= moving average of earlier rewards"
+    adds_up = not others or math.isclose(baseline, sum(others) / len(others), abs_tol=FLOAT32 * max(1.0, abs(reward)))
+    taken = f"= {reward:.4f} reward − {baseline:.4f} baseline"
+    return [Term("baseline", baseline, told, adds_up), Term("advantage", advantage, taken, adds_up=True)]
 
 
 def proposer_term(episode: Episode, recipe: Recipe) -> Term:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ireasoner.method.types import Number, Record
+from ireasoner.page.curves import series, smooth
 from ireasoner.page.run import RecordedRun
 from ireasoner.training.advice import advice
 from ireasoner.training.statistics import MEASURES, READABLE, STRICT
@@ -22,6 +23,16 @@ class Verdict:
     tone: Tone
     sentence: str
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that tells how a run stands: its name, its value now, and what it was before."""
+
+    name: str
+    value: str
+    before: str
+    tone: Tone | None = None
 
 
 class Interval(Record):
@@ -84,6 +95,34 @@ def comparisons(summary: Mapping[str, Any]) -> list[Comparison]:
     except (KeyError, TypeError, ValueError, OverflowError):
         return []
     return found
+
+
+def figures(run: RecordedRun) -> list[Figure]:
+    """Three numbers: held-out accuracy, or the reward where none was measured; agreement; and what can be read.
+
+    Those that come from the metrics are means over the first and the last twelfth of the steps.
+    """
+    found = comparisons(run.summary)[:1]
+    shown = [_accuracy(comparison) for comparison in found]
+    metrics = [("majority fraction", "answers/majority_fraction", "majority_fraction")]
+    metrics += [("well-formed answers", "well_formed/solver", "readable")]
+    if not found:
+        metrics.insert(0, ("solver's reward", "reward/solver/total", ""))
+    troubled = {sign.signal for sign in run.watch.signs() if sign.trouble}
+    for name, metric, signal in metrics:
+        values = smooth(series(run, metric)[1])
+        if len(values):
+            first, last = (f"{v:.3f}" if not signal else f"{100 * v:.1f} %" for v in (values[0], values[-1]))
+            shown.append(Figure(name, last, f"{first} at the start", "bad" if signal in troubled else None))
+    return shown
+
+
+def _accuracy(comparison: Comparison) -> Figure:
+    before, after = comparison.before.percent[0], comparison.after.percent[0]
+    mean, low, high = comparison.difference.percent
+    tone: Tone = ("unsure", "good", "bad")[_direction(comparison)]
+    since = f"{before:.1f} % before: {mean:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    return Figure(f"{comparison.name} accuracy, held out", f"{after:.1f} %", since, tone)
 
 
 def verdict(run: RecordedRun) -> Verdict:

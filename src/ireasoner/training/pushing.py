@@ -88,7 +88,7 @@ def _copy_episodes(target: Target, folder: Path) -> None:
     """The records of the episodes and the small copies of their images; links in a run may lead to any file at all."""
     assert target.run is not None
     records, images = target.run / "episodes.jsonl", target.run / "images"
-    found = [records, *sorted(images.glob("*.png"))]
+    found = [records, *sorted(path for path in images.glob("*") if path.suffix in (".png", ".webp"))]
     if links := [path for path in (images, *found) if path.is_symlink()]:
         raise UsageError(f"{links[0]} is a link, which is not followed: episodes are uploaded from the run alone")
     try:

@@ -95,20 +95,23 @@ class Recorder:
         self._append("events.jsonl", {"step": step, "text": text})
 
     def thumbnail(self, image: Image.Image, key: str) -> str:
-        """Save an image as a PNG of at most 256 pixels a side, unless it is there, and return its relative path.
+        """Save an image of at most 768 pixels a side, unless it is there, and return its relative path.
 
-        `key` identifies the image's content by 8 to 64 lower-case hexadecimal digits.
+        Up to 256 pixels a side it is a PNG, without loss; a larger one is a WebP, which of a photograph takes fewer
+        bytes at 768 pixels than a PNG at 256. `key` identifies the image's content by 8 to 64 lower-case hexadecimal
+        digits.
         """
         if not re.fullmatch(r"[0-9a-f]{8,64}", key):
             raise ValueError(f"not a content key: {key!r}")
-        path = self.run_dir / "images" / f"{key}.png"
+        kind, options = ("png", {}) if max(image.size) <= 256 else ("webp", {"quality": 80, "method": 2})
+        path = self.run_dir / "images" / f"{key}.{kind}"
         if self.writes and not path.exists():
             small = image.convert("RGBA" if image.has_transparency_data else "RGB")
-            small.thumbnail((256, 256))
-            png = io.BytesIO()
-            small.save(png, "PNG", icc_profile=None)
+            small.thumbnail((768, 768))
+            file = io.BytesIO()
+            small.save(file, kind, icc_profile=None, **options)
             with _boundary(path):
-                replace_file(path, png.getvalue())
+                replace_file(path, file.getvalue())
         return f"images/{path.name}"
 
     def write_text(self, name: str, text: str) -> None:

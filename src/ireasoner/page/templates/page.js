@@ -1,8 +1,9 @@
 "use strict";
-// What the page does beyond links and forms, which work without it: reads curves out, filters in place, follows a run.
-// Whatever comes from the server was escaped there; nothing here makes markup of text.
+// What the page does beyond links and forms, which work without it: reads curves out, filters in place, goes through
+// episodes by keys, enlarges pictures, follows a run. Whatever comes from the server was escaped there; nothing here
+// makes markup of text. Addresses are relative: a run may be one of several that are served.
 
-const live = document.body.dataset.live === "true";
+const parts = document.body.dataset.parts.split(" ").filter(Boolean); // sections to renew while a run goes on
 const find = (selector, root = document) => root.querySelector(selector);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
@@ -11,8 +12,7 @@ const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 function readOut(at) {
   const slider = find("#at");
   if (!slider) return;
-  const { steps, panels, axes } = JSON.parse(find("#readings").textContent);
-  const first = steps[0], last = steps[steps.length - 1];
+  const { steps, panels, axes, span: [first, last] } = JSON.parse(find("#readings").textContent);
 
   function show() {
     const step = Number(slider.value);
@@ -24,13 +24,13 @@ function readOut(at) {
     for (const panel of all(".panel")) {
       const values = panels[panel.dataset.panel], line = find(".plot i", panel);
       if (!line) continue;
-      line.style.left = `${100 * (axes[0] + axes[2] * (last > first ? (step - first) / (last - first) : 0))}%`;
+      line.style.left = `${100 * (axes[0] + axes[2] * (step - first) / (last - first))}%`;
       for (const output of all("output", panel)) {
         const value = values[output.dataset.label][nearest];
         output.textContent = value === null ? "–" : String(Number(value.toPrecision(3)));
       }
     }
-    find(".panels").classList.add("reading-out");
+    for (const grid of all(".panels")) grid.classList.add("reading-out");
   }
 
   slider.addEventListener("input", show);
@@ -78,7 +78,7 @@ async function showEpisodes(query) {
   const mine = ++latest, target = find("#episodes");
   target.setAttribute("aria-busy", "true");
   try {
-    const text = await fetchText(`/part/episodes?${query}`);
+    const text = await fetchText(`part/episodes?${query}`);
     if (mine !== latest) return;
     target.innerHTML = text;
     history.replaceState(null, "", `?${query}#asks`);
@@ -122,27 +122,71 @@ function followFilter() {
   });
 }
 
+function openNext(direction) {
+  const shown = all(".episode:not([hidden]) > details");
+  const standing = shown.findIndex((details) => details.contains(document.activeElement));
+  const place = standing >= 0 ? standing : shown.findIndex((details) => details.open);
+  const next = shown[place + direction];
+  if (!next) return find(`.pager a[rel=${direction > 0 ? "next" : "prev"}]`)?.click(); // of the list's pages
+  if (place >= 0) shown[place].open = false;
+  next.open = true;
+  find("summary", next).focus({ preventScroll: true });
+  next.parentElement.scrollIntoView();
+}
+
+function goByKeys() {
+  document.addEventListener("keydown", (event) => {
+    const direction = { j: 1, ArrowRight: 1, k: -1, ArrowLeft: -1 }[event.key];
+    const busy = event.target.closest("input, select, .scroll, dialog, .written pre"); // where these keys have a use
+    if (!direction || busy || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    openNext(direction); // an episode's own page has no list, but a pager
+  });
+}
+
+function openNamed() { // in a report, an address may name an episode
+  const details = /^#episode-[0-9]+-[0-9]+$/.test(location.hash) && find(`${location.hash} > details`);
+  if (!details) return;
+  details.open = true;
+  details.parentElement.hidden = false;
+  details.parentElement.scrollIntoView();
+}
+
+function enlargePictures() {
+  const dialog = find("#enlarged"), large = find("img", dialog);
+  document.addEventListener("click", (event) => {
+    if (event.target === dialog || event.target === large) return dialog.close();
+    const picture = event.target.closest("img.thumb");
+    if (!picture) return;
+    event.preventDefault(); // of the summary that it may stand in
+    for (const name of ["src", "alt"]) large[name] = picture[name];
+    large.toggleAttribute("data-small", picture.naturalWidth <= 256 && picture.naturalHeight <= 256);
+    dialog.showModal();
+  });
+}
+
 // --- following a run -------------------------------------------------------------------------------------------------
 
 async function refresh(part, query = location.search.slice(1)) {
-  const section = find(`#${part}`), text = await fetchText(`/part/${part}?${query}`).catch(() => null);
+  const section = find(`#${part}`), text = await fetchText(`part/${part}?${query}`).catch(() => null);
   if (text === null) return false;
   // What the reader has opened, where they stand, and the step that they read the curves at, stay.
   const open = all("details", section).map((details) => details.open), slider = find("#at", section);
+  const chosen = all("input:checked", section).map((box) => box.value);
   const reading = slider && slider.value !== slider.max ? slider.value : undefined;
   const reachable = "a, button, input, summary, [tabindex]";
   const focused = all(reachable, section).indexOf(document.activeElement);
   section.innerHTML = text;
   all("details", section).forEach((details, i) => { details.open = open[i] ?? details.open; });
   if (focused >= 0) all(reachable, section)[focused]?.focus({ preventScroll: true });
-  if (part === "working") readOut(reading);
+  for (const box of all("input[type=checkbox]", section)) box.checked = chosen.includes(box.value);
+  if (find("#at", section)) readOut(reading);
   return true;
 }
 
 const selecting = (section) => !getSelection().isCollapsed && section.contains(getSelection().anchorNode);
 
 async function follow() {
-  const parts = ["working", "agreement", "change", "ran"];
   const versions = Object.fromEntries(parts.map((part) => [part, document.body.dataset.version]));
   let seen = null, pause = 3000;
   for (;;) {
@@ -150,7 +194,7 @@ async function follow() {
     const chip = find("#state");
     let pulse;
     try {
-      pulse = JSON.parse(await fetchText("/pulse"));
+      pulse = JSON.parse(await fetchText(`pulse${location.search}`));
     } catch {
       chip.textContent = "the viewer has stopped";
       chip.className = "chip stopped";
@@ -158,7 +202,7 @@ async function follow() {
     }
     chip.textContent = pulse.state;
     chip.className = `chip ${pulse.state.replace(" ", "-")}`;
-    find("#step").textContent = pulse.step;
+    if ("step" in pulse) find("#step").textContent = pulse.step; // of several runs, each says its own
     seen ??= pulse.episodes;
     if (pulse.episodes !== seen) find("#fresh").hidden = false;
     seen = pulse.episodes;
@@ -172,4 +216,8 @@ async function follow() {
 }
 
 readOut();
-if (live) { followFilter(); follow(); } else { filterReport(); }
+enlargePictures();
+goByKeys();
+if (find("#filter")) { if (parts.length) followFilter(); else filterReport(); }
+if (parts.length) follow(); else openNamed();
+addEventListener("hashchange", openNamed);
