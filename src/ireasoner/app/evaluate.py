@@ -40,7 +40,7 @@ def evaluate(
         models: Run, checkpoint or model. Two are compared: the second with the first, what was trained with its base.
         data: JSONL of image, question, answer.
         limit: Ask only so many questions, drawn from as many images as possible.
-        match: How answers are judged, where a question names no metric: sameness, ChartQA's 5 %, ANLS, or VQA's ten.
+        match: How answers are judged where a question names no metric: sameness, ChartQA's 5 %, ANLS, VQA's ten people.
         preset: Preset for plain models: prompts and lengths (7b; tiny for the tiny model).
         revision: Branch, tag or commit of plain models on the hub; a run has its own (the newest commit).
         temperature: Temperature of the sampled answers.
