@@ -8,6 +8,7 @@ is of no use: lmms-eval 0.7.3 writes the same one for every document.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -38,7 +39,10 @@ Key = tuple[str, int]  # a document's number as text, and how many lines of the 
 
 @dataclass(frozen=True)
 class Document:
-    """One line of a log: what it is about, and its scores by metric."""
+    """One line of a log: its true answer, digests of what was asked and of its images, and its scores by metric.
+
+    Where the images are not known, `image` names the document itself.
+    """
 
     target: str
     asked: str
@@ -174,12 +178,17 @@ def _read(path: Path) -> dict[Key, Document]:
         lines_about[name] += 1
         filtered = f", filter {turn + 1}" if turn else ""
         scores = {f"{key}{filtered}": score for key, score in _scores(record, where)}
-        asked, media = json.dumps(record.get("input")), record.get("input_media")
-        image = json.dumps(media) if media else f"document {name}"
-        found[name, turn] = Document(str(record["target"]), asked, image, scores)
+        media = record.get("input_media")
+        image = _digest(media) if media else f"document {name}"
+        found[name, turn] = Document(str(record["target"]), _digest(record.get("input")), image, scores)
     if not found:
         raise UsageError(f"{path} holds no samples")
     return found
+
+
+def _digest(value: Any) -> str:
+    """Of a text or of images, which may be long."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _lines(path: Path) -> Iterator[bytes]:
