@@ -129,8 +129,9 @@ def test_the_prompt_goes_around_what_a_benchmark_asks():
 def test_what_is_no_export_is_told(tmp_path: Path, export: Path):
     with pytest.raises(UsageError, match=r"has no solver\.json that can be read .*prompt_of=FOLDER"):
         IReasoner.create_from_arg_string(f"pretrained={TINY_MODEL}", {"device": "cpu"})
-    with pytest.raises(UsageError, match="has no model 'nothing': name one with backend=NAME"):
-        IReasoner.create_from_arg_string(f"pretrained={export},backend=nothing", {"device": "cpu"})
+    for backend in ("nothing", "from_log"):
+        with pytest.raises(UsageError, match=f"has no model '{backend}' that takes chats: name one with backend=NAME"):
+            IReasoner.create_from_arg_string(f"pretrained={export},backend={backend}", {"device": "cpu"})
     shutil.copytree(export, tmp_path / "damaged")
     (tmp_path / "damaged" / "solver.json").write_text('{"solver_prompt": 1}')
     with pytest.raises(UsageError, match="ValidationError"):
