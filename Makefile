@@ -31,7 +31,7 @@ test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# The real TRL, lmms-eval, trackio and verl, in two environments of 2.9 and 1.6 GB: trackio needs an older pillow than
+# The real TRL, lmms-eval, trackio and verl, in two environments of 2.7 and 1.8 GB: trackio needs an older pillow than
 # the rest is tested with, and lmms-eval an older filelock, and decord, which it does not ask for. verl is installed
 # without what it asks for, which is an older transformers than ours.
 SHIMMED = PYTHONPATH=$(CURDIR)/tests/torchvision_shim OMP_NUM_THREADS=1
@@ -52,7 +52,7 @@ test-ecosystem: .venv-ecosystem/installed .venv-verl/installed
 .venv-verl/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv-verl
 	.venv-verl/bin/python -m pip install --quiet torch==2.13.0 $(OURS) tensordict==0.10.0 ray==2.60.0 hydra-core==1.3.8 \
-		codetiming datasets dill pandas pylatexenc torchdata pytest==9.2.0
+		aiohttp cachetools codetiming datasets dill pandas pylatexenc torchdata pytest==9.2.0
 	.venv-verl/bin/python -m pip install --quiet --no-deps verl==0.9.1
 	.venv-verl/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@

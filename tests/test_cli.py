@@ -649,6 +649,8 @@ def test_eval_of_one_model_and_of_two(capsys: pytest.CaptureFixture[str], place:
     assert all(told in printed for told in ("strictly", "readable", "of these"))
     assert (found["models"], found["match"]) == (["tiny"], "exact")
     assert set(MEASURES) <= set(found["scores"])
+    assert main(["compare", str(target), str(target)]) == 0
+    assert "greedy" in capsys.readouterr().out
     assert main(["eval", "tiny", "tiny", *common]) == 0
     printed, found = capsys.readouterr().out, json.loads(target.read_text())
     assert "difference" in printed

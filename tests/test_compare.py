@@ -14,6 +14,7 @@ from ireasoner.app.cli import main
 from ireasoner.method.types import UsageError
 from ireasoner.studies import compare
 from ireasoner.studies.compare import compare_logs, mcnemar
+from ireasoner.training.statistics import MEASURES
 
 RECORDED = Path(__file__).parent / "data" / "lmms_eval"
 A = [1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]
@@ -222,6 +223,33 @@ def test_what_is_no_log_is_refused(tmp_path: Path):
         compare_logs(a, b)
     write(b, [sample(number, f1=1) for number in range(16)])
     with pytest.raises(UsageError, match="no metric in common: exact_match and f1"):
+        compare_logs(a, b)
+
+
+def evaluation(path: Path, scores: Sequence[float], **changes: Any) -> Path:
+    """What `ireasoner eval --json` writes, as far as it is read; two questions about each image."""
+    asked = [{"image": f"{n // 2}.png", "question": f"question {n}", "answer": str(n)} for n in range(len(scores))]
+    columns = {name: list(scores) for name in MEASURES}
+    path.write_text(json.dumps({"match": "exact", "asked": asked, "per_question": columns, **changes}))
+    return path
+
+
+def test_evaluations_of_our_own_are_compared_too(tmp_path: Path):
+    a, b = evaluation(tmp_path / "a.json", A), evaluation(tmp_path / "b.json", B)
+    rows = {row.metric: row for row in compare_logs(a, b).rows}
+    assert list(rows) == list(MEASURES)
+    assert (rows["greedy"].wins, rows["greedy"].losses, rows["greedy"].test) == (5, 1, "sign flips")
+    evaluation(b, B[:-1])
+    with pytest.raises(UsageError, match="not about the same documents: 1 are in one of them alone"):
+        compare_logs(a, b)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"asked": []}, {"asked": [{}]}, {"per_question": {"before": {}, "after": {}}}, {"asked": "text"}]
+)
+def test_what_eval_did_not_write_is_refused(tmp_path: Path, changes: dict[str, Any]):
+    a, b = evaluation(tmp_path / "a.json", A), evaluation(tmp_path / "b.json", B, **changes)
+    with pytest.raises(UsageError, match=r"b\.json is not what ireasoner eval --json wrote of one model"):
         compare_logs(a, b)
 
 

