@@ -102,6 +102,7 @@ class Page:
         self.environment = environment(run=run, static=static, home=home, parts="" if static else " ".join(FOLLOWED))
         self.environment.filters |= {"shade": self._shade, "explain": self._explain}
         self.environment.globals |= {"differences": differences, "checkpoints": _checkpoints}
+        self.environment.globals["charts"] = lambda: [curves.chart(run, panel) for panel in curves.panels(run)]
         self.environment.globals |= {"chart_source": self._chart_source, "thumbnail_source": self._thumbnail_source}
 
     @property

@@ -7,7 +7,6 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from copy import copy
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -24,7 +23,7 @@ from starlette.routing import BaseRoute, Mount, Route, Router
 from starlette.types import Receive, Scope, Send
 
 from ireasoner.method.types import UsageError
-from ireasoner.page.curves import Chart, charts, draw_svg, overlay
+from ireasoner.page.curves import Chart, Panel, chart, draw_svg, overlay, panels, panels_together
 from ireasoner.page.many import ManyRuns
 from ireasoner.page.overview import find_runs
 from ireasoner.page.page import FILES, Page, Query
@@ -116,10 +115,9 @@ class Viewer:
 
     def curve(self, request: Request) -> Response:
         """A chart as it is now."""
-        with self.lock:  # the lists that may grow are copied, so that other requests need not wait for the drawing
-            run = copy(self.run)
-            run.metrics, run.entries = [*run.metrics], [*run.entries]
-        return _picture_of(charts(run), request)
+        with self.lock:
+            found = chart(self.run, _chosen(panels(self.run), request))
+        return _picture_of(found)
 
     def image(self, request: Request) -> Response:
         """A thumbnail of the run."""
@@ -169,8 +167,9 @@ class Shelf:
     def curve(self, request: Request) -> Response:
         """A chart of the runs that the address names, as it is now."""
         with self.lock:
-            found = overlay(self.page.opened(find_runs(self.paths), _keys(request)))
-        return _picture_of(found, request)
+            runs = self.page.opened(find_runs(self.paths), _keys(request))
+            found = overlay(runs, _chosen(panels_together(runs), request))
+        return _picture_of(found)
 
     async def one_run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand a request about one run on to its viewer."""
@@ -197,12 +196,16 @@ def _keys(request: Request) -> list[str]:
     return request.query_params.getlist("run")
 
 
-def _picture_of(found: Sequence[Chart], request: Request) -> Response:
+def _chosen(panels: Sequence[Panel], request: Request) -> Panel:
     number = request.path_params["number"]
-    if number >= len(found):
+    if number >= len(panels):
         raise HTTPException(404)
+    return panels[number]
+
+
+def _picture_of(found: Chart) -> Response:
     with DRAWING:
-        svg = draw_svg(found[number])
+        svg = draw_svg(found)
     return Response(svg, media_type="image/svg+xml", headers=PICTURE)
 
 
