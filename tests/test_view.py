@@ -170,6 +170,8 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path, capsys: pytest.Captur
         mistakes = {
             ("view", str(tmp_path / "nowhere")): "is not a run directory",
             ("view", str(tmp_path / "bad")): "this run cannot be shown",
+            ("view", str(tmp_path / "bad" / "images")): "is not a run directory, and holds none",
+            ("view", str(run), str(tmp_path / "nowhere")): "nowhere is not a run directory",
             ("view", str(run), "--port", str(port), "--no-browser"): f"port {port} cannot be used",
             ("view", str(run), "--port", "70000"): "port: input should be less than or equal to 65535",
             ("view", str(run), "--truth", str(tmp_path / "none")): "cannot read the truth",

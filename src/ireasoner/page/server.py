@@ -226,12 +226,14 @@ def serve(
     Raises:
         UsageError: there is no run, its config or its truth cannot be read, or the port cannot be used.
     """
+    if empty := [path for path in paths if not find_runs([path])]:
+        raise UsageError(f"{empty[0]} is not a run directory, and holds none: there is no config.yaml of a run")
     address = ""
-    if len(paths) == 1 and ((paths[0] / "config.yaml").is_file() or not find_runs(paths)):
+    if len(paths) == 1 and (paths[0] / "config.yaml").is_file():
         routes = Viewer(RecordedRun.open(paths[0], find_truth(paths[0]))).routes()
     else:
-        routes, found = Shelf(paths, find_truth).routes(), find_runs(paths)
-        address = f"?{urlencode([('run', key) for key in found])}" if len(paths) > 1 else ""
+        routes = Shelf(paths, find_truth).routes()
+        address = f"?{urlencode([('run', key) for key in find_runs(paths)])}" if len(paths) > 1 else ""
     try:
         listener = socket.create_server(("127.0.0.1", port), backlog=64)  # from now on a browser waits for the server
     except OSError as error:
