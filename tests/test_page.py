@@ -33,7 +33,7 @@ from ireasoner.page.curves import (
     thin,
 )
 from ireasoner.page.gallery import average_agreement, select, stretches
-from ireasoner.page.page import IN_REPORT, Page, Query
+from ireasoner.page.page import IN_REPORT, NoSuchEpisodeError, Page, Query
 from ireasoner.page.run import RecordedRun
 from ireasoner.page.terms import proposer_term, reward_terms
 from ireasoner.page.verdict import Figure, figures, verdict
@@ -611,7 +611,7 @@ def test_an_episode_alone_shows_every_text_whole_and_its_neighbours(recorder: Ha
     elsewhere = page.render("alone.html", Query("newest", "no such text", episode=(2, 2))).decode()
     assert "2 of 4, newest" in elsewhere  # a link that was kept while its list changed
     for missing in ((9, 9), (2, 3), (0, 0)):
-        with pytest.raises(LookupError):
+        with pytest.raises(NoSuchEpisodeError):
             page.render("alone.html", Query(episode=missing))
 
 

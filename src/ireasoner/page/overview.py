@@ -80,9 +80,10 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
         if (folder / "config.yaml").exists() and _is_run(folder):
             yield folder
         if depth and not (folder / "metrics.jsonl").exists():
-            for path in folder.iterdir():
-                if path.is_dir():
-                    yield from _below(path, depth - 1)
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        yield from _below(Path(entry.path), depth - 1)
 
 
 def _is_run(path: Path) -> bool:

@@ -25,8 +25,8 @@ from starlette.types import Receive, Scope, Send
 from ireasoner.method.types import UsageError
 from ireasoner.page.curves import Chart, Panel, chart, draw_svg, overlay, panels, panels_together
 from ireasoner.page.many import ManyRuns
-from ireasoner.page.overview import find_runs
-from ireasoner.page.page import FILES, Page, Query
+from ireasoner.page.overview import Found, find_runs
+from ireasoner.page.page import FILES, NoSuchEpisodeError, Page, Query
 from ireasoner.page.run import FindTruth, RecordedRun
 
 HOSTS = ("127.0.0.1", "localhost")
@@ -100,7 +100,7 @@ class Viewer:
             self.run.refresh()
             try:
                 text = self.page.render(template, query)
-            except LookupError:
+            except NoSuchEpisodeError:
                 raise HTTPException(404, "There is no such episode.") from None
         return Response(text, media_type="text/html")
 
@@ -139,7 +139,8 @@ class Shelf:
     def __init__(self, paths: Sequence[Path], find_truth: Callable[[Path], FindTruth | None]) -> None:
         self.paths, self.find_truth = paths, find_truth
         self.page = ManyRuns()
-        self.viewers: dict[str, Viewer] = {}  # the runs that were opened, the latest last
+        self.found: dict[str, Found] = {}
+        self.viewers: dict[Path, Viewer] = {}  # of the runs that were opened, the latest last
         self.lock = threading.Lock()
 
     def routes(self) -> list[BaseRoute]:
@@ -155,19 +156,21 @@ class Shelf:
         """The list of runs, or those that the address names laid over each other; or the one section of this page."""
         part = request.url.path.rpartition("/")[2]
         with self.lock:
-            text = self.page.render(find_runs(self.paths), _keys(request), whole=not part)
+            self.found = find_runs(self.paths)
+            text = self.page.render(self.found, _keys(request), whole=not part)
         return Response(text, media_type="text/html")
 
     def pulse(self, request: Request) -> Response:
         """Whether there is something new."""
         with self.lock:
-            version = self.page.version(find_runs(self.paths), _keys(request))
+            self.found = find_runs(self.paths)
+            version = self.page.version(self.found, _keys(request))
         return JSONResponse({"version": version, "state": ""})
 
     def curve(self, request: Request) -> Response:
         """A chart of the runs that the address names, as it is now."""
         with self.lock:
-            runs = self.page.opened(find_runs(self.paths), _keys(request))
+            runs = self.page.opened(self.found or find_runs(self.paths), _keys(request))
             found = overlay(runs, _chosen(panels_together(runs), request))
         return _picture_of(found)
 
@@ -179,17 +182,19 @@ class Shelf:
     def viewer(self, key: str) -> Viewer:
         """The viewer of a run, which is opened at the first request."""
         with self.lock:
-            if key not in (found := find_runs(self.paths)):
+            if key not in self.found:
+                self.found = find_runs(self.paths)
+            if key not in self.found:
                 raise HTTPException(404, "There is no such run.")
-            if key not in self.viewers:
+            path = self.found[key].path
+            if path not in self.viewers:
                 try:
-                    path = found[key].path
-                    self.viewers[key] = Viewer(RecordedRun.open(path, self.find_truth(path)), home="/")
+                    self.viewers[path] = Viewer(RecordedRun.open(path, self.find_truth(path)), home="/")
                 except UsageError as error:
                     raise HTTPException(404, str(error)) from None
             for oldest in [*self.viewers][:-MOST_OPEN]:
                 del self.viewers[oldest]
-            return self.viewers[key]
+            return self.viewers[path]
 
 
 def _keys(request: Request) -> list[str]:
