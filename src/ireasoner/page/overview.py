@@ -64,7 +64,7 @@ def find_runs(paths: Sequence[Path], *, always_below: bool = False) -> dict[str,
     root = Path(os.path.commonpath([root.absolute() for root in roots]))
     found: dict[str, Found] = {}
     for path, below in zip(paths, folders, strict=True):
-        for run in sorted(_below(path, DEPTH), key=_began) if below else [path]:
+        for run in sorted(_below(path, DEPTH), key=lambda run: (_began(run), run)) if below else [path]:
             name = os.path.relpath(run.absolute(), root)
             key = plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
             number = 1
