@@ -19,7 +19,8 @@ from playwright.sync_api import Page, sync_playwright
 REPETITIONS = 5
 CURVES = """[...document.querySelectorAll('.panel img')].every(
     (image) => !image.checkVisibility() || image.complete && image.naturalWidth)"""
-UNFOLD = "for (const details of document.querySelectorAll('details.more')) details.open = true"
+UNFOLD = """document.querySelectorAll('details.more').forEach((details) => { details.open = true; });
+document.querySelectorAll('.panel img').forEach((image) => { image.loading = 'eager'; });"""
 SCROLL = """async () => {
     let frames = 0, longest = 0, last = performance.now();
     const end = last + 3000;
@@ -54,8 +55,7 @@ def open_once(page: Page, runs: list[str]) -> tuple[float, float, float, float]:
 
 
 def wait_for_curves(page: Page) -> None:
-    """Wait for the curves that can be seen by scrolling."""
-    page.evaluate("for (const image of document.querySelectorAll('.panel img')) image.loading = 'eager'")
+    """Wait for the curves that are not folded."""
     while not page.evaluate(CURVES):
         page.wait_for_timeout(10)
 

@@ -18,9 +18,22 @@ from ireasoner.method.answers import answer_key
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.types import Episode, UsageError
 from ireasoner.page import write_report
-from ireasoner.page.curves import MOST_POINTS, PANELS, charts, draw_svg, limits, overlay, readings, smooth, thin
+from ireasoner.page.curves import (
+    MOST_POINTS,
+    PANELS,
+    Chart,
+    chart,
+    draw_svg,
+    limits,
+    overlay,
+    panels,
+    panels_together,
+    readings,
+    smooth,
+    thin,
+)
 from ireasoner.page.gallery import average_agreement, select, stretches
-from ireasoner.page.page import IN_REPORT, Page, Query
+from ireasoner.page.page import IN_REPORT, NoSuchEpisodeError, Page, Query
 from ireasoner.page.run import RecordedRun
 from ireasoner.page.terms import proposer_term, reward_terms
 from ireasoner.page.verdict import Figure, figures, verdict
@@ -73,6 +86,10 @@ def recorder(tmp_path: Path) -> HandMade:
 def report(recorder: HandMade) -> Parsed:
     """The page in a file of its own: then no PNG is drawn beside it."""
     return Parsed(write_report(recorder.run_dir, recorder.run_dir / "page.html"))
+
+
+def charts(run: RecordedRun) -> list[Chart]:
+    return [chart(run, panel) for panel in panels(run)]
 
 
 def flat(text: str) -> str:
@@ -351,8 +368,8 @@ def test_axes_say_how_small_their_numbers_are(recorder: HandMade):
     """An exponent that stands above the axis would be outside of the panel."""
     for step in range(1, 20):
         recorder.metrics(step, METRICS | {"kl/solver": step * 1e-7, "kl/proposer": 0.0})
-    (chart,) = [c for c in charts(RecordedRun.open(recorder.run_dir)) if c.panel.title == "KL to the reference"]
-    labels = re.findall(r">([\d.]+e-\d+)</text>", draw_svg(chart))
+    (kl,) = [each for each in charts(RecordedRun.open(recorder.run_dir)) if each.panel.title == "KL to the reference"]
+    labels = re.findall(r">([\d.]+e-\d+)</text>", draw_svg(kl))
     assert labels
     assert all(0 < float(label) < 1e-5 for label in labels)
 
@@ -382,19 +399,19 @@ def test_charts_of_several_runs_have_a_curve_for_each_run(tmp_path: Path):
     recorder = HandMade.open(tmp_path / "fresh")
     shutil.copy(tmp_path / "a" / "config.yaml", tmp_path / "fresh")
     runs["fresh"] = RecordedRun.open(recorder.run_dir)
-    found = {chart.panel.title: chart for chart in overlay(runs)}
+    found = {panel.title: overlay(runs, panel) for panel in panels_together(runs)}
     assert [*found][:4] == [
         "Solver's reward, total", "Majority fraction", "Well-formed, solver", "Distinct questions, in a step",
     ]  # fmt: skip
     assert {*found["KL to the reference, solver"].curves} == {"a", "b", "$c"}
     assert found["KL to the reference, solver"].curves["a"].values.tolist() == [0.5] * 3
     assert {*found["Solver's reward, brevity"].curves} == {"$c"}
-    assert {chart.span for chart in found.values()} == {(1, 9)}
+    assert {each.span for each in found.values()} == {(1, 9)}
     assert [found["Majority fraction"].curves[name].line for name in ("a", "b", "$c")] == [0, 1, 2]
     assert "Throughput" not in found  # it takes the episodes
     assert readings([*found.values()])["steps"] == [*range(1, 10)]
-    for chart in found.values():
-        draw_svg(chart)
+    for each in found.values():
+        draw_svg(each)
 
 
 def test_thinning_keeps_every_spike():
@@ -418,10 +435,10 @@ def test_a_run_that_went_back_shows_where_in_its_curves(recorder: HandMade):
 
 def test_panels_are_pictures_that_suit_light_and_dark(recorder: HandMade):
     run = RecordedRun.open(with_metrics(recorder, 30).run_dir)
-    for chart in charts(run):
-        svg = draw_svg(chart)
+    for each in charts(run):
+        svg = draw_svg(each)
         assert "currentColor" in svg
-        assert ("stroke: var(--c" in svg) == bool(chart.curves)
+        assert ("stroke: var(--c" in svg) == bool(each.curves)
         assert "prefers-color-scheme:dark" in svg
         assert "<script" not in svg
 
@@ -594,7 +611,7 @@ def test_an_episode_alone_shows_every_text_whole_and_its_neighbours(recorder: Ha
     elsewhere = page.render("alone.html", Query("newest", "no such text", episode=(2, 2))).decode()
     assert "2 of 4, newest" in elsewhere  # a link that was kept while its list changed
     for missing in ((9, 9), (2, 3), (0, 0)):
-        with pytest.raises(LookupError):
+        with pytest.raises(NoSuchEpisodeError):
             page.render("alone.html", Query(episode=missing))
 
 

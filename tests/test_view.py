@@ -26,7 +26,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 import forked
 from ireasoner.method.types import UsageError
 from ireasoner.page import write_report
-from ireasoner.page.curves import LINES, charts, draw_svg, overlay
+from ireasoner.page.curves import LINES, chart, draw_svg, overlay, panels, panels_together
 from ireasoner.page.gallery import select
 from ireasoner.page.many import ManyRuns
 from ireasoner.page.overview import find_runs, overview
@@ -170,6 +170,8 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path, capsys: pytest.Captur
         mistakes = {
             ("view", str(tmp_path / "nowhere")): "is not a run directory",
             ("view", str(tmp_path / "bad")): "this run cannot be shown",
+            ("view", str(tmp_path / "bad" / "images")): "is not a run directory, and holds none",
+            ("view", str(run), str(tmp_path / "nowhere")): "nowhere is not a run directory",
             ("view", str(run), "--port", str(port), "--no-browser"): f"port {port} cannot be used",
             ("view", str(run), "--port", "70000"): "port: input should be less than or equal to 65535",
             ("view", str(run), "--truth", str(tmp_path / "none")): "cannot read the truth",
@@ -281,7 +283,7 @@ def test_a_record_of_any_kind_breaks_nothing(played: Path, tmp_path: Path, seed:
         read = RecordedRun.open(run)
         for query in (Query(), Query("disagreement", "x", (0, 2)), Query("wrong", page=3)):
             assert b"What ran?" in Rendered(read).render("page.html", query)
-        draw_svg(rng.choice(charts(read)))
+        draw_svg(chart(read, rng.choice(panels(read))))
     write_report(run, tmp_path / "page.html")
 
 
@@ -869,7 +871,7 @@ def test_more_runs_than_can_be_told_apart_are_not_drawn(tmp_path: Path):
     chosen = ManyRuns().opened(found, [*found, *found])
     assert len(chosen) == len(LINES) < len(found) == 12
     assert len({*LINES}) == len(LINES)
-    assert [len(chart.curves) for chart in overlay(chosen)] == [10] * len(overlay(chosen))
+    assert {len(overlay(chosen, panel).curves) for panel in panels_together(chosen)} == {10}
 
 
 def test_runs_are_found_by_names_that_stay(tmp_path: Path):

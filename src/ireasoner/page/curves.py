@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,16 +100,15 @@ PANELS = (
 )
 
 
-def panels(run: RecordedRun) -> tuple[Panel, ...]:
+def panels(run: RecordedRun) -> list[Panel]:
     """The panels of a run: the first one has a curve for the reward and for its first parts, before their weights.
 
     Which parts there are depends on the reward, which may be the user's own.
     """
     first, *others = PANELS
-    recorded = dict.fromkeys(name for record in run.metrics for name in record if name.startswith(REWARD))
-    parts = [name for name in recorded if name not in first.metrics.values()][: MOST_PARTS - 1]
-    labels = {_label(name): name for name in parts}
-    return (replace(first, metrics=first.metrics | labels), *others)
+    names = [name for name in run.measured if name.startswith(REWARD) and name not in first.metrics.values()]
+    parts = {_label(name): name for name in names[: MOST_PARTS - 1]}
+    return [replace(first, metrics=first.metrics | parts), *others]
 
 
 def _label(metric: str) -> str:
@@ -117,45 +116,48 @@ def _label(metric: str) -> str:
     return "".join(filter(str.isprintable, metric.removeprefix(REWARD).replace("_", " ")))[:40]
 
 
-def charts(run: RecordedRun) -> list[Chart]:
-    """One chart for each panel of a run, without the curves that were not measured."""
-    back = run.summary.get("best_step") if run.state == "ended itself" else None
+def chart(run: RecordedRun, panel: Panel) -> Chart:
+    """A panel of a run as a chart, without the curves that were not measured."""
     span = _span([run])
+    back = run.summary.get("best_step") if run.state == "ended itself" else None
     back = back if type(back) is int and span[0] <= back <= span[1] else None  # the step that the run went back to
-    found = []
-    for panel in panels(run):
-        lines = {label: 1 if label == "proposer" else i for i, label in enumerate(panel.metrics)}  # one colour a role
-        curves = {label: Curve(lines[label], *series(run, metric)) for label, metric in panel.metrics.items()}
-        found.append(Chart(panel, _measured(curves), span, back))
-    return found
+    lines = {label: 1 if label == "proposer" else i for i, label in enumerate(panel.metrics)}  # one colour a role
+    curves = {label: Curve(lines[label], *series(run, metric)) for label, metric in panel.metrics.items()}
+    return Chart(panel, _measured(curves), span, back)
 
 
-def overlay(runs: Mapping[str, RecordedRun]) -> list[Chart]:
-    """A chart for each metric that was measured, with a curve for each run that measured it; those that decide first.
+def panels_together(runs: Mapping[str, RecordedRun]) -> list[Panel]:
+    """A panel of one metric for each that some of these runs measured, apart from throughput; first, what decides."""
+    wanted = [
+        replace(
+            panel, title=f"{panel.title}, {label}" if len(panel.metrics) > 1 else panel.title, metrics={label: metric}
+        )
+        for alike in zip(*(panels(run) for run in runs.values()), strict=True)
+        for panel in [replace(alike[0], metrics={k: v for each in alike for k, v in each.metrics.items()})]
+        for label, metric in panel.metrics.items()
+        if any(metric in run.measured for run in runs.values())
+    ]
+    first = {next(iter(panel.metrics.values())) for panel in PANELS[:DECIDING]}
+    return sorted(wanted, key=lambda panel: first.isdisjoint(panel.metrics.values()))  # stable: the rest stays in order
+
+
+def overlay(runs: Mapping[str, RecordedRun], panel: Panel) -> Chart:
+    """A panel of one metric as a chart with a curve for each run that measured it.
 
     Args:
         runs: at most as many as there are `LINES`, by the names that the legend gives them.
+        panel: one of `panels_together`.
     """
-    together = [
-        replace(alike[0], metrics={label: metric for panel in alike for label, metric in panel.metrics.items()})
-        for alike in zip(*(panels(run) for run in runs.values()), strict=True)
-    ]
-    wanted = [(panel, label, metric) for panel in together for label, metric in panel.metrics.items()]
-    deciding = [(panel, *next(iter(panel.metrics.items()))) for panel in together[:DECIDING]]
-    found = []
-    for panel, label, metric in [*deciding, *(each for each in wanted if each not in deciding)]:
-        curves = _measured({name: Curve(i, *series(run, metric)) for i, (name, run) in enumerate(runs.items())})
-        if curves:
-            title = f"{panel.title}, {label}" if len(panel.metrics) > 1 else panel.title
-            found.append(Chart(replace(panel, title=title), curves, _span(runs.values())))
-    return found
+    (metric,) = panel.metrics.values()
+    curves = {name: Curve(i, *series(run, metric)) for i, (name, run) in enumerate(runs.items())}
+    return Chart(panel, _measured(curves), _span(runs.values()))
 
 
 def _measured(curves: Mapping[str, Curve]) -> dict[str, Curve]:
     return {label: curve for label, curve in curves.items() if len(curve.values)}
 
 
-def _span(runs: Any) -> tuple[int, int]:
+def _span(runs: Iterable[RecordedRun]) -> tuple[int, int]:
     """The first and the last step of runs, which differ: axes have some width."""
     ends = [run.metrics[end]["step"] for run in runs if run.metrics for end in (0, -1)] or [0]
     return min(ends), max(max(ends), min(ends) + 1)
@@ -234,10 +236,11 @@ def draw_curves(run: RecordedRun, target: Path) -> None:
 
     figure = Figure(figsize=(14, 8))
     figure.subplots_adjust(left=0.04, right=0.99, bottom=0.04, top=0.95, wspace=0.2, hspace=0.27)
-    for axis, chart in zip(figure.subplots(3, 4).flat, charts(run), strict=True):
-        _draw(axis, chart, [on_white for on_white, _ in COLORS])
-        axis.set_title(chart.panel.title, fontsize=10)
-        if chart.curves:
+    for axis, panel in zip(figure.subplots(3, 4).flat, panels(run), strict=True):
+        shown = chart(run, panel)
+        _draw(axis, shown, [on_white for on_white, _ in COLORS])
+        axis.set_title(panel.title, fontsize=10)
+        if shown.curves:
             axis.legend(fontsize=7)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)

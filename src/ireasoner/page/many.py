@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from ireasoner.method.types import UsageError
-from ireasoner.page.curves import LINES, overlay
+from ireasoner.page.curves import LINES, overlay, panels_together
 from ireasoner.page.overview import Found, row_of, stamp
 from ireasoner.page.page import encode, environment
 from ireasoner.page.run import RecordedRun
@@ -62,7 +62,11 @@ class ManyRuns:
         if chosen:
             by_name = {name: key for key, (_, name) in found.items()}
             query = urlencode([("run", by_name[name]) for name in chosen])
-            values |= {"keys": by_name, "charts": overlay(chosen), "differing": differing(chosen)}
+            values |= {
+                "keys": by_name,
+                "charts": [overlay(chosen, panel) for panel in panels_together(chosen)],
+                "differing": differing(chosen),
+            }
             values["chart_source"] = lambda number, _: f"curves/{number}.svg?{query}&v={self.nonce}-{version}"
         else:
             values["rows"] = [(key, row_of(each)) for key, each in reversed([*found.items()])]

@@ -64,7 +64,7 @@ def find_runs(paths: Sequence[Path], *, always_below: bool = False) -> dict[str,
     root = Path(os.path.commonpath([root.absolute() for root in roots]))
     found: dict[str, Found] = {}
     for path, below in zip(paths, folders, strict=True):
-        for run in sorted(_below(path, DEPTH), key=_began) if below else [path]:
+        for run in sorted(_below(path, DEPTH), key=lambda run: (_began(run), run)) if below else [path]:
             name = os.path.relpath(run.absolute(), root)
             key = plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
             number = 1
@@ -80,9 +80,10 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
         if (folder / "config.yaml").exists() and _is_run(folder):
             yield folder
         if depth and not (folder / "metrics.jsonl").exists():
-            for path in folder.iterdir():
-                if path.is_dir():
-                    yield from _below(path, depth - 1)
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        yield from _below(Path(entry.path), depth - 1)
 
 
 def _is_run(path: Path) -> bool:

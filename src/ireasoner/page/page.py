@@ -69,6 +69,10 @@ class Query:
         return f"?{urlencode(values, errors='replace')}{'' if entry else '#asks'}"
 
 
+class NoSuchEpisodeError(Exception):
+    """A run has no episode of the step and the number that were asked for."""
+
+
 def _whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
@@ -102,6 +106,7 @@ class Page:
         self.environment = environment(run=run, static=static, home=home, parts="" if static else " ".join(FOLLOWED))
         self.environment.filters |= {"shade": self._shade, "explain": self._explain}
         self.environment.globals |= {"differences": differences, "checkpoints": _checkpoints}
+        self.environment.globals["charts"] = lambda: [curves.chart(run, panel) for panel in curves.panels(run)]
         self.environment.globals |= {"chart_source": self._chart_source, "thumbnail_source": self._thumbnail_source}
 
     @property
@@ -140,14 +145,14 @@ class Page:
         """The episode that was asked for, and those before and after it in the list that it was chosen from.
 
         Raises:
-            LookupError: there is no such episode.
+            NoSuchEpisodeError: neither this list nor the run holds it.
         """
         found = gallery.select(self.run, query.show, query.q, query.steps)
         if query.episode not in [(entry.step, entry.number) for entry in found]:
             found, query = gallery.select(self.run), Query(episode=query.episode)
         places = [i for i, entry in enumerate(found) if (entry.step, entry.number) == query.episode]
         if not places or (episode := self.run.episode(found[places[0]])) is None:
-            raise LookupError("no such episode")
+            raise NoSuchEpisodeError
         i = places[0]
         before, after = (found[k] if 0 <= k < len(found) else None for k in (i - 1, i + 1))
         query = replace(query, page=i // PAGE_SIZE)

@@ -142,6 +142,7 @@ class RecordedRun:
         self.truth = self.find_truth(config) if self.find_truth else None
         self.config, self._identity = config, identity  # only now: after an error, the next refresh tries again
         self.watch = Watch(self.config)
+        self.measured: dict[str, None] = {}  # the names of all metrics, in the order in which they came
         self.summary: dict[str, Any] = {}
         self._tails = {name: _Tail(self.path / f"{name}.jsonl") for name in TAILS}
         self.metrics: list[dict[str, Any]] = self._tails["metrics"].records
@@ -230,7 +231,7 @@ class RecordedRun:
 
     def _read(self, name: str, tail: _Tail) -> None:
         if tail.restarted() and name == "metrics":
-            self.watch = Watch(self.config)
+            self.watch, self.measured = Watch(self.config), {}
         for place, line in tail.lines():
             try:
                 tail.records.append(self._parse(name, place, json.loads(line)))
@@ -239,6 +240,7 @@ class RecordedRun:
                 continue
             if name == "metrics":
                 self.watch.recall(tail.records[-1])
+                self.measured |= dict.fromkeys(tail.records[-1])
 
     def _parse(self, name: str, place: tuple[int, int], record: Any) -> Any:
         if name == "episodes":

@@ -7,7 +7,6 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from copy import copy
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -24,10 +23,10 @@ from starlette.routing import BaseRoute, Mount, Route, Router
 from starlette.types import Receive, Scope, Send
 
 from ireasoner.method.types import UsageError
-from ireasoner.page.curves import Chart, charts, draw_svg, overlay
+from ireasoner.page.curves import Chart, Panel, chart, draw_svg, overlay, panels, panels_together
 from ireasoner.page.many import ManyRuns
-from ireasoner.page.overview import find_runs
-from ireasoner.page.page import FILES, Page, Query
+from ireasoner.page.overview import Found, find_runs
+from ireasoner.page.page import FILES, NoSuchEpisodeError, Page, Query
 from ireasoner.page.run import FindTruth, RecordedRun
 
 HOSTS = ("127.0.0.1", "localhost")
@@ -101,7 +100,7 @@ class Viewer:
             self.run.refresh()
             try:
                 text = self.page.render(template, query)
-            except LookupError:
+            except NoSuchEpisodeError:
                 raise HTTPException(404, "There is no such episode.") from None
         return Response(text, media_type="text/html")
 
@@ -116,10 +115,9 @@ class Viewer:
 
     def curve(self, request: Request) -> Response:
         """A chart as it is now."""
-        with self.lock:  # the lists that may grow are copied, so that other requests need not wait for the drawing
-            run = copy(self.run)
-            run.metrics, run.entries = [*run.metrics], [*run.entries]
-        return _picture_of(charts(run), request)
+        with self.lock:
+            found = chart(self.run, _chosen(panels(self.run), request))
+        return _picture_of(found)
 
     def image(self, request: Request) -> Response:
         """A thumbnail of the run."""
@@ -141,7 +139,8 @@ class Shelf:
     def __init__(self, paths: Sequence[Path], find_truth: Callable[[Path], FindTruth | None]) -> None:
         self.paths, self.find_truth = paths, find_truth
         self.page = ManyRuns()
-        self.viewers: dict[str, Viewer] = {}  # the runs that were opened, the latest last
+        self.found: dict[str, Found] = {}
+        self.viewers: dict[Path, Viewer] = {}  # of the runs that were opened, the latest last
         self.lock = threading.Lock()
 
     def routes(self) -> list[BaseRoute]:
@@ -157,20 +156,23 @@ class Shelf:
         """The list of runs, or those that the address names laid over each other; or the one section of this page."""
         part = request.url.path.rpartition("/")[2]
         with self.lock:
-            text = self.page.render(find_runs(self.paths), _keys(request), whole=not part)
+            self.found = find_runs(self.paths)
+            text = self.page.render(self.found, _keys(request), whole=not part)
         return Response(text, media_type="text/html")
 
     def pulse(self, request: Request) -> Response:
         """Whether there is something new."""
         with self.lock:
-            version = self.page.version(find_runs(self.paths), _keys(request))
+            self.found = find_runs(self.paths)
+            version = self.page.version(self.found, _keys(request))
         return JSONResponse({"version": version, "state": ""})
 
     def curve(self, request: Request) -> Response:
         """A chart of the runs that the address names, as it is now."""
         with self.lock:
-            found = overlay(self.page.opened(find_runs(self.paths), _keys(request)))
-        return _picture_of(found, request)
+            runs = self.page.opened(self.found or find_runs(self.paths), _keys(request))
+            found = overlay(runs, _chosen(panels_together(runs), request))
+        return _picture_of(found)
 
     async def one_run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand a request about one run on to its viewer."""
@@ -180,29 +182,35 @@ class Shelf:
     def viewer(self, key: str) -> Viewer:
         """The viewer of a run, which is opened at the first request."""
         with self.lock:
-            if key not in (found := find_runs(self.paths)):
+            if key not in self.found:
+                self.found = find_runs(self.paths)
+            if key not in self.found:
                 raise HTTPException(404, "There is no such run.")
-            if key not in self.viewers:
+            path = self.found[key].path
+            if path not in self.viewers:
                 try:
-                    path = found[key].path
-                    self.viewers[key] = Viewer(RecordedRun.open(path, self.find_truth(path)), home="/")
+                    self.viewers[path] = Viewer(RecordedRun.open(path, self.find_truth(path)), home="/")
                 except UsageError as error:
                     raise HTTPException(404, str(error)) from None
             for oldest in [*self.viewers][:-MOST_OPEN]:
                 del self.viewers[oldest]
-            return self.viewers[key]
+            return self.viewers[path]
 
 
 def _keys(request: Request) -> list[str]:
     return request.query_params.getlist("run")
 
 
-def _picture_of(found: Sequence[Chart], request: Request) -> Response:
+def _chosen(panels: Sequence[Panel], request: Request) -> Panel:
     number = request.path_params["number"]
-    if number >= len(found):
+    if number >= len(panels):
         raise HTTPException(404)
+    return panels[number]
+
+
+def _picture_of(found: Chart) -> Response:
     with DRAWING:
-        svg = draw_svg(found[number])
+        svg = draw_svg(found)
     return Response(svg, media_type="image/svg+xml", headers=PICTURE)
 
 
@@ -223,12 +231,14 @@ def serve(
     Raises:
         UsageError: there is no run, its config or its truth cannot be read, or the port cannot be used.
     """
+    if empty := [path for path in paths if not find_runs([path])]:
+        raise UsageError(f"{empty[0]} is not a run directory, and holds none: there is no config.yaml of a run")
     address = ""
-    if len(paths) == 1 and ((paths[0] / "config.yaml").is_file() or not find_runs(paths)):
+    if len(paths) == 1 and (paths[0] / "config.yaml").is_file():
         routes = Viewer(RecordedRun.open(paths[0], find_truth(paths[0]))).routes()
     else:
-        routes, found = Shelf(paths, find_truth).routes(), find_runs(paths)
-        address = f"?{urlencode([('run', key) for key in found])}" if len(paths) > 1 else ""
+        routes = Shelf(paths, find_truth).routes()
+        address = f"?{urlencode([('run', key) for key in find_runs(paths)])}" if len(paths) > 1 else ""
     try:
         listener = socket.create_server(("127.0.0.1", port), backlog=64)  # from now on a browser waits for the server
     except OSError as error:
