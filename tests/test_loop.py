@@ -732,7 +732,7 @@ def test_it_goes_back_further_where_the_best_checkpoint_is_damaged(data: Path, r
 def test_the_run_directory_holds_what_it_should_and_nothing_else(reference: Path):
     files = {"config.yaml", "metrics.jsonl", "episodes.jsonl", "probes.jsonl", "skipped.jsonl", "summary.json"}
     folders = {"checkpoints", "images", "solver", "proposer"}
-    files |= {"before.json", "versions.json", "report.html", "curves.png", ".lock"}
+    files |= {"before.json", "versions.json", "images.txt", "report.html", "curves.png", ".lock"}
     assert {path.name for path in reference.iterdir()} == files | folders
     # The two newest, as asked for, and one that the watch may want to go back to.
     assert {path.name for path in (reference / "checkpoints").iterdir()} == {
