@@ -46,21 +46,17 @@ def downloaded(images: str) -> Files:
     Raises:
         ImageError: there is no such data set, it has no images for training, or the hub is out of reach.
     """
-    name, _, revision = images.partition("@")
     with _told(images):
         try:
             info = _info(images)
             chosen = files_for_training(images, [each.rfilename for each in info.siblings])
             patterns = [glob.escape(each) for each in chosen]
+            name = images.partition("@")[0]
             folder = snapshot_download(name, repo_type="dataset", revision=info.sha, allow_patterns=patterns)
         except (ImageError, HfHubHTTPError, HFValidationError):  # the hub has answered
             raise
-        except Exception as error:  # no network: what was downloaded before will do, whose names a run compares
-            options: dict[str, Any] = {"local_files_only": True, "allow_patterns": []}  # it need not be all of them
-            try:
-                folder = snapshot_download(name, repo_type="dataset", revision=revision or None, **options)
-            except LocalEntryNotFoundError:
-                raise error from None
+        except Exception as error:
+            folder = _folder_here(images, error)
             chosen = files_for_training(images, list(_files_in(folder)))
     return Files(folder, set(chosen).__contains__)
 
@@ -95,6 +91,19 @@ def _info(images: str) -> Any:
     return HfApi().dataset_info(name, revision=revision or None, timeout=SECONDS)
 
 
+def _folder_here(images: str, error: Exception) -> str:
+    """The folder of what was downloaded before, for want of a network; a run compares the names of its images.
+
+    Raises the error if there is none.
+    """
+    name, _, revision = images.partition("@")
+    options: dict[str, Any] = {"local_files_only": True, "allow_patterns": []}  # it need not be the whole data set
+    try:
+        return snapshot_download(name, repo_type="dataset", revision=revision or None, **options)
+    except LocalEntryNotFoundError:
+        raise error from None
+
+
 def _files_in(folder: str) -> Iterator[str]:
     for found, _, names in os.walk(folder):
         yield from (os.path.relpath(os.path.join(found, name), folder).replace(os.sep, "/") for name in names)
@@ -117,7 +126,10 @@ def _told(images: str) -> Iterator[None]:
     except HFValidationError:
         problem = "there is no such folder, and no data set on the hub can have this name"
     except Exception as error:  # among them those of the HTTP library, which differs between versions of the hub's
-        problem = f"it could not be downloaded from the hub ({reason_of(error)}): check the network and start again"
+        problem = (
+            f"no such folder is here, and it could not be downloaded from the hub ({reason_of(error)}): check the "
+        )
+        problem += "name and the network"
     else:
         return
     raise ImageError(f"Cannot read the images of {quoted(images)}: {problem}.")
