@@ -451,6 +451,9 @@ def test_patterns_and_mixed_folders(tmp_path: Path):
     assert len(ImagePool.scan(tmp_path / "train-00000*.parquet", seed=0)) == 5
     assert len(ImagePool.scan(tmp_path / "*.tar", seed=0)) == 10
     assert "No image in" in error_of(tmp_path / "*.jpg")
+    (tmp_path / "a*b").mkdir()
+    (tmp_path / "a*b" / "x.png").write_bytes(picture(5))
+    assert reds(ImagePool.scan(tmp_path / "a*b", seed=0), 1) == [5]
     (tmp_path / "a.png").write_bytes(picture(77))  # a folder with images is one of images, as it always was
     assert reds(ImagePool.scan(tmp_path, seed=0), 1) == [77]
 

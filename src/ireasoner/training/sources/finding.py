@@ -56,7 +56,7 @@ def _open(images: str, column: str | None, held_out: Collection[str | os.PathLik
         from ireasoner.training.sources.hub import downloaded  # imports the hub's library, which takes half a second
 
         return _of_files(downloaded(images), column)
-    if "://" in images or "*" in images:
+    if "://" in images or ("*" in images and not os.path.exists(images)):
         return _of_files(Files(images, lambda name: kind_of(name) is not None), column)
     if os.path.isdir(images):
         if saved := _saved_files(Path(images)):
