@@ -32,7 +32,7 @@ class Hub:
     """What the stand-in serves.
 
     Attributes:
-        models: folders by hub id and commit.
+        models: folders by hub id and commit; the id of a data set begins with `datasets/`.
         main: the commit of every model's main branch.
         gated, broken, cut: ids of models whose files nobody may read, whose every request is answered by the status
             500, and of whose weights only half is sent.
@@ -123,9 +123,12 @@ def serving() -> Iterator[Hub]:
                 return self.send(404, b"", {"X-Error-Code": "RevisionNotFound"})
             folder = commits[commit]
             if kind == "revision":
-                return self.send(200, json.dumps({"id": model, "sha": commit, "siblings": []}).encode(), {})
+                names = [{"rfilename": str(path.relative_to(folder))} for path in folder.rglob("*") if path.is_file()]
+                names = names if model.startswith("datasets/") else []  # models are listed by their tree
+                return self.send(200, json.dumps({"id": model, "sha": commit, "siblings": names}).encode(), {})
             if kind == "tree":
-                return self.send(200, json.dumps([entry(p) for p in sorted(folder.iterdir())]).encode(), {})
+                files = [entry(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+                return self.send(200, json.dumps(files).encode(), {})
             if model in hub.gated:
                 return self.send(401, b"", {"X-Error-Code": "GatedRepo"})
             if not (folder / name).is_file():
@@ -210,15 +213,23 @@ def commit(hub: Hub, model: str, lines: Sequence[dict[str, Any]]) -> None:
 def split(path: str) -> tuple[str, str, str, str]:
     """The kind of a request, the model's id, the revision and the file's name."""
     parts = path.strip("/").split("/")
-    if parts[:2] == ["api", "models"]:
-        return (parts[4] if len(parts) > 4 else "revision"), "/".join(parts[2:4]), (parts[5:6] or ["main"])[0], ""
-    return "file", "/".join(parts[:2]), "".join(parts[3:4]), "/".join(parts[4:])
+    if parts[0] == "api":
+        model = "/".join(parts[2:4])
+        model = f"datasets/{model}" if parts[1] == "datasets" else model
+        return (parts[4] if len(parts) > 4 else "revision"), model, (parts[5:6] or ["main"])[0], ""
+    owner = 1 if parts[0] == "datasets" else 0
+    return "file", "/".join(parts[: owner + 2]), "".join(parts[owner + 3 : owner + 4]), "/".join(parts[owner + 4 :])
 
 
 def digest(body: bytes) -> str:
     return hashlib.sha1(body).hexdigest()
 
 
-def entry(path: Path) -> dict[str, Any]:
-    """A file as the hub lists it."""
-    return {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": digest(path.read_bytes())}
+def entry(path: Path, folder: Path) -> dict[str, Any]:
+    """A file of a folder as the hub lists it."""
+    return {
+        "type": "file",
+        "path": str(path.relative_to(folder)),
+        "size": path.stat().st_size,
+        "oid": digest(path.read_bytes()),
+    }

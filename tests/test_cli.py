@@ -80,7 +80,7 @@ def test_every_option_of_every_command_is_explained(command: str):
 HELP_OF_TRAIN = """
 Usage: ireasoner train [OPTIONS]
 ─ The run ─
---images PATH
+--images STR
 --model --model-name-or-path STR
 --out --output-dir PATH The run directory to write
 --resume PATH Continue the run in this directory

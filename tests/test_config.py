@@ -123,6 +123,7 @@ def test_recipe_and_preset_options_are_apart_and_together_with_the_runs_own_are_
     assert not set(RECIPE_OPTIONS) & set(PRESET_OPTIONS)
     own = {
         "images",
+        "image_column",
         "max_image_pixels",
         "model",
         "recipe",

@@ -28,11 +28,12 @@ from PIL import Image, ImageFile
 import hostile
 from hostile import chunk, encoded
 from ireasoner.model.parallel import Processes
-from ireasoner.training import images, items
+from ireasoner.training import images
 from ireasoner.training.images import ImageError, UnreadableImageError, load_image, read_image
 from ireasoner.training.items import SET_ASIDE, ImagePool, Item
 from ireasoner.training.labelled import load_questions
 from ireasoner.training.recorder import Recorder
+from ireasoner.training.sources import folder
 from ireasoner.training.state import Run
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -552,7 +553,7 @@ def test_finds_images_beside_and_below_subfolders(tmp_path):  # fault 14
     pool = ImagePool.scan(tmp_path, seed=0)
     pool.take(len(wanted) + 1)
     assert list(pool.skipped) == ["photo"]
-    assert pool.paths["sub/noext"] == str(tmp_path / "sub" / "noext")
+    assert pool.source.path("sub/noext") == str(tmp_path / "sub" / "noext")
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -673,10 +674,10 @@ def test_weird_names(tmp_path):
     assert list(pool.skipped) == ["dir\\udcfe\\n/bad\\n.png"]
     for name in found:
         assert name.isprintable()
-        assert read_image(pool.paths[name])[1] == read_image(pool.paths[found[0]])[1]
+        assert read_image(pool.source.path(name))[1] == read_image(pool.source.path(found[0]))[1]
     json.dumps(pool.state(), ensure_ascii=False).encode()
     with pytest.raises(UnreadableImageError) as caught:
-        load_image(pool.paths["dir\\udcfe\\n/bad\\n.png"])
+        load_image(pool.source.path("dir\\udcfe\\n/bad\\n.png"))
     str(caught.value).encode()
 
 
@@ -861,8 +862,8 @@ def test_an_image_of_the_same_size_stays_and_others_are_not_read(tmp_path, monke
     save(pool / "large.png", encoded(corners(), "PNG"))
     data = (pool / "01.png").read_bytes()
     held_out = save(tmp_path / "held-out.png", data[:-1] + bytes([data[-1] ^ 1]))
-    digest, read = items._digest, []
-    monkeypatch.setattr(items, "_digest", lambda path: read.append(Path(path).name) or digest(path))
+    digest, read = folder._digest, []
+    monkeypatch.setattr(folder, "_digest", lambda path: read.append(Path(path).name) or digest(path))
     assert ImagePool.scan(pool, seed=0, held_out=[held_out]).skipped == {}
     assert "large.png" not in read
 
@@ -882,7 +883,7 @@ def test_a_held_out_image_that_cannot_be_compared_is_named(tmp_path, monkeypatch
     def failing(path: str) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO), path)
 
-    monkeypatch.setattr(items, "_digest", failing)
+    monkeypatch.setattr(folder, "_digest", failing)
     with pytest.raises(ImageError, match=r"01\.png.*Input/output error"):
         ImagePool.scan(pool, seed=0, held_out=[pool / "01.png"])
 
@@ -968,6 +969,77 @@ def test_a_changed_folder_cannot_be_resumed(tmp_path):
     ImagePool.scan(tmp_path, seed=0).restore(state)
     with pytest.raises(ImageError, match="seed 0, not 1"):
         ImagePool.scan(tmp_path, seed=1).restore(state)
+
+
+def test_a_folder_that_grew_goes_on_with_its_old_listing(tmp_path):
+    fill(tmp_path / "pool", 6)
+    whole, cut = (ImagePool.scan(tmp_path / "pool", seed=2) for _ in range(2))
+    cut.take(4)
+    state, listing = json.loads(json.dumps(cut.state())), cut.names.text
+    for name in ("zz.png", "0new.png", "sub/03.png", "03b.png"):
+        save(tmp_path / "pool" / name, encoded(corners(), "PNG"))
+    resumed = ImagePool.scan(tmp_path / "pool", seed=2)
+    assert resumed.restore(state, listing) == [
+        f"Images that were added to the folder '{tmp_path}/pool' since the run began: 4 (03b.png, 0new.png, "
+        "sub/03.png, …). It goes on with the 6 that it began with; a new run draws all of them."
+    ]
+    assert names(resumed.take(14)) == names(whole.take(18))[4:]
+    assert resumed.state() == whole.state()
+    again = ImagePool.scan(tmp_path / "pool", seed=2)
+    again.restore(resumed.state(), resumed.names.text)
+    assert names(again.take(6)) == names(whole.take(6))
+
+
+def test_images_that_were_removed_are_told_and_skipped(tmp_path):
+    pool = ImagePool.scan(fill(tmp_path, 4), seed=0)
+    pool.take(1)
+    state, listing = pool.state(), pool.names.text
+    (tmp_path / "02.png").unlink()
+    resumed = ImagePool.scan(tmp_path, seed=0)
+    assert resumed.restore(state, listing) == [
+        f"Images that are no longer in the folder '{tmp_path}': 1 (02.png). They are skipped when they are drawn."
+    ]
+    assert set(names(resumed.take(9))) == {"00.png", "01.png", "03.png"}
+    assert resumed.skipped == {"02.png": "No such file or directory"}
+    for i in range(4):
+        (tmp_path / f"{i:02}.png").unlink(missing_ok=True)
+    save(tmp_path / "other.png", encoded(corners(), "PNG"))
+    with pytest.raises(ImageError, match=r"None of the 4 images of the run is in .* any more: put them back"):
+        ImagePool.scan(tmp_path, seed=0).restore(state, listing)
+
+
+def test_a_listing_that_is_damaged_is_not_followed(tmp_path):
+    pool = ImagePool.scan(fill(tmp_path, 4), seed=0)
+    state, listing = pool.state(), pool.names.text
+    save(tmp_path / "new.png", encoded(corners(), "PNG"))
+    for damaged in (b"", listing[:-1], listing + b"\nx.png", b"\xff\n"):
+        with pytest.raises(ImageError, match="4 images then, 5 now"):
+            ImagePool.scan(tmp_path, seed=0).restore(state, damaged)
+
+
+def test_a_forged_listing_reads_nothing_outside_of_the_folder(tmp_path):
+    fill(tmp_path / "pool", 2)
+    save(tmp_path / "secret.png", encoded(corners(), "PNG"))
+    listing = b"../secret.png\n00.png"
+    state = ImagePool.scan(tmp_path / "pool", seed=0).state()
+    pool = ImagePool.scan(tmp_path / "pool", seed=0)
+    pool.restore(state | {"fingerprint": hashlib.sha256(listing).hexdigest()}, listing)
+    assert set(names(pool.take(6))) == {"00.png"}
+    assert pool.skipped == {"../secret.png": "No such file or directory"}
+
+
+def test_a_folder_that_grew_resumes_with_the_same_evaluation_data_alone(tmp_path):
+    pool = fill(tmp_path / "pool", 6)
+    held_out = [pool / "01.png"]
+    began = ImagePool.scan(pool, seed=3, held_out=held_out)
+    state, listing = began.state(), began.names.text
+    save(pool / "new.png", encoded(corners(), "PNG"))
+    shutil.copy(pool / "01.png", pool / "twin.png")  # set aside as well, and not in the listing
+    [told] = ImagePool.scan(pool, seed=3, held_out=held_out).restore(state, listing)
+    assert ": 1 (new.png)." in told
+    for others in ([], [pool / "02.png"], [pool / "01.png", pool / "02.png"]):
+        with pytest.raises(ImageError, match="the evaluation data names others of them"):
+            ImagePool.scan(pool, seed=3, held_out=others).restore(state, listing)
 
 
 def test_a_moved_folder_can_be_resumed(tmp_path):

@@ -248,6 +248,16 @@ def test_a_run_without_questions(tmp_path: Path, label: Callable[..., str]):
     assert "not a run directory" in label([], tmp_path, code=2)
 
 
+def test_a_run_whose_images_are_no_files_here(tmp_path: Path, label: Callable[..., str]):
+    (tmp_path / "a.tar").write_bytes(b"")
+    for number, images in enumerate(("s3://bucket/photos", "owner/set@main", str(tmp_path / "a.tar"))):
+        recorder = new_run(tmp_path / f"run-{number}", images=images)
+        recorder.episode(asked(1, "a.tar/a.png", "What?"))
+        assert f"label shows image files of a folder here, and those of {recorder.run_dir} are in '{images}'" in label(
+            [], recorder.run_dir, code=2
+        )
+
+
 @pytest.mark.parametrize("name", ["labelled.jsonl", "labelled.skipped.jsonl"])
 def test_nothing_is_written_through_a_link_or_into_what_is_no_file(run: Path, label: Callable[..., str], name: str):
     target = run.parent / "precious"

@@ -410,12 +410,38 @@ def test_images_of_the_evaluation_data_are_set_aside_and_a_resumed_run_is_the_sa
     assert {"a.png", "sub/e.png"} <= skipped
 
 
-def test_a_changed_image_folder_is_refused(data: Path, dead: Path, tmp_path: Path):
+def test_a_run_whose_folder_grew_goes_on_with_what_it_began_with(
+    data: Path, dead: Path, reference: Path, tmp_path: Path
+):
+    folder = Path(shutil.copytree(data / "pool", tmp_path / "pool"))
+    shutil.copy(folder / "a.png", folder / "b2.png")
+    config = dead / "config.yaml"
+    config.write_text(config.read_text().replace(str(data / "pool"), str(folder)))
+    code, printed = run_here("train", "--resume", str(dead))
+    assert code == 0, printed
+    told = f"Images that were added to the folder '{folder}' since the run began: 1 (b2.png)."
+    assert told in " ".join(printed.split())
+    ours, theirs = contents(dead), contents(reference)
+    assert told in json.loads(ours.pop("events.jsonl").splitlines()[-1])["text"]
+    for found in (ours, theirs):
+        found.pop("events.jsonl", None)
+        del found["config.yaml"]
+    assert ours == theirs
+    assert (dead / "images.txt").read_bytes() == (reference / "images.txt").read_bytes()
+
+
+@pytest.mark.parametrize("listing", [None, "a.png\nb.png"])
+def test_a_changed_image_folder_is_refused_where_nothing_tells_what_was_in_it(
+    data: Path, dead: Path, tmp_path: Path, listing: str | None
+):
     # Another picture under a new name; the run's own folder is left alone, for other tests need it.
     folder = Path(shutil.copytree(data / "pool", tmp_path / "pool"))
     shutil.copy(folder / "a.png", folder / "z.png")
     config = dead / "config.yaml"
     config.write_text(config.read_text().replace(str(data / "pool"), str(folder)))
+    (dead / "images.txt").unlink()  # as in a run of an older version, or damaged
+    if listing is not None:
+        (dead / "images.txt").write_text(listing)
     code, printed = run_here("train", "--resume", str(dead))
     assert code == 2
     assert "6 images then, 7 now" in printed
@@ -706,7 +732,7 @@ def test_it_goes_back_further_where_the_best_checkpoint_is_damaged(data: Path, r
 def test_the_run_directory_holds_what_it_should_and_nothing_else(reference: Path):
     files = {"config.yaml", "metrics.jsonl", "episodes.jsonl", "probes.jsonl", "skipped.jsonl", "summary.json"}
     folders = {"checkpoints", "images", "solver", "proposer"}
-    files |= {"before.json", "versions.json", "report.html", "curves.png", ".lock"}
+    files |= {"before.json", "versions.json", "images.txt", "report.html", "curves.png", ".lock"}
     assert {path.name for path in reference.iterdir()} == files | folders
     # The two newest, as asked for, and one that the watch may want to go back to.
     assert {path.name for path in (reference / "checkpoints").iterdir()} == {

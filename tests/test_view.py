@@ -401,7 +401,7 @@ def test_another_run_in_the_same_place_is_shown_with_its_own_config(tmp_path: Pa
 
 
 def test_truth_is_sought_again_for_another_run_in_the_same_place(tmp_path: Path):
-    sought: list[Path] = []
+    sought: list[str] = []
 
     def find_truth(config: Config) -> None:
         sought.append(config.images)
@@ -411,7 +411,7 @@ def test_truth_is_sought_again_for_another_run_in_the_same_place(tmp_path: Path)
     shutil.rmtree(run.path)
     new_run(tmp_path / "run", images="/others")
     run.refresh()
-    assert sought == [Path("/pictures"), Path("/others")]
+    assert sought == ["/pictures", "/others"]
 
 
 def test_a_config_that_cannot_be_read_yet_is_tried_again(tmp_path: Path):

@@ -32,7 +32,7 @@ def train(
     """Self-evolve a model on unlabeled images, as `ireasoner train` does.
 
     Args:
-        images: folder of unlabeled images.
+        images: unlabeled images: a folder, or anything else that `--images` takes.
         model: a folder, a hub id, or 'tiny', which ships here.
         out: the run directory to write; None: a new one below `runs`, named after the time.
         reward: what a trajectory earns, instead of what the recipe says: a function of the `Group` and the `Context`,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cyclopts import Group
@@ -22,7 +21,7 @@ if TYPE_CHECKING:  # these import torch
 READ_WITH = (
     "recipe", "preset", "seed", "eval_data", "held_out", "labels", "reward", "group_size", "max_question_tokens",
     "max_solution_tokens", "solution_form", "proposer_prompt", "solver_prompt", "max_image_tokens", "max_image_pixels",
-    "learning_rate", "domain",
+    "image_column", "learning_rate", "domain",
 )  # fmt: skip
 
 
@@ -31,7 +30,7 @@ def doctor(
     model: str,
     /,
     *,
-    images: Path | None = None,
+    images: str | None = None,
     device: Device = "auto",
     dtype: Dtype | None = None,
     revision: Revision = None,
@@ -48,7 +47,7 @@ def doctor(
 
     Args:
         model: A folder, a hub id, or 'tiny'.
-        images: Folder of your unlabeled images: read what the model asks and answers about some of them.
+        images: Your unlabeled images, as train takes them: read what the model asks and answers about some of them.
         dtype: Of the backbone (with --images the preset's; else float32 on a CPU, bfloat16 or float16 on a GPU).
     """
     if images is None and flags:
@@ -56,7 +55,7 @@ def doctor(
     config = None
     if images is not None:  # the config that train would have
         flags |= {name: value for name, value in {"dtype": dtype, "revision": revision}.items() if value}
-        config = configs.resolve({**flags, "model": model, "images": str(images), "device": device})
+        config = configs.resolve({**flags, "model": model, "images": images, "device": device})
     from ireasoner.model.pieces import out_of_memory_is_told
 
     with out_of_memory_is_told():
@@ -129,7 +128,7 @@ def _read_and_judge(config: configs.Config, drawn: Drawn, checks: Sequence[Findi
     if drawn.skipped:
         display.print_text(f"Images that cannot be used: {display.plain(first_skips(drawn.skipped), 1000)}.")
     if config.eval_data or config.held_out:
-        display.print_text(set_aside_line(drawn.pool.set_aside))
+        display.print_text(set_aside_line(drawn.pool))
     findings = _shown(reading.judge(config, episodes))
     sentences = reading.verdict(config, [*checks, *findings])
     display.print_text("")

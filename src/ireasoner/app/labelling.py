@@ -19,7 +19,7 @@ import numpy as np
 from ireasoner.app.display import plain, print_text
 from ireasoner.method.answers import answer_key
 from ireasoner.method.types import UsageError
-from ireasoner.training.config import Config
+from ireasoner.training.config import Config, is_elsewhere
 from ireasoner.training.images import UnreadableImageError, path_of, printable, quoted, read_image
 from ireasoner.training.labelled import LabelledQuestion, load_questions
 from ireasoner.training.recorder import append_record, read_episodes
@@ -57,7 +57,9 @@ def own_questions(run_dir: Path, images: Path, parts: int, seed: int) -> list[Ow
     rng.shuffle(found)
     by_image = {question.image: question for question in found if os.path.isfile(question.image)}
     if not by_image:
-        raise UsageError(f"no image that {run_dir} asked about is in {quoted(images)} any more: put them back")
+        raise UsageError(
+            f"no image that {run_dir} asked about is in {quoted(images)} as a file of its own: put back what was moved"
+        )
     ordered = sorted(by_image.values(), key=lambda question: question.step)
     parts = min(parts, len(ordered))
     ends = [len(ordered) * i // parts for i in range(parts + 1)]
@@ -88,10 +90,14 @@ def label(run_dir: Path, config: Config, out: Path, count: int, seed: int, show:
     Raises:
         UsageError: the run has no questions or cannot be read, or a file cannot be read or written.
     """
+    if is_elsewhere(config.images) or os.path.isfile(config.images):
+        raise UsageError(
+            f"label shows image files of a folder here, and those of {run_dir} are in {quoted(config.images)}"
+        )
     skips = out.with_name(f"{out.stem}.skipped.jsonl")
     answered, skipped = _read(out), _read(skips)
     done = {row.image for row in (*answered, *skipped)}
-    questions = own_questions(run_dir, config.images.absolute(), count, seed)
+    questions = own_questions(run_dir, Path(config.images).absolute(), count, seed)
     open_questions = (q for q in questions if q.image.resolve() not in done and _readable(q.image, config))
     print_text(
         "Answer as briefly as the model should: a number, a word or two, yes or no. Enter alone skips a question that "

@@ -21,6 +21,7 @@ SCALE_OPTIONS = (
     "revision",
     "preset",
     "device",
+    "image_column",
     "max_image_pixels",
     *(name for name in PRESET_OPTIONS if name != "eval_questions"),
 )
@@ -42,7 +43,7 @@ def ablate(
     style: Style | None = None,
     split: Split | None = None,
     model: str | None = None,
-    images: Path | None = None,
+    images: str | None = None,
     data: Path | None = None,
     match: Match | None = None,
     labels: Path | None = None,
@@ -63,7 +64,7 @@ def ablate(
         style: How the embedded world is drawn (chalk).
         split: Which of the embedded world's questions (test).
         model: A folder, a hub id, or 'tiny' (tiny).
-        images: Folder of your own unlabeled images; needs --data.
+        images: Your own unlabeled images, as train takes them; needs --data.
         data: JSONL of your own held-out questions: image, question, answer.
         match: How answers are judged, where a question names no metric (exact).
         labels: JSONL of labelled questions on your images, for the oracle.

@@ -39,14 +39,15 @@ def read_truth(path: Path) -> WorldTruth:
     return WorldTruth(dataset.read_pictures(path))
 
 
-def truth_beside(images: Path, within: Path | None = None) -> WorldTruth:
+def truth_beside(images: str | Path, within: Path | None = None) -> WorldTruth:
     """The truth that the playground left beside a folder of images; empty where it left none.
 
     Args:
-        images: the folder.
+        images: the folder; where a config names something else, nothing lies beside it.
         within: a run directory, which may come from anywhere: the file is read only if it lies inside. In one that was
             copied or moved, a demo's pictures are found although the config still names the place where they were.
     """
+    images = Path(images)
     for folder in (images,) if within is None else (images, within / "data" / images.name):
         # The folder's name is whatever a config says: it may have no name to derive the file's from, or be a loop of
         # links.

@@ -33,10 +33,12 @@ from ireasoner.training.custom_reward import names_a_file, sha256_of
 from ireasoner.training.items import ImagePool
 from ireasoner.training.labelled import answer_prior, load_questions, prior_line
 from ireasoner.training.recorder import replace_file, write_json
+from ireasoner.training.sources.finding import pinned
 from ireasoner.training.statistics import MEASURES, numbered
 
 UNLABELED, VALIDATION, LABELS_PER_IMAGE = 512, 128, 4
 BISECTIONS = 6
+IMAGE_OPTIONS = ("image_column", "max_image_pixels")
 MAY_CHANGE = ("recipes", "seeds", "cooled")
 MOVABLE = ("images", "labels", "held_out", "model", "device", "recipe")  # options of an arm that another OUT changes
 QUICK_JOBS = 2
@@ -91,12 +93,14 @@ def settle(out: Path, given: Mapping[str, Any]) -> Settings:
         raise UsageError("your own images and questions belong together: give both --images and --data, or neither")
     if settings.images and (given.keys() & {"style", "split"} or settings.cooled):
         raise UsageError("--style, --split and --cooled are for the embedded world: leave them out with --images")
+    if settings.images and not stored:
+        settings = settings.model_copy(update={"images": pinned(settings.images)})
     if stored and stored.data == settings.data and stored.data_sha256 != settings.data_sha256:
         raise UsageError(f"{settings.data} has changed since {out} was begun: choose another folder")
     if stored and (differing := _differing(_fixed(out, stored), _fixed(out, settings))):
         raise UsageError(f"{out} holds an ablation with other options ({differing}): choose another folder")
     # OUT may come from somebody else: it may set the scale and nothing that a recipe sets, such as code to run.
-    if strangers := set(settings.training) - {"preset", "revision", "device", *PRESET_OPTIONS}:
+    if strangers := set(settings.training) - {"preset", "revision", "device", *IMAGE_OPTIONS, *PRESET_OPTIONS}:
         raise UsageError(
             f"{path} holds training options that an ablation does not take: {', '.join(sorted(strangers))}"
         )
@@ -168,7 +172,7 @@ def prepare(out: Path, settings: Settings) -> None:
         if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(settings.images)):
             raise UsageError(f"{out} lies inside the image folder {settings.images}: choose another folder")
         load_questions(questions_file(out, settings), settings.questions, step_truth)
-        pool = ImagePool.scan(settings.images, 0)
+        pool = ImagePool.scan(settings.images, 0, column=settings.training.get("image_column"))
         for config in configs.values():
             if config.labels:
                 match_labels(config, load_questions(config.labels), pool)

@@ -314,7 +314,7 @@ def validity(run: Path, truth: Path | None = None, steps: tuple[int, int] | None
 
     config, notes = load_config(run / "config.yaml"), []
     config = config.model_copy(update={"revision": model_revision(config, run)})
-    beside = truth_path(config.images)
+    beside = truth_path(Path(config.images))
     known = read_truth(truth or beside) if truth or beside.exists() else None
     scorers = measures(config, notes, truth=known is not None)
     scores: dict[str, list[FloatArray]] = {name: [] for name in scorers}

@@ -24,6 +24,8 @@ from ireasoner.training.custom_reward import reward_to_resume, reward_to_start
 from ireasoner.training.items import ImagePool
 from ireasoner.training.labelled import LabelledQuestion, StepTruth, load_questions
 from ireasoner.training.recorder import LARGEST, RunError, is_locked, read_json, refuse_links
+from ireasoner.training.sources.finding import pinned
+from ireasoner.training.sources.folder import Folder
 from ireasoner.training.targets import find_adapters, model_revision
 
 
@@ -68,6 +70,8 @@ def check_start(
         UsageError: something that the user named cannot be used, or the directory cannot be, or holds a run already.
     """
     check_out(config, out)
+    with _naming("--images"):
+        config = config.model_copy(update={"images": pinned(config.images)})
     with _naming("--reward"):
         config, reward = reward_to_start(config, reward)
     return _read(config, out, truth, reward)
@@ -191,13 +195,13 @@ def read_questions(path: Path | None, flag: str, truth: StepTruth | None = None)
 
 
 def open_pool(config: Config, held_out: Sequence[LabelledQuestion]) -> ImagePool:
-    """The images of the config's folder, without those of the held-out questions.
+    """The images that the config names, without those of the held-out questions.
 
     Raises:
-        ImageError: the folder cannot be used.
+        ImageError: they cannot be used.
     """
-    images = {question.image for question in held_out}
-    return ImagePool.scan(config.images, config.seed, config.max_image_pixels, held_out=images)
+    images, column = {question.image for question in held_out}, config.image_column
+    return ImagePool.scan(config.images, config.seed, config.max_image_pixels, held_out=images, column=column)
 
 
 def match_labels(
@@ -206,9 +210,11 @@ def match_labels(
     """Labelled questions and their answers by the names of the pool's images, for the oracle recipe.
 
     Raises:
-        RunError: none of them is about an image of the pool.
+        RunError: none of them is about an image of the pool, or its images are not in a folder here.
     """
-    names = {Path(pool.paths[name]).resolve(): name for name in pool.names}
+    if not isinstance(pool.source, Folder):
+        raise RunError(f"--labels: its rows name image files, and {pool.source.where} is no folder of them: name one")
+    names = {Path(pool.source.path(name)).resolve(): name for name in pool.names}
     labels: dict[str, list[tuple[str, str]]] = {}
     for row in labelled:
         if row.image in names:

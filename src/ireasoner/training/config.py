@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -53,6 +54,26 @@ def _phrase(text: str) -> str:
     if not 1 <= len(text) <= 200 or not text.isprintable():
         raise ValueError("must be a phrase of 1 to 200 characters")
     return text
+
+
+def is_dataset_id(images: str) -> bool:
+    """Whether this is the id of a data set on the hub: OWNER/NAME, maybe with a version behind an @.
+
+    A path of this form is mistyped rather than an id where there is a folder OWNER.
+    """
+    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", images) is not None
+    return is_id and ("@" in images or not os.path.exists(images.split("/")[0])) and not os.path.exists(images)
+
+
+def is_elsewhere(images: str) -> bool:
+    """Whether images are behind an address or on the hub, and not at a path of this machine."""
+    return "://" in images or is_dataset_id(images)
+
+
+def _place(value: Any) -> Any:
+    """A place of images as text; a path of this machine in its usual form."""
+    text = os.fspath(value) if isinstance(value, Path) else value
+    return str(Path(text)) if isinstance(text, str) and "://" not in text else text
 
 
 class SamplingOptions(Options):
@@ -114,8 +135,11 @@ class Config(Options):
 
     format: Literal[2] = 2
     """Version of the run directory's format."""
-    images: Path
-    """Folder of unlabeled images, searched with all of its subfolders."""
+    images: Annotated[str, BeforeValidator(_place)]
+    """Unlabeled images: a folder with its subfolders; Parquet, Arrow or tar files or a folder of those; a data set of
+    the hub; or an address of any of them, such as s3://..."""
+    image_column: str | None = None
+    """Column of a table's images (the only one that holds images)."""
     max_image_pixels: ImagePixels = 25_000_000
     """Larger images are skipped, as decoding takes up to 24 bytes of memory a pixel."""
     model: str

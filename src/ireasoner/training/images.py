@@ -16,7 +16,8 @@ import stat
 import struct
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -56,39 +57,65 @@ class UnreadableImageError(ImageError):
         self.reason = reason
 
 
+class UnreachableError(ImageError):
+    """Images cannot be read at the moment, as when the network is down: no reason to do without them for ever."""
+
+
 def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image file as `read_image` does."""
     return read_image(path, max_pixels)[0]
 
 
 def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
+    """Decode an image file as `image_from` does."""
+    return image_from(path, partial(read_file, path), max_pixels)
+
+
+def image_from(
+    name: str | os.PathLike[str], read: Callable[[int], bytes], max_pixels: int = MAX_PIXELS
+) -> tuple[Image.Image, str]:
     """Decode an image file to RGB: upright, on a white background where it is transparent, and without metadata.
 
     The format (PNG, JPEG, WebP, GIF, BMP or TIFF) is found from the content, not from the name. Of an animation or a
     document, this is the first frame or page. Not thread-safe: Python's warning filters are changed while it decodes.
 
+    Args:
+        name: of the file, for an error.
+        read: returns the bytes of the file, and raises any error where they are more than it is given.
+        max_pixels: most pixels of the image.
+
     Returns:
-        The image, and the first 16 hex digits of the SHA-256 of the file's bytes.
+        The image, and the `content_hash` of the file.
 
     Raises:
         UnreadableImageError: the file is not a complete image of these formats, has more than `max_pixels` pixels or
             more bytes than such an image needs, is more than `MAX_ASPECT_RATIO` times longer than wide, or is made of
-            too many parts. Nothing else is raised.
+            too many parts.
+        UnreachableError: as `read` raises it. Nothing else is raised.
     """
     try:
-        data = _read(path, MAX_BYTES_PER_PIXEL * max_pixels + MAX_OTHER_BYTES)
-        content_hash = hashlib.sha256(data).hexdigest()[:16]
+        data = read(MAX_BYTES_PER_PIXEL * max_pixels + MAX_OTHER_BYTES)
+        if not data:
+            raise ValueError("the file is empty")
+        found = content_hash(data)
         image_format = format_of(data)
         if image_format is None:
             other = name_of_other(data)
             raise ValueError(f"{other}, {_ACCEPTED}" if other else f"{_ACCEPTED}, or its header is damaged")
         data = stripped(image_format, data, max_pixels)  # under the same name: the original is large and not needed
         if image_format == "WEBP":
-            _require_at_most(MAX_WEBP_BYTES_PER_PIXEL * max_pixels + MAX_OTHER_BYTES, len(data))
+            require_at_most(MAX_WEBP_BYTES_PER_PIXEL * max_pixels + MAX_OTHER_BYTES, len(data))
         image, orientation = _decoded(image_format, data, max_pixels)
-        return _upright(image, orientation), content_hash
+        return _upright(image, orientation), found
+    except UnreachableError:
+        raise
     except Exception as error:  # malicious bytes make Pillow raise almost anything
-        raise UnreadableImageError(path, reason_of(error)) from error
+        raise UnreadableImageError(name, reason_of(error)) from error
+
+
+def content_hash(data: bytes) -> str:
+    """The first 16 hex digits of the SHA-256 of a file's bytes."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def quoted(path: str | os.PathLike[str]) -> str:
@@ -123,19 +150,16 @@ def reason_of(error: Exception) -> str:
     return (text if plain else f"{type(error).__name__}: {text}".rstrip(": "))[:200]
 
 
-def _read(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     """The bytes of a file. Errors of the disk may pass, so they are tried again; a missing or forbidden file is not."""
     for pause in (*RETRY_AFTER, None):
         try:
             found = os.stat(path)
             if not stat.S_ISREG(found.st_mode):
                 raise ValueError("not a regular file")  # opening a pipe would block
-            _require_at_most(max_bytes, found.st_size)
+            require_at_most(max_bytes, found.st_size)
             with open(path, "rb") as file:
-                data = file.read(max_bytes)
-            if not data:
-                raise ValueError("the file is empty")
-            return data
+                return file.read(max_bytes)
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             raise
         except OSError:
@@ -145,7 +169,8 @@ def _read(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     raise AssertionError("the last try returns or raises")
 
 
-def _require_at_most(max_bytes: int, size: int) -> None:
+def require_at_most(max_bytes: int, size: int) -> None:
+    """Raises `ValueError` if a file is larger than it may be."""
     if size > max_bytes:
         raise ValueError(f"{size} bytes is over the limit of {max_bytes} bytes")
 

@@ -1,12 +1,11 @@
-"""The pool of unlabeled images: scans a folder, draws images in a seeded order, and reports every skip."""
+"""The pool of unlabeled images: draws images in a seeded order from wherever they lie, and reports every skip."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import stat
-from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -14,20 +13,17 @@ import numpy as np
 from PIL import Image
 
 from ireasoner.model.parallel import ALONE, Processes
-from ireasoner.training.containers import begins_like_an_image
 from ireasoner.training.images import (
     MAX_PIXELS,
     ImageError,
     UnreadableImageError,
-    printable,
-    quoted,
-    read_image,
-    reason_of,
+    image_from,
 )
+from ireasoner.training.sources.finding import open_source
+from ireasoner.training.sources.folder import SET_ASIDE, Folder, content_hashes
+from ireasoner.training.sources.source import Names, Source
 
-EXTENSIONS = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
-EXTENSIONS += (".avif", ".heic", ".heif", ".jp2", ".jxl")  # cannot be decoded; found so that they can be reported
-SET_ASIDE = "an image of the evaluation data, set aside"  # the reason why it is passed over
+LISTING = "images.txt"  # the names of a run's images, in its directory
 
 
 class Item(NamedTuple):
@@ -39,71 +35,57 @@ class Item(NamedTuple):
 
 
 class ImagePool:
-    """All images below a folder, drawn epoch after epoch; the order depends on the seed and the epoch.
-
-    An image's name is its path relative to the folder, with slashes. Names that are not printable are shown with
-    Python's escapes. `ImagePool.scan` makes a pool.
+    """All images of a source, drawn epoch after epoch; the order depends on the seed and the epoch.
 
     All processes of a run draw the same images: one that only some of them can read is skipped by all. So they must
-    call `take` and `peek` alike.
+    call `take` and `peek` alike. `ImagePool.scan` makes a pool.
 
     Args:
-        folder: where the images lie.
+        source: where the images lie.
         seed: seed of the order.
-        paths: path of each image by its name.
-        skipped: reason why a file or folder was passed over, by its name, in order of discovery.
         max_pixels: larger images are skipped.
         processes: the processes that draw together.
+        held_out: content hashes of the images that are set aside once they are drawn.
+
+    Attributes:
+        names: of all images.
+        skipped: reason why a file or folder was passed over, by its name, in order of discovery.
     """
 
     def __init__(
-        self,
-        folder: str,
-        seed: int,
-        paths: Mapping[str, str],
-        skipped: dict[str, str],
-        max_pixels: int,
-        processes: Processes,
+        self, source: Source, seed: int, max_pixels: int, processes: Processes, held_out: Collection[str] = ()
     ) -> None:
-        self._folder, self._seed, self.paths, self.skipped = folder, seed, paths, skipped
-        self._max_pixels, self._processes = max_pixels, processes
-        self.names = sorted(paths)
-        # A printable name holds no newline, so two different sets of names never give the same text.
-        self._fingerprint = hashlib.sha256("\n".join(self.names).encode()).hexdigest()
+        self.source, self._seed, self._max_pixels, self._processes = source, seed, max_pixels, processes
+        self.names, self.skipped, self._held_out = source.names, dict(source.skipped), frozenset(held_out)
+        self._fingerprint = self.names.fingerprint
         self._move_to(epoch=0, position=0)
 
     @classmethod
     def scan(
         cls,
-        folder: str | os.PathLike[str],
+        images: str | os.PathLike[str],
         seed: int,
         max_pixels: int = MAX_PIXELS,
         processes: Processes = ALONE,
         held_out: Collection[str | os.PathLike[str]] = (),
+        column: str | None = None,
     ) -> ImagePool:
-        """Find the images below a folder: regular files, or links to one, with an image's extension or first bytes.
+        """Find the images of a place, as `open_source` does.
 
-        Names that begin with a dot and `__MACOSX` are ignored. Links to folders are reported in `skipped`, and so are
-        files with the same bytes as one of the `held_out` image files: the model must not train on these.
+        Those with the same bytes as one of the `held_out` image files are set aside, for the model must not train on
+        them: in a folder now, by comparing the files of equal sizes; elsewhere when they are drawn, because comparing
+        them all would mean reading them all.
 
         Raises:
-            ImageError: the folder is missing, cannot be read, is not a folder, holds no image or held-out ones alone,
-                or does not hold the same images for all processes.
+            ImageError: the place is missing, cannot be read, holds no image or held-out ones alone, or does not hold
+                the same images for all processes.
         """
-        paths, skipped = _scan(os.fspath(folder))
-        set_aside = _same_files(paths, held_out) if held_out else []
-        if paths and len(set_aside) == len(paths):
-            raise ImageError(
-                f"All {len(paths)} images in the folder {quoted(folder)} belong to the evaluation data, which is not "
-                "trained on: add other images, or evaluate on fewer."
-            )
-        for name in set_aside:
-            del paths[name]
-            skipped[name] = SET_ASIDE
-        if not paths:
-            seen = f" (skipped: {first_skips(skipped)})" if skipped else ""
-            raise ImageError(f"No image in the folder {quoted(folder)}{seen}: point to a folder of images.")
-        pool = cls(os.fspath(folder), seed, paths, skipped, max_pixels, processes)
+        source = open_source(os.fspath(images), column, held_out)
+        if not source.names:
+            seen = f" (skipped: {first_skips(source.skipped)})" if source.skipped else ""
+            raise ImageError(f"No image in {source.where}{seen}: point to a folder of images.")
+        hashes = () if isinstance(source, Folder) else content_hashes(held_out)
+        pool = cls(source, seed, max_pixels, processes, hashes)
         pool.share(processes)
         return pool
 
@@ -116,16 +98,16 @@ class ImagePool:
         self._processes = processes
         if len(set(processes.gather([self._fingerprint], processes.count))) > 1:
             raise ImageError(
-                f"The processes of this run do not see the same images in {quoted(self._folder)}: give all machines "
-                "the same folder, and wait until nobody copies into it."
+                f"The processes of this run do not see the same images in {self.source.where}: give all machines the "
+                "same, and wait until nobody copies there."
             )
 
     def check_readable(self) -> None:
         """Raises `ImageError` if no image can be decoded. It stops at the first that can, and remembers none."""
         reasons: dict[str, str] = {}
-        for name in self._epoch_order(0):
+        for name in (self.names[index] for index in self._epoch_order(0)):
             try:
-                read_image(self.paths[name], self._max_pixels)
+                self._read(name)
                 return
             except UnreadableImageError as error:
                 reasons[name] = error.reason
@@ -133,12 +115,17 @@ class ImagePool:
 
     def __len__(self) -> int:
         """The number of images that have not failed to decode so far."""
-        return len(self.names) - sum(name in self.paths for name in self.skipped)
+        return len(self.names) - sum(name in self.names for name in self.skipped)
 
     @property
     def set_aside(self) -> int:
-        """The number of images that are passed over because the evaluation data has the same."""
+        """The number of images, so far, that are passed over because the evaluation data has the same."""
         return list(self.skipped.values()).count(SET_ASIDE)
+
+    @property
+    def compares_when_drawing(self) -> bool:
+        """Whether images of the evaluation data are set aside when they are drawn, and not before."""
+        return bool(self._held_out)
 
     def take(self, n: int) -> list[Item]:
         """Draw the next `n` images. When all have been drawn, the next epoch begins and they come again.
@@ -150,7 +137,7 @@ class ImagePool:
             if self._position == len(self._order):
                 self._require_decodable()
                 self._move_to(self._epoch + 1, position=0)
-            name = self._order[self._position]
+            name = self.names[self._order[self._position]]
             self._position += 1
             if (item := self._load(name)) is not None:
                 taken.append(item)
@@ -161,7 +148,7 @@ class ImagePool:
 
         Raises `ImageError` if none can be decoded.
         """
-        loaded = (self._load(name) for name in self._epoch_order(0))
+        loaded = (self._load(self.names[index]) for index in self._epoch_order(0))
         items = list(islice((item for item in loaded if item is not None), n))
         self._require_decodable()
         return items
@@ -169,35 +156,62 @@ class ImagePool:
     def state(self) -> dict[str, Any]:
         """The position of the pool, for JSON. A hash stands for the names of the images, which can be many."""
         cursor = {"seed": self._seed, "epoch": self._epoch, "position": self._position}
-        return cursor | {"fingerprint": self._fingerprint, "images": len(self.names), "skipped": dict(self.skipped)}
+        cursor |= {"fingerprint": self._fingerprint, "images": len(self.names), "skipped": dict(self.skipped)}
+        return cursor | ({"held_out": self._held_out_digest} if self.compares_when_drawing else {})
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], listing: bytes = b"") -> list[str]:
         """Return to the position and the skips of a `state()`. A replaced file of the same name goes unnoticed.
 
-        Raises `ImageError`, and changes nothing, if the seed or the names of the images are different.
+        Args:
+            state: of a pool with the same seed.
+            listing: the names of that pool, as `names.text` holds them. With it, images may have been added since,
+                which are left out, or removed, which are skipped when they are drawn.
+
+        Returns:
+            Sentences about what was added and removed.
+
+        Raises:
+            ImageError: the seed, the evaluation data or, without their listing, the names of the images are different;
+                the pool is then as it was.
         """
         if state["seed"] != self._seed:
             raise ImageError(
-                f"The images of {quoted(self._folder)} were drawn with the seed {state['seed']}, not {self._seed}: "
+                f"The images of {self.source.where} were drawn with the seed {state['seed']}, not {self._seed}: "
                 "resume with the same seed."
             )
-        if state["fingerprint"] != self._fingerprint:
+        names = self.names if state["fingerprint"] == self._fingerprint else Names(listing)
+        if names.fingerprint != state["fingerprint"] or self._sets_others_aside(names, state):
             raise ImageError(
-                f"Images were added to, removed from or renamed in {quoted(self._folder)} since the run was saved, or "
-                f"the evaluation data names others of them ({state['images']} images then, {len(self.names)} now), so "
-                "that it cannot resume exactly: put both back as they were, or start a new run."
+                f"Images were added to, removed from or renamed in {self.source.where} since the run was saved, or the "
+                f"evaluation data names others of them ({state['images']} images then, {len(self.names)} now), so that "
+                "it cannot resume exactly: put both back as they were, or start a new run."
             )
-        self.skipped = dict(state["skipped"])
+        told = [] if names is self.names else _changes(names, self.names, self.source.where)
+        self.names, self._fingerprint, self.skipped = names, state["fingerprint"], dict(state["skipped"])
         self._move_to(state["epoch"], state["position"])
+        return told
+
+    def _sets_others_aside(self, names: Names, state: Mapping[str, Any]) -> bool:
+        """Whether the evaluation data sets other images aside than it did when the pool had these names and state."""
+        if self.compares_when_drawing or "held_out" in state:
+            return state.get("held_out") != self._held_out_digest
+        now = [name for name, reason in self.skipped.items() if reason == SET_ASIDE]
+        then = [name for name, reason in state["skipped"].items() if reason == SET_ASIDE]
+        return any(name in names for name in now) or any(name in self.names for name in then)
+
+    @property
+    def _held_out_digest(self) -> str:
+        return hashlib.sha256("".join(sorted(self._held_out)).encode()).hexdigest()
 
     def _move_to(self, epoch: int, position: int) -> None:
         self._epoch, self._position, self._order = epoch, position, self._epoch_order(epoch)
 
-    def _epoch_order(self, epoch: int) -> list[str]:
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """The places of the names in the order of an epoch."""
         # A run must resume under a later numpy, which keeps only a generator's raw bits stable across releases;
         # `Generator.permutation` may change. So the names are ordered by raw bits.
         bits = np.random.Philox(np.random.SeedSequence(self._seed, spawn_key=(epoch,))).random_raw(len(self.names))
-        return [self.names[index] for index in np.argsort(bits, kind="stable")]
+        return np.argsort(bits, kind="stable")
 
     def _load(self, name: str) -> Item | None:
         """An image that all processes have read alike; None if one of them could not, and from then on."""
@@ -205,7 +219,7 @@ class ImagePool:
             return None
         item, found = None, {"hash": "", "reason": ""}
         try:
-            item = Item(name, *read_image(self.paths[name], self._max_pixels))
+            item = self._read(name)
             found["hash"] = item.content_hash
         except UnreadableImageError as error:
             found["reason"] = error.reason
@@ -213,10 +227,15 @@ class ImagePool:
         reasons = [each["reason"] for each in by_process if each["reason"]]
         if not reasons and any(each["hash"] != by_process[0]["hash"] for each in by_process):
             reasons = ["the processes of the run read different bytes"]
+        if not reasons and found["hash"] in self._held_out:
+            reasons = [SET_ASIDE]
         if reasons:
             self.skipped[name] = reasons[0]
             return None
         return item
+
+    def _read(self, name: str) -> Item:
+        return Item(name, *image_from(name, partial(self.source.read, name), self._max_pixels))
 
     def _require_decodable(self) -> None:
         if len(self) == 0:
@@ -224,83 +243,44 @@ class ImagePool:
 
     def _nothing_readable(self, reasons: Mapping[str, str]) -> ImageError:
         return ImageError(
-            f"None of the {len(self.names)} images in {quoted(self._folder)} can be decoded "
-            f"({first_skips(reasons)}): point to a folder of readable images."
+            f"None of the {len(self.names)} images in {self.source.where} can be decoded ({first_skips(reasons)}): "
+            "point to readable images."
         )
 
 
-def set_aside_line(count: int) -> str:
+def _changes(then: Names, now: Names, where: str) -> list[str]:
+    """A sentence each about what was added to the images of a run and removed from them.
+
+    Raises:
+        ImageError: none of them is left, as when a disk is not mounted.
+    """
+    added, removed = now.missing_from(then), then.missing_from(now)
+    if len(removed) == len(then):
+        raise ImageError(f"None of the {len(then)} images of the run is in {where} any more: put them back.")
+    told = []
+    if added:
+        told.append(
+            f"Images that were added to {where} since the run began: {_first(added)}. It goes on with the {len(then)} "
+            "that it began with; a new run draws all of them."
+        )
+    if removed:
+        told.append(f"Images that are no longer in {where}: {_first(removed)}. They are skipped when they are drawn.")
+    return told
+
+
+def _first(names: Sequence[str]) -> str:
+    """How many names there are, and the first three of them."""
+    return f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+
+
+def set_aside_line(pool: ImagePool) -> str:
     """How many images the pool shares with the evaluation data, as a sentence."""
-    return f"Images of the evaluation data that are set aside and not trained on: {count}."
+    if pool.compares_when_drawing:
+        return "Images that are also in the evaluation data are set aside when they are drawn, and not trained on."
+    return f"Images of the evaluation data that are set aside and not trained on: {pool.set_aside}."
 
 
 def first_skips(skipped: Mapping[str, str]) -> str:
     """The first three skips and their reasons, and the number of the others."""
     first = "; ".join(f"{name}: {reason}" for name, reason in islice(skipped.items(), 3))
     return f"{first}; and {len(skipped) - 3} more" if len(skipped) > 3 else first
-
-
-def _scan(folder: str) -> tuple[dict[str, str], dict[str, str]]:
-    """The paths of all images below a folder by name, and the reasons for what was skipped, by name."""
-    paths: dict[str, str] = {}
-    skipped: dict[str, str] = {}
-    folders = [""]  # still to be scanned; a list and no recursion, because trees can be deeper than Python's stack
-    while folders:
-        prefix = folders.pop()
-        try:
-            with os.scandir(os.path.join(folder, prefix)) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
-        except (OSError, ValueError) as error:
-            if not prefix:
-                problem = f"Cannot read the image folder {quoted(folder)} ({reason_of(error)})"
-                raise ImageError(f"{problem}: check the path and its permissions.") from error
-            skipped[printable(prefix)] = f"the folder cannot be read: {reason_of(error)}"
-            continue
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            relative, named_image = prefix + entry.name, entry.name.lower().endswith(EXTENSIONS)
-            try:
-                mode = entry.stat().st_mode  # for a link, this is the mode of its target
-            except OSError as error:
-                skipped[printable(relative)] = reason_of(error)
-                continue
-            if stat.S_ISDIR(mode) and not entry.is_symlink():
-                folders.append(relative + "/")
-            elif stat.S_ISDIR(mode):  # following it could lead round in a circle, or across the whole disk
-                skipped[printable(relative + "/")] = "a link to a folder, which is not followed"
-            elif stat.S_ISREG(mode) and (named_image or _begins_like_an_image(entry.path)):
-                paths[printable(relative)] = entry.path
-            elif named_image:  # opening a pipe, a socket or a device could block for ever
-                skipped[printable(relative)] = "not a regular file"
-    return paths, skipped
-
-
-def _same_files(paths: Mapping[str, str], others: Collection[str | os.PathLike[str]]) -> list[str]:
-    """The names of the files that have the same bytes as one of the others. Only files of equal sizes are read.
-
-    Raises `ImageError` if a file cannot be read: whether the model may train on it is then not known.
-    """
-    others_of_size = defaultdict[int, list[str | os.PathLike[str]]](list)
-    try:
-        for other in others:
-            others_of_size[os.path.getsize(other)].append(other)
-        sizes = {name: size for name, path in paths.items() if (size := os.path.getsize(path)) in others_of_size}
-        digests = {_digest(other) for size in set(sizes.values()) for other in others_of_size[size]}
-        return [name for name in sizes if _digest(paths[name]) in digests]
-    except OSError as error:
-        raise UnreadableImageError(error.filename, reason_of(error)) from error
-
-
-def _digest(path: str | os.PathLike[str]) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def _begins_like_an_image(path: str) -> bool:
-    """Whether the first bytes of a file are those of an image. False if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return begins_like_an_image(file.read(64))
-    except OSError:
-        return False

@@ -21,11 +21,11 @@ from ireasoner.training.advice import drowned_in_rounding
 from ireasoner.training.checkpoints import newest_checkpoint
 from ireasoner.training.checks import Inputs
 from ireasoner.training.config import Config
-from ireasoner.training.items import set_aside_line
+from ireasoner.training.items import LISTING, set_aside_line
 from ireasoner.training.labelled import StepTruth, draw_questions
 from ireasoner.training.recorder import Recorder, RunError
 from ireasoner.training.selfplay import SelfPlay
-from ireasoner.training.state import Observer, Run, check_config, notes, read_state, record_skips, restore
+from ireasoner.training.state import Observer, Run, check_config, notes, read_listing, read_state, record_skips, restore
 from ireasoner.training.watch import Signals, Watch
 
 
@@ -136,10 +136,12 @@ def open_directory(run: Run) -> bool:
         except (KeyError, TypeError, ValueError) as error:  # a checkpoint that is whole, but not a run's
             raise RunError(f"{checkpoint} does not fit this run: {type(error).__name__}: {error}") from None
     else:
-        if run.pool.set_aside:
-            run.tell(set_aside_line(run.pool.set_aside))
+        if run.pool.set_aside or run.pool.compares_when_drawing:
+            run.tell(set_aside_line(run.pool))
         if warning := drowned_in_rounding(run.config):
             run.tell(warning)
+    if read_listing(run.out) != run.pool.names.text:
+        run.recorder.write_text(LISTING, run.pool.names.text.decode())
     return checkpoint is not None
 
 

@@ -25,7 +25,7 @@ from ireasoner.rollouts.engine import Engine
 from ireasoner.training.card import find_base, model_card
 from ireasoner.training.checkpoints import clear_remains, newest_checkpoint, prune, save_checkpoint
 from ireasoner.training.config import Config, dump_config, load_config
-from ireasoner.training.items import ImagePool, Item
+from ireasoner.training.items import LISTING, ImagePool, Item
 from ireasoner.training.labelled import LabelledQuestion, StepTruth
 from ireasoner.training.recorder import Recorder, RunError, read_episodes, read_records
 from ireasoner.training.selfplay import SelfPlay
@@ -33,6 +33,7 @@ from ireasoner.training.trackers import Tracker, Trackers
 from ireasoner.training.watch import Alarm, Signals, Watch
 
 CONFIG = "config.yaml"
+LARGEST_LISTING = 2**32  # bytes; a hundred million names have less
 OPTIONS = "options.yaml"  # the same in a checkpoint, so that nothing but a deliberate extension changes it unnoticed
 
 
@@ -236,13 +237,24 @@ def restore(run: Run, checkpoint: Path, state: Mapping[str, Any]) -> None:
     run.engine.refresh()
     for role, learner in run.learners.items():
         learner.restore(load_file(checkpoint / f"optimizer-{role}.safetensors"), state["learners"][role])
-    run.pool.restore(state["pool"])
+    changes = run.pool.restore(state["pool"], read_listing(run.out))
     run.selfplay.memory.restore(state["memory"])
     for episode in read_episodes(run.out):
         run.signals.remember(episode)
     for record in read_records(run.out / "metrics.jsonl"):
         run.watch.recall(record)
     run.observer.on_message(f"Resumed after step {run.step}.")
+    for change in changes:
+        run.tell(change)
+
+
+def read_listing(out: Path) -> bytes:
+    """The names of the images that a run began with; none of a run from before they were kept."""
+    path = out / LISTING
+    try:
+        return path.read_bytes() if path.is_file() and path.stat().st_size < LARGEST_LISTING else b""
+    except OSError:  # the pool says what that means
+        return b""
 
 
 def notes(skipped: Sequence[tuple[Path, str]]) -> list[str]:
