@@ -35,7 +35,7 @@ NO_TORCH = ("method", "page", "playground", "plugins")
 HOSTED = ("plugins.lmms_eval",)  # imported by the program that they are for, and only where that is installed
 LIGHT = (
     "training.config", "training.recorder", "training.watch", "training.statistics", "training.advice",
-    "training.checks", "model.source", "model.parallel", "studies.compare",
+    "training.checks", "training.targets", "model.source", "model.parallel", "studies.compare",
     "app.cli", "app.display",
 )  # fmt: skip
 

@@ -21,6 +21,7 @@ from ireasoner.model.source import TINY_MODEL
 from ireasoner.playground import dataset
 from ireasoner.studies import reading
 from ireasoner.studies.doctor import Finding
+from ireasoner.training.checks import check_reading
 from ireasoner.training.config import Config, resolve
 from ireasoner.training.loop import start
 from ireasoner.training.recorder import read_episodes
@@ -86,12 +87,12 @@ def test_what_is_read_is_what_the_first_step_of_training_sees(photos: Path, tmp_
                 del written["advantage"]
         return records
 
-    assert told(reading.read(config, reading.draw(config))) == told(list(read_episodes(tmp_path / "run")))
+    assert told(reading.read(reading.draw(check_reading(config)))) == told(list(read_episodes(tmp_path / "run")))
 
 
 def test_images_are_played_in_the_steps_of_the_run(photos: Path):
     config = resolve({"images": photos, "model": "tiny", "device": "cpu", "images_per_step": 3})
-    assert [e.step for e in reading.read(config, reading.draw(config))] == [1, 1, 1, 2]
+    assert [e.step for e in reading.read(reading.draw(check_reading(config)))] == [1, 1, 1, 2]
 
 
 def test_solutions_that_are_cut_off(photos: Path, unchecked: None, capsys: pytest.CaptureFixture[str]):

@@ -13,6 +13,7 @@ from ireasoner.app.training_options import with_training_options
 from ireasoner.method.types import UsageError
 from ireasoner.model.options import Dtype
 from ireasoner.training import config as configs
+from ireasoner.training.checks import Inputs, check_reading
 
 if TYPE_CHECKING:  # these import torch
     from ireasoner.studies.doctor import Finding
@@ -52,23 +53,24 @@ def doctor(
     """
     if images is None and flags:
         raise UsageError(f"{', '.join(map(configs.as_flag, flags))}: only with --images FOLDER")
-    config = None
+    inputs = None
     if images is not None:  # the config that train would have
         flags |= {name: value for name, value in {"dtype": dtype, "revision": revision}.items() if value}
         config = configs.resolve({**flags, "model": model, "images": images, "device": device})
+        inputs = check_reading(config)  # now, so that a mistake need not wait for imports and checks
     from ireasoner.model.pieces import out_of_memory_is_told
 
     with out_of_memory_is_told():
-        result = _examine(model, config, device, dtype, revision)
+        result = _examine(model, inputs, device, dtype, revision)
     keep(json, result)
     healthy = all(check["passed"] for check in result["checks"]) and result.get("can_learn", True)
     return 0 if healthy else 1
 
 
 def _examine(
-    model: str, config: configs.Config | None, device: str, dtype: Dtype | None, revision: str | None
+    model: str, inputs: Inputs | None, device: str, dtype: Dtype | None, revision: str | None
 ) -> dict[str, Any]:
-    """Make the checks, and read what the model writes about images if there is a config; the results, for JSON."""
+    """Make the checks, and read what the model writes about images if there are any; the results, for JSON."""
     from ireasoner.app.display import print_wait
     from ireasoner.model.backbone import lacks_bfloat16, resolve_device
     from ireasoner.model.options import BackboneOptions
@@ -77,7 +79,7 @@ def _examine(
     from ireasoner.studies.doctor import examine
     from ireasoner.studies.random_models import SIZES
 
-    drawn = reading.draw(config) if config else None  # now, so that a mistake need not wait for the checks
+    config = inputs.config if inputs else None
     device = resolve_device(device)
     of_device: Dtype = "float32" if device == "cpu" else "float16" if lacks_bfloat16(device) else "bfloat16"
     backbone = config.backbone if config else BackboneOptions(dtype=dtype or of_device)
@@ -89,10 +91,10 @@ def _examine(
     failed = sum(not finding.passed for finding in checks)
     print(f"{failed} of the checks failed: do not train on this." if failed else "All checks passed.")
     result: dict[str, Any] = {"model": model, "dtype": backbone.dtype, "checks": [asdict(check) for check in checks]}
-    if config is None or drawn is None:
+    if inputs is None:
         print("What this model would write about your images was not looked at: name some with --images FOLDER.")
         return result
-    return result | _read_and_judge(config, drawn, checks)
+    return result | _read_and_judge(reading.draw(inputs), checks)
 
 
 def _shown(findings: Iterable[Finding]) -> list[Finding]:
@@ -106,7 +108,7 @@ def _shown(findings: Iterable[Finding]) -> list[Finding]:
     return found
 
 
-def _read_and_judge(config: configs.Config, drawn: Drawn, checks: Sequence[Finding]) -> dict[str, Any]:
+def _read_and_judge(drawn: Drawn, checks: Sequence[Finding]) -> dict[str, Any]:
     """Show what the model writes about some images and whether it can learn here, for which the checks count as well.
 
     Returns:
@@ -116,7 +118,8 @@ def _read_and_judge(config: configs.Config, drawn: Drawn, checks: Sequence[Findi
     from ireasoner.studies import reading
     from ireasoner.training.items import first_skips, set_aside_line
 
-    episodes = reading.read(config, drawn)
+    config, pool = drawn.inputs.config, drawn.inputs.pool
+    episodes = reading.read(drawn)
     display.print_text(
         f"\nWhat it writes about {len(episodes)} images of {display.plain(str(config.images))}: recipe "
         f"{display.plain(config.recipe.name)}, preset {display.plain(config.preset)}, {config.sampling.group_size} "
@@ -128,7 +131,7 @@ def _read_and_judge(config: configs.Config, drawn: Drawn, checks: Sequence[Findi
     if drawn.skipped:
         display.print_text(f"Images that cannot be used: {display.plain(first_skips(drawn.skipped), 1000)}.")
     if config.eval_data or config.held_out:
-        display.print_text(set_aside_line(drawn.pool))
+        display.print_text(set_aside_line(pool))
     findings = _shown(reading.judge(config, episodes))
     sentences = reading.verdict(config, [*checks, *findings])
     display.print_text("")
@@ -138,7 +141,7 @@ def _read_and_judge(config: configs.Config, drawn: Drawn, checks: Sequence[Findi
         "can_learn": all(finding.passed for finding in (*checks, *findings)),
         "verdict": sentences,
         "findings": [asdict(finding) for finding in findings],
-        "set_aside": drawn.pool.set_aside,
+        "set_aside": pool.set_aside,
         "skipped": drawn.skipped,
         "episodes": [episode.model_dump(mode="json") for episode in episodes],
     }

@@ -14,14 +14,12 @@ from typing import Literal
 
 from ireasoner.method.texts import opens_thought, parse_trajectory
 from ireasoner.method.types import Episode, Form, Sampled, Trajectory
-from ireasoner.model.source import find_model
 from ireasoner.studies.doctor import Finding
 from ireasoner.training.advice import advice
-from ireasoner.training.checks import match_labels, open_pool, read_questions
+from ireasoner.training.checks import Inputs
 from ireasoner.training.config import Config, as_flag
-from ireasoner.training.custom_reward import load_reward, names_a_file
 from ireasoner.training.floors import FLOORS
-from ireasoner.training.items import SET_ASIDE, ImagePool, Item
+from ireasoner.training.items import SET_ASIDE, Item
 from ireasoner.training.opening import open_selfplay
 from ireasoner.training.teaching import gate
 from ireasoner.training.watch import repeated_share
@@ -37,37 +35,35 @@ Cause = Literal["form", "length", "end"]
 
 @dataclass(frozen=True)
 class Drawn:
-    """The first images that a run would draw, and the pool that they come from."""
+    """The first images that a run with these inputs would draw."""
 
-    pool: ImagePool
+    inputs: Inputs
     items: list[Item]
 
     @property
     def skipped(self) -> dict[str, str]:
         """Why images were passed over, by their names; without those of the evaluation data, which the pool counts."""
-        return {name: reason for name, reason in self.pool.skipped.items() if reason != SET_ASIDE}
+        return {name: reason for name, reason in self.inputs.pool.skipped.items() if reason != SET_ASIDE}
 
 
-def draw(config: Config) -> Drawn:
-    """The first images of a run, at most `IMAGES`. Nothing is loaded yet: this takes no longer than finding them.
+def draw(inputs: Inputs) -> Drawn:
+    """The first images of a run, at most `IMAGES`. Nothing is loaded yet.
 
     Raises:
-        UsageError: the folder or the evaluation data cannot be used.
+        ImageError: none can be decoded.
     """
-    held_out = read_questions(config.eval_data, "--eval-data"), read_questions(config.held_out, "--held-out")
-    pool = open_pool(config, [question for questions in held_out for question in questions])
-    return Drawn(pool, pool.peek(IMAGES))
+    return Drawn(inputs, inputs.pool.peek(IMAGES))
 
 
-def read(config: Config, drawn: Drawn) -> list[Episode]:
+def read(drawn: Drawn) -> list[Episode]:
     """Load the model and play these images with the self-play of a run, without any update.
 
     Raises:
         UsageError: the model, or something else that the config names, cannot be used.
     """
-    reward = load_reward(config)[0] if names_a_file(config) else None
-    labels = match_labels(config, read_questions(config.labels, "--labels"), drawn.pool) if config.labels else None
-    selfplay = open_selfplay(config, find_model(config.model, config.revision), labels, reward)
+    inputs = drawn.inputs
+    config = inputs.config
+    selfplay = open_selfplay(config, inputs.model, inputs.labels, inputs.reward)
     size = config.schedule.images_per_step
     steps = [drawn.items[start : start + size] for start in range(0, len(drawn.items), size)]
     return [episode for step, items in enumerate(steps, 1) for episode in selfplay.play(step, items).episodes]

@@ -98,6 +98,19 @@ def check_resume(
     return _read(config, out, truth, reward_to_resume(config, out, reward, trusts_reward))
 
 
+def check_reading(config: Config) -> Inputs:
+    """Check what a run would be given, for reading what a model writes about its images; a run directory takes no part.
+
+    If the recipe names a reward of the user's own, its file is imported, which runs the code in it.
+
+    Raises:
+        UsageError: something that the user named cannot be used.
+    """
+    with _naming("--reward"):
+        config, reward = reward_to_start(config, None)
+    return _read(config, None, None, reward)
+
+
 def finished(config: Config, out: Path) -> dict[str, Any] | None:
     """The summary of a run that has ended; None if it has not, or if it is being extended to more steps.
 
@@ -137,18 +150,18 @@ def check_out(config: Config, out: Path) -> None:
         raise RunError(f"another process is starting a run in {out}: choose another --out")
 
 
-def _read(config: Config, out: Path, truth: StepTruth | None, reward: RewardFunction | None) -> Inputs:
+def _read(config: Config, out: Path | None, truth: StepTruth | None, reward: RewardFunction | None) -> Inputs:
     """Read everything else that was named: what takes longest comes last."""
     check_packages(config)
     check_device(config.device)
     questions = read_questions(config.eval_data, "--eval-data", truth)
     held_out, labelled = read_questions(config.held_out, "--held-out"), read_questions(config.labels, "--labels")
     with _naming("--model"):
-        model = find_model(config.model, model_revision(config, out))
+        model = find_model(config.model, model_revision(config, out) if out else config.revision)
         check_processor(model)
         if model.commit is None:  # otherwise they may have to be downloaded first
             with_weights(model)
-    resumes = next((out / "checkpoints").glob("step-*"), None) is not None
+    resumes = out is not None and any((out / "checkpoints").glob("step-*"))
     with _naming("--init-adapters"):
         initial = initial_adapters(config, model) if config.init_adapters and not resumes else {}
     with _naming("--images"):
@@ -161,7 +174,7 @@ def _read(config: Config, out: Path, truth: StepTruth | None, reward: RewardFunc
 def check_packages(config: Config) -> None:
     """Raises `UsageError` if a package that the config asks for is not installed."""
     if config.engine == "vllm" and not installed("vllm"):
-        raise UsageError("--engine vllm needs vLLM: pip install vllm, or leave the option out")
+        raise UsageError("--engine vllm needs vLLM: pip install 'ireasoner[vllm]', or leave it out")
     for name in config.report_to:
         if not installed(name):
             raise UsageError(
