@@ -65,9 +65,12 @@ class IReasoner(lmms):
             backend_class = None
         if backend_class is None or backend_class.is_simple:
             raise UsageError(f"lmms-eval has no model {backend!r} that takes chats: name one with backend=NAME")
-        if "max_pixels" in inspect.signature(backend_class).parameters:
+        options = inspect.signature(backend_class).parameters
+        if "max_pixels" in options:
             size = AutoImageProcessor.from_pretrained(export).size
             arguments = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]} | arguments
+        if "enable_thinking" in options:  # as in training; the reasoning is asked for by the prompt
+            arguments = {"enable_thinking": False} | arguments
         model = _prompted(backend_class, sampling)(**arguments)
         model.model.generation_config = GenerationConfig.from_pretrained(export)
         return model

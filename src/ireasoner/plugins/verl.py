@@ -12,6 +12,7 @@ read, as `ireasoner.method.texts.SOLVER_PROMPT` does; a text in another form ear
 
 What was run: this manager in verl's own `RewardLoopManager` and its Ray worker, with `DataProto`s of the tiny model's
 tokens, handed over as `AgentLoopWorkerTQ` does. What was not: a verl training, for which its rollout engines need GPUs.
+verl 0.9.1 asks for a transformers older than 5.11, and this package for 5.17: it was installed with pip's `--no-deps`.
 """
 
 from __future__ import annotations
