@@ -391,6 +391,13 @@ def test_axes_make_no_drama_of_what_hardly_moves(low: float, high: float, share:
     assert limits(low, high, share=share) == pytest.approx(expected)
 
 
+def test_a_coefficient_that_stands_still_is_drawn_as_a_flat_line(recorder: HandMade):
+    run = RecordedRun.open(with_metrics(recorder, 30).run_dir)
+    (beta,) = [each for each in charts(run) if each.panel.title.startswith("KL coefficient")]
+    labels = [float(text) for text in re.findall(r">(0\.\d+)</text>", draw_svg(beta))]
+    assert min(labels) < 0.0009 < 0.0011 < max(labels)  # about 0.001, where it stands
+
+
 def test_charts_of_several_runs_have_a_curve_for_each_run(tmp_path: Path):
     runs = {}
     for name, values in {"a": {"kl/solver": 0.5}, "b": {}, "$c": {"reward/solver/brevity": 0.2}}.items():

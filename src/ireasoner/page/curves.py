@@ -128,15 +128,13 @@ def chart(run: RecordedRun, panel: Panel) -> Chart:
 
 def panels_together(runs: Mapping[str, RecordedRun]) -> list[Panel]:
     """A panel of one metric for each that some of these runs measured, apart from throughput; first, what decides."""
-    wanted = [
-        replace(
-            panel, title=f"{panel.title}, {label}" if len(panel.metrics) > 1 else panel.title, metrics={label: metric}
-        )
-        for alike in zip(*(panels(run) for run in runs.values()), strict=True)
-        for panel in [replace(alike[0], metrics={k: v for each in alike for k, v in each.metrics.items()})]
-        for label, metric in panel.metrics.items()
-        if any(metric in run.measured for run in runs.values())
-    ]
+    wanted = []
+    for alike in zip(*(panels(run) for run in runs.values()), strict=True):
+        metrics = {label: metric for panel in alike for label, metric in panel.metrics.items()}
+        for label, metric in metrics.items():
+            if any(metric in run.measured for run in runs.values()):
+                title = f"{alike[0].title}, {label}" if len(metrics) > 1 else alike[0].title
+                wanted.append(replace(alike[0], title=title, metrics={label: metric}))
     first = {next(iter(panel.metrics.values())) for panel in PANELS[:DECIDING]}
     return sorted(wanted, key=lambda panel: first.isdisjoint(panel.metrics.values()))  # stable: the rest stays in order
 

@@ -49,7 +49,7 @@ function readOut(at) {
 
 function filterReport() {
   const form = find("#filter"), list = find("#episodes"), articles = all(".episode", list);
-  const said = (article) => all(".said, blockquote", article).map((e) => e.textContent).join("\n").toLocaleLowerCase();
+  const said = (article) => all(".said", article).map((e) => e.textContent).join("\n").toLocaleLowerCase();
   const texts = new Map(articles.map((article) => [article, said(article)]));
 
   function show() {
