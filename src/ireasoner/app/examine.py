@@ -13,11 +13,11 @@ from ireasoner.app.training_options import with_training_options
 from ireasoner.method.types import UsageError
 from ireasoner.model.options import Dtype
 from ireasoner.training import config as configs
-from ireasoner.training.checks import Inputs, check_reading
 
-if TYPE_CHECKING:  # these import torch
+if TYPE_CHECKING:  # these import torch, or other packages that take long
     from ireasoner.studies.doctor import Finding
     from ireasoner.studies.reading import Drawn
+    from ireasoner.training.checks import Inputs
 
 READ_WITH = (
     "recipe", "preset", "seed", "eval_data", "held_out", "labels", "reward", "group_size", "max_question_tokens",
@@ -53,6 +53,8 @@ def doctor(
     """
     if images is None and flags:
         raise UsageError(f"{', '.join(map(configs.as_flag, flags))}: only with --images FOLDER")
+    from ireasoner.training.checks import check_reading
+
     inputs = None
     if images is not None:  # the config that train would have
         flags |= {name: value for name, value in {"dtype": dtype, "revision": revision}.items() if value}
