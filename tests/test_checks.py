@@ -123,7 +123,7 @@ def test_what_is_checked_is_not_read_twice(place: Path, tmp_path: Path, monkeypa
     config = resolve({"images": str(place / "pool"), "model": "tiny", "steps": 1, "device": "cpu"})
     inputs = check_start(config, tmp_path / "run")
     monkeypatch.setattr(checks, "check_start", None)
-    monkeypatch.setattr("ireasoner.training.items._scan", None)
+    monkeypatch.setattr("ireasoner.training.items.open_source", None)
     monkeypatch.setattr("ireasoner.model.source._read_json", None)
     with pytest.raises(KeyboardInterrupt):
         loop.start(config, tmp_path / "run", Observer(on_message=interrupt), inputs=inputs)
