@@ -44,7 +44,7 @@ from ireasoner.training.checks import check_start
 from ireasoner.training.config import ConfigError, load_config, resolve
 from ireasoner.training.images import load_image, read_image
 from ireasoner.training.loop import resume, start
-from ireasoner.training.opening import load_run
+from ireasoner.training.opening import prepare
 from ireasoner.training.recorder import RunError, read_episodes, read_records
 from ireasoner.training.state import Observer, Run
 from ireasoner.training.teaching import update
@@ -512,7 +512,7 @@ def test_groups_that_teach_nothing_do_not_update_the_solver(data: Path, tmp_path
     for index, gates in enumerate(({"gate_low": "0.5", "gate_high": "0.9"}, {})):
         out = tmp_path / str(index)
         config = resolve(options | gates)
-        run = load_run(config, out, check_start(config, out), Observer())
+        run = prepare(config, out, check_start(config, out), Observer())
         run.step = 1
         play = run.selfplay.play(1, run.pool.take(5))
         solved = [i for i, e in enumerate(play.episodes) if e.trajectories]

@@ -21,7 +21,7 @@ from ireasoner.training.images import (
 )
 from ireasoner.training.sources.finding import open_source
 from ireasoner.training.sources.folder import SET_ASIDE, Folder, content_hashes
-from ireasoner.training.sources.source import Names, Source
+from ireasoner.training.sources.source import ImageSource, Names
 
 LISTING = "images.txt"  # the names of a run's images, in its directory
 
@@ -53,7 +53,7 @@ class ImagePool:
     """
 
     def __init__(
-        self, source: Source, seed: int, max_pixels: int, processes: Processes, held_out: Collection[str] = ()
+        self, source: ImageSource, seed: int, max_pixels: int, processes: Processes, held_out: Collection[str] = ()
     ) -> None:
         self.source, self._seed, self._max_pixels, self._processes = source, seed, max_pixels, processes
         self.names, self.skipped, self._held_out = source.names, dict(source.skipped), frozenset(held_out)

@@ -21,7 +21,7 @@ from ireasoner.training.floors import common_problem, floor_signals
 from ireasoner.training.items import Item
 from ireasoner.training.labelled import StepTruth
 from ireasoner.training.metrics import play_metrics, timed
-from ireasoner.training.opening import load_run, open_directory
+from ireasoner.training.opening import open_directory, prepare
 from ireasoner.training.probes import blank_survival, probe
 from ireasoner.training.recorder import VERSIONS, write_json, writer_lock
 from ireasoner.training.reporting import named_trackers, tracking
@@ -116,7 +116,7 @@ def _run(
         if resuming and processes.is_main:
             stack.enter_context(writer_lock(out))
         config = stack.enter_context(fitted(inputs.config, out, processes, observer))
-        run = load_run(config, out, inputs, observer, processes, truth)
+        run = prepare(config, out, inputs, observer, processes, truth)
         # Until here Ctrl-C ends the process as usual, and a new run has written nothing.
         run.stop_asked = stack.enter_context(stop_requests(max_hours, began))
         if not resuming and processes.is_main:

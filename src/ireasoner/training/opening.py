@@ -29,7 +29,7 @@ from ireasoner.training.state import Observer, Run, check_config, notes, read_li
 from ireasoner.training.watch import Signals, Watch
 
 
-def load_run(
+def prepare(
     config: Config,
     out: Path,
     inputs: Inputs,

@@ -14,10 +14,12 @@ from ireasoner.training.sources.files import Files, kind_of
 from ireasoner.training.sources.folder import Folder
 from ireasoner.training.sources.image_files import ImageFiles
 from ireasoner.training.sources.shards import Shards
-from ireasoner.training.sources.source import Source
+from ireasoner.training.sources.source import ImageSource
 
 
-def open_source(images: str, column: str | None = None, held_out: Collection[str | os.PathLike[str]] = ()) -> Source:
+def open_source(
+    images: str, column: str | None = None, held_out: Collection[str | os.PathLike[str]] = ()
+) -> ImageSource:
     """The images of a place.
 
     Args:
@@ -51,7 +53,7 @@ def pinned(images: str) -> str:
     return f"{images.partition('@')[0]}@{newest_commit(images)}"
 
 
-def _open(images: str, column: str | None, held_out: Collection[str | os.PathLike[str]]) -> Source:
+def _open(images: str, column: str | None, held_out: Collection[str | os.PathLike[str]]) -> ImageSource:
     if is_dataset_id(images):
         from ireasoner.training.sources.hub import downloaded  # imports the hub's library, which takes half a second
 
@@ -77,7 +79,7 @@ def _is_container(name: str) -> bool:
     return kind_of(name) not in (None, "images")
 
 
-def _of_files(files: Files, column: str | None) -> Source:
+def _of_files(files: Files, column: str | None) -> ImageSource:
     """The source that files are, which must all be of one kind."""
     kinds = sorted({str(kind_of(name)) for name in files.names})
     if len(kinds) > 1:

@@ -64,7 +64,7 @@ class Names:
         return found
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Images of one kind of place.
 
     Attributes:
