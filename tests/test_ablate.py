@@ -27,6 +27,7 @@ import forked
 from forked import Forked
 from ireasoner.app.cli import build_app, main
 from ireasoner.app.display import Display, print_table
+from ireasoner.app.paths import absolute
 from ireasoner.app.targets import evaluate_target
 from ireasoner.method.types import Episode, Proposal, Question, UsageError
 from ireasoner.playground import dataset, world
@@ -684,7 +685,7 @@ def given_by(out: Path, *options: str) -> dict[str, Any]:
     """The settings that a command line gives."""
     given = build_app().parse_args(["ablate", str(out), *options])[1].arguments
     chosen = {name: value for name, value in given.items() if name in Settings.model_fields}
-    return {**chosen, "training": {name: given[name] for name in given.keys() - chosen.keys() - {"out"}}}
+    return {**absolute(chosen), "training": {name: given[name] for name in given.keys() - chosen.keys() - {"out"}}}
 
 
 @contextmanager

@@ -197,5 +197,5 @@ def test_a_folder_that_another_run_has_begun_in_the_meantime_is_left_alone(place
 
 def test_a_folder_in_which_a_run_is_just_beginning_is_refused(place: Path, tmp_path: Path):
     config = resolve({"images": str(place / "pool"), "model": "tiny"})
-    with writer_lock(tmp_path), pytest.raises(UsageError, match="another process is starting a run"):
+    with writer_lock(tmp_path), pytest.raises(UsageError, match="another process is training"):
         check_start(config, tmp_path)

@@ -31,8 +31,9 @@ from ireasoner.model import loading
 from ireasoner.model.distributed import Joined, LostProcessError
 from ireasoner.model.parallel import Processes
 from ireasoner.playground import dataset
-from ireasoner.training import images, loop
+from ireasoner.training import loop
 from ireasoner.training.recorder import read_records
+from ireasoner.training.sources import folder
 from ireasoner.training.state import Run
 
 LAUNCH = [
@@ -346,7 +347,7 @@ LOST_IMAGE = "00/00005.png"
 
 def lose_an_image() -> None:
     """The second process, or the only one, cannot read one of the images."""
-    read = images._read
+    read = folder.read_file
 
     def fail(path: Path, max_bytes: int) -> bytes:
         if str(path).endswith(LOST_IMAGE):
@@ -354,7 +355,7 @@ def lose_an_image() -> None:
         return read(path, max_bytes)
 
     if os.environ.get("RANK", "1") == "1":
-        images._read = fail
+        folder.read_file = fail
 
 
 def test_an_image_that_one_process_cannot_read_is_skipped_by_both(place: Path):

@@ -147,7 +147,7 @@ def check_out(config: Config, out: Path) -> None:
     except OSError as error:
         raise RunError(f"--out {out} cannot be written: {error.strerror or error}") from None
     if is_locked(out):
-        raise RunError(f"another process is starting a run in {out}: choose another --out")
+        raise RunError(f"another process is training in {out}: wait for it or stop it, or choose another --out")
 
 
 def _read(config: Config, out: Path | None, truth: StepTruth | None, reward: RewardFunction | None) -> Inputs:
