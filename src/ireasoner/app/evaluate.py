@@ -14,7 +14,7 @@ from ireasoner.app.options import WHOLE, Count, Device, JsonFile, Seed, keep
 from ireasoner.method.types import Match, UsageError
 from ireasoner.training.config import ImagePixels, option
 
-MATCH, LARGEST = option("match").default, option("max_image_pixels").default
+MATCH, MOST_PIXELS = option("match").default, option("max_image_pixels").default
 
 
 def evaluate(
@@ -30,7 +30,7 @@ def evaluate(
     seed: Seed = 0,
     device: Device = "auto",
     blank: bool = False,
-    max_image_pixels: Annotated[ImagePixels, WHOLE] = LARGEST,
+    max_image_pixels: Annotated[ImagePixels, WHOLE] = MOST_PIXELS,
     json: JsonFile = None,
 ) -> int:
     """Greedy, mean@1, maj@5 and pass@5 accuracy with 95 % intervals on labelled questions. The file that --json names

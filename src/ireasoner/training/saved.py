@@ -10,9 +10,7 @@ from typing import Any
 
 from ireasoner.method.types import Episode
 from ireasoner.training.config import Config, load_config
-from ireasoner.training.recorder import read_episodes, read_json, read_records
-
-LARGEST_SUMMARY = 2**28  # bytes
+from ireasoner.training.recorder import LARGEST, read_episodes, read_json, read_records
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class SavedRun:
     @property
     def summary(self) -> dict[str, Any]:
         """What the run wrote at its end, `before`, `after` and `difference` among it; empty until then."""
-        return read_json(self.path / "summary.json", LARGEST_SUMMARY)
+        return read_json(self.path / "summary.json", LARGEST)
 
     def episodes(self) -> Iterator[Episode]:
         """The episodes, in order: the question, all trajectories, and what each earned for what.
