@@ -14,6 +14,7 @@ from ireasoner.method.texts import SOLVER_PROMPTS
 from ireasoner.method.types import UsageError
 from ireasoner.training.advice import drowned_in_rounding
 from ireasoner.training.config import (
+    MACHINE_OPTIONS,
     PATHS,
     PRESET_OPTIONS,
     RECIPE_OPTIONS,
@@ -21,6 +22,7 @@ from ireasoner.training.config import (
     ConfigError,
     as_flag,
     conflicts,
+    continued,
     dump_config,
     load_config,
     names,
@@ -133,17 +135,27 @@ def test_recipe_and_preset_options_are_apart_and_together_with_the_runs_own_are_
         "eval_data",
         "held_out",
         "match",
-        "device",
         "engine",
         "revision",
-        "vllm_share",
         "init_adapters",
         "report_to",
         "report_images",
     }
-    assert set(PATHS) == set(RECIPE_OPTIONS) | set(PRESET_OPTIONS) | own
+    assert set(PATHS) == set(RECIPE_OPTIONS) | set(PRESET_OPTIONS) | set(MACHINE_OPTIONS) | own
     assert all(option(name).description for name in PATHS)
     assert set(resolve(NEEDED).flat()) == set(PATHS)
+
+
+def test_a_resumed_run_may_work_elsewhere_and_in_nothing_else_be_another(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text(dump_config(resolve({**NEEDED, "servers": ["http://a:1"]})))
+    elsewhere = {"device": "cpu", "shard": True, "servers": "http://b:1,http://c:2", "patience": 20}
+    config, _ = continued(tmp_path, elsewhere)
+    assert config.flat() == resolve(NEEDED).flat() | elsewhere | {"servers": ("http://b:1", "http://c:2")}
+    assert continued(tmp_path, {})[0].servers == ("http://a:1",)
+    with pytest.raises(ConfigError, match="--seed is 0 in the run, not 1"):
+        continued(tmp_path, {"seed": 1, "device": "cpu"})
+    with pytest.raises(ConfigError, match="patience: input should be greater than 0"):
+        continued(tmp_path, {"patience": 0})
 
 
 def test_an_option_changes_and_nothing_else_does():

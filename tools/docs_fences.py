@@ -24,7 +24,8 @@ from ireasoner.app import cli
 from ireasoner.training import config as configs
 
 GROUPS: dict[str, Callable[[str], bool]] = {
-    "run": lambda name: name not in (*configs.PRESET_OPTIONS, *configs.RECIPE_OPTIONS),
+    "run": lambda name: name not in (*configs.MACHINE_OPTIONS, *configs.PRESET_OPTIONS, *configs.RECIPE_OPTIONS),
+    "machines": configs.MACHINE_OPTIONS.__contains__,
     "preset": configs.PRESET_OPTIONS.__contains__,
     "recipe": configs.RECIPE_OPTIONS.__contains__,
 }
@@ -53,7 +54,7 @@ def makeExtension(**options: Any) -> InlineMath:
 
 
 def options(source: str, *_: Any, **__: Any) -> str:
-    """The table of a group of options: `run`, `preset` or `recipe`."""
+    """The table of a group of options: `run`, `machines`, `preset` or `recipe`."""
     chosen = GROUPS[source.strip()]
     rows = [_option_row(name) for name in configs.PATHS if chosen(name)]
     head = "<tr><th>option</th><th>values</th><th>default</th><th>meaning</th></tr>"

@@ -11,13 +11,14 @@ from pydantic import Field
 
 from ireasoner.app.options import OutFolder
 from ireasoner.app.paths import absolute
-from ireasoner.app.training_options import REWARDS, RUN, RUN_OPTIONS, SCALE, with_training_options
+from ireasoner.app.training_options import MACHINES, REWARDS, RUN, RUN_OPTIONS, SCALE, with_training_options
 from ireasoner.method.types import UsageError
 from ireasoner.training import config as configs
 
 NEEDED, OFTEN_NEEDED = ("images", "model"), ("recipe", "preset", "eval_data", "seed")
 OPTIONS = {
     RUN: dict.fromkeys((*NEEDED, *OFTEN_NEEDED, *RUN_OPTIONS)),
+    MACHINES: configs.MACHINE_OPTIONS,
     SCALE: configs.PRESET_OPTIONS,
     REWARDS: configs.RECIPE_OPTIONS,
 }

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_origin
 from cyclopts import Group, Parameter
 
 from ireasoner.app.options import shown, without_none
-from ireasoner.training.config import PATHS, PRESET_OPTIONS, RECIPE_OPTIONS, names, option, options_in
+from ireasoner.training.config import MACHINE_OPTIONS, PATHS, PRESET_OPTIONS, RECIPE_OPTIONS, names, option, options_in
 
 Command = Callable[..., int]
 
@@ -26,9 +26,10 @@ ALIASES = {
 LONGEST_DEFAULT = 40  # characters; the help says in words what a longer one is
 
 RUN = Group.create_ordered("The run")
+MACHINES = Group.create_ordered("Where it runs: a resumed run may be given others")
 SCALE = Group.create_ordered("Scale: a preset sets these")
 REWARDS = Group.create_ordered("Rewards, advantages, KL: a recipe sets these")
-RUN_OPTIONS = [name for name in PATHS if name not in (*RECIPE_OPTIONS, *PRESET_OPTIONS)]
+RUN_OPTIONS = [name for name in PATHS if name not in (*RECIPE_OPTIONS, *PRESET_OPTIONS, *MACHINE_OPTIONS)]
 
 
 def with_training_options(groups: Mapping[Group, Iterable[str]], first: Sequence[str] = ()) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from ireasoner.method.instructions import PROPOSER_PROMPT, SOLVER_PROMPTS
-from ireasoner.method.recipe import IN_PYTHON, Count, Options, Recipe
+from ireasoner.method.recipe import IN_PYTHON, Count, Options, Positive, Recipe
 from ireasoner.method.types import Form, Match, Role, UsageError
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
 
@@ -35,8 +35,8 @@ class ConfigError(UsageError):
 
 
 def _separated(value: Any) -> Any:
-    """Names of trackers, of which several may stand in one text between commas; `none`, as transformers has it, is no
-    name."""
+    """Names or addresses, of which several may stand in one text between commas; `none`, as transformers has it for
+    trackers, is no name."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         return value
@@ -169,6 +169,12 @@ class Config(Options):
     """Share of a GPU's memory for vLLM; the learner's own copy of the weights and its activations need the rest."""
     device: str = "auto"
     """Where to train: auto, cpu, cuda or cuda:N."""
+    shard: bool = False
+    """Share the frozen language model out among the processes, so that each holds a part of it."""
+    servers: Annotated[tuple[str, ...], BeforeValidator(_separated)] = ()
+    """Addresses of vLLM servers that sample, such as http://gpu2:8000; ireasoner serve says how to start one (none)."""
+    patience: Positive = 600
+    """Seconds to wait for another process, or for a server, before the run gives up; it can then be resumed."""
     report_to: Annotated[tuple[TrackerName, ...], BeforeValidator(_separated)] = ()
     """Trackers that are told every number of metrics.jsonl and the verdict, where installed (none)."""
     report_images: bool = False
@@ -232,6 +238,8 @@ class Config(Options):
 
 # In config.yaml, but no options.
 UNNAMED = ("format", "reward_sha256", "init_adapters_sha256", "planned_steps", "fitted_tokens_per_batch")
+# Where a run does its work. A resumed run may be given others, and stays the same run.
+MACHINE_OPTIONS = ("device", "vllm_share", "shard", "servers", "patience")
 # The group of each option ("" for those of no group) and its name there. The option `recipe` is the name of a recipe.
 GROUPS: dict[str, type[Options]] = {
     name: field.annotation
@@ -414,9 +422,10 @@ def continued(run_dir: Path, flags: dict[str, Any]) -> tuple[Config, int | None]
     """The config of a run that is to go on, and the later last step that `flags` ask for, if they do.
 
     Raises:
-        ConfigError: the config cannot be read, or flags differ from it.
+        ConfigError: the config cannot be read, or flags differ from it in more than where the run does its work.
     """
     config = load_config(run_dir / "config.yaml")
+    config = config.changed(**{name: value for name, value in flags.items() if name in MACHINE_OPTIONS})
     planned = config.schedule.steps
     steps = config.changed(steps=flags.get("steps", planned)).schedule.steps
     extend_to = steps if steps > planned else None

@@ -24,7 +24,7 @@ from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Engine
 from ireasoner.training.card import find_base, model_card
 from ireasoner.training.checkpoints import clear_remains, newest_checkpoint, prune, save_checkpoint
-from ireasoner.training.config import Config, dump_config, load_config
+from ireasoner.training.config import MACHINE_OPTIONS, Config, dump_config, load_config
 from ireasoner.training.items import LISTING, ImagePool, Item
 from ireasoner.training.labelled import LabelledQuestion, StepTruth
 from ireasoner.training.recorder import Recorder, RunError, read_episodes, read_records
@@ -201,7 +201,7 @@ def _write_state(run: Run, folder: Path) -> None:
 def check_config(config: Config, checkpoint: Path) -> None:
     """Check that a run goes on with the options that its checkpoint was saved under.
 
-    It may be extended, folders and files may have been moved, and the device and vLLM's share of it may be others.
+    It may be extended, folders and files may have been moved, and it may do its work elsewhere.
 
     Raises:
         UsageError: an option was changed meanwhile, for example because a line of `config.yaml` was lost.
@@ -216,7 +216,7 @@ def check_config(config: Config, checkpoint: Path) -> None:
             changed.pop(name, None)
     if config.model != kept.model:
         changed.pop("revision", None)  # of the copy on the hub
-    for name in ("device", "vllm_share", "recipe"):  # of the recipe, the name; its options are compared
+    for name in (*MACHINE_OPTIONS, "recipe"):  # of the recipe, the name; its options are compared
         changed.pop(name, None)
     if config.schedule.steps > kept.schedule.steps:
         del changed["steps"]
