@@ -104,13 +104,13 @@ def test_a_sampler_of_another_distribution(monkeypatch: pytest.MonkeyPatch, faul
     """As mild as checkpoints ask for: in bfloat16 rounding alone moves log-probabilities as far."""
     draw = live._draw
 
-    def other(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> Any:
+    def other(logits: torch.Tensor, uniforms: torch.Tensor, temperatures: torch.Tensor) -> Any:
         if fault == "top-k":
             logits = logits.masked_fill(logits < logits.topk(50).values[:, -1:], -torch.inf)
         else:
             logits = logits.clone()
             logits[:, :100] /= 1.05
-        return draw(logits, uniforms, temperature)
+        return draw(logits, uniforms, temperatures)
 
     monkeypatch.setattr(live, "_draw", other)
     assert failed(dtype) == {"sampler and learner agree"}

@@ -6,6 +6,7 @@ sequence at a time, pixels included, and no cache.
 
 from __future__ import annotations
 
+import functools
 import socket
 import warnings
 from collections.abc import Sequence
@@ -242,6 +243,28 @@ def test_lora_on_every_linear_layer_of_the_language_model_and_nowhere_else(folde
     assert f"LoRA on {len(linear)} layers of model." in policy.describe()
     with pytest.raises(ModelError, match="matches no linear layer of the language model"):
         load(str(folder), lora_targets=["patch_embed"])
+
+
+def test_small_images_of_one_shape_see_nothing_of_each_other_in_the_vision_tower(
+    folder: Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+):
+    policy = load(str(folder))
+    images = [pictures[0], pictures[1].resize((56, 90)), pictures[1], pictures[2].resize((56, 90)), pictures[2]]
+    see, batches = policy.base.get_image_features, []
+
+    @functools.wraps(see)
+    def counted(**kwargs: Any) -> Any:
+        batches.append(kwargs)
+        return see(**kwargs)
+
+    monkeypatch.setattr(policy.base, "get_image_features", counted)
+    found = encode_images(policy, images)
+    assert len(batches) <= 2
+    for image, encoded in zip(images, found, strict=True):
+        (alone,) = encode_images(policy, [image])
+        assert encoded.features.keys() == alone.features.keys()
+        assert encoded.extras.keys() == alone.extras.keys()
+        torch.testing.assert_close(encoded.features, alone.features, atol=1e-5, rtol=1e-5)
 
 
 def test_special_tokens_in_a_question_are_left_out(folder: Path, pictures: list[Image.Image]):

@@ -399,9 +399,9 @@ def lower_capacity() -> None:
         if needed > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def limited_complete(self: LiveEngine, prompts: Any, draws: torch.Tensor, temperature: float) -> Any:
+    def limited_complete(self: LiveEngine, prompts: Any, draws: torch.Tensor, temperatures: Sequence[float]) -> Any:
         require(draws.shape[0] * draws.shape[1])
-        return complete(self, prompts, draws, temperature)
+        return complete(self, prompts, draws, temperatures)
 
     def limited_backward(self: Learner, prompts: Any, completions: Sequence[Any], *rest: Any) -> Any:
         require(len(completions))

@@ -389,6 +389,22 @@ def test_a_cache_that_grows_is_not_captured(make_policy: MakePolicy, pictures: l
     assert ids_and_logprobs(found)[0] == ids_and_logprobs(expected)[0]
 
 
+@pytest.mark.parametrize("shares", [True, False])
+def test_each_completion_of_a_group_may_have_its_own_temperature(
+    babbler: Policy, pictures: list[Image.Image], shares: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """As an evaluation asks for five samples and the greedy reply at once."""
+    monkeypatch.setattr(babbler, "shares_attention", shares)
+    asked, engine = asking(babbler, pictures[:2], QUESTIONS[:2], [7, 8]), LiveEngine(babbler)
+    drawn = sample(engine, asked, "solver", 3, 12, temperature=2.0)
+    greedy = sample(engine, asked, "solver", 1, 12, temperature=0.0)
+    found = sample(engine, asked, "solver", 4, 12, temperature=[2.0, 2.0, 2.0, 0.0])
+    for together, apart in zip(found, [a + b for a, b in zip(drawn, greedy, strict=True)], strict=True):
+        assert [c.token_ids for c in together] == [c.token_ids for c in apart]
+        for a, b in zip(together, apart, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_first_tokens_are_drawn_as_often_as_the_softmax_says(
     babbler: Policy,

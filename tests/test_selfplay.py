@@ -150,7 +150,8 @@ def test_what_was_sampled_is_what_is_trained(policy: Policy, pictures: list[Imag
 
 
 def test_no_repeated_work_in_a_step(make_policy: MakePolicy, pictures: list[Image.Image], monkeypatch: Any):
-    """Each image once through the image processor and the vision tower, each prompt run once for each role.
+    """Each image once through the image processor, all of one shape at once through the vision tower, and each prompt
+    run once for each role.
 
     The update adds one pass over the prompts for the policy and one for the reference, and no look at the images.
     """
@@ -180,12 +181,12 @@ def test_no_repeated_work_in_a_step(make_policy: MakePolicy, pictures: list[Imag
     play = selfplay(policy).play(1, named(pictures[:3]))
     prompts, groups, rewards = taught(policy, play)
     assert groups
-    assert calls == {"processor": 3, "images": 3, "vision": 3}
+    assert calls == {"processor": 3, "images": 3, "vision": 1}
     assert prompt_rows == [3, len(groups)]  # the proposer's, then the solver's: rows are prompts, not trajectories
     prompt_rows.clear()
     teach(learner(policy, "solver", learning_rate=1e-4), prompts, groups, rewards)
     assert prompt_rows == [len(groups), len(groups)]  # policy, reference
-    assert calls == {"processor": 3, "images": 3, "vision": 3}
+    assert calls == {"processor": 3, "images": 3, "vision": 1}
 
 
 def test_an_image_played_twice_in_a_step_draws_differently(babbler: Policy, pictures: list[Image.Image]):

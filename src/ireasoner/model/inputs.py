@@ -23,6 +23,7 @@ from transformers import BatchFeature
 from ireasoner.model.policy import Policy
 
 _INNER = ("last_hidden_state", "hidden_states", "attentions")  # of the vision tower: nothing reads them later
+LARGEST_BATCH = 2**22  # values of pixels that go through the vision tower together: those of about 900 image tokens
 
 
 class SeenImage:
@@ -130,26 +131,47 @@ class Prompts:
 
 @torch.no_grad()
 def encode_images(policy: Policy, images: Sequence[Image.Image]) -> list[EncodedImage]:
-    """Run each image through the processor and the vision tower, once and alone: no other image changes anything.
+    """Run each image through the processor and the vision tower, once.
 
-    There is no limit of tokens as in the update: one image is in the tower at a time, without gradients, and what is
-    kept of it are its features.
+    Small images of one shape go through the tower together, which changes rounding alone. There is no limit of tokens
+    as in the update: a large image is alone in the tower, without gradients, and what is kept of it are its features.
     """
-    of_tower = inspect.signature(policy.base.get_image_features).parameters
+    seen = [SeenImage(policy.processor, image) for image in images]
+    inputs = [each.inputs(policy.processor.image_token) for each in seen]
     of_model = inspect.signature(policy.base.forward).parameters
-    encoded = []
-    for image in images:
-        seen = SeenImage(policy.processor, image)
-        inputs = seen.inputs(policy.processor.image_token)
-        tensors = {name: tensor.to(policy.device) for name, tensor in inputs.items() if name in of_tower}
-        tensors["pixel_values"] = tensors["pixel_values"].to(policy.backbone.dtype)
-        output = policy.base.get_image_features(**tensors, return_dict=True)
-        # Not `items`: in some versions of transformers, a model sets `pooler_output` on an output without such a field.
-        features = {name: value for name, value in vars(output).items() if name not in _INNER and value is not None}
-        # The vision tower has seen the pixels; the image's size may still decide on positions.
-        extras = [name for name in inputs if name in of_model and not _is_text(name) and not name.startswith("pixel")]
-        encoded.append(EncodedImage(seen, features, {name: inputs[name].to(policy.device) for name in extras}))
-    return encoded
+    # The vision tower has seen the pixels; the image's size may still decide on positions.
+    extras = [
+        {name: tensor.to(policy.device) for name, tensor in each.items() if name in of_model and not _is_seen(name)}
+        for each in inputs
+    ]
+    features: dict[int, dict[str, Any]] = {}
+    for batch in _alike(inputs):
+        features |= zip(batch, _features(policy, [inputs[i] for i in batch]), strict=True)
+    return [EncodedImage(each, features[i], extras[i]) for i, each in enumerate(seen)]
+
+
+def _alike(inputs: Sequence[BatchFeature]) -> list[list[int]]:
+    """The numbers of all images in batches that may go through the vision tower together."""
+    batches: dict[Any, list[list[int]]] = {}
+    for i, each in enumerate(inputs):
+        pixels = each["pixel_values"]
+        sizes = [(name, each[name].tolist()) for name in each if not _is_seen(name)]
+        of_this_shape = batches.setdefault(str((pixels.shape, sizes)), [[]])
+        if (len(of_this_shape[-1]) + 1) * pixels.numel() > LARGEST_BATCH:
+            of_this_shape.append([])
+        of_this_shape[-1].append(i)
+    return [batch for of_one_shape in batches.values() for batch in of_one_shape if batch]
+
+
+def _features(policy: Policy, inputs: Sequence[BatchFeature]) -> list[dict[str, Any]]:
+    """What the vision tower makes of each of some images of one shape."""
+    of_tower = inspect.signature(policy.base.get_image_features).parameters
+    tensors = {n: torch.cat([each[n] for each in inputs]).to(policy.device) for n in inputs[0] if n in of_tower}
+    tensors["pixel_values"] = tensors["pixel_values"].to(policy.backbone.dtype)
+    output = policy.base.get_image_features(**tensors, return_dict=True)
+    # Not `items`: in some versions of transformers, a model sets `pooler_output` on an output without such a field.
+    features = {name: value for name, value in vars(output).items() if name not in _INNER and value is not None}
+    return [split_features(features, i, len(inputs)) for i in range(len(inputs))]
 
 
 def build_prompts(policy: Policy, images: Sequence[EncodedImage], messages: Sequence[list[dict[str, Any]]]) -> Prompts:
@@ -232,6 +254,24 @@ def join_features(features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         else [join(layer) for layer in zip(*(f[name] for f in features), strict=True)]
         for name, first in features[0].items()
     }
+
+
+def split_features(features: dict[str, Any], index: int, count: int) -> dict[str, Any]:
+    """The features of one of `count` images of one shape: the inverse of `join_features`."""
+
+    def part(values: Any) -> Any:
+        size = len(values) // count
+        return values[index * size : (index + 1) * size]
+
+    return {
+        name: part(value) if name == "pooler_output" or isinstance(value, Tensor) else [part(layer) for layer in value]
+        for name, value in features.items()
+    }
+
+
+def _is_seen(name: str) -> bool:
+    """Whether an input is text or pixels; what else there is says how large an image is."""
+    return _is_text(name) or name.startswith("pixel")
 
 
 def _is_text(name: str) -> bool:

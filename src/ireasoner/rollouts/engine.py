@@ -24,11 +24,22 @@ class Request:
         return render(self.image.seen.processor, self.messages)
 
 
+def temperatures(temperature: float | Sequence[float], n: int) -> Sequence[float]:
+    """The temperature of each of n completions of a request."""
+    return [temperature] * n if isinstance(temperature, int | float) else temperature
+
+
 class Engine(Protocol):
     """Samples completions under a role's adapter, from the model's whole distribution (no top-k, no top-p)."""
 
     def sample(
-        self, requests: Sequence[Request], role: Role | None, *, n: int = 1, max_tokens: int, temperature: float = 1.0
+        self,
+        requests: Sequence[Request],
+        role: Role | None,
+        *,
+        n: int = 1,
+        max_tokens: int,
+        temperature: float | Sequence[float] = 1.0,
     ) -> list[list[Completion]]:
         """Sample n completions of each request.
 
@@ -37,7 +48,7 @@ class Engine(Protocol):
             role: whose adapter; None: the backbone alone.
             n: completions of each request.
             max_tokens: the length at which a completion is cut off.
-            temperature: 0 is greedy.
+            temperature: of all of them, or of each of the n; 0 is greedy.
         """
         ...
 

@@ -34,7 +34,7 @@ from ireasoner.model.inputs import Prompts, build_prompts
 from ireasoner.model.pieces import Piece, cut, gathered, halved, in_pieces
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.capture import CudaGraph, host_waits
-from ireasoner.rollouts.engine import Request
+from ireasoner.rollouts.engine import Request, temperatures
 
 
 class LiveEngine:
@@ -57,7 +57,13 @@ class LiveEngine:
 
     @torch.no_grad()
     def sample(
-        self, requests: Sequence[Request], role: Role | None, *, n: int = 1, max_tokens: int, temperature: float = 1.0
+        self,
+        requests: Sequence[Request],
+        role: Role | None,
+        *,
+        n: int = 1,
+        max_tokens: int,
+        temperature: float | Sequence[float] = 1.0,
     ) -> list[list[Completion]]:
         """Sample n completions of each request, as described in `Engine.sample`.
 
@@ -67,11 +73,11 @@ class LiveEngine:
         policy = self.policy
         prompts = build_prompts(policy, [r.image for r in requests], [r.messages for r in requests])
         lengths = prompts.mask_BP.sum(1).tolist()
-        draws_BNC = uniforms([r.seed for r in requests], n, max_tokens)
+        draws_BNC, temperatures_N = uniforms([r.seed for r in requests], n, max_tokens), temperatures(temperature, n)
 
         def complete(piece: Piece) -> list[list[Completion]]:
             draws = draws_BNC[piece.rows][:, piece.columns]
-            return self._complete(prompts[piece.rows], draws, temperature)
+            return self._complete(prompts[piece.rows], draws, temperatures_N[piece.columns])
 
         def smaller(piece: Piece) -> list[Piece]:
             what = f"sampling {piece.size} completions of up to {max_tokens} tokens"
@@ -113,14 +119,16 @@ class LiveEngine:
         each = takes.caches(longest, room, piece.columns.stop - piece.columns.start, shares=policy.shares_attention)
         return len(piece.rows) * (each if policy.shares_prompts else each + longest * takes.layer)
 
-    def _complete(self, prompts: Prompts, draws_BNC: NDArray[np.float64], temperature: float) -> list[list[Completion]]:
+    def _complete(
+        self, prompts: Prompts, draws_BNC: NDArray[np.float64], temperatures_N: Sequence[float]
+    ) -> list[list[Completion]]:
         """Sample completions of one batch under the adapter that is active."""
         policy, (_, n, max_tokens) = self.policy, draws_BNC.shape
         captures = self.capture is not None and policy.shares_attention  # other caches move to new memory as they grow
         prefix = prefill_in_parts(policy, prompts, self._prefilled_at_a_time(prompts))
         room = max_tokens - 1  # the last token is drawn and not run
         prefix = prefix.share(n, room=room, fixed=captures) if policy.shares_attention else prefix.repeat(n)
-        decoding = _Decoding(policy, prefix, draws_BNC, temperature)
+        decoding = _Decoding(policy, prefix, draws_BNC, temperatures_N)
         with attending(policy.decoder, prefix.cache):
             self._run(decoding, max_tokens, captures)
         flat = decoding.completions()
@@ -182,12 +190,15 @@ class _Decoding:
         policy: acts under the role that samples.
         prefix: the prompts, repeated for their completions.
         uniforms_BNC: numbers in [0, 1) that the tokens are drawn with.
-        temperature: as in `Engine.sample`.
+        temperatures_N: of the completions of each prompt; 0 is greedy.
     """
 
-    def __init__(self, policy: Policy, prefix: Prefix, uniforms_BNC: NDArray[np.float64], temperature: float) -> None:
-        self.policy, self.prefix, self.temperature = policy, prefix, temperature
+    def __init__(
+        self, policy: Policy, prefix: Prefix, uniforms_BNC: NDArray[np.float64], temperatures_N: Sequence[float]
+    ) -> None:
+        self.policy, self.prefix = policy, prefix
         device, longest = policy.device, uniforms_BNC.shape[-1]
+        self.temperatures = torch.tensor(temperatures_N, device=device).repeat(len(uniforms_BNC))
         self.uniforms = torch.from_numpy(uniforms_BNC.reshape(-1, longest)).to(device, torch.float64)
         total = len(self.uniforms)
         self.tokens = torch.zeros((total, longest), dtype=torch.long, device=device)
@@ -202,7 +213,7 @@ class _Decoding:
         logits, t = self.policy.output_layer(hidden), self.t
         # Finished rows draw as well, and what comes behind their end is cut off later: to select the others, the host
         # would have to wait for the GPU at every token.
-        chosen, chosen_logprobs = _draw(logits, self.uniforms[self.rows, t], self.temperature)
+        chosen, chosen_logprobs = _draw(logits, self.uniforms[self.rows, t], self.temperatures[self.rows])
         self.tokens[self.rows, t], self.logprobs[self.rows, t] = chosen, chosen_logprobs
         self.done.logical_or_(torch.isin(chosen, self.ends))
 
@@ -232,15 +243,12 @@ def completion(policy: Policy, ids: Sequence[int], logprobs: Sequence[float]) ->
     return Completion(text, tuple(ids), tuple(logprobs), "stop" if stopped else "length")
 
 
-def _draw(logits_RV: Tensor, uniforms_R: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _draw(logits_RV: Tensor, uniforms_R: Tensor, temperatures_R: Tensor) -> tuple[Tensor, Tensor]:
     """A token of each row and its log-probability."""
-    scaled = logits_RV if temperature == 0 else logits_RV / temperature
-    logprobs_RV = scaled.log_softmax(-1)
-    if temperature == 0:
-        chosen = logits_RV.argmax(-1)
-    else:
-        cumulative = logprobs_RV.double().exp().cumsum(-1)
-        # The total is 1 but for rounding; scaling by it keeps the last token reachable and the index in range.
-        chosen = torch.searchsorted(cumulative, (uniforms_R * cumulative[:, -1])[:, None], right=True)[:, 0]
-        chosen = chosen.clamp(max=logits_RV.shape[-1] - 1)
+    greedy_R = temperatures_R == 0
+    logprobs_RV = (logits_RV / temperatures_R.masked_fill(greedy_R, 1)[:, None]).log_softmax(-1)
+    cumulative = logprobs_RV.double().exp().cumsum(-1)
+    # The total is 1 but for rounding; scaling by it keeps the last token reachable and the index in range.
+    sampled = torch.searchsorted(cumulative, (uniforms_R * cumulative[:, -1])[:, None], right=True)[:, 0]
+    chosen = torch.where(greedy_R, logits_RV.argmax(-1), sampled.clamp(max=logits_RV.shape[-1] - 1))
     return chosen, logprobs_RV.gather(-1, chosen[:, None])[:, 0]

@@ -20,7 +20,7 @@ from ireasoner.method.types import ROLES, Completion, Role, UsageError
 from ireasoner.model.inputs import EncodedImage, Prompts, build_prompts
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import brief, find_model
-from ireasoner.rollouts.engine import Request
+from ireasoner.rollouts.engine import Request, temperatures
 from ireasoner.rollouts.live import completion
 
 
@@ -90,7 +90,13 @@ class VllmEngine:
         shutil.rmtree(before, ignore_errors=True)
 
     def sample(
-        self, requests: Sequence[Request], role: Role | None, *, n: int = 1, max_tokens: int, temperature: float = 1.0
+        self,
+        requests: Sequence[Request],
+        role: Role | None,
+        *,
+        n: int = 1,
+        max_tokens: int,
+        temperature: float | Sequence[float] = 1.0,
     ) -> list[list[Completion]]:
         """Sample n completions of each request, as described in `Engine.sample`.
 
@@ -109,11 +115,11 @@ class VllmEngine:
             ids = self.policy.processor.tokenizer(request.prompt, add_special_tokens=False)["input_ids"]
             prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": _image(request.image)}}
             # One vLLM request for each completion, so that each has its own seed; vLLM caches what they share.
-            for seed in completion_seeds(request.seed, n):
+            for seed, heat in zip(completion_seeds(request.seed, n), temperatures(temperature, n), strict=True):
                 vllm_prompts.append({**prompt})
                 params.append(
                     SamplingParams(
-                        temperature=temperature,
+                        temperature=heat,
                         seed=seed,
                         max_tokens=max_tokens,
                         logprobs=0,  # of the sampled token alone

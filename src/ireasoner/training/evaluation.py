@@ -176,20 +176,23 @@ def evaluate(
             raise Stopped
         numbers = own[first : first + options.batch_size]
         batch = [questions[i] for i in numbers]
-        images = [load_image(q.image, options.max_image_pixels) for q in batch]
+        # Several questions may be about one image.
+        images = {q.image: load_image(q.image, options.max_image_pixels) for q in batch}
         if options.blank:
-            images = [Image.new("RGB", image.size, GRAY) for image in images]
+            images = {path: Image.new("RGB", image.size, GRAY) for path, image in images.items()}
         if not numbers:  # the others have a question more
             continue
-        encoded = encode_images(policy, images)
+        encoded = dict(zip(images, encode_images(policy, [*images.values()]), strict=True))
         requests = [
-            Request(image, solver_messages(sampling.solver_prompt, q.question), (options.seed, i))
-            for image, q, i in zip(encoded, batch, numbers, strict=True)
+            Request(encoded[q.image], solver_messages(sampling.solver_prompt, q.question), (options.seed, i))
+            for q, i in zip(batch, numbers, strict=True)
         ]
+        # The greedy reply is drawn with the samples, so that prompts are read once and there is one decoding. It comes
+        # last: the random numbers of a sample are those of its place.
+        heats = [*[options.temperature] * SAMPLES, 0.0]
         longest = sampling.max_solution_tokens
-        best = engine.sample(requests, role, max_tokens=longest, temperature=0)
-        drawn = engine.sample(requests, role, n=SAMPLES, max_tokens=longest, temperature=options.temperature)
-        for question, request, (single,), group in zip(batch, requests, best, drawn, strict=True):
+        drawn = engine.sample(requests, role, n=len(heats), max_tokens=longest, temperature=heats)
+        for question, request, (*group, single) in zip(batch, requests, drawn, strict=True):
             read = [
                 parse_trajectory(c.text, c.finish_reason, sampling.solution_form, request.prompt)
                 for c in (single, *group)
