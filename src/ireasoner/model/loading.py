@@ -95,7 +95,7 @@ def _with_adapters(backbone: Any, processor: Any, options: BackboneOptions, seed
         target_modules=language_targets(backbone, options.lora_targets),
         task_type="CAUSAL_LM",
     )
-    if backbone.dtype in HALF:
+    if backbone.dtype in (*HALF, torch.float32):
         # PEFT's documented way to its own kinds of layers, although the name begins with an underscore. Saved adapters
         # say nothing about it, and load anywhere.
         config._register_custom_module({torch.nn.Linear: Float32SumLinear})
