@@ -300,6 +300,25 @@ def test_hosts_that_do_not_share_the_run_directory_are_told(place: Path, togethe
     assert records(place / "unshared-0", "metrics.jsonl") == records(together, "metrics.jsonl")
 
 
+def test_processes_that_do_not_find_each_other_say_where_they_looked(monkeypatch: pytest.MonkeyPatch):
+    def fail(**options: Any) -> None:
+        assert options["timeout"].total_seconds() == 7
+        raise RuntimeError("Unable to find address for: eth7\n#0: a trace")
+
+    monkeypatch.setattr(processes, "PartialState", fail)
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "gpu1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "eth7"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(LostProcessError, match="did not find each other at gpu1:29500 within --patience") as alone:
+        processes.joined("cpu", 7).__enter__()
+    assert "GLOO_SOCKET_IFNAME" not in str(alone.value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(LostProcessError, match=r"GLOO_SOCKET_IFNAME .* may have to name the network interface") as lost:
+        processes.joined("cpu", 7).__enter__()
+    assert str(lost.value).endswith("(torch says: Unable to find address for: eth7)")
+
+
 def test_a_mistake_is_said_by_each_process(place: Path):
     processes = forked.start_two(
         *options(place, model="no/such/model"), "--out", place / "mistake", output=place / "mistake-printed"
