@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ print(sorted(set(sys.modules) & {heavy!r}))
 def test_drawing_the_playground_imports_no_torch(tmp_path: Path):
     code = f"""
 import sys
+import time
 from ireasoner.app.cli import main
 assert main(["playground", {str(tmp_path)!r}, "--images", "1", "--questions", "1"]) == 0
 print("torch" in sys.modules)
@@ -62,6 +64,15 @@ def test_help_names_every_command_and_version_the_version(capsys: pytest.Capture
         assert main(argv) == 0
         printed = capsys.readouterr().out
         assert all(text in printed for text in expected)
+
+
+def test_torchrun_can_say_what_was_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It ends with the contents of this file, below a traceback of its own."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert main(["train"]) == 2
+    told = json.loads((tmp_path / "error.json").read_text())
+    assert told["message"] == "train needs --images, --model, --out (or --resume RUN)"
+    assert abs(told["timestamp"] - time.time()) < 60
 
 
 def help_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *argv: str, columns: int = 100) -> str:
@@ -563,6 +574,7 @@ def test_eval_of_an_adapter_names_its_run_before_anything_is_loaded(place: Path,
     (run / "config.yaml").write_text((place / "unfinished" / "config.yaml").read_text())
     code = f"""
 import sys
+import time
 from ireasoner.app.cli import main
 for folder in {[str(path.parent) for path in run.rglob("solver")]!r}:
     assert main(["eval", "tiny", folder + "/solver", "--data", {str(place / "good.jsonl")!r}]) == 2

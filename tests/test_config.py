@@ -158,6 +158,18 @@ def test_a_resumed_run_may_work_elsewhere_and_in_nothing_else_be_another(tmp_pat
         continued(tmp_path, {"patience": 0})
 
 
+def test_importance_weights_are_for_samplers_that_are_not_the_learner():
+    assert resolve(NEEDED).fitted_optimizer().importance_cap == 0
+    for elsewhere in ({"engine": "vllm"}, {"servers": "http://a:1"}):
+        config = resolve({**NEEDED, **elsewhere})
+        assert config.fitted_optimizer().importance_cap == 2
+        assert config.changed(importance_cap=0).fitted_optimizer().importance_cap == 0
+        assert config.optimizer.importance_cap is None  # a resumed run decides anew
+    assert resolve({**NEEDED, "importance_cap": 3}).fitted_optimizer().importance_cap == 3
+    with pytest.raises(ConfigError, match="--importance-cap: must be at least 1, or 0 for no weights"):
+        resolve({**NEEDED, "importance_cap": 0.5})
+
+
 def test_an_option_changes_and_nothing_else_does():
     config = resolve(NEEDED)
     changed = config.changed(kl_coef=0.5, steps=7)

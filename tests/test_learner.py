@@ -348,6 +348,55 @@ def test_a_gap_that_is_no_number_is_shown(scene: Scene, row: int):
     assert math.isnan(metrics["sampler_gap"])
 
 
+def told(completion: Completion, less: float) -> Completion:
+    """The completion of a sampler that found each of its tokens less likely, by so many nats."""
+    return replace(completion, logprobs=tuple(logprob - less for logprob in completion.logprobs))
+
+
+def test_tokens_that_the_sampler_found_less_likely_count_more(scene: Scene):
+    """A trajectory all of whose tokens have a weight teaches as if its advantage were so many times as large."""
+    first, *others = scene.groups[0]
+    start, share = weights(scene.policy), len(first.token_ids) / sum(len(c.token_ids) for g in scene.groups for c in g)
+
+    def update(completion: Completion, factor: float, cap: float) -> tuple[dict[str, Tensor], dict[str, float]]:
+        scene.policy.model.load_state_dict(start, strict=False)
+        learner = scene.learner(kl_coef=0.5, importance_cap=cap, tokens_per_batch=1)  # so that there are micro-batches
+        advantages = learner.advantages(REWARDS)
+        advantages[0, 0] *= factor
+        learner.advantages = lambda rewards: advantages  # type: ignore[method-assign]
+        return descend(learner, scene.prompts, [[completion, *others], scene.groups[1]], REWARDS)
+
+    for less, weight in ((math.log(1.5), 1.5), (5.0, 2.0)):
+        gradient, metrics = update(told(first, less), 1.0, 2.0)
+        expected, plain = update(first, weight, 0.0)
+        assert_same_gradient(gradient, expected)
+        for name in ("loss", "kl", "token_entropy"):
+            assert metrics[name] == pytest.approx(plain[name], rel=1e-4), name
+        assert metrics["mean_sampler_gap"] == pytest.approx(abs(less) * share, abs=1e-4)
+        assert metrics["importance_weight"] == pytest.approx(1 + share * (weight - 1), abs=1e-4)
+        assert metrics["importance_capped"] == pytest.approx(share if less == 5.0 else 0.0)
+        assert metrics["effective_tokens"] < 1 - 1e-3
+        assert "importance_weight" not in plain
+
+
+def test_without_log_probabilities_of_the_sampler_nothing_is_weighted(scene: Scene):
+    """Bit for bit, as with weights that are 1."""
+    start, found, broken = weights(scene.policy), [], (math.nan, math.inf, -math.inf)
+    unknown = [
+        [replace(c, logprobs=(value,) * len(c.token_ids)) for c, value in zip(group, broken, strict=True)]
+        for group in scene.groups
+    ]
+    for groups, cap in ((scene.groups, None), (unknown, 2.0)):
+        scene.policy.model.load_state_dict(start, strict=False)
+        metrics = teach(scene.learner(importance_cap=cap), scene.prompts, groups, REWARDS)
+        found.append((weights(scene.policy), metrics))
+    (plain, metrics), (weighted, others) = found
+    assert_same_bits(plain, weighted)
+    assert (metrics["loss"], metrics["grad_norm"]) == (others["loss"], others["grad_norm"])
+    assert (others["importance_weight"], others["importance_capped"], others["effective_tokens"]) == (1.0, 0.0, 1.0)
+    assert math.isnan(others["mean_sampler_gap"])
+
+
 def test_no_dropout_in_the_update(scene: Scene):
     start, found = weights(scene.policy), []
     for seed in (1, 2):

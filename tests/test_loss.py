@@ -5,12 +5,21 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from statistics import fmean
 
 import pytest
 import torch
 from torch import Tensor
 
-from ireasoner.model.loss import adapt_kl_coef, reinforce_loss, token_statistics, trajectory_means
+from ireasoner.model.loss import (
+    adapt_kl_coef,
+    gap_metrics,
+    gap_sums,
+    importance_weights,
+    reinforce_loss,
+    token_statistics,
+    trajectory_means,
+)
 
 T, D, V = 37, 4, 50
 
@@ -138,6 +147,102 @@ def test_reinforce_loss_by_hand():
     loss.backward()
     assert logprobs.grad is not None
     assert logprobs.grad.tolist() == [-0.5, 0.25]  # descent raises what earned more and lowers what earned less
+
+
+# Learner (0.6, 0.1, 0.9), sampler (0.5, 0.2, 0.3): ratios 1.2, 0.5 and 3, of which the last is cut to 2.
+LEARNER, SAMPLER = torch.tensor([0.6, 0.1, 0.9]).log(), torch.tensor([0.5, 0.2, 0.3]).log()
+
+
+def test_importance_weights_by_hand():
+    learner = LEARNER.clone().requires_grad_()
+    weights = importance_weights(learner, SAMPLER, 2.0)
+    assert weights.tolist() == pytest.approx([1.2, 0.5, 2.0])
+    assert not weights.requires_grad
+    assert importance_weights(LEARNER, SAMPLER, 10.0).tolist() == pytest.approx([1.2, 0.5, 3.0])
+    assert importance_weights(LEARNER, SAMPLER, 0.0).tolist() == [1.0, 1.0, 1.0]
+    assert importance_weights(LEARNER, LEARNER, 2.0).tolist() == [1.0, 1.0, 1.0]  # exactly
+    assert importance_weights(torch.tensor([0.0]), torch.tensor([-1e4]), 2.0).tolist() == [2.0]  # no overflow
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_token_whose_probability_is_unknown_counts_once(broken: float):
+    unknown = torch.tensor([broken, -0.5])
+    assert importance_weights(torch.tensor([-0.5, -0.5]), unknown, 2.0).tolist() == [1.0, 1.0]
+    assert importance_weights(unknown, torch.tensor([-0.5, -0.5]), 2.0).tolist() == [1.0, 1.0]
+
+
+def test_gap_metrics_by_hand():
+    # |ln 1.2| = 0.182322, |ln 0.5| = 0.693147, |ln 3| = 1.098612: mean 0.658027. Weights 1.2, 0.5, 2: mean 1.233333, of
+    # their squares 1.44 + 0.25 + 4 = 5.69, so that (3.7)² / (3 · 5.69) = 0.801992 of the tokens count.
+    parts = [
+        gap_sums(LEARNER[part] - SAMPLER[part], importance_weights(LEARNER[part], SAMPLER[part], 2.0), 2.0)
+        for part in (slice(0, 1), slice(1, 3))  # of two micro-batches
+    ]
+    assert gap_metrics(parts[0] + parts[1], weighted=True) == pytest.approx(
+        {
+            "mean_sampler_gap": 0.658027, "importance_weight": 1.233333, "importance_capped": 1 / 3,
+            "effective_tokens": 0.801992,
+        },
+        abs=1e-6,
+    )  # fmt: skip
+    assert gap_metrics(parts[0], weighted=False) == pytest.approx({"mean_sampler_gap": 0.182322}, abs=1e-6)
+
+
+def expected_gradient(logits: Tensor, sampler: Tensor, rewards: Tensor, cap: float) -> Tensor:
+    """The gradient of the loss in expectation over all texts of two tokens that a sampler may write.
+
+    Args:
+        logits: of the learner, [1 + V, V]: of the first token, and of the second one after each first token.
+        sampler: the same of the sampler.
+        rewards: of each text [V, V].
+        cap: of the importance weights.
+    """
+    logits = logits.clone().requires_grad_()
+    ours, theirs = logits.log_softmax(-1), sampler.log_softmax(-1)
+    loss, size = torch.zeros(()), logits.shape[1]
+    for a in range(size):
+        for b in range(size):
+            drawn, told = (torch.stack([table[0, a], table[1 + a, b]]) for table in (ours, theirs))
+            weighted = importance_weights(drawn, told, cap) * drawn
+            means = trajectory_means(weighted, torch.ones(1, 2, dtype=torch.bool))
+            loss = loss + told.sum().exp() * reinforce_loss(means, torch.zeros(1), rewards[a, b, None], 0.0)
+    return torch.autograd.grad(loss, logits)[0]
+
+
+def gradient_errors(seed: int, last_token_counts: bool, centred: bool) -> tuple[float, float]:
+    """How far the gradients of a slightly different sampler are from the policy's own, unweighted and weighted.
+
+    Args:
+        seed: of the two policies and the rewards.
+        last_token_counts: whether rewards depend on the second token as well.
+        centred: whether their mean is taken off, as a baseline does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    policy = torch.randn(5, 4, generator=generator)
+    sampler = policy + 0.1 * torch.randn(5, 4, generator=generator)
+    rewards = torch.rand(4, 4, generator=generator)
+    if not last_token_counts:
+        rewards = rewards[:, :1].repeat(1, 4)
+    if centred:
+        logprobs = policy.log_softmax(-1)
+        rewards -= ((logprobs[0, :, None] + logprobs[1:]).exp() * rewards).sum()
+    aim = expected_gradient(policy, policy, rewards, 0.0)
+    plain, weighted = (expected_gradient(policy, sampler, rewards, cap) for cap in (0.0, 2.0))
+    return (plain - aim).norm().item(), (weighted - aim).norm().item()
+
+
+@pytest.mark.parametrize(("centred", "left"), [(False, 0.4), (True, 0.8)])
+def test_weights_bring_the_gradient_of_another_sampler_nearer_to_that_of_the_policy(centred: bool, left: float):
+    """Nothing is sampled: these are expectations over all texts of two tokens, for several policies."""
+    errors = [gradient_errors(seed, last_token_counts=True, centred=centred) for seed in range(10)]
+    assert fmean(weighted / plain for plain, weighted in errors) < left
+
+
+def test_weights_correct_all_that_a_token_itself_earns():
+    """What is left above is that the other token is the sampler's as well."""
+    plain, weighted = gradient_errors(0, last_token_counts=False, centred=True)
+    assert plain > 1e-3
+    assert weighted < 1e-6
 
 
 def test_adapt_kl_coef_by_hand():

@@ -6,16 +6,19 @@ pressed. The processes of the others are forked, which saves each of them the se
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +202,123 @@ def test_killed_at_random_moments_two_processes_end_like_the_reference(place: Pa
     assert not list((out / "checkpoints").glob(".*"))
 
 
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[list[str]]:
+    """Two network namespaces that are connected with each other, 10.213.7.1 and 10.213.7.2: as good as two hosts."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("only root can make network namespaces, with the command ip")
+    names = [f"ireasoner-{os.getpid()}-{rank}" for rank in range(2)]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "net0", "netns", names[0], "type", "veth", "peer", "name", "net0", "netns", names[1])
+        for rank, name in enumerate(names):
+            ip("-n", name, "address", "add", f"10.213.7.{rank + 1}/24", "dev", "net0")
+            ip("-n", name, "link", "set", "net0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces cannot be made here: {error.stderr}")
+    else:
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+CLONE_NEWNET = 0x40000000  # of sched.h: the namespace is one of networks
+
+
+def move_to(host: str) -> None:
+    """Have this process, and the threads that it starts from now on, use the network of a host."""
+    with open(f"/run/netns/{host}") as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def start_on(hosts: list[str], *arguments: object, output: Path, **environment: str) -> list[Forked]:
+    """Start one process of a run on each host."""
+    shared = {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "10.213.7.1",
+        "MASTER_PORT": "29500", **environment,
+    }  # fmt: skip
+    return [
+        forked.start(
+            *arguments,
+            output=output / str(rank),
+            environment=shared | {"RANK": str(rank)},
+            before=partial(move_to, host),
+        )
+        for rank, host in enumerate(hosts)
+    ]
+
+
+def test_where_the_link_between_two_hosts_is_cut_both_end_soon_and_the_run_goes_on(
+    place: Path, together: Path, hosts: list[str]
+):
+    """Torch alone would wait for half an hour without a word."""
+    out, patience, printed = place / "cut", 4, place / "cut-printed"
+    both = start_on(
+        hosts, *options(place), "--out", out, "--patience", patience, output=printed, GLOO_SOCKET_IFNAME="net0"
+    )
+    with both[0], both[1]:
+        both[0].wait_until((out / "checkpoints/step-000001").exists)
+        ip("-n", hosts[1], "link", "set", "net0", "down")
+        began = time.monotonic()
+        said = finish(both, expected=2)
+        assert time.monotonic() - began < patience + 10
+    for each in said:
+        assert_lost(each, out)
+        assert "Timed out waiting 4000ms" in each
+    ip("-n", hosts[1], "link", "set", "net0", "up")
+    finish(start_on(hosts, "train", "--resume", out, output=place / "mended-printed", GLOO_SOCKET_IFNAME="net0"))
+    assert_bitwise(out, together)  # of two processes on one host
+
+
+def test_a_host_whose_name_leads_nowhere_is_told_before_anything_hangs(place: Path, hosts: list[str]):
+    """As where /etc/hosts has 127.0.1.1 for it: gloo would tell the other host this address."""
+    both = start_on(hosts, *options(place), "--out", place / "nowhere", output=place / "nowhere-printed")
+    for said in finish(both, expected=2):
+        assert "set GLOO_SOCKET_IFNAME to the network interface that leads to them (there are net0)" in said
+
+
+def test_hosts_that_do_not_share_the_run_directory_are_told(place: Path, together: Path):
+    """Each would go on from a step of its own."""
+    both = []
+    for environment in forked.environments_of_two():
+        out = place / f"unshared-{environment['RANK']}"
+        shutil.copytree(together, out)
+        (out / "summary.json").unlink()
+        printed = place / f"{out.name}-printed"
+        both.append(forked.start("train", "--resume", out, output=printed, environment=environment))
+    shutil.rmtree(place / "unshared-1" / "checkpoints" / "step-000004")
+    for said in finish(both, expected=2):
+        assert "after different steps (3, 4): it must be one folder that all hosts share" in said
+    assert records(place / "unshared-0", "metrics.jsonl") == records(together, "metrics.jsonl")
+
+
+def test_processes_that_do_not_find_each_other_say_where_they_looked(monkeypatch: pytest.MonkeyPatch):
+    def fail(**options: Any) -> None:
+        assert options["timeout"].total_seconds() == 7
+        raise RuntimeError("Unable to find address for: eth7\n#0: a trace")
+
+    monkeypatch.setattr(processes, "PartialState", fail)
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "gpu1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "eth7"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(LostProcessError, match="did not find each other at gpu1:29500 within --patience") as alone:
+        processes.joined("cpu", 7).__enter__()
+    assert "GLOO_SOCKET_IFNAME" not in str(alone.value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(LostProcessError, match=r"GLOO_SOCKET_IFNAME .* may have to name the network interface") as lost:
+        processes.joined("cpu", 7).__enter__()
+    assert str(lost.value).endswith("(torch says: Unable to find address for: eth7)")
+
+
 def test_a_mistake_is_said_by_each_process(place: Path):
     processes = forked.start_two(
         *options(place, model="no/such/model"), "--out", place / "mistake", output=place / "mistake-printed"
@@ -245,7 +365,7 @@ def exchange() -> int:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("an object was sent as a pickle")
 
-    with processes.joined("cpu") as joined:
+    with processes.joined("cpu", 60) as joined:
         for name in ("dumps", "loads", "Pickler", "Unpickler"):
             setattr(pickle, name, refuse)
         torch.distributed.distributed_c10d._pickler = torch.distributed.distributed_c10d._unpickler = refuse
@@ -369,7 +489,7 @@ def test_an_image_that_one_process_cannot_read_is_skipped_by_both(place: Path):
 
 def test_a_device_with_a_number_is_refused_for_several_processes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="--device cuda:0 names one GPU"), processes.joined("cuda:0"):
+    with pytest.raises(UsageError, match="--device cuda:0 names one GPU"), processes.joined("cuda:0", 60):
         pass
 
 

@@ -19,6 +19,7 @@ import pytest
 import forked
 from ireasoner.app.cli import main
 from ireasoner.playground import world
+from ireasoner.training import stopping
 from ireasoner.training.checkpoints import newest_checkpoint
 from ireasoner.training.config import Config, load_config, resolve
 from ireasoner.training.evaluation import EvaluationOptions
@@ -279,6 +280,25 @@ def test_a_scheduler_s_signal_saves_and_stops(pool: Path, tmp_path: Path, number
     assert done.returncode == 130
     assert "saved. Continue with" in done.stdout
     assert newest_checkpoint(out / "checkpoints")[0] is not None
+
+
+def asks_after_two_signals() -> bool:
+    """Whether a run is asked to stop by two signals, one right after the other; the second may end the process."""
+    with stopping.stop_requests() as asked:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return asked()
+
+
+def test_a_signal_that_the_launcher_passes_on_is_the_first_one_again(monkeypatch: pytest.MonkeyPatch):
+    """Slurm sends it to all processes, and torchrun once more to those that it has started."""
+    with pytest.raises(KeyboardInterrupt):
+        asks_after_two_signals()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert asks_after_two_signals()
+    monkeypatch.setattr(stopping, "PASSED_ON_WITHIN", 0.0)  # somebody is in a hurry
+    with pytest.raises(KeyboardInterrupt):
+        asks_after_two_signals()
 
 
 def test_a_closed_output_does_not_end_a_run(pool: Path, tmp_path: Path):

@@ -301,7 +301,7 @@ def test_repeated_share(text: str, share: float):
 
 SOUND = {
     "finite": 1.0, "readable_questions": 0.98, "readable": 0.98, "paid": 0.97, "advantage_std": 0.2, "kl": 0.01,
-    "moved": 0.01,
+    "moved": 0.01, "mean_sampler_gap": 0.1,
 }  # fmt: skip
 DEATHS = [
     ("finite", 0.0, "gradients are not finite", True),
@@ -311,6 +311,7 @@ DEATHS = [
     ("advantage_std", 0.0, "the rewards of a step are all the same", False),
     ("kl", 3.0, "the model has moved very far", True),
     ("kl", 1e-7, "the model hardly moves", False),
+    ("mean_sampler_gap", 0.5, "the sampler seems to be another model", False),
     ("moved", 0.0, "the solver's adapter is as it was at the start", True),
     ("majority_fraction", 1.0, "every group agrees", False),
     ("distinct_questions", 0.01, "nearly all questions are the same", False),
@@ -399,9 +400,13 @@ def test_floor_signals_are_what_they_say():
     first, second = paid.trajectories
     paid = paid.model_copy(update={"trajectories": (first.model_copy(update={"reward": 0.5}), second)})
     unasked = episode("b.png", "", [])
-    learned = {"grad_norm/solver": math.nan, "grad_norm/proposer": 1.0, "kl/solver": 0.25, "advantage_std/solver": 0.5}
+    learned = {
+        "grad_norm/solver": math.nan, "grad_norm/proposer": 1.0, "kl/solver": 0.25, "advantage_std/solver": 0.5,
+        "mean_sampler_gap/solver": 0.5, "mean_sampler_gap/proposer": 0.75,
+    }  # fmt: skip
     assert floor_signals([paid, unasked], learned, 0.125) == {
         "readable_questions": 0.5, "paid": 0.5, "finite": 0.5, "kl": 0.25, "advantage_std": 0.5, "moved": 0.125,
+        "mean_sampler_gap": 0.75,
     }  # fmt: skip
     assert floor_signals([unasked], {}, 0.0) == {"readable_questions": 0.0, "moved": 0.0}
     assert common_problem([paid, paid, unasked]) is None

@@ -3,9 +3,12 @@ is chosen, and what it needs when it runs, so that `--help` answers at once."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
@@ -124,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")  # of several processes of one run
         said = plain(said, 2000)  # it may quote a run directory of somebody else
         print(f"{PROGRAM}: {said}" if rank == "0" else f"{PROGRAM}, process {rank}: {said}", file=sys.stderr)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with a list of what is in such files
+            Path(report).write_text(json.dumps({"message": said, "timestamp": int(time.time())}), "utf-8")
         return 2
     except BrokenPipeError:  # whoever read the output has gone, as in `ireasoner eval … | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,10 +6,13 @@ a number is sent as the bytes of JSON, never as a pickle.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
+import socket
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -65,8 +68,13 @@ class Joined(Processes):
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Processes]:
-    """Join the processes that were started with this one, for a run on `device` ('auto', 'cpu', 'cuda' or 'cuda:N').
+def joined(device: str, patience: float, shard: bool = False) -> Iterator[Processes]:
+    """Join the processes that were started with this one.
+
+    Args:
+        device: of the run: 'auto', 'cpu', 'cuda' or 'cuda:N'.
+        patience: seconds that one process waits for another in any exchange, this one included.
+        shard: whether the model's passes are exchanges as well.
 
     Raises:
         UsageError: a GPU by its number for several processes, or processes that do not find each other.
@@ -78,14 +86,76 @@ def joined(device: str) -> Iterator[Processes]:
     if ":" in device:
         raise UsageError(f"--device {device} names one GPU, and several processes were started: use auto, cpu or cuda")
     on_cpu = resolve_device(device) == "cpu"
-    state = PartialState(cpu=on_cpu)
-    if state.num_processes != started:
+    if on_cpu:
+        _check_address()
+    elif not shard:
+        # NCCL returns before an exchange is done, and when it takes too long, torch ends the process without a word of
+        # ours. Waiting for it raises an error instead. A sharded model must not wait: layers are fetched ahead.
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    try:
+        state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=patience))
+        # On CPUs, accelerate numbers the device by the process ("cpu:1"); there is only one CPU device.
+        found = Joined(state.process_index, state.num_processes, "cpu" if on_cpu else str(state.device))
+        found.wait()  # NCCL connects at the first exchange
+    except (RuntimeError, LostProcessError) as error:
+        raise _not_found(error.__cause__ or error) from error
+    if found.count != started:
         raise UsageError("the processes that were started did not find each other: name --device cpu or cuda")
     try:
-        # On CPUs, accelerate numbers the device by the process ("cpu:1"); there is only one CPU device.
-        yield Joined(state.process_index, state.num_processes, "cpu" if on_cpu else str(state.device))
+        yield found
     finally:
         state.destroy_process_group()
+
+
+def _is_on_several_hosts() -> bool:
+    """Whether the launcher says so; one that is not torch's may say nothing."""
+    started = os.environ.get("WORLD_SIZE", "1")
+    return int(started) > int(os.environ.get("LOCAL_WORLD_SIZE", started))
+
+
+def _check_address() -> None:
+    """Refuse to start where gloo would tell the other hosts an address that leads them back to themselves.
+
+    Unless an interface is named, gloo takes the first address of this host's name that can be used, or 127.0.0.1.
+
+    Raises:
+        UsageError: no interface is named, and this address is a loopback one.
+    """
+    if not _is_on_several_hosts() or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    name, address = socket.gethostname(), "127.0.0.1"
+    with suppress(OSError):  # the name may be unknown
+        for family, kind, protocol, _, place in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM):
+            with suppress(OSError), socket.socket(family, kind, protocol) as usable:
+                usable.bind(place)
+                address = str(place[0])
+                break
+    if ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        raise UsageError(
+            f"several hosts take part in this run, and this one's name, {name}, leads to {address}, where the others "
+            f"cannot reach it: set GLOO_SOCKET_IFNAME to the network interface that leads to them ({_interfaces()})"
+        )
+
+
+def _interfaces() -> str:
+    names = [name for _, name in socket.if_nameindex() if name != "lo"]
+    return f"there are {', '.join(names)}" if names else "there is none but lo"
+
+
+def _not_found(error: BaseException) -> LostProcessError:
+    """What to say where the processes do not find each other at the start."""
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    told = f"the processes of this run did not find each other at {place} within --patience"
+    if _is_on_several_hosts():
+        told += (
+            "; on every host GLOO_SOCKET_IFNAME (CPUs) or NCCL_SOCKET_IFNAME (GPUs) may have to name the network "
+            f"interface that leads to the others (here, {_interfaces()})"
+        )
+    return LostProcessError(f"{told} (torch says: {_first_line(error)})")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 @contextmanager
@@ -96,8 +166,7 @@ def _boundary() -> Iterator[None]:
     except torch.OutOfMemoryError:  # a RuntimeError too, but no other process's doing
         raise
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
         raise LostProcessError(
-            "another process of this run has ended or cannot be reached: what is saved is safe; start as many as you "
-            f"like again, with train --resume RUN (torch says: {reason})"
+            "another process of this run has ended, or did not answer within --patience: what is saved is safe; start "
+            f"as many as you like again, with train --resume RUN (torch says: {_first_line(error)})"
         ) from error

@@ -3,8 +3,12 @@
 What it does: the mean log-probability of each trajectory's tokens, weighted by its advantage, plus β times the exact KL
 to the backbone without adapters; one AdamW step on the role's own LoRA tensors; then β moves toward its KL target.
 
-What it leaves out: importance ratios and clipping (each batch is used once, on the policy that sampled it), value
-functions, advantage normalisation, entropy bonuses, dropout. It does not know how a reward was made.
+Where the sampler is not the learner's own model, as with vLLM, a token's log-probability in that mean is weighted by
+how much likelier the learner finds the token (`importance_weights`). The KL is not: it is exact over the vocabulary
+at every position, whichever token was drawn there, so that a weight, whose mean is 1, would only add noise.
+
+What it leaves out: clipping of ratios as in PPO (each batch is used once), value functions, advantage normalisation,
+entropy bonuses, dropout. It does not know how a reward was made.
 
 Shape suffixes: G groups, N completions of each, R completions of a micro-batch, C completion positions (right-padded).
 """
@@ -28,6 +32,9 @@ from ireasoner.model.inputs import Prompts
 from ireasoner.model.loss import (
     MovingBaseline,
     adapt_kl_coef,
+    gap_metrics,
+    gap_sums,
+    importance_weights,
     leave_one_out_advantages,
     reinforce_loss,
     token_statistics,
@@ -63,6 +70,7 @@ class Learner:
         )
         self.baseline = MovingBaseline(recipe.baseline_momentum)
         self.kl_coef = recipe.kl_coef
+        self.importance_cap = options.importance_cap or 0.0
         self.batching = Batching(policy, options.tokens_per_batch)
         self.updates = 0  # how many have changed something here
 
@@ -94,11 +102,11 @@ class Learner:
         Returns:
             Metrics by name, without the role: `loss`, `kl` and `token_entropy` in nats, means over trajectories;
             `kl_coef` in this update; `grad_norm` before clipping; `sampler_gap`, the largest difference between the
-            sampler's log-probabilities and the learner's.
+            sampler's log-probabilities and the learner's; and those of `gap_metrics`.
         """
         rewards_GN = torch.tensor(rewards, dtype=torch.float32)
         scale = self._loss_scale(groups, rewards_GN.numel())
-        sums, sampler_gap = torch.zeros(3, dtype=torch.float64), torch.zeros(())
+        sums, sampler_gap = torch.zeros(8, dtype=torch.float64), torch.zeros(())
 
         def backward(piece: Piece) -> tuple[Tensor, Tensor]:
             assert prompts is not None
@@ -123,7 +131,8 @@ class Learner:
         # Every process divided by the number of completions of all, so that the sum is the gradient of their mean, in
         # whatever way they were dealt out.
         self.processes.sum_gradients(self.parameters.values())
-        loss, kl, entropy = self.processes.sum(sums).tolist()
+        sums = self.processes.sum(sums)
+        loss, kl, entropy = sums[:3].tolist()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm).item()
         # One NaN would spoil the adapter and AdamW's moments for good; the step is left out, and `grad_norm` shows it.
         # It is left out as well where there is nothing to learn, neither from advantages nor from the KL: the gradient
@@ -134,6 +143,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         metrics = {"loss": loss, "kl": kl, "token_entropy": entropy, "kl_coef": self.kl_coef, "grad_norm": grad_norm}
         metrics["sampler_gap"] = self.processes.maximum(sampler_gap.item())
+        metrics |= gap_metrics(sums[3:], weighted=self.importance_cap > 0)
         if math.isfinite(kl):
             self.kl_coef = adapt_kl_coef(self.kl_coef, kl, self.recipe.kl_target, self.recipe.kl_rate)
         return metrics
@@ -156,19 +166,22 @@ class Learner:
         """Add a micro-batch's share of the gradient, times `scale`: all of it or, where memory runs out, nothing.
 
         Returns:
-            Its share of the mean loss, KL and token entropy, and its sampler gap.
+            Its share of the mean loss, KL and token entropy, followed by its `gap_sums`; and its sampler gap.
         """
         ids_RC, sampler_logprobs_RC, mask_RC = _pad(completions, self.policy.pad_token, self.policy.device)
         hidden = completion_hidden(self.policy, prompts, ids_RC, mask_RC, self.role)
         with torch.no_grad():
             reference_hidden = completion_hidden(self.policy, prompts, ids_RC, mask_RC, None)
         tokens = token_statistics(hidden, reference_hidden, ids_RC[mask_RC], self.policy.output_layer)
+        sampler_logprobs_T = sampler_logprobs_RC[mask_RC]
+        weights_T = importance_weights(tokens.logprobs_T, sampler_logprobs_T, self.importance_cap)
         kl_R = trajectory_means(tokens.kl_T, mask_RC)
-        logprobs_R = trajectory_means(tokens.logprobs_T, mask_RC)
+        logprobs_R = trajectory_means(weights_T * tokens.logprobs_T, mask_RC)
         loss = reinforce_loss(logprobs_R, kl_R, advantages_R.to(self.policy.device), self.kl_coef)
         entropy = trajectory_means(tokens.token_entropy_T, mask_RC).sum()
-        gap = (tokens.logprobs_T.detach() - sampler_logprobs_RC[mask_RC]).abs().max().cpu()
-        sums = torch.tensor([loss.item(), kl_R.sum().item(), entropy.item()], dtype=torch.float64)
+        gap_T = tokens.logprobs_T.detach() - sampler_logprobs_T
+        means = torch.tensor([loss.item(), kl_R.sum().item(), entropy.item()], dtype=torch.float64) / total
+        sums = torch.cat([means, gap_sums(gap_T, weights_T, self.importance_cap)])
         # Not `backward`, which adds to each gradient as soon as it has it: one that ran out of memory halfway would
         # leave a part behind, and its micro-batch is done again.
         parameters = list(self.parameters.values())
@@ -178,7 +191,7 @@ class Learner:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        return sums / total, gap
+        return sums, gap_T.abs().max().cpu()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a resumed run needs: copies of the optimizer's tensors (none before its first step), and numbers.

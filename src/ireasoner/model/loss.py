@@ -118,6 +118,56 @@ def token_statistics(
     return TokenStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
+def importance_weights(logprobs_T: Tensor, sampler_logprobs_T: Tensor, cap: float) -> Tensor:
+    """How much each token counts: w = min(cap, π(a) / q(a)), through which no gradient flows.
+
+    A token a was drawn from the sampler's distribution q, which is not quite the learner's π: it rounds differently, or
+    is of an older version. For any f, E_q[w f] = E_π[f] given what was written before the token, as long as no weight
+    is truncated. The cap bounds what a single token can add that the sampler thought unlikely (truncated importance
+    sampling: Ionides 2008; for language models Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
+    Off-Policy RL Training"). What was written before and after the token stays the sampler's: to correct that as well
+    would take the product of the weights of a whole trajectory, whose variance grows with the length.
+
+    Where one of the log-probabilities is not finite, nothing is known about the token, and its weight is 1.
+
+    Args:
+        logprobs_T: log π of the tokens that were drawn.
+        sampler_logprobs_T: log q of them, as the sampler told it.
+        cap: the largest weight, at least 1; or 0: every weight is 1.
+    """
+    gap_T = logprobs_T.detach() - sampler_logprobs_T
+    known_T = gap_T.isfinite() & (cap > 0)
+    return torch.where(known_T, gap_T.exp().clamp(max=cap), 1.0)
+
+
+def gap_sums(gap_T: Tensor, weights_T: Tensor, cap: float) -> Tensor:
+    """What `gap_metrics` needs of some tokens [5], in double precision, to be added up over all tokens of an update.
+
+    Args:
+        gap_T: log π − log q of the tokens.
+        weights_T: their importance weights.
+        cap: the largest weight.
+    """
+    columns = (torch.ones_like(gap_T), gap_T.abs(), weights_T, weights_T.square(), weights_T == cap)
+    return torch.stack([column.double().sum() for column in columns]).cpu()
+
+
+def gap_metrics(sums: Tensor, weighted: bool) -> dict[str, float]:
+    """How far the sampler is from the learner, from the sums of `gap_sums` over all tokens of an update.
+
+    Returns:
+        `mean_sampler_gap`: the mean of |log π − log q|, in nats. Where tokens are weighted, also `importance_weight`,
+        the mean weight; `importance_capped`, the share of tokens at the cap; and `effective_tokens`, the share of them
+        that would make as precise a gradient with equal weights, (Σ w)² / (n Σ w²) (Kish 1965).
+    """
+    count, distance, weight, squares, capped = sums.tolist()
+    found = {"mean_sampler_gap": distance / count}
+    if weighted:
+        found |= {"importance_weight": weight / count, "importance_capped": capped / count}
+        found["effective_tokens"] = weight**2 / (count * squares) if squares else 0.0
+    return found
+
+
 def trajectory_means(values_T: Tensor, mask_RC: Tensor) -> Tensor:
     """The mean [R] over each trajectory's own tokens, of values that stand row by row at True positions of the mask."""
     zeros_RC = torch.zeros(mask_RC.shape, dtype=values_T.dtype, device=values_T.device)

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from ireasoner.method.recipe import Count, NonNegative, Options, Positive
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def _none_or_from_one(cap: float) -> float:
+    """A bound on importance weights. Below 1 it would truncate the weights of a sampler that is the learner itself.
+
+    Raises:
+        ValueError: the bound is neither 0, for no weights, nor 1 or more.
+    """
+    if cap != 0 and cap < 1:
+        raise ValueError("must be at least 1, or 0 for no weights")
+    return cap
 
 
 class BackboneOptions(Options):
@@ -40,6 +53,9 @@ class OptimizerOptions(Options):
     """AdamW weight decay."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm, for each role."""
+    importance_cap: Annotated[NonNegative, AfterValidator(_none_or_from_one)] | None = None
+    """Each token counts as much more or less in the gradient as the learner finds it likelier or less likely than the
+    sampler did, at most by this factor (0: all count the same; by default 2 where vLLM samples, and 0 elsewhere)."""
     tokens_per_batch: Count = 3072
     """Most tokens of an update whose activations are kept at a time; larger groups compute them again in the backward
     pass. Lowered at a run's start to what the GPU holds; sampling is held to the same memory."""

@@ -223,10 +223,13 @@ class Config(Options):
         return config_of({**self.flat(), **options}).model_copy(update=kept)
 
     def fitted_optimizer(self) -> OptimizerOptions:
-        """The optimizer's options, with the tokens of a batch that fit on the GPU."""
-        asked = self.optimizer.tokens_per_batch
+        """The optimizer's options, with the tokens of a batch that fit on the GPU, and importance weights where they
+        are needed unless they are asked for or refused."""
+        asked, cap = self.optimizer.tokens_per_batch, self.optimizer.importance_cap
         fitting = min(asked, self.fitted_tokens_per_batch or asked)
-        return self.optimizer.model_copy(update={"tokens_per_batch": fitting})
+        if cap is None:  # decided anew by a resumed run, which may sample elsewhere
+            cap = IMPORTANCE_CAP if self.engine == "vllm" or self.servers else 0.0
+        return self.optimizer.model_copy(update={"tokens_per_batch": fitting, "importance_cap": cap})
 
     def extended(self, steps: int) -> Config:
         """The same run, to go on to a later last step. Raises `ConfigError` if this is not later than its own."""
@@ -240,6 +243,8 @@ class Config(Options):
 UNNAMED = ("format", "reward_sha256", "init_adapters_sha256", "planned_steps", "fitted_tokens_per_batch")
 # Where a run does its work. A resumed run may be given others, and stays the same run.
 MACHINE_OPTIONS = ("device", "vllm_share", "shard", "servers", "patience")
+# The bound on importance weights where vLLM samples; verl has the same. Rounding alone hardly ever reaches it.
+IMPORTANCE_CAP = 2.0
 # The group of each option ("" for those of no group) and its name there. The option `recipe` is the name of a recipe.
 GROUPS: dict[str, type[Options]] = {
     name: field.annotation

@@ -112,7 +112,8 @@ def _run(
     began = time.monotonic()
     trackers = [*named_trackers(inputs.config), *observer.trackers]
     with ExitStack() as stack:
-        processes = stack.enter_context(joined(inputs.config.device))
+        machine = inputs.config
+        processes = stack.enter_context(joined(machine.device, machine.patience, machine.shard))
         if resuming and processes.is_main:
             stack.enter_context(writer_lock(out))
         config = stack.enter_context(fitted(inputs.config, out, processes, observer))

@@ -108,7 +108,8 @@ def open_directory(run: Run) -> bool:
         Whether there was a checkpoint.
 
     Raises:
-        UsageError: every checkpoint is damaged or does not fit, or the directory cannot be written.
+        UsageError: every checkpoint is damaged or does not fit, the processes find different ones, or the directory
+            cannot be written.
     """
     try:
         checkpoint, skipped = newest_checkpoint(run.out / "checkpoints")
@@ -118,6 +119,11 @@ def open_directory(run: Run) -> bool:
         raise RunError(f"every checkpoint of {run.out} is damaged: {skipped[0][0].name}: {skipped[0][1]}")
     state = read_state(checkpoint) if checkpoint else {"step": 0, "elapsed": 0.0}
     run.step, run.elapsed = state["step"], state["elapsed"]
+    if len(steps := set(run.processes.gather([run.step], run.processes.count))) > 1:
+        found = ", ".join(map(str, sorted(steps)))
+        raise RunError(
+            f"the processes find {run.out} after different steps ({found}): it must be one folder that all hosts share"
+        )
     if checkpoint:
         check_config(run.config, checkpoint)
     run.recorder.prepare()
