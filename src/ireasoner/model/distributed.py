@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -82,8 +83,9 @@ def joined(device: str) -> Iterator[Processes]:
     if state.num_processes != started:
         raise UsageError("the processes that were started did not find each other: name --device cpu or cuda")
     try:
-        # On CPUs, accelerate numbers the device by the process ("cpu:1"); there is only one CPU device.
-        yield Joined(state.process_index, state.num_processes, "cpu" if on_cpu else str(state.device))
+        with _boundary_of_passes():
+            # On CPUs, accelerate numbers the device by the process ("cpu:1"); there is only one CPU device.
+            yield Joined(state.process_index, state.num_processes, "cpu" if on_cpu else str(state.device))
     finally:
         state.destroy_process_group()
 
@@ -96,8 +98,26 @@ def _boundary() -> Iterator[None]:
     except torch.OutOfMemoryError:  # a RuntimeError too, but no other process's doing
         raise
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise LostProcessError(
-            "another process of this run has ended or cannot be reached: what is saved is safe; start as many as you "
-            f"like again, with train --resume RUN (torch says: {reason})"
-        ) from error
+        raise _lost(error) from error
+
+
+@contextmanager
+def _boundary_of_passes() -> Iterator[None]:
+    """The same for what is raised where not this module exchanges something, but FSDP within a pass of a sharded model.
+
+    Anything else that a pass raises is no other process's doing, so it counts where the error arose.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if traceback.extract_tb(error.__traceback__)[-1].filename != torch.distributed.distributed_c10d.__file__:
+            raise
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> LostProcessError:
+    reason = str(error).partition("\n")[0]
+    return LostProcessError(
+        "another process of this run has ended or cannot be reached: what is saved is safe; start as many as you "
+        f"like again, with train --resume RUN (torch says: {reason})"
+    )

@@ -179,8 +179,6 @@ def evaluate(
         images = [load_image(q.image, options.max_image_pixels) for q in batch]
         if options.blank:
             images = [Image.new("RGB", image.size, GRAY) for image in images]
-        if not numbers:  # the others have a question more
-            continue
         encoded = encode_images(policy, images)
         requests = [
             Request(image, solver_messages(sampling.solver_prompt, q.question), (options.seed, i))
