@@ -108,12 +108,11 @@ def _saved(policy: Policy, tokens: int) -> list[int]:
         nonlocal place
         place = index
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:  # no backward pass follows; what a node saved of its own output would be a circle
         storage = tensor.untyped_storage()
         if storage._cdata not in held:
             held.add(storage._cdata)
             saved[place].append(storage)  # kept alive, or another one might get its address
-        return tensor
 
     hooks = [
         layer.register_forward_pre_hook(lambda *_, index=index: enter(index)) for index, layer in enumerate(layers, 1)
