@@ -50,6 +50,7 @@ def load_backbone(
     *,
     revision: str | None = None,
     attention: str | None = None,
+    stays_in_files: bool = False,
 ) -> PreTrainedModel:
     """Load a model without adapters, frozen, in eval mode; from safetensors only, and without running code it brings.
 
@@ -61,6 +62,8 @@ def load_backbone(
         device: 'cpu', 'cuda' or 'cuda:N'.
         revision: a branch, tag or commit of a model on the hub; None: the newest.
         attention: transformers' name of a way to compute attention; None: its own choice.
+        stays_in_files: leave the weights on the CPU, mapped from their files, for someone who moves them to the device
+            in parts.
 
     Raises:
         ModelError: no such model, files that are damaged or incomplete, no vision, an architecture that does not
@@ -80,7 +83,7 @@ def load_backbone(
             ignore_mismatched_sizes=True,  # they are told below
             attn_implementation=attention,
             # On the CPU they are mapped from the file, and PEFT would take a device map as a wish to offload.
-            device_map=None if device == "cpu" else device,
+            device_map=None if device == "cpu" or stays_in_files else device,
         )
     # What is missing or of another shape, transformers would have drawn at random.
     unfit = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})

@@ -53,13 +53,13 @@ class Batching:
         """What a micro-batch that did not fit is replaced by. Later ones are made smaller, too.
 
         Raises:
-            DoesNotFitError: it is a single completion, and checkpointed.
+            DoesNotFitError: it is a single completion, and checkpointed; or the policy is sharded.
         """
         tokens = self._tokens(lengths, piece)
         bounds = (self._lowered.get(piece.recomputed, tokens), max(1, tokens * 3 // 4))
         self._lowered[piece.recomputed] = min(bounds)
         what = f"an update of {tokens} tokens"
-        if piece.recomputed or len(piece.rows) > 1:
+        if piece.recomputed or len(piece.rows) > 1 or self.policy.is_sharded:
             return halved(self.policy, piece, what)
         self.policy.on_shortage(f"Out of memory in {what}, which is tried again with gradient checkpointing.")
         return [replace(piece, recomputed=True)]

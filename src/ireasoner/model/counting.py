@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface
 
 from ireasoner.method.types import ROLES
@@ -78,7 +79,7 @@ def _counted(policy: Policy) -> Footprint:
     once, twice = _cached(policy, TRIAL), _cached(policy, 2 * TRIAL)
     keys, values = ((two - one) // TRIAL for one, two in zip(once, twice, strict=True))
     return Footprint(
-        weights=sum(tensor.nbytes for tensor in [*policy.model.parameters(), *policy.model.buffers()]),
+        weights=sum(_held(tensor) for tensor in [*policy.model.parameters(), *policy.model.buffers()]),
         optimizer=2 * sum(adapters) + 2 * max(adapters),
         kept=round(sum(kept)),
         layer=round(max(kept)),
@@ -89,6 +90,11 @@ def _counted(policy: Policy) -> Footprint:
         logits=4 * vocabulary,
         feature=width * itemsize,
     )
+
+
+def _held(tensor: Tensor) -> int:
+    """Bytes of a tensor in this process, which may have a share of it."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
 
 
 def _saved(policy: Policy, tokens: int) -> list[int]:
@@ -102,12 +108,11 @@ def _saved(policy: Policy, tokens: int) -> list[int]:
         nonlocal place
         place = index
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:  # no backward pass follows; what a node saved of its own output would be a circle
         storage = tensor.untyped_storage()
         if storage._cdata not in held:
             held.add(storage._cdata)
             saved[place].append(storage)  # kept alive, or another one might get its address
-        return tensor
 
     hooks = [
         layer.register_forward_pre_hook(lambda *_, index=index: enter(index)) for index, layer in enumerate(layers, 1)

@@ -10,6 +10,7 @@ import ipaddress
 import json
 import os
 import socket
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -102,7 +103,8 @@ def joined(device: str, patience: float, shard: bool = False) -> Iterator[Proces
     if found.count != started:
         raise UsageError("the processes that were started did not find each other: name --device cpu or cuda")
     try:
-        yield found
+        with _boundary_of_passes():
+            yield found
     finally:
         state.destroy_process_group()
 
@@ -166,7 +168,25 @@ def _boundary() -> Iterator[None]:
     except torch.OutOfMemoryError:  # a RuntimeError too, but no other process's doing
         raise
     except RuntimeError as error:
-        raise LostProcessError(
-            "another process of this run has ended, or did not answer within --patience: what is saved is safe; start "
-            f"as many as you like again, with train --resume RUN (torch says: {_first_line(error)})"
-        ) from error
+        raise _lost(error) from error
+
+
+@contextmanager
+def _boundary_of_passes() -> Iterator[None]:
+    """The same for what is raised where not this module exchanges something, but FSDP within a pass of a sharded model.
+
+    Anything else that a pass raises is no other process's doing, so it counts where the error arose.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if traceback.extract_tb(error.__traceback__)[-1].filename != torch.distributed.distributed_c10d.__file__:
+            raise
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> LostProcessError:
+    return LostProcessError(
+        "another process of this run has ended, or did not answer within --patience: what is saved is safe; start "
+        f"as many as you like again, with train --resume RUN (torch says: {_first_line(error)})"
+    )

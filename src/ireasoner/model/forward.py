@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -152,6 +153,13 @@ def prefill(policy: Policy, prompts: Prompts) -> Prefix:
     return Prefix(cache, prompts.mask_BP, hidden[:, -1], positions[:, -1] + 1)
 
 
+def prefill_text(policy: Policy, ids_BP: Tensor, mask_BP: Tensor) -> Prefix:
+    """As `prefill`, for left-padded prompts of text alone."""
+    cache, positions_BP = new_cache(policy), mask_BP.cumsum(1)
+    hidden = run_decoder(policy, cache, ids_BP, mask_BP, positions_BP)
+    return Prefix(cache, mask_BP, hidden[:, -1], positions_BP[:, -1] + 1)
+
+
 def prefill_in_parts(policy: Policy, prompts: Prompts, size: int) -> Prefix:
     """As `prefill`, with at most `size` prompts in a pass. For caches of keys and values alone (`shares_prompts`)."""
     parts = [prefill(policy, prompts.padded(slice(i, i + size))) for i in range(0, len(prompts), size)]
@@ -220,6 +228,8 @@ def completion_hidden(policy: Policy, prompts: Prompts, ids_RC: Tensor, mask_RC:
     """
     if not policy.shares_prompts:
         return plain_completion_hidden(policy, prompts, ids_RC, mask_RC, role)
+    if policy.is_sharded and mask_RC.shape[1] == 1:  # every micro-batch must make the same passes: here two
+        ids_RC, mask_RC = (pad(each, (0, 1)) for each in (ids_RC, mask_RC))
     count = len(ids_RC) // len(prompts)
     with policy.acting_as(role), _recomputing(policy):
         prefix = prefill(policy, prompts)
@@ -230,6 +240,24 @@ def completion_hidden(policy: Policy, prompts: Prompts, ids_RC: Tensor, mask_RC:
             run = packed_hidden if policy.shares_attention else repeated_hidden
             hidden.append(run(policy, prefix, ids_RC[:, :-1], mask_RC[:, 1:]))
     return torch.cat(hidden, dim=1)[mask_RC]
+
+
+def idle_hidden(policy: Policy, role: Role | None) -> Tensor:
+    """Make the passes of `completion_hidden`, the same in number and order, on two tokens that mean nothing.
+
+    For a process that has no completions left while others, which share the decoder layers with it, have some.
+
+    Returns:
+        [1, tokens, D], which depends on the last layer of each pass.
+    """
+    ids = torch.full((1, 1), policy.pad_token, device=policy.device)
+    mask = torch.ones_like(ids)
+    with policy.acting_as(role):
+        if not policy.shares_prompts:
+            return policy.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        prefix = prefill_text(policy, ids, mask)
+        run = packed_hidden if policy.shares_attention else repeated_hidden
+        return torch.cat([prefix.last_hidden_BD[:, None], run(policy, prefix, ids, mask.bool())], dim=1)
 
 
 def repeated_hidden(policy: Policy, prefix: Prefix, ids_RC: Tensor, mask_RC: Tensor) -> Tensor:
@@ -249,7 +277,7 @@ def packed_hidden(policy: Policy, prefix: Prefix, ids_RC: Tensor, mask_RC: Tenso
     Args:
         prefix: B prompts.
         ids_RC: the tokens.
-        mask_RC: True at those that are to be run, at least one.
+        mask_RC: True at those that are to be run; where there are none, one place is run for nothing.
 
     Returns:
         Hidden states [R, C, D]; 0 where `mask_RC` is False.
@@ -258,7 +286,7 @@ def packed_hidden(policy: Policy, prefix: Prefix, ids_RC: Tensor, mask_RC: Tenso
     # A prompt's completions as one line of places; real tokens are sorted to its front, which keeps their order, and
     # the padding behind the longest line is cut off.
     real = mask_RC.reshape(prompts, -1)
-    place_BT = real.logical_not().sort(dim=1, stable=True).indices[:, : int(real.sum(1).max())]
+    place_BT = real.logical_not().sort(dim=1, stable=True).indices[:, : max(1, int(real.sum(1).max()))]
     real_BT = real.gather(1, place_BT)
     completion_BT, offset_BT = place_BT // longest, place_BT % longest
     same_BTT = completion_BT[:, :, None] == completion_BT[:, None]

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.types import Completion, Role
 from ireasoner.model.batching import Batching
-from ireasoner.model.forward import completion_hidden
+from ireasoner.model.forward import completion_hidden, idle_hidden
 from ireasoner.model.inputs import Prompts
 from ireasoner.model.loss import (
     MovingBaseline,
@@ -110,6 +110,7 @@ class Learner:
 
         def backward(piece: Piece) -> tuple[Tensor, Tensor]:
             assert prompts is not None
+            self.policy.sharded_over.any(True)  # which `_take_part` waits for
             completions = [completion for row in piece.rows for completion in groups[row][piece.columns]]
             advantages_R = advantages_GN[piece.rows, piece.columns].flatten()
             with self.policy.checkpointing(piece.recomputed):
@@ -122,6 +123,8 @@ class Learner:
             for _, (shares, gap) in in_pieces(pieces, backward, partial(self.batching.smaller, lengths)):
                 sums += shares
                 sampler_gap = sampler_gap.maximum(gap)  # unlike Python's `max`, it keeps NaN
+        while self.policy.sharded_over.any(False):  # others, which share the decoder layers with this one, have more
+            self._take_part()
         self.updates += 1
         if self._has_baseline:
             self.baseline.update(rewards_GN)
@@ -192,6 +195,14 @@ class Learner:
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         return sums, gap_T.abs().max().cpu()
+
+    def _take_part(self) -> None:
+        """Make the passes of a micro-batch of another process, forward and backward, for nothing."""
+        hidden = idle_hidden(self.policy, self.role)
+        with torch.no_grad():
+            idle_hidden(self.policy, None)
+        with self.policy.acting_as(self.role):
+            torch.autograd.grad(hidden.sum(), list(self.parameters.values()), allow_unused=True)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a resumed run needs: copies of the optimizer's tensors (none before its first step), and numbers.

@@ -16,10 +16,12 @@ from ireasoner.method.types import ROLES
 from ireasoner.model.attention import attending
 from ireasoner.model.backbone import language_targets, load_backbone, load_processor, read_config, resolve_device
 from ireasoner.model.counting import count
-from ireasoner.model.forward import Prefix, decode, new_cache, packed_hidden, repeated_hidden, run_decoder
+from ireasoner.model.forward import Prefix, decode, new_cache, packed_hidden, prefill_text, repeated_hidden
 from ireasoner.model.lora import HALF, Float32SumLinear
 from ireasoner.model.options import BackboneOptions
+from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
+from ireasoner.model.sharding import shard
 from ireasoner.model.source import ModelError, Source, find_model, waiting_line
 
 
@@ -31,6 +33,7 @@ def load_policy(
     device: str = "auto",
     seed: int = 0,
     tell: Callable[[str], None] = lambda line: None,
+    sharded_over: Processes = ALONE,
 ) -> Policy:
     """Load a model from 'tiny', a folder or a hub id, with new adapters.
 
@@ -41,6 +44,7 @@ def load_policy(
         device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
         seed: of the new adapters.
         tell: is told what is waited for, before the wait.
+        sharded_over: as for `make_policy`.
 
     Raises:
         ModelError: no such model or device, no vision, another architecture, or a LoRA target that matches nothing.
@@ -48,20 +52,33 @@ def load_policy(
     source = find_model(model, revision)  # asked once, so that weights and processor are of the same commit
     device = resolve_device(device)
     tell(waiting_line(source))
-    backbone = load_backbone(source, options.dtype, device, attention=options.attention)
+    in_parts = sharded_over.count > 1
+    backbone = load_backbone(source, options.dtype, device, attention=options.attention, stays_in_files=in_parts)
     processor = load_processor(source, options.max_image_tokens)
-    policy = make_policy(backbone, processor, options, seed=seed)
+    policy = make_policy(backbone, processor, options, seed=seed, sharded_over=sharded_over)
     policy.commit = source.commit
     return policy
 
 
-def make_policy(backbone: Any, processor: Any, options: BackboneOptions, *, seed: int = 0) -> Policy:
+def make_policy(
+    backbone: Any, processor: Any, options: BackboneOptions, *, seed: int = 0, sharded_over: Processes = ALONE
+) -> Policy:
     """Make a policy of a loaded backbone. Its adapters are drawn from `seed` and change nothing yet (their B is 0).
+
+    Args:
+        backbone: frozen; on the CPU if it is to be sharded.
+        processor: the one that belongs to it.
+        options: of the adapters.
+        seed: of the adapters.
+        sharded_over: the processes among which its decoder layers are shared out, and which all call this; ALONE: it is
+            whole in this process.
 
     Raises:
         ModelError: an architecture that is not supported, or a LoRA target that matches nothing.
     """
     policy = _with_adapters(backbone, processor, options, seed)
+    if sharded_over.count > 1:
+        shard(policy, sharded_over)
     _check_output_layer(policy)
     policy.shares_attention = _can_share_attention(policy)
     policy.footprint = count(policy)
@@ -140,12 +157,9 @@ def _can_share_attention(policy: Policy) -> bool:
     prompts_BP, ids_RC = ids[::2], ids[:, :3]
     mask_BP, mask_RC = torch.ones_like(prompts_BP), torch.ones_like(ids_RC, dtype=torch.bool)
     mask_BP[0, 0] = 0
-    positions_BP = mask_BP.cumsum(1)
 
     def run_prompts() -> Prefix:
-        cache = new_cache(policy)
-        hidden = run_decoder(policy, cache, prompts_BP, mask_BP, positions_BP)
-        return Prefix(cache, mask_BP, hidden[:, -1], positions_BP[:, -1] + 1)
+        return prefill_text(policy, prompts_BP, mask_BP)
 
     expected = repeated_hidden(policy, run_prompts(), ids_RC, mask_RC)
     try:
@@ -156,6 +170,8 @@ def _can_share_attention(policy: Policy) -> bool:
     except torch.OutOfMemoryError:  # a RuntimeError too, but says nothing about the model
         raise
     except (RuntimeError, AssertionError):  # another kind of attention: shapes do not fit
+        if policy.is_sharded:
+            policy.decoder.reset_iter_state()  # a pass was left in the middle, with a layer's weights gathered
         return False
     # Each layer rounds anew, and independent errors add up like the square root of their number. Measured in
     # bfloat16 on random models of 3 to 80 layers: 0.2 to 0.8 times eps times this root (0.008 to 0.04 of the norm);

@@ -77,8 +77,14 @@ def halved(policy: Policy, piece: Piece, what: str) -> list[Piece]:
     """The halves of a piece that did not fit; `what` says what it was.
 
     Raises:
-        DoesNotFitError: it is a single completion.
+        DoesNotFitError: it is a single completion, or the policy is sharded: the other processes, which take part in
+            every pass, know nothing of one that broke off.
     """
+    if policy.is_sharded:
+        raise DoesNotFitError(
+            f"out of memory in {what}, which is not tried again in parts where the model is sharded: start more "
+            "processes, lower --tokens-per-batch or --max-image-tokens, or end what else uses this device"
+        )
     if halves := piece.halves():
         policy.on_shortage(f"Out of memory in {what}, which is tried again in halves.")
         return halves

@@ -25,6 +25,7 @@ from ireasoner.method.types import ROLES, Role
 from ireasoner.model.backbone import module_name, scales_by_area
 from ireasoner.model.footprint import Footprint
 from ireasoner.model.lora import linear_in_float32
+from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.source import ModelError
 
 
@@ -41,6 +42,8 @@ class Policy:
         shares_prompts: whether a prompt is run once for all of its completions in an update. README.md in this folder
             says for which models that is exact. False until `loading` has tried it out: not to share is always right.
         shares_attention: whether completions also share their prompt's cache in attention; only with `shares_prompts`.
+        sharded_over: the processes among which the weights of the decoder layers are shared out (`sharding`), so that
+            every pass through the language model is work of all of them. ALONE: this process has all weights.
         commit: the backbone's on the hub; None if it is not from there.
         footprint: the memory that it takes, as `ireasoner.model.counting` has counted it when it was loaded.
         sampling_bytes: most memory that sampling may take beside the weights; None: no limit is known. Requests that
@@ -60,10 +63,16 @@ class Policy:
         pad = processor.tokenizer.pad_token_id
         self.pad_token: int = self.end_tokens[0] if pad is None else pad
         self.shares_prompts = self.shares_attention = False
+        self.sharded_over: Processes = ALONE
         self.commit: str | None = None
         self.footprint: Footprint
         self.sampling_bytes: int | None = None
         self.on_shortage: Callable[[str], None] = partial(warnings.warn, stacklevel=2)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether other processes hold parts of the decoder layers."""
+        return self.sharded_over.count > 1
 
     @contextmanager
     def acting_as(self, role: Role | None) -> Iterator[None]:

@@ -43,6 +43,9 @@ class Engine(Protocol):
     ) -> list[list[Completion]]:
         """Sample n completions of each request.
 
+        Every process of a run calls this equally often, with no requests where it has none: a policy that is sharded
+        is run by all of them together.
+
         Args:
             requests: what to complete.
             role: whose adapter; None: the backbone alone.

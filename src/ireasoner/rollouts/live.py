@@ -33,6 +33,7 @@ from ireasoner.model.forward import Prefix, decode, prefill_in_parts
 from ireasoner.model.inputs import Prompts, build_prompts
 from ireasoner.model.pieces import Piece, cut, gathered, halved, in_pieces
 from ireasoner.model.policy import Policy
+from ireasoner.model.sharding import equal_passes
 from ireasoner.rollouts.capture import CudaGraph, host_waits
 from ireasoner.rollouts.engine import Request, temperatures
 
@@ -48,7 +49,7 @@ class LiveEngine:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
-        if policy.device.type == "cuda":
+        if policy.device.type == "cuda" and not policy.is_sharded:  # gathering weights is not captured
             self.capture = partial(CudaGraph, torch.cuda.Stream(policy.device))
         self.on_token: Callable[[int], None] | None = None
 
@@ -70,6 +71,12 @@ class LiveEngine:
         The log-probabilities are those of the distribution that was sampled from; at temperature 0, where nothing is
         sampled, those at temperature 1.
         """
+        with self.policy.acting_as(role), equal_passes(self.policy):
+            return self._sample(requests, n, max_tokens, temperature) if requests else []
+
+    def _sample(
+        self, requests: Sequence[Request], n: int, max_tokens: int, temperature: float | Sequence[float]
+    ) -> list[list[Completion]]:
         policy = self.policy
         prompts = build_prompts(policy, [r.image for r in requests], [r.messages for r in requests])
         lengths = prompts.mask_BP.sum(1).tolist()
@@ -85,10 +92,9 @@ class LiveEngine:
             return halved(policy, piece, what)
 
         found: dict[int, list[Completion]] = defaultdict(list)
-        with policy.acting_as(role):
-            for piece, groups in in_pieces(self._pieces(lengths, n, max_tokens), complete, smaller):
-                for row, group in zip(piece.rows, groups, strict=True):
-                    found[row] += group
+        for piece, groups in in_pieces(self._pieces(lengths, n, max_tokens), complete, smaller):
+            for row, group in zip(piece.rows, groups, strict=True):
+                found[row] += group
         return [found[row] for row in range(len(requests))]
 
     def _pieces(self, lengths: Sequence[int], n: int, room: int) -> list[Piece]:

@@ -105,6 +105,8 @@ class VllmEngine:
         Raises:
             VllmError: vLLM refuses a prompt, or reads it differently from the learner.
         """
+        if not requests:
+            return []
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         prompts = build_prompts(self.policy, [r.image for r in requests], [r.messages for r in requests])

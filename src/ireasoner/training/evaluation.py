@@ -180,8 +180,6 @@ def evaluate(
         images = {q.image: load_image(q.image, options.max_image_pixels) for q in batch}
         if options.blank:
             images = {path: Image.new("RGB", image.size, GRAY) for path, image in images.items()}
-        if not numbers:  # the others have a question more
-            continue
         encoded = dict(zip(images, encode_images(policy, [*images.values()]), strict=True))
         requests = [
             Request(encoded[q.image], solver_messages(sampling.solver_prompt, q.question), (options.seed, i))

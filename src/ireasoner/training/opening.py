@@ -56,6 +56,8 @@ def prepare(
     selfplay = open_selfplay(config, model, inputs.labels, inputs.reward, processes, observer.on_message)
     policy = selfplay.policy
     observer.on_message(policy.describe() + ".")
+    if config.shard and processes.count == 1:
+        observer.on_message("--shard changes nothing here: there is one process, and it holds the whole model.")
     if (images := config.schedule.images_per_step) < processes.count:
         observer.on_message(
             f"{processes.count - images} of {processes.count} processes have nothing to play or to learn from: a step "
@@ -177,7 +179,8 @@ def open_selfplay(
         raise RunError(
             f"{device} only emulates bfloat16, slowly: train with --dtype float16, or float32 if activations overflow"
         )
-    policy = load_policy(model, config.backbone, device=device, seed=config.seed, tell=tell)
+    sharded_over = processes if config.shard else ALONE
+    policy = load_policy(model, config.backbone, device=device, seed=config.seed, tell=tell, sharded_over=sharded_over)
     limit_sampling(policy, config.fitted_optimizer().tokens_per_batch)
     engine = open_engine(config, policy, processes)
     return SelfPlay(policy, engine, config, labels, reward, processes)

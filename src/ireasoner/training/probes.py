@@ -81,8 +81,6 @@ def solve_greedily(
     run: Run, images: Sequence[EncodedImage], questions: Sequence[str]
 ) -> list[tuple[Completion, Solution]]:
     """The solver's most likely completion for a question about each image, and what was read in it."""
-    if not questions:
-        return []
     sampling = run.config.sampling
     requests = [
         Request(image, solver_messages(sampling.solver_prompt, question))

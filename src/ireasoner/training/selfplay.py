@@ -109,7 +109,7 @@ class SelfPlay:
         messages = proposer_messages(sampling.proposer_prompt, sampling.domain)
         requests = [Request(image, messages, batch.seed(i, seeds.PROPOSE)) for i, image in images.items()]
         longest = sampling.max_question_tokens
-        groups = self.engine.sample(requests, "proposer", max_tokens=longest) if requests else []
+        groups = self.engine.sample(requests, "proposer", max_tokens=longest)
         proposals = [group[0] for group in self._exchange(groups, total)]
         prompt = render(self.policy.processor, messages)
         asked = [_Asked(parse_question(p.text, p.finish_reason, prompt), prompt, p, None) for p in proposals]
@@ -126,7 +126,7 @@ class SelfPlay:
             Request(images[i], chat, batch.seed(i, seeds.SOLVE)) for i, chat in zip(readable, messages, strict=True)
         ]
         n, longest = sampling.group_size, sampling.max_solution_tokens
-        groups = self.engine.sample(requests, "solver", n=n, max_tokens=longest) if requests else []
+        groups = self.engine.sample(requests, "solver", n=n, max_tokens=longest)
         return tuple(Sample(*row) for row in zip(readable, requests, groups, strict=True))
 
     def _exchange(self, groups: Sequence[Sequence[Completion]], total: int) -> Sequence[Sequence[Completion]]:
