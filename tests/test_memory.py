@@ -200,8 +200,8 @@ def test_samples_do_not_depend_on_the_batches(folder: str, pictures: list[Image.
     with passes(policy) as whole:
         expected = sample(engine, asked, "solver", 2, 8)
     longest = whole[0] // 3
-    each = takes.caches(longest, 8, 2, shares=policy.shares_attention) + longest * takes.layer
-    for limit, prefills in ((2 * 3 * longest * takes.layer, {1, 2, 3}), (2 * each, {2, 3}), (1, {6})):
+    each = takes.caches(longest, 8, 2, shares=policy.shares_attention) + longest * takes.passing
+    for limit, prefills in ((2 * 3 * longest * takes.passing, {1, 2, 3}), (2 * each, {2, 3}), (1, {6})):
         policy.sampling_bytes = limit
         with passes(policy) as seen:
             assert_same_samples(sample(engine, asked, "solver", 2, 8), expected)
@@ -215,8 +215,8 @@ def test_prompts_are_computed_in_parts_and_decoded_together(make_policy: MakePol
         expected = sample(engine, asked, "solver", 2, 8)
     # Room for the caches of all three, and in the other half of the memory for one prompt on its way.
     monkeyed = policy.footprint
-    policy.footprint = Footprint(**{**vars(monkeyed), "layer": 100 * monkeyed.layer})
-    policy.sampling_bytes = 2 * 100 * monkeyed.layer * (whole[0] // 3)
+    policy.footprint = Footprint(**{**vars(monkeyed), "passing": 100 * monkeyed.passing})
+    policy.sampling_bytes = 2 * 100 * monkeyed.passing * (whole[0] // 3)
     with passes(policy) as seen:
         assert_same_samples(sample(engine, asked, "solver", 2, 8), expected)
     assert seen == [whole[0] // 3] * 3 + whole[1:]
