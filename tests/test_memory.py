@@ -125,7 +125,8 @@ def test_the_choice_is_told_and_stored_and_a_resumed_run_keeps_it(tmp_path: Path
     observer = Observer(on_message=said.append)
     config = resolve({"model": "tiny", "images": ".", "device": "cuda"})
     takes = meta_policy("tiny", config.backbone).footprint
-    ample, scarce = (takes.fixed + share * takes.update_per_token(False) for share in (10**6, 2000))
+    each = takes.update_per_token(False) + 6 * takes.logits
+    ample, scarce = (takes.weights + takes.optimizer + share * each for share in (10**6, 2000))
     gpu(monkeypatch, ample)
     with fitting.fitted(config, TINY, tmp_path, ALONE, observer) as found:
         assert found == config
@@ -138,7 +139,7 @@ def test_the_choice_is_told_and_stored_and_a_resumed_run_keeps_it(tmp_path: Path
         assert found.changed(seed=1).fitted_optimizer().tokens_per_batch == fitting_tokens
         assert not conflicts(found, {"tokens_per_batch": config.optimizer.tokens_per_batch})
     (text,) = said
-    assert text.startswith("Memory: 1.1 GB are free, and tiny takes 0.8 GB and 0.1 MB for each token of an")
+    assert text.startswith("Memory: 0.3 GB are free, and tiny takes 0.02 GB, and 0.1 MB and logits for each token")
     assert f"so {fitting_tokens} tokens are taken at a time" in text
     (tmp_path / "config.yaml").touch()
     with fitting.fitted(config, TINY, tmp_path, ALONE, observer) as found:

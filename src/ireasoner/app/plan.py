@@ -70,8 +70,7 @@ def plan(
         gpu_memory: Gigabytes of each.
         servers: vLLM servers that sample, on GPUs of their own (none; the processes sample themselves).
         tokens_per_second: What sampling makes, all of it together, for the hours (not estimated).
-        tflops: 10^12 operations that a GPU does in a second in an update, for the hours: its peak for the dtype times
-            the share of it that you expect (not estimated).
+        tflops: Operations of a GPU in a second, in 10^12, for the hours: its peak times a share (not estimated).
     """
     if servers:
         flags["servers"] = tuple(f"http://server{i + 1}:8000" for i in range(servers))
@@ -99,7 +98,7 @@ def _model(planned: Plan) -> str:
     takes, options = planned.policy.footprint, planned.config.backbone
     parameters = (takes.weights - takes.adapters) / planned.policy.backbone.dtype.itemsize
     return (
-        f"{planned.config.model} in {options.dtype}: {parameters / 1e9:.2f} billion parameters. "
+        f"{planned.config.model} in {options.dtype}: {parameters / 1e6:,.0f} million parameters. "
         f"{planned.policy.describe()}."
     )
 
@@ -109,11 +108,11 @@ def _table(planned: Plan) -> tuple[str, list[list[str]]]:
     from ireasoner.model.counting import SPARE
 
     usable = (1 - SPARE) * planned.memory
-    title = f"GB on each of {planned.devices} x {_gb(planned.memory)}, of which {_gb(usable)} are planned with"
+    title = f"GB on each GPU; of {_gb(planned.memory)}, {usable / 1e9:,.1f} are planned with"
     found = planned.variants
     rows = [["", *("--shard" if each.config.shard else "whole" for each in found)]]
     for name, label in PARTS.items():
-        rows.append([label, *(f"{getattr(each.needs, name) / 1e9:.1f}" for each in found)])
+        rows.append([label, *(_number(getattr(each.needs, name)) for each in found)])
     rows.append(["tokens of an update at a time", *(f"{each.tokens:,}" for each in found)])
     rows.append(["fits", *("no" if each.problem else "yes" for each in found)])
     return title, rows
@@ -132,7 +131,10 @@ def _advice(planned: Plan) -> list[str]:
         text += f" An update keeps activations of {best.tokens:,} tokens at a time (--tokens-per-batch asks for more)."
     group = group_tokens(planned.policy, config, planned.image_tokens)
     if group > best.tokens or config.backbone.gradient_checkpointing:
-        text += f" Groups, of up to {group:,} tokens, are computed again in the backward pass: a third more time."
+        text += (
+            f" Groups, of up to {group:,} tokens, are computed again in the backward pass (gradient checkpointing), "
+            "which takes a third more time."
+        )
     return [text]
 
 
@@ -174,7 +176,7 @@ def _time(planned: Plan, tokens_per_second: float | None, tflops: float | None) 
     passes = 4 if recomputed else 3
     operations = forward_flops(policy) * (passes * step.trained + (0 if config.servers else step.read))
     text = (
-        f"Time: a step samples at most {step.sampled:,} tokens, and takes {operations / 1e12:,.0f} x 10^12 operations "
+        f"Time: a step samples at most {step.sampled:,} tokens, and takes {operations / 1e12:,.3g} x 10^12 operations "
         "in matrix products"
     )
     hours = []
@@ -209,9 +211,9 @@ def _commands(planned: Plan, options: Mapping[str, Any], servers: int) -> list[s
     machines, left = divmod(planned.devices, GPUS_OF_A_MACHINE)
     each = f"--nproc-per-node {planned.devices}"
     if planned.devices > GPUS_OF_A_MACHINE and not left:
-        each = (
-            f"--nnodes {machines} --nproc-per-node {GPUS_OF_A_MACHINE} --rdzv-backend c10d "
-            "--rdzv-endpoint FIRST_MACHINE:29500"
+        each = (  # on the first machine; the others have ranks of their own
+            f"--nnodes {machines} --node-rank 0 --master-addr FIRST_MACHINE --master-port 29500 "
+            f"--nproc-per-node {GPUS_OF_A_MACHINE}"
         )
     return [*found, f"torchrun {each} -m ireasoner {train}"]
 
@@ -237,4 +239,9 @@ def _result(planned: Plan) -> dict[str, Any]:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB"
+    """Bytes in GB, with as many digits as tell something."""
+    return f"{_number(size)} GB"
+
+
+def _number(size: float) -> str:
+    return f"{size / 1e9:,.1f}" if size >= 1e9 else f"{size / 1e9:.2g}"

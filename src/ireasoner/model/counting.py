@@ -219,7 +219,7 @@ def _saved(policy: Policy, tokens: int) -> list[int]:
     return [sum(storage.nbytes() for storage in storages) for storages in saved]
 
 
-class _Held(TorchDispatchMode):
+class Held(TorchDispatchMode):
     """Follows the bytes of all tensors that are made inside, until nothing refers to them.
 
     Attributes:
@@ -264,7 +264,7 @@ class _Cached:
 @torch.no_grad()
 def _cached(policy: Policy, tokens: int) -> _Cached:
     """What a pass over so many tokens holds, and leaves in the cache of each layer that runs."""
-    cache, inputs, held = new_cache(policy), _inputs(policy, tokens), _Held()
+    cache, inputs, held = new_cache(policy), _inputs(policy, tokens), Held()
     with policy.acting_as("solver"), held:
         policy.decoder(**inputs, past_key_values=cache, use_cache=True)
     made = [

@@ -71,6 +71,13 @@ class Footprint:
         # First the loss, and then one layer after another, run backward while what the others need is there.
         return tokens * self._kept(recomputed) + max(self._loss(written), int(BACKWARD_PEAK * self.layer) * tokens)
 
+    def tokens_in(self, free: float) -> int:
+        """How many tokens, written ones or others, an update may run in so many bytes, without checkpointing."""
+        each = self.update_per_token(False)
+        # Logits grow with the tokens, up to a limit.
+        growing = (free - self.weights - self.optimizer) / (each + LOSS_PEAK * self.logits)
+        return int(max(growing, (free - self.fixed) / each))
+
     def sampling(self, prompts: int, prompt: int, room: int, count: int, *, at_a_time: int, shares: bool) -> int:
         """What sampling takes on top of the weights; `prompts` of them, of which `at_a_time` are computed together.
 

@@ -74,8 +74,8 @@ def meta_policy(model: str | Source, options: BackboneOptions, revision: str | N
     Raises:
         ModelError: as for `load_policy`; a `CountError` if only its weights can tell.
     """
-    processor = load_processor(model, options.max_image_tokens, revision=revision)
-    return meta_policy_of(read_config(model, revision), processor, options)
+    config = read_config(model, revision)
+    return meta_policy_of(config, load_processor(model, options.max_image_tokens, revision=revision), options)
 
 
 def meta_policy_of(config: Any, processor: Any, options: BackboneOptions) -> Policy:

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # Of version 2 and version 1: the limit, what is in use, and the line of memory.stat that says how much of that the
 # kernel can take back.
 NAMES = (
@@ -28,7 +28,7 @@ def free_memory(device: str) -> tuple[int, int]:
 def _own_cgroups() -> list[Path]:
     """The control groups that this process is in, with those around them, whose limits hold as well."""
     try:
-        lines = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
+        lines = OWN_CGROUPS.read_text("utf-8").splitlines()
     except OSError:  # not Linux
         return []
     found = []

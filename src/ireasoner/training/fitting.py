@@ -73,8 +73,8 @@ def fitted(
 
 def _choice(config: Config, takes: Footprint, free: float) -> str:
     return (
-        f"Memory: {free / 1e9:.1f} GB are free, and {config.model} takes {takes.fixed / 1e9:.1f} GB and "
-        f"{takes.update_per_token(False) / 1e6:.1f} MB for each token of an update, so "
+        f"Memory: {free / 1e9:.1f} GB are free, and {config.model} takes {(takes.weights + takes.optimizer) / 1e9:.2f} "
+        f"GB, and {takes.update_per_token(False) / 1e6:.1f} MB and logits for each token of an update, so "
         f"{config.fitted_tokens_per_batch} tokens are taken at a time, not the {config.optimizer.tokens_per_batch} of "
         "--tokens-per-batch: above it, activations are computed again in the backward pass."
     )

@@ -120,9 +120,10 @@ def tokens_that_fit(config: Config, takes: Footprint, image_tokens: int, free: f
         DoesNotFitError: it does not hold a single completion, even with gradient checkpointing.
     """
     images = EvaluationOptions.batch_size if config.eval_data else config.schedule.images_per_step
-    held = takes.fixed + images * image_tokens * takes.feature
-    longest = longest_prompt(config, image_tokens) + config.sampling.max_solution_tokens
-    least = held + longest * takes.update_per_token(True)
+    features = images * image_tokens * takes.feature
+    solution = config.sampling.max_solution_tokens
+    longest = longest_prompt(config, image_tokens) + solution
+    least = takes.weights + takes.optimizer + features + takes.update(longest, solution, recomputed=True)
     usable = (1 - SPARE) * free
     if usable < least:
         raise DoesNotFitError(
@@ -131,7 +132,7 @@ def tokens_that_fit(config: Config, takes: Footprint, image_tokens: int, free: f
             f"memory can be used: lower --max-image-tokens (an image takes up to {image_tokens}), share it out among "
             "more processes with --shard, use a smaller model or a larger device, or go on regardless with --force"
         )
-    return max(1, int((usable - held) / takes.update_per_token(False)))
+    return max(1, takes.tokens_in(usable - features))
 
 
 def fit(policy: Policy, config: Config, image_tokens: int, free: float, processes: int = 1) -> Config:
