@@ -1,10 +1,12 @@
-"""Counted memory beside measured peaks: an update and a batch of samples of a model with random weights.
+"""Counted memory beside measured peaks: an update, a batch of samples and a whole step of a model with random weights.
 
     python benchmarks/memory.py                                       # 25 M parameters, on the CPU
     python benchmarks/memory.py --model random-7b --dtypes bfloat16   # on a GPU
+    python benchmarks/memory.py --model random-200m --rows step       # `ireasoner plan` beside it
 
-Every row is measured in a process of its own, above what that process held before. On the CPU that is its resident
-memory, and glibc is told to return what is freed, which would otherwise count as held.
+Every row is measured in a process of its own, above what that process held before; a step, which includes weights and
+optimizer, above what it held before the model. On the CPU that is its resident memory, and glibc is told to return what
+is freed, which would otherwise count as held.
 """
 
 from __future__ import annotations
@@ -24,11 +26,60 @@ ROWS = {  # tokens of the image, of a completion; images
     "update, checkpointed, vocabulary of 65,536": (256, 96, 1),
     "sampling": (1156, 24, 6),
     "sampling, two prompts at a time": (1156, 24, 6),
+    "step": (256, 96, 2),
+    "step, checkpointed": (256, 96, 2),
+    "step of short texts": (256, 16, 8),
 }
+
+
+def measure_step(row: str, model: str, dtype: str, device: str) -> dict[str, int]:
+    """Planned and measured bytes of a process that plays and updates a step, and the tokens of its groups."""
+    from ireasoner.method.texts import solver_messages
+    from ireasoner.method.types import ROLES, Completion
+    from ireasoner.model.counting import limit_sampling
+    from ireasoner.model.inputs import build_prompts, encode_images
+    from ireasoner.model.learner import Learner
+    from ireasoner.studies import random_models
+    from ireasoner.studies.bench import QUESTION, Bench, Phases, clock_of, load_bench, peak_bytes, reset_peak
+    from ireasoner.training import planning
+    from ireasoner.training.config import resolve
+
+    image_tokens, written, images = ROWS[row]
+    options = {"max_image_tokens": image_tokens, "max_solution_tokens": written, "images_per_step": images}
+    options |= {"dtype": dtype, "gradient_checkpointing": "checkpointed" in row}
+    config = resolve({"model": model, "images": ".", **options})
+    tiny = load_bench("tiny", 4, device=device)
+    tiny.ours(Phases(clock_of(tiny.policy.device)), tiny.pictures(1))  # which loads every library
+    del tiny
+    before = 0 if device.startswith("cuda") else resident()
+    policy = random_models.load_policy(model, config.backbone, device)
+    limit_sampling(policy, config.optimizer.tokens_per_batch)
+    bench, n = Bench(policy, config, written, image_tokens), config.sampling.group_size
+    learners = [Learner(policy, role, config.recipe, config.optimizer) for role in ROLES]
+    encoded = encode_images(policy, bench.pictures(1))
+    prompts = build_prompts(policy, encoded, [solver_messages("{question}", QUESTION)])
+    for learner in learners:  # so that AdamW has its state
+        completion = Completion("", (10, 11), (-1.0,) * 2, "length")
+        rewards = [[float(i % 2) for i in range(n)]]
+        learner.update(prompts, [[completion] * n], learner.advantages(rewards), rewards)
+    bench.learner = lambda: learners[1]
+    # Prompts as long as those of the benchmark, by the plan's rule.
+    solve = solver_messages(config.sampling.solver_prompt, QUESTION)
+    prompt = build_prompts(policy, encoded, [solve]).mask_BP.shape[1]
+    config = config.changed(max_question_tokens=(prompt - image_tokens) // 2)
+    del encoded, prompts
+    reset_peak(policy.device)
+    bench.ours(Phases(clock_of(policy.device)), bench.pictures(images))
+    measured = int((peak_bytes(policy.device) or 0) - before)
+    planned = planning.needs(random_models.meta_policy(model, config.backbone), config, image_tokens)
+    tokens = images * planning.group_tokens(policy, config, image_tokens)
+    return {"tokens": tokens, "counted": planned.total, "measured": measured}
 
 
 def measure(row: str, model: str, dtype: str, device: str) -> dict[str, int]:
     """Counted and measured bytes of a row, and its tokens."""
+    if row.startswith("step"):
+        return measure_step(row, model, dtype, device)
     import torch
 
     from ireasoner.method.texts import solver_messages
@@ -95,6 +146,7 @@ def main() -> None:
     parser.add_argument("--model", default="random-25m")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", default="", help="only those whose names begin so")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.row:
@@ -102,7 +154,7 @@ def main() -> None:
         return
     print("| | dtype | tokens | counted, MB | measured, MB | counted / measured |\n|---|---|---|---|---|---|")
     for dtype in given.dtypes:
-        for row in ROWS:
+        for row in (row for row in ROWS if row.startswith(given.rows)):
             command = [sys.executable, __file__, "--row", row, "--model", given.model, "--dtypes", dtype]
             done = subprocess.run(
                 [*command, "--device", given.device],

@@ -20,6 +20,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen3_5Config,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
 )
 from transformers.models.gemma3.configuration_gemma3 import Gemma3Config
 from transformers.models.internvl.configuration_internvl import InternVLConfig
@@ -145,6 +146,11 @@ def qwen3_vl(out: Path, config_class: Any = Qwen3VLConfig, **text: Any) -> str:
         "image_std": [0.5] * 3,
     }
     return _save(out, config, words, images, {"processor_class": "Qwen3VLProcessor"}, ["<|im_end|>", "<|endoftext|>"])
+
+
+def qwen3_vl_moe(out: Path) -> str:
+    """A mixture of experts, which are one tensor for each product."""
+    return qwen3_vl(out, Qwen3VLMoeConfig, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48)
 
 
 def qwen3_5(out: Path) -> str:

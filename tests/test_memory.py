@@ -27,12 +27,12 @@ from ireasoner.model.options import BackboneOptions
 from ireasoner.model.parallel import ALONE
 from ireasoner.model.pieces import DoesNotFitError, Piece
 from ireasoner.model.policy import Policy
-from ireasoner.model.source import TINY_MODEL
+from ireasoner.model.source import TINY_MODEL, find_model
 from ireasoner.playground import dataset
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.studies.doctor import fill_adapters
 from ireasoner.studies.random_models import SIZES, config_of
-from ireasoner.training import fitting
+from ireasoner.training import fitting, planning
 from ireasoner.training.config import Config, conflicts, load_config, resolve
 from ireasoner.training.loop import resume, start
 from ireasoner.training.recorder import read_records
@@ -42,6 +42,7 @@ from test_learner import REWARDS, MakePolicy, Scene, assert_same_gradient, desce
 
 QUESTIONS = ("Which bar is the tallest?", "Is red more than blue, or is there no telling which of them is?", "Where?")
 GB = 10**9
+TINY = find_model("tiny")
 
 
 # --- the count --------------------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def test_the_count_of_a_7b(of_7b: Footprint):
 
 def test_a_7b_fits_on_cards_of_24_and_48_gb(of_7b: Footprint):
     config = resolve({"model": "7B", "images": ".", "eval_data": "questions.jsonl"})
-    large, small = (fitting.tokens_that_fit(config, of_7b, 1280, free) for free in (47 * 2**30, 23 * 2**30))
+    large, small = (planning.tokens_that_fit(config, of_7b, 1280, free) for free in (47 * 2**30, 23 * 2**30))
     assert large > config.optimizer.tokens_per_batch  # nothing is changed there
     assert 300 < small < 700
     for tokens, free in ((large, 47 * 2**30), (small, 23 * 2**30)):
@@ -111,7 +112,7 @@ def test_a_7b_fits_on_cards_of_24_and_48_gb(of_7b: Footprint):
         checkpointed = tokens * of_7b.update_per_token(False) // of_7b.update_per_token(True)
         assert checkpointed > 1280 + 200 + 5 * 256
     with pytest.raises(DoesNotFitError, match=r"^7B does not fit: it takes \d+\.\d GB to train .* 15\.5 GB of the dev"):
-        fitting.tokens_that_fit(config, of_7b, 1280, 16 * 2**30)
+        planning.tokens_that_fit(config, of_7b, 1280, 16 * 2**30)
 
 
 def gpu(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
@@ -124,39 +125,40 @@ def test_the_choice_is_told_and_stored_and_a_resumed_run_keeps_it(tmp_path: Path
     observer = Observer(on_message=said.append)
     config = resolve({"model": "tiny", "images": ".", "device": "cuda"})
     takes = meta_policy("tiny", config.backbone).footprint
-    ample, scarce = (takes.fixed + share * takes.update_per_token(False) for share in (10**6, 2000))
+    each = takes.update_per_token(False) + 6 * takes.logits
+    ample, scarce = (takes.weights + takes.optimizer + share * each for share in (10**6, 2000))
     gpu(monkeypatch, ample)
-    with fitting.fitted(config, tmp_path, ALONE, observer) as found:
+    with fitting.fitted(config, TINY, tmp_path, ALONE, observer) as found:
         assert found == config
     assert said == []
     gpu(monkeypatch, scarce / 0.9)
-    with fitting.fitted(config, tmp_path, ALONE, observer) as found:
+    with fitting.fitted(config, TINY, tmp_path, ALONE, observer) as found:
         fitting_tokens = found.fitted_optimizer().tokens_per_batch
         assert 1500 < fitting_tokens <= 2000
         assert found == config.model_copy(update={"fitted_tokens_per_batch": fitting_tokens})
         assert found.changed(seed=1).fitted_optimizer().tokens_per_batch == fitting_tokens
         assert not conflicts(found, {"tokens_per_batch": config.optimizer.tokens_per_batch})
     (text,) = said
-    assert text.startswith("Memory: 1.1 GB are free, and tiny takes 0.8 GB and 0.1 MB for each token of an")
+    assert text.startswith("Memory: 0.3 GB are free, and tiny takes 0.02 GB, and 0.1 MB and logits for each token")
     assert f"so {fitting_tokens} tokens are taken at a time" in text
     (tmp_path / "config.yaml").touch()
-    with fitting.fitted(config, tmp_path, ALONE, observer) as found:
+    with fitting.fitted(config, TINY, tmp_path, ALONE, observer) as found:
         assert found == config
     gpu(monkeypatch, 10**6)
     with (
         pytest.raises(DoesNotFitError, match="lower --max-image-tokens"),
-        fitting.fitted(config, tmp_path, ALONE, observer),
+        fitting.fitted(config, TINY, tmp_path, ALONE, observer),
     ):
         pass
 
 
-def test_on_the_cpu_nothing_is_counted_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_on_the_cpu_a_small_model_is_not_counted_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fitting, "meta_policy", lambda *_: pytest.fail("counted"))
     config = resolve({"model": "tiny", "images": ".", "device": "cpu"})
-    with fitting.fitted(config, tmp_path, ALONE, Observer()) as found:
+    with fitting.fitted(config, TINY, tmp_path, ALONE, Observer()) as found:
         assert found == config
     told = r"^out of memory: lower .* \(torch says: CUDA out of memory\)$"
-    with pytest.raises(DoesNotFitError, match=told), fitting.fitted(config, tmp_path, ALONE, Observer()):
+    with pytest.raises(DoesNotFitError, match=told), fitting.fitted(config, TINY, tmp_path, ALONE, Observer()):
         raise torch.OutOfMemoryError("CUDA out of memory\nmore")
 
 
@@ -200,8 +202,8 @@ def test_samples_do_not_depend_on_the_batches(folder: str, pictures: list[Image.
     with passes(policy) as whole:
         expected = sample(engine, asked, "solver", 2, 8)
     longest = whole[0] // 3
-    each = takes.caches(longest, 8, 2, shares=policy.shares_attention) + longest * takes.layer
-    for limit, prefills in ((2 * 3 * longest * takes.layer, {1, 2, 3}), (2 * each, {2, 3}), (1, {6})):
+    each = takes.caches(longest, 8, 2, shares=policy.shares_attention) + longest * takes.passing
+    for limit, prefills in ((2 * 3 * longest * takes.passing, {1, 2, 3}), (2 * each, {2, 3}), (1, {6})):
         policy.sampling_bytes = limit
         with passes(policy) as seen:
             assert_same_samples(sample(engine, asked, "solver", 2, 8), expected)
@@ -215,8 +217,8 @@ def test_prompts_are_computed_in_parts_and_decoded_together(make_policy: MakePol
         expected = sample(engine, asked, "solver", 2, 8)
     # Room for the caches of all three, and in the other half of the memory for one prompt on its way.
     monkeyed = policy.footprint
-    policy.footprint = Footprint(**{**vars(monkeyed), "layer": 100 * monkeyed.layer})
-    policy.sampling_bytes = 2 * 100 * monkeyed.layer * (whole[0] // 3)
+    policy.footprint = Footprint(**{**vars(monkeyed), "passing": 100 * monkeyed.passing})
+    policy.sampling_bytes = 2 * 100 * monkeyed.passing * (whole[0] // 3)
     with passes(policy) as seen:
         assert_same_samples(sample(engine, asked, "solver", 2, 8), expected)
     assert seen == [whole[0] // 3] * 3 + whole[1:]

@@ -94,7 +94,7 @@ def test_logprobs_and_gradients_are_those_of_the_whole_model(tmp_path: Path):
 
 def compare(folder: Path) -> int:
     """What each of two processes does: the same with a model that it holds whole, and with one that is sharded."""
-    with joined("cpu") as processes:
+    with joined("cpu", 60) as processes:
         for name, dtype in zip(FAMILIES, ("float32", "bfloat16", "float32"), strict=True):
             # Only one process computes activations again in the backward pass.
             chosen = BackboneOptions(dtype=dtype, gradient_checkpointing=processes.is_main)
@@ -102,7 +102,10 @@ def compare(folder: Path) -> int:
             sharded = load_policy(str(folder / name), chosen, device="cpu", sharded_over=processes)
             for policy in (whole, sharded):
                 fill_adapters(policy, 0.1)
-            assert sharded.footprint.weights < whole.footprint.weights
+            assert sharded.footprint == whole.footprint.sharded(processes.count)
+            layers = [*sharded.decoder.layers.parameters()]
+            shares = sum(p.to_local().nbytes for p in layers if isinstance(p, DTensor))
+            assert shares == pytest.approx(whole.footprint.layers / processes.count, rel=0.01)
             assert (sharded.shares_prompts, sharded.shares_attention) == (whole.shares_prompts, whole.shares_attention)
             tolerance = {"float32": 1e-5, "bfloat16": 1e-2}[dtype]  # with other memory, products may round otherwise
             assert_close_to(played(sharded, processes), played(whole, processes), tolerance)

@@ -27,6 +27,7 @@ def train(
     reward: RewardFunction | str | None = None,
     observer: Observer | None = None,
     max_hours: float | None = None,
+    force: bool = False,
     **options: Any,
 ) -> SavedRun:
     """Self-evolve a model on unlabeled images, as `ireasoner train` does.
@@ -39,6 +40,7 @@ def train(
             or a name as `--reward` takes it.
         observer: is told about every step; None: progress is shown in the terminal.
         max_hours: after which the run saves and stops, as it does at Ctrl-C; `resume` goes on.
+        force: begin even if memory does not suffice by what `ireasoner plan` counts.
         options: any other option of `ireasoner train`, by its name: `recipe="paper"`, `steps=40`.
 
     Returns:
@@ -55,7 +57,7 @@ def train(
             raise UsageError("several processes train one run: name its directory, as out=...")
         out = Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
     function = None if isinstance(reward, str) else reward
-    follow(config, Path(out), observer, resuming=False, max_hours=max_hours, reward=function)
+    follow(config, Path(out), observer, resuming=False, max_hours=max_hours, reward=function, force=force)
     return load_run(out)
 
 
@@ -66,6 +68,7 @@ def resume(
     observer: Observer | None = None,
     max_hours: float | None = None,
     steps: int | None = None,
+    force: bool = False,
 ) -> SavedRun:
     """Continue a run from its newest checkpoint, as `ireasoner train --resume` does.
 
@@ -75,6 +78,7 @@ def resume(
         observer: is told about every step; None: progress is shown in the terminal.
         max_hours: after which the run saves and stops.
         steps: a later last step than the run was planned for.
+        force: as for `train`.
 
     Raises:
         UsageError: no checkpoint can be used, or the reward is not the one that the run was started with.
@@ -91,6 +95,7 @@ def resume(
         reward=None if isinstance(reward, str) else reward,
         trusts_reward=isinstance(reward, str),
         extend_to=extend_to,
+        force=force,
     )
     return load_run(out)
 
@@ -105,6 +110,7 @@ def follow(
     reward: RewardFunction | None = None,
     trusts_reward: bool = False,
     extend_to: int | None = None,
+    force: bool = False,
 ) -> Outcome:
     """Start or resume a run and write its report; the main process shows the progress unless there is an observer."""
     from ireasoner.app.display import Display, quiet_libraries, verbosity
@@ -123,9 +129,9 @@ def follow(
 
     def go(told: Observer | None) -> Outcome:
         if resuming:
-            more = {"trusts_reward": trusts_reward, "extend_to": extend_to}
+            more = {"trusts_reward": trusts_reward, "extend_to": extend_to, "force": force}
             return loop.resume(config, out, told, step_truth, max_hours, reward=reward, inputs=inputs, **more)
-        return loop.start(config, out, told, step_truth, max_hours, reward=reward, inputs=inputs)
+        return loop.start(config, out, told, step_truth, max_hours, reward=reward, inputs=inputs, force=force)
 
     def go_and_report(told: Observer | None) -> Outcome:
         outcome = go(told)

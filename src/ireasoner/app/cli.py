@@ -43,6 +43,10 @@ COMMANDS = {
         "examine:doctor",
         "check that this model can be trained correctly on this machine, and can learn from your images",
     ),
+    "plan": (
+        "plan:plan",
+        "say what a run takes on your GPUs, what fits, and what to type, before anything is downloaded",
+    ),
     "bench": ("study:bench", "time one training step by phases, with and without shared prompts"),
     "playground": ("demo:playground", "write the embedded world's pictures and questions as files"),
 }

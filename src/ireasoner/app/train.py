@@ -31,6 +31,7 @@ def train(
     resume: Annotated[Path | None, Parameter(group=RUN)] = None,
     config: Annotated[Path | None, Parameter(group=RUN)] = None,
     max_hours: Annotated[Annotated[float, Field(gt=0)] | None, Parameter(group=RUN)] = None,
+    force: Annotated[bool, Parameter(group=RUN, negative=())] = False,
     **flags: Any,
 ) -> int:
     """Self-evolve a model on a folder of unlabeled images, or continue a run. With --config, options are read from a
@@ -42,6 +43,7 @@ def train(
         resume: Continue the run in this directory.
         config: YAML file of options by these names, or the config.yaml of a run.
         max_hours: Save and stop after so many hours, as Ctrl-C does; --resume continues.
+        force: Begin even if memory does not suffice, by what plan counts.
     """
     if config is not None:
         flags = configs.with_options_of(config, flags)
@@ -51,11 +53,13 @@ def train(
             raise UsageError("--resume RUN continues RUN in place: leave out --out")
         kept, extend_to = configs.continued(resume, flags)
         trust = "reward" in flags
-        return follow(kept, resume, resuming=True, trusts_reward=trust, max_hours=max_hours, extend_to=extend_to)
+        return follow(
+            kept, resume, resuming=True, trusts_reward=trust, max_hours=max_hours, extend_to=extend_to, force=force
+        )
     missing = [name for name in ("images", "model") if name not in flags] + ["out"] * (out is None)
     if missing or out is None:
         raise UsageError(f"train needs {', '.join('--' + name for name in missing)} (or --resume RUN)")
-    return follow(configs.resolve(flags), out, resuming=False, max_hours=max_hours)
+    return follow(configs.resolve(flags), out, resuming=False, max_hours=max_hours, force=force)
 
 
 def follow(
@@ -66,6 +70,7 @@ def follow(
     trusts_reward: bool = False,
     max_hours: float | None = None,
     extend_to: int | None = None,
+    force: bool = False,
 ) -> int:
     """Run or resume with a display, and say what came of it; the exit code."""
     from ireasoner.app import api, display
@@ -79,6 +84,7 @@ def follow(
         max_hours=max_hours,
         trusts_reward=trusts_reward,
         extend_to=extend_to,
+        force=force,
     )
     if os.environ.get("RANK", "0") != "0":
         return 0 if outcome.complete else 130  # the first process tells how the run ended

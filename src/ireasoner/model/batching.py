@@ -55,7 +55,7 @@ class Batching:
         Raises:
             DoesNotFitError: it is a single completion, and checkpointed; or the policy is sharded.
         """
-        tokens = self._tokens(lengths, piece)
+        tokens = self.tokens(lengths, piece)
         bounds = (self._lowered.get(piece.recomputed, tokens), max(1, tokens * 3 // 4))
         self._lowered[piece.recomputed] = min(bounds)
         what = f"an update of {tokens} tokens"
@@ -64,10 +64,11 @@ class Batching:
         self.policy.on_shortage(f"Out of memory in {what}, which is tried again with gradient checkpointing.")
         return [replace(piece, recomputed=True)]
 
-    def _fits(self, lengths: Lengths, piece: Piece) -> bool:
-        return self._tokens(lengths, piece) <= self.bound(piece.recomputed)
-
-    def _tokens(self, lengths: Lengths, piece: Piece) -> int:
+    def tokens(self, lengths: Lengths, piece: Piece) -> int:
+        """The tokens that a micro-batch runs, padding included."""
         prompt, completion = (max(lengths[row][part] for row in piece.rows) for part in (0, 1))
         count = piece.columns.stop - piece.columns.start
         return len(piece.rows) * ((1 if self.policy.shares_prompts else count) * prompt + count * completion)
+
+    def _fits(self, lengths: Lengths, piece: Piece) -> bool:
+        return self.tokens(lengths, piece) <= self.bound(piece.recomputed)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ireasoner.model.loss import CHUNK_LOGITS
 
 # Peaks that were measured (docs/experiments.md): of a layer's backward pass, in what the layer keeps for it; of the
 # loss, in float32 logits of a chunk; of drawing a token, in float32 logits.
 BACKWARD_PEAK, LOSS_PEAK, DRAW_PEAK = 1.5, 6, 8
+GATHERED = 2  # layers that a sharded run holds whole at a time: the one at work, and the next one on its way
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,15 @@ class Footprint:
 
     Attributes:
         weights: the backbone and both adapters.
+        adapters: both adapters, which are part of `weights`.
+        layers: the frozen weights of all layers of the language model, which are part of `weights`.
+        widest: the frozen weights of the largest of these layers.
         optimizer: AdamW's state of both adapters, and one adapter's gradients twice: their sum so far, and those that
             are being computed.
         kept: a token, what the backward pass needs of all layers.
-        layer: a token, what it needs of the largest layer; a pass without gradients holds about as much at a time.
+        layer: a token, what it needs of the largest layer.
+        scores: a pair of tokens, scores that the backward pass needs of all layers; 0 where attention is fused.
+        passing: a token, the most that a pass without gradients holds at a time, beside the cache.
         inputs: a token, the inputs of all layers, which is what checkpointing keeps.
         cache: a token, keys and values as the model makes them.
         shared: a token, keys and values in a `SharedCache`, whose keys are in float32.
@@ -30,9 +36,14 @@ class Footprint:
     """
 
     weights: int
+    adapters: int
+    layers: int
+    widest: int
     optimizer: int
     kept: int
     layer: int
+    scores: int
+    passing: int
     inputs: int
     cache: int
     shared: int
@@ -60,12 +71,20 @@ class Footprint:
         # First the loss, and then one layer after another, run backward while what the others need is there.
         return tokens * self._kept(recomputed) + max(self._loss(written), int(BACKWARD_PEAK * self.layer) * tokens)
 
+    def tokens_in(self, free: float) -> int:
+        """How many tokens, written ones or others, an update may run in so many bytes, without checkpointing."""
+        each = self.update_per_token(False)
+        # Logits grow with the tokens, up to a limit.
+        growing = (free - self.weights - self.optimizer) / (each + LOSS_PEAK * self.logits)
+        return int(max(growing, (free - self.fixed) / each))
+
     def sampling(self, prompts: int, prompt: int, room: int, count: int, *, at_a_time: int, shares: bool) -> int:
         """What sampling takes on top of the weights; `prompts` of them, of which `at_a_time` are computed together.
 
         The other arguments are those of `caches`.
         """
-        prefill = prompt * (prompts * self.cache + at_a_time * self.layer)
+        # The images' features are put together for the prompts that are computed together.
+        prefill = prompt * (prompts * self.cache + at_a_time * (self.passing + self.feature))
         return max(prefill, prompts * self.caches(prompt, room, count, shares=shares))
 
     def caches(self, prompt: int, room: int, count: int, *, shares: bool) -> int:
@@ -77,9 +96,29 @@ class Footprint:
             count: how many completions.
             shares: whether they decode from a `SharedCache`.
         """
-        # They are made from the caches of the prefill, which are still there meanwhile.
-        own = (prompt + count * room) * self.shared if shares else count * (prompt + room) * self.cache
-        return own + prompt * self.cache + count * (DRAW_PEAK * self.logits + self.state)
+        drawing = count * (DRAW_PEAK * self.logits + self.state)
+        if not shares:
+            return count * (prompt + room) * self.cache + drawing
+        # Where keys change to float32, those of the prefill are there until all layers are done, and drawing is later.
+        return (prompt + count * room) * self.shared + max(prompt * (self.shared - self.cache), drawing)
+
+    def among(self, length: int) -> Footprint:
+        """The same where each token attends to `length` others, which takes memory where attention is not fused."""
+        of_layer = self.scores * length * self.layer // self.kept
+        # A pass without gradients holds the scores before and after the softmax.
+        return replace(
+            self,
+            kept=self.kept + self.scores * length,
+            layer=self.layer + of_layer,
+            passing=self.passing + 2 * of_layer,
+        )
+
+    def sharded(self, ranks: int) -> Footprint:
+        """The same on each of `ranks` processes that have the frozen layers of the language model shared out."""
+        if ranks == 1:
+            return self
+        gathered = self.layers // ranks + min(GATHERED * self.widest, self.layers)
+        return replace(self, weights=self.weights - self.layers + gathered)
 
     def _kept(self, recomputed: bool) -> int:
         # The prompt's part of the cache is there twice: completions put their keys and values behind a copy of it.

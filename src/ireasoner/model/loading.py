@@ -77,11 +77,11 @@ def make_policy(
         ModelError: an architecture that is not supported, or a LoRA target that matches nothing.
     """
     policy = _with_adapters(backbone, processor, options, seed)
+    policy.footprint = count(policy).sharded(sharded_over.count)
     if sharded_over.count > 1:
         shard(policy, sharded_over)
     _check_output_layer(policy)
     policy.shares_attention = _can_share_attention(policy)
-    policy.footprint = count(policy)
     return policy
 
 
@@ -89,16 +89,25 @@ def meta_policy(model: str | Source, options: BackboneOptions, revision: str | N
     """A policy without weights, on the meta device, to count how much memory it takes (`counting`).
 
     Raises:
-        ModelError: as for `load_policy`.
+        ModelError: as for `load_policy`; a `CountError` if only its weights can tell.
     """
-    config, dtype = read_config(model, revision), getattr(torch, options.dtype)
+    config = read_config(model, revision)
+    return meta_policy_of(config, load_processor(model, options.max_image_tokens, revision=revision), options)
+
+
+def meta_policy_of(config: Any, processor: Any, options: BackboneOptions) -> Policy:
+    """As `meta_policy`, from the model's config and its processor."""
     with init_empty_weights():  # of parameters only: some models compute numbers from tensors while they are built
-        backbone = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        backbone = AutoModelForImageTextToText.from_config(
+            config,
+            dtype=getattr(torch, options.dtype),
+            attn_implementation="eager" if options.attention == "eager" else None,  # the others are fused
+        )
     backbone = backbone.to("meta")
     backbone.tie_weights()
-    processor = load_processor(model, options.max_image_tokens, revision=revision)
     policy = _with_adapters(backbone.requires_grad_(False).eval(), processor, options)
-    policy.shares_attention = all(type(layer) is DynamicLayer for layer in new_cache(policy).layers)  # as a rule
+    whole = all(type(layer) is DynamicLayer for layer in new_cache(policy).layers)
+    policy.shares_attention = whole and options.attention != "flash_attention_2"  # as a rule
     policy.footprint = count(policy)
     return policy
 

@@ -117,7 +117,12 @@ class Policy:
         )
 
     def describe(self) -> str:
-        """A sentence on what is trained, and on a limit of image tokens that has no effect."""
+        """A sentence on what is trained, on experts that are not, and on a limit of image tokens without effect.
+
+        transformers keeps the experts of a mixture in one tensor for each product, and LoRA adapts linear layers. PEFT
+        can adapt such tensors too (`target_parameters`), but adds the update to a copy of all weights in their own
+        precision: in bfloat16, small updates would be lost, and the copy is as large as the layer.
+        """
         parameters = self.parameters("solver")
         layers = [name.partition(".lora_A.")[0] for name in parameters if ".lora_A." in name]
         layer_names = sorted({name.rpartition(".")[2] for name in layers})
@@ -125,6 +130,12 @@ class Policy:
             f"LoRA on {len(layers)} layers of {module_name(self.backbone, self.decoder)} ({', '.join(layer_names)}): "
             f"{sum(p.numel() for p in parameters.values()):,} parameters a role"
         )
+        experts = [m for m in self.decoder.modules() if getattr(m, "num_experts", None)]
+        frozen = [p for m in experts for p in m.parameters(recurse=False) if p.ndim == 3]
+        if frozen:
+            sentence += (
+                f"; the experts ({sum(p.numel() for p in frozen):,} parameters) stay frozen, out of LoRA's reach"
+            )
         if not scales_by_area(self.processor):
             sentence += "; max_image_tokens has no effect: the model's processor decides how many tokens an image takes"
         return sentence

@@ -151,14 +151,20 @@ def with_weights(source: Source) -> Source:
 
 def waiting_line(source: Source) -> str:
     """What is waited for until a model is loaded: that it is loaded, or downloaded first, and its size where known."""
+    doing = "Downloading and loading" if _missing(source, _weight_files(source)) else "Loading"
+    size = weight_bytes(source)
+    unit, told = (1e9, "GB") if size and size >= 1e9 else (1e6, "MB")
+    return f"{doing} {source.name}{'' if size is None else f' ({size / unit:.1f} {told})'} …"
+
+
+def weight_bytes(source: Source) -> int | None:
+    """Bytes of the files with a model's weights, which may still have to be downloaded; None: not known."""
     names = _weight_files(source)
-    if missing := _missing(source, names):
-        size = _read_json(source, INDEX).get("metadata", {}).get("total_size") if missing != [SINGLE] else None
-        doing = "Downloading and loading"
-    else:
-        size, doing = sum((source.folder / name).stat().st_size for name in names), "Loading"
-    unit, told = (1e9, "GB") if isinstance(size, int) and size >= 1e9 else (1e6, "MB")
-    return f"{doing} {source.name}{f' ({size / unit:.1f} {told})' if isinstance(size, int) else ''} …"
+    missing = _missing(source, names)
+    if not missing:
+        return sum((source.folder / name).stat().st_size for name in names)
+    size = _read_json(source, INDEX).get("metadata", {}).get("total_size") if missing != [SINGLE] else None
+    return size if isinstance(size, int) else None
 
 
 def _weight_files(source: Source) -> list[str]:

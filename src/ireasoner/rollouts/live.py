@@ -123,7 +123,7 @@ class LiveEngine:
         policy, longest = self.policy, max(lengths[row] for row in piece.rows)
         takes = policy.footprint
         each = takes.caches(longest, room, piece.columns.stop - piece.columns.start, shares=policy.shares_attention)
-        return len(piece.rows) * (each if policy.shares_prompts else each + longest * takes.layer)
+        return len(piece.rows) * (each if policy.shares_prompts else each + longest * takes.passing)
 
     def _complete(
         self, prompts: Prompts, draws_BNC: NDArray[np.float64], temperatures_N: Sequence[float]
@@ -146,7 +146,8 @@ class LiveEngine:
         limit = self.policy.sampling_bytes
         if limit is None or not self.policy.shares_prompts:
             return len(prompts)
-        return max(1, limit // 2 // (self.policy.footprint.layer * prompts.mask_BP.shape[1]))
+        takes = self.policy.footprint
+        return max(1, limit // 2 // ((takes.passing + takes.feature) * prompts.mask_BP.shape[1]))
 
     def _run(self, decoding: _Decoding, max_tokens: int, captures: bool) -> None:
         decoding.draw(decoding.prefix.last_hidden_BD)

@@ -1,8 +1,8 @@
 """Models of a real size and class with random weights, to measure time and memory where nothing can be downloaded.
 
-`random-7b` has the exact architecture of Qwen2.5-VL-7B-Instruct (its published config.json), and `random-25m` is the
-same class at a size for CPUs. Both use the processor of the tiny model: its token ids are a small part of their
-vocabularies.
+`random-7b` has the exact architecture of Qwen2.5-VL-7B-Instruct (its published config.json); `random-25m` and
+`random-200m` are the same class at sizes for CPUs. All use the processor of the tiny model: its token ids are a small
+part of their vocabularies. So do the models of `published`, of which nothing but the architecture is here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from ireasoner.model import backbone, loading
 from ireasoner.model.options import BackboneOptions, Dtype
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import TINY_MODEL, find_model
+from ireasoner.studies.published import PUBLISHED
 
+OF_7B = "Qwen/Qwen2.5-VL-7B-Instruct"
 SIZES: dict[str, dict[str, Any]] = {
     "random-25m": {
         "text_config": {
@@ -39,29 +41,28 @@ SIZES: dict[str, dict[str, Any]] = {
         },
         "tie_word_embeddings": True,
     },
-    "random-7b": {
+    "random-200m": {
         "text_config": {
-            "vocab_size": 152064,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 128000,
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            "vocab_size": 32768,
+            "hidden_size": 896,
+            "intermediate_size": 3584,
+            "num_hidden_layers": 14,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
         },
         "vision_config": {
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "out_hidden_size": 3584,
-            "fullatt_block_indexes": [7, 15, 23, 31],
+            "depth": 6,
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_heads": 4,
+            "out_hidden_size": 896,
+            "fullatt_block_indexes": [2, 5],
         },
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": True,
     },
+    "random-7b": {name: value for name, value in PUBLISHED[OF_7B].items() if name != "model_type"},
 }
 
 
@@ -120,3 +121,17 @@ def load_policy(model: str, options: BackboneOptions, device: str, revision: str
         return loading.load_policy(model, options, revision=revision, device=device)
     processor = load_processor(model, options.max_image_tokens)
     return loading.make_policy(load_backbone(model, options.dtype, device), processor, options)
+
+
+def meta_policy(model: str, options: BackboneOptions, revision: str | None = None) -> Policy:
+    """As `ireasoner.model.loading.meta_policy`, for a size of `SIZES` and the names in `PUBLISHED` too.
+
+    The hub is not asked about a published model, unless a revision is named.
+    """
+    if model in SIZES:
+        config = config_of(model)
+    elif model in PUBLISHED and revision is None:
+        config = AutoConfig.for_model(**PUBLISHED[model])
+    else:
+        return loading.meta_policy(model, options, revision)
+    return loading.meta_policy_of(config, load_processor("random-7b", options.max_image_tokens), options)

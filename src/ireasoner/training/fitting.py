@@ -1,93 +1,80 @@
 """Making a run fit in memory: at its start what the device holds is counted, and a later shortage ends in no lost run.
 
-How many tokens an update takes at a time is lowered to what the GPU holds at the start of a run, and stored in its
-`config.yaml`, so that updates are cut in the same places when the run is resumed on another GPU. The size of all other
-batches follows from it and from the memory that is free. Where memory does not suffice after all, batches are halved
-until the process ends. Where batches are cut changes rounding alone.
+How many tokens an update takes at a time is lowered to what the device holds at the start of a run, and stored in its
+`config.yaml`, so that updates are cut in the same places when the run is resumed on another one. The size of all other
+batches follows from it and from the memory that is free. Where a GPU's memory does not suffice after all, batches are
+halved until the process ends. Where batches are cut changes rounding alone.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from ireasoner.model.backbone import most_image_tokens, resolve_device
-from ireasoner.model.counting import SPARE
 from ireasoner.model.footprint import Footprint
 from ireasoner.model.loading import meta_policy
+from ireasoner.model.memory import free_memory
 from ireasoner.model.parallel import Processes
 from ireasoner.model.pieces import DoesNotFitError, out_of_memory_is_told, release_memory
+from ireasoner.model.source import Source, weight_bytes
 from ireasoner.training.config import Config
-from ireasoner.training.evaluation import EvaluationOptions
+from ireasoner.training.planning import fit, footprint
 from ireasoner.training.state import CONFIG, Observer, Run, save
-from ireasoner.training.targets import model_revision
+
+SMALL = 50  # times a model's weights: where so much memory is free, nothing needs to be counted
 
 
 @contextmanager
-def fitted(config: Config, out: Path, processes: Processes, observer: Observer) -> Iterator[Config]:
-    """Gives the config of a run that is about to be loaded, with no more tokens in an update than its GPU holds.
+def fitted(
+    config: Config, model: Source, out: Path, processes: Processes, observer: Observer, *, force: bool = False
+) -> Iterator[Config]:
+    """Gives the config of a run that is about to be loaded, with no more tokens in an update than its device holds.
 
-    The config of a resumed run is not changed. On the CPU nothing is counted.
+    The config of a resumed run is not changed. Small models on a CPU are not counted, which would take a second.
+
+    Args:
+        config: options of the run.
+        model: where its files are; weights are not needed yet.
+        out: the run directory.
+        processes: those of the run.
+        observer: is told if the config was changed, or should have been refused.
+        force: whether a run that does not fit is begun nevertheless.
 
     Raises:
-        DoesNotFitError: the GPU is too small for this model; or memory runs out inside, which otherwise ends in a
+        DoesNotFitError: the device is too small for this model; or memory runs out inside, which otherwise ends in a
             traceback of torch's.
     """
     device = resolve_device(processes.device if processes.count > 1 else config.device)
-    if device.startswith("cuda"):
-        free, total = torch.cuda.mem_get_info(device)
-        for_vllm = config.vllm_share * total if config.engine == "vllm" else 0
-        free = min(processes.gather([free - for_vllm], processes.count))  # every process must get the same config
-        policy = meta_policy(config.model, config.backbone, model_revision(config, out))
-        takes, image_tokens = policy.footprint, most_image_tokens(policy.processor, config.max_image_pixels)
+    free, total = free_memory(device)
+    for_vllm = config.vllm_share * total if device.startswith("cuda") and config.engine == "vllm" else 0
+    if not device.startswith("cuda"):
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", processes.count))  # they share this machine's memory
+    free = min(processes.gather([free - for_vllm], processes.count))  # every process must get the same config
+    if device.startswith("cuda") or SMALL * (weight_bytes(model) or free) > free:
+        policy = meta_policy(model, config.backbone)
+        image_tokens = most_image_tokens(policy.processor, config.max_image_pixels)
         try:
-            tokens = tokens_that_fit(config, takes, image_tokens, free)
+            fitting = fit(policy, config, image_tokens, free, processes.count)
         except DoesNotFitError as error:
-            aside = f", or lower --vllm-share, which sets {for_vllm / 1e9:.1f} GB aside" if for_vllm else ""
-            raise DoesNotFitError(f"{error}{aside}") from None
-        if tokens < config.optimizer.tokens_per_batch and not (out / CONFIG).exists():
-            config = config.model_copy(update={"fitted_tokens_per_batch": tokens})
-            observer.on_message(_choice(config, takes, free))
+            aside = f"; or lower --vllm-share, which sets {for_vllm / 1e9:.1f} GB aside" if for_vllm else ""
+            if not force:
+                raise DoesNotFitError(f"{error}{aside}") from None
+            observer.on_message(f"Begun all the same: {error}{aside}.")
+            fitting = config
+        if fitting != config and not (out / CONFIG).exists():
+            config = fitting
+            observer.on_message(_choice(config, footprint(policy, config, image_tokens, processes.count), free))
     with out_of_memory_is_told():
         yield config
 
 
-def tokens_that_fit(config: Config, takes: Footprint, image_tokens: int, free: float) -> int:
-    """How many tokens an update may keep the activations of.
-
-    Args:
-        config: options of the run.
-        takes: what the model takes.
-        image_tokens: the most that an image takes in a prompt.
-        free: bytes of the device that are free.
-
-    Raises:
-        DoesNotFitError: it does not hold a single completion, even with gradient checkpointing.
-    """
-    sampling = config.sampling
-    images = EvaluationOptions.batch_size if config.eval_data else config.schedule.images_per_step
-    held = takes.fixed + images * image_tokens * takes.feature
-    # The longest sequence: image, instructions and question of about a question's length each, and solution.
-    longest = image_tokens + 2 * sampling.max_question_tokens + sampling.max_solution_tokens
-    least = held + longest * takes.update_per_token(True)
-    usable = (1 - SPARE) * free
-    if usable < least:
-        raise DoesNotFitError(
-            f"{config.model} does not fit: it takes {least / 1e9:.1f} GB to train ({takes.weights / 1e9:.1f} of them "
-            f"weights) on one completion of {longest} tokens at a time, and {usable / 1e9:.1f} GB of the device's "
-            f"memory can be used: lower --max-image-tokens (an image takes up to {image_tokens}), or use a smaller "
-            f"model or a larger GPU"
-        )
-    return max(1, int((usable - held) / takes.update_per_token(False)))
-
-
 def _choice(config: Config, takes: Footprint, free: float) -> str:
     return (
-        f"Memory: {free / 1e9:.1f} GB are free, and {config.model} takes {takes.fixed / 1e9:.1f} GB and "
-        f"{takes.update_per_token(False) / 1e6:.1f} MB for each token of an update, so "
+        f"Memory: {free / 1e9:.1f} GB are free, and {config.model} takes {(takes.weights + takes.optimizer) / 1e9:.2f} "
+        f"GB, and {takes.update_per_token(False) / 1e6:.1f} MB and logits for each token of an update, so "
         f"{config.fitted_tokens_per_batch} tokens are taken at a time, not the {config.optimizer.tokens_per_batch} of "
         "--tokens-per-batch: above it, activations are computed again in the backward pass."
     )

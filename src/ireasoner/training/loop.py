@@ -46,6 +46,7 @@ def start(
     *,
     reward: RewardFunction | None = None,
     inputs: Inputs | None = None,
+    force: bool = False,
 ) -> Outcome:
     """Begin a run in a new or empty directory.
 
@@ -59,13 +60,14 @@ def start(
         max_hours: after which it saves and stops; None: it goes on to its end.
         reward: a reward function, instead of the one that the recipe names.
         inputs: what `check_start` gave for this config, if it was called before.
+        force: begin even if the device's memory does not suffice.
 
     Raises:
         UsageError: something that the user named cannot be used, or the directory holds a run already. Nothing has
             been written then.
     """
     inputs = inputs or check_start(config, out, truth, reward=reward)
-    return _run(inputs, out, observer or Observer(), truth, max_hours, resuming=False)
+    return _run(inputs, out, observer or Observer(), truth, max_hours, resuming=False, force=force)
 
 
 def resume(
@@ -79,11 +81,12 @@ def resume(
     extend_to: int | None = None,
     trusts_reward: bool = False,
     inputs: Inputs | None = None,
+    force: bool = False,
 ) -> Outcome:
     """Continue a run from its newest sound checkpoint, so that it ends as if it had never stopped.
 
     Args:
-        config, out, observer, truth, max_hours: as for `start`.
+        config, out, observer, truth, max_hours, force: as for `start`.
         reward: the function that `start` was given, if it was.
         extend_to: a later last step than the run has so far; a finished run then goes on as well. None: its own.
         trusts_reward: whether a reward file that the run's config names may be imported, which runs its code.
@@ -97,7 +100,7 @@ def resume(
     if (summary := finished(config, out)) is not None:
         return Outcome(summary["steps"], True, summary)
     inputs = inputs or check_resume(config, out, truth, reward=reward, trusts_reward=trusts_reward)
-    return _run(inputs, out, observer or Observer(), truth, max_hours, resuming=True)
+    return _run(inputs, out, observer or Observer(), truth, max_hours, resuming=True, force=force)
 
 
 def _run(
@@ -108,6 +111,7 @@ def _run(
     max_hours: float | None,
     *,
     resuming: bool,
+    force: bool,
 ) -> Outcome:
     began = time.monotonic()
     trackers = [*named_trackers(inputs.config), *observer.trackers]
@@ -116,7 +120,7 @@ def _run(
         processes = stack.enter_context(joined(machine.device, machine.patience, machine.shard))
         if resuming and processes.is_main:
             stack.enter_context(writer_lock(out))
-        config = stack.enter_context(fitted(inputs.config, out, processes, observer))
+        config = stack.enter_context(fitted(inputs.config, inputs.model, out, processes, observer, force=force))
         run = prepare(config, out, inputs, observer, processes, truth)
         # Until here Ctrl-C ends the process as usual, and a new run has written nothing.
         run.stop_asked = stack.enter_context(stop_requests(max_hours, began))
