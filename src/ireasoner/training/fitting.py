@@ -39,7 +39,7 @@ def fitted(config: Config, out: Path, processes: Processes, observer: Observer) 
     device = resolve_device(processes.device if processes.count > 1 else config.device)
     if device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info(device)
-        for_vllm = config.vllm_share * total if config.engine == "vllm" else 0
+        for_vllm = config.vllm_share * total if config.engine == "vllm" and not config.servers else 0
         free = min(processes.gather([free - for_vllm], processes.count))  # every process must get the same config
         policy = meta_policy(config.model, config.backbone, model_revision(config, out))
         takes, image_tokens = policy.footprint, most_image_tokens(policy.processor, config.max_image_pixels)
