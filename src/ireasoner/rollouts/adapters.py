@@ -120,8 +120,8 @@ class Adapters:
             )
         if status == 404 and sent is None:
             raise ServerError(
-                f"{address} cannot read the adapters in {files}: start it with the --middleware that ireasoner serve "
-                "prints, so that they are sent to it, or name a folder that it can read too with --adapters-folder"
+                f"{address} cannot read the adapters in {files}: name a folder that its machine shares with this one "
+                "as --adapters-folder, or start it with the --middleware that ireasoner serve prints to have them sent"
             )
         raise ServerError(f"{address} does not load the adapters: {message}")
 
