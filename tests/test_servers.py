@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from starlette.responses import Response
 
 from ireasoner import Observer
 from ireasoner.app import api
+from ireasoner.app.cli import main
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Completion, Role, UsageError
 from ireasoner.model.policy import Policy
+from ireasoner.model.source import TINY_MODEL
 from ireasoner.playground import dataset
 from ireasoner.rollouts import receiver
 from ireasoner.rollouts.engine import Request
@@ -30,7 +33,8 @@ from ireasoner.rollouts.servers import ServersEngine
 from ireasoner.rollouts.vllm import completion_seeds
 from ireasoner.studies.doctor import fill_adapters
 from ireasoner.training.checks import check_start
-from ireasoner.training.config import ConfigError, config_of, resolve
+from ireasoner.training.config import ConfigError, config_of, dump_config, resolve
+from ireasoner.training.opening import longest_sequence
 from models import load, requests, sample
 from stand_in import StandIn
 
@@ -468,3 +472,52 @@ def test_the_receiver_writes_nothing_but_adapters_and_only_with_the_key(
         assert not (folder.parent / "b1").exists()
         stranger.close(), client.close()
     monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+
+
+# --- ireasoner serve --------------------------------------------------------------------------------------------------
+
+
+def printed(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, str]:
+    """The options of the command that is printed, by name."""
+    assert main(["serve", "tiny", "--device", "cpu", *options]) == 0
+    words = shlex.split(capsys.readouterr().out.replace("\\\n", " "))
+    assert words[:4] == ["VLLM_ALLOW_RUNTIME_LORA_UPDATING=True", "python", "-m", "vllm.entrypoints.openai.api_server"]
+    pairs = [*words[4:], "--"]
+    flags = [(word, after) for word, after in pairwise(pairs) if word.startswith("--")]
+    return {word: "" if after.startswith("--") else after for word, after in flags}
+
+
+def test_serve_prints_the_command_for_the_run(capsys: pytest.CaptureFixture[str], policy: Policy, tmp_path: Path):
+    plain = printed(capsys)
+    assert plain["--model"] == str(TINY_MODEL)
+    assert (plain["--host"], plain["--port"], plain["--dtype"]) == ("127.0.0.1", "8000", "float32")
+    assert plain["--max-model-len"] == str(
+        longest_sequence(resolve({"images": ".", "model": "tiny"}), policy.processor)
+    )
+    changed = {"max_image_tokens": 16, "max_solution_tokens": 212, "lora_rank": 20, "dtype": "bfloat16"}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in changed.items()]
+    other = printed(capsys, *options, "--tensor-parallel-size", "2", "--port", "8001")
+    assert int(other["--max-model-len"]) == int(plain["--max-model-len"]) - 48 + 100
+    assert other["--max-lora-rank"] == "32"
+    assert (other["--dtype"], other["--port"], other["--tensor-parallel-size"]) == ("bfloat16", "8001", "2")
+    (tmp_path / "reward.py").write_text("def pay(group, context): return [0.0] * len(group.texts)")
+    of_run = resolve({"images": ".", "model": "tiny", "reward": f"{tmp_path}/reward.py:pay", **changed})
+    (tmp_path / "config.yaml").write_text(dump_config(of_run))
+    from_run = printed(capsys, "--config", str(tmp_path / "config.yaml"))
+    assert from_run | {"--port": "8001", "--tensor-parallel-size": "2"} == other
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--lora-rank", "600"], "rank 512 at most"),
+        (["--run"], "--run needs vLLM"),
+        (["--run", "--host", "0.0.0.0"], "set a key of your own as VLLM_API_KEY"),
+    ],
+)
+def test_serve_says_in_a_sentence_what_it_cannot_do(
+    options: list[str], sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ireasoner.training.checks.installed", lambda package: "0.0.0.0" in options)
+    assert main(["serve", "tiny", "--device", "cpu", *options]) == 2
+    assert sentence in capsys.readouterr().err

@@ -43,6 +43,7 @@ COMMANDS = {
         "examine:doctor",
         "check that this model can be trained correctly on this machine, and can learn from your images",
     ),
+    "serve": ("serve:serve", "the command of a vLLM server that samples for a run"),
     "bench": ("study:bench", "time one training step by phases, with and without shared prompts"),
     "playground": ("demo:playground", "write the embedded world's pictures and questions as files"),
 }
