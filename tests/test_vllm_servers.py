@@ -135,7 +135,7 @@ def test_completions_are_the_learners_on_one_server_or_two(
     print("handed over in", time.monotonic() - before)
     assert gap(policy, asked, sample(both, asked, "solver", 2, 32), "solver") < 1e-4
     fill_adapters(policy, 0.1, seed=1)
-    with pytest.raises(ServerError, match="refuses a prompt: .*363"):
+    with pytest.raises(ServerError, match=r"refuses a prompt: .*363"):
         sample(both, asked, None, 1, 400)
     for engine in (both, alone):
         engine.close()
