@@ -38,15 +38,13 @@ class Reply(BaseModel):
     choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]
 
 
-def chat_body(
-    policy: Policy, request: Request, as_features: bool, *, max_tokens: int, temperature: float = 1.0
-) -> dict[str, Any]:
-    """What is asked for a request, but for the model and the seed.
+def chat_body(policy: Policy, request: Request, as_features: bool, max_tokens: int) -> dict[str, Any]:
+    """What is asked for a request, but for the model, the seed and the temperature.
 
     Args:
         policy: the learner's.
         as_features: whether the image is sent as the learner's features, or as a picture.
-        request, max_tokens, temperature: as for `Engine.sample`.
+        request, max_tokens: as for `Engine.sample`.
     """
     image = _features(request.image) if as_features else _picture(request.image)
     chat = [
@@ -57,7 +55,6 @@ def chat_body(
         "messages": chat,
         "chat_template_kwargs": NO_THINKING,
         "max_tokens": max_tokens,
-        "temperature": temperature,
         # The whole distribution, whatever the checkpoint's generation config asks for.
         "top_p": 1.0,
         "top_k": 0,

@@ -26,7 +26,7 @@ from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.adapters import Adapters
 from ireasoner.rollouts.chat import Reply, chat_body, completion_of
-from ireasoner.rollouts.engine import Request
+from ireasoner.rollouts.engine import Request, temperatures
 from ireasoner.rollouts.server import LostServerError, ServerError, ask, connections, look, read_reply, run_async, said
 from ireasoner.rollouts.vllm import completion_seeds, prompt_ids, takes_features
 
@@ -129,7 +129,7 @@ class ServersEngine:
 
         self._with_each(self.servers, see)
         if all(server.lost for server in self.servers):
-            raise self._none_answers()
+            raise ServerError(f"no server answers: {self._reasons()}")
 
     def refresh(self) -> None:
         """Serve the policy's adapters as they are now, under new names. Every process must call this.
@@ -189,7 +189,13 @@ class ServersEngine:
     # --- sampling -----------------------------------------------------------------------------------------------------
 
     def sample(
-        self, requests: Sequence[Request], role: Role | None, *, n: int = 1, max_tokens: int, temperature: float = 1.0
+        self,
+        requests: Sequence[Request],
+        role: Role | None,
+        *,
+        n: int = 1,
+        max_tokens: int,
+        temperature: float | Sequence[float] = 1.0,
     ) -> list[list[Completion]]:
         """Sample n completions of each request, as described in `Engine.sample`.
 
@@ -199,12 +205,14 @@ class ServersEngine:
             ServerError: no server completes a request within `patience`; or one refuses it, reads a prompt differently
                 from the learner, or replies what cannot be a completion.
         """
-        policy, options = self.policy, {"max_tokens": max_tokens, "temperature": temperature}
+        if not requests:
+            return []
+        policy = self.policy
         bodies = [
-            {**body, "seed": seed}
+            {**body, "seed": seed, "temperature": each}
             for request in requests
-            for body in [chat_body(policy, request, takes_features(request.image), **options)]
-            for seed in completion_seeds(request.seed, n)
+            for body in [chat_body(policy, request, takes_features(request.image), max_tokens)]
+            for seed, each in zip(completion_seeds(request.seed, n), temperatures(temperature, n), strict=True)
         ]
         replies = run_async(self._complete_all(bodies, role))
         learner_ids = prompt_ids(build_prompts(policy, [r.image for r in requests], [r.messages for r in requests]))
@@ -314,11 +322,13 @@ class ServersEngine:
         server.retry_at = time.monotonic() + min(2.0 ** (server.failures - 2), 60)
 
     def _none_answers(self) -> ServerError:
-        told = "; ".join(f"{server.address}: {server.reason or 'it is busy'}" for server in self.servers)
         return ServerError(
-            f"no server has answered within {self.patience:g} seconds (--patience): {told}; what is saved is safe: "
-            "start the servers again, and go on with train --resume RUN"
+            f"no server has answered within {self.patience:g} seconds (--patience): {self._reasons()}; what is saved "
+            "is safe: start the servers again, and go on with train --resume RUN"
         )
+
+    def _reasons(self) -> str:
+        return "; ".join(f"{server.address}: {server.reason or 'it is busy'}" for server in self.servers)
 
     # --- the model ----------------------------------------------------------------------------------------------------
 
@@ -349,7 +359,7 @@ class ServersEngine:
 
     def _sample_everywhere(self, request: Request, as_features: bool) -> list[tuple[str, list[int], list[float]]]:
         """The address, the tokens and their log-probabilities of each server that answers."""
-        body = chat_body(self.policy, request, as_features, max_tokens=COMPARED_TOKENS) | {"seed": 0}
+        body = chat_body(self.policy, request, as_features, COMPARED_TOKENS) | {"seed": 0, "temperature": 1.0}
         (ids,) = prompt_ids(build_prompts(self.policy, [request.image], [request.messages]))
         found = []
 
