@@ -402,8 +402,9 @@ def test_a_run_goes_on_when_a_server_ends_and_is_resumed_when_all_do(
     monkeypatch.setattr(ServersEngine, "open", noted)
     dataset.write_unlabeled(tmp_path / "images", 4, "chalk")
     options: dict[str, Any] = {
-        "steps": 3, "images_per_step": 1, "group_size": 2, "save_every": 1, "max_solution_tokens": 16, "gate_low": 0,
-        "max_question_tokens": 24, "gate_high": 1, "probe_every": 0, "blank_every": 0, "device": "cpu", "patience": 60, "watch": False,
+        "steps": 3, "images_per_step": 1, "group_size": 2, "save_every": 1, "gate_low": 0, "gate_high": 1,
+        "max_solution_tokens": 16, "max_question_tokens": 24, "probe_every": 0, "blank_every": 0, "watch": False,
+        "device": "cpu", "patience": 60,
     }  # fmt: skip
     told: list[str] = []
 
