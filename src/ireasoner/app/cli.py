@@ -47,6 +47,7 @@ COMMANDS = {
         "plan:plan",
         "say what a run takes on your GPUs, what fits, and what to type, before anything is downloaded",
     ),
+    "serve": ("serve:serve", "the command of a vLLM server that samples for a run"),
     "bench": ("study:bench", "time one training step by phases, with and without shared prompts"),
     "playground": ("demo:playground", "write the embedded world's pictures and questions as files"),
 }

@@ -19,7 +19,7 @@ def _from_root(name: str, value: Any) -> Any:
         known = configs.names("recipes")
         return [each if each in known or not Path(each).is_file() else os.path.abspath(each) for each in value]
     is_path = (
-        name in ("labels", "eval_data", "held_out", "data", "init_adapters")
+        name in ("labels", "eval_data", "held_out", "data", "init_adapters", "adapters_folder")
         or (name == "images" and not configs.is_elsewhere(str(value)))
         or (name == "model" and Path(value).expanduser().is_dir())
         or (name == "reward" and ".py:" in value)

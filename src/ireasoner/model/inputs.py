@@ -22,6 +22,9 @@ from transformers import BatchFeature
 
 from ireasoner.model.policy import Policy
 
+# For a chat template. Templates call thinking by one of two names (`thinking` in Kimi's, Granite's and DeepSeek's), and
+# pass over the other one.
+NO_THINKING = {"enable_thinking": False, "thinking": False}
 _INNER = ("last_hidden_state", "hidden_states", "attentions")  # of the vision tower: nothing reads them later
 LARGEST_BATCH = 2**22  # values of pixels that go through the vision tower together: those of about 900 image tokens
 
@@ -199,27 +202,29 @@ def build_prompts(policy: Policy, images: Sequence[EncodedImage], messages: Sequ
 def render(processor: Any, chat: list[dict[str, Any]]) -> str:
     """Chat messages as text in the model's template, up to where its answer begins, with one token for each image.
 
-    Special tokens inside of what the messages say are left out: `<image>` in a question, as many data sets write it,
-    would stand for a second image, and others would end the turn. Thinking is switched off where the template can do
-    so: the prompts of both roles ask for a form of their own. Where it cannot, the text may end with `<think>`, which
-    the parsers of replies must be told (`ireasoner.method.texts.opens_thought`).
+    What the messages say is without special tokens (`without_special_tokens`). Thinking is switched off where the
+    template can do so: the prompts of both roles ask for a form of their own. Where it cannot, the text may end with
+    `<think>`, which the parsers of replies must be told (`ireasoner.method.texts.opens_thought`).
     """
-    special = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
-    pattern = re.compile("|".join(map(re.escape, sorted(special | {processor.image_token}, key=len, reverse=True))))
-    chat = [
-        {**turn, "content": [{**c, "text": pattern.sub("", c["text"])} if "text" in c else c for c in turn["content"]]}
-        for turn in chat
-    ]
-    # The tokenizer's method, because that of some processors requires a video processor for the same text. Templates
-    # call thinking by one of two names (`thinking` in Kimi's, Granite's and DeepSeek's), and pass over the other one.
+    # The tokenizer's method, because that of some processors requires a video processor for the same text.
     return processor.tokenizer.apply_chat_template(
-        chat,
+        without_special_tokens(processor, chat),
         chat_template=processor.chat_template,
         tokenize=False,
         add_generation_prompt=True,
-        enable_thinking=False,
-        thinking=False,
+        **NO_THINKING,
     )
+
+
+def without_special_tokens(processor: Any, chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Chat messages whose texts hold no special tokens: `<image>` in a question, as many data sets write it, would
+    stand for a second image, and others would end the turn."""
+    special = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    pattern = re.compile("|".join(map(re.escape, sorted(special | {processor.image_token}, key=len, reverse=True))))
+    return [
+        {**turn, "content": [{**c, "text": pattern.sub("", c["text"])} if "text" in c else c for c in turn["content"]]}
+        for turn in chat
+    ]
 
 
 def embed_texts(policy: Policy, texts: Sequence[str], max_tokens: int) -> NDArray[np.float64]:

@@ -56,5 +56,9 @@ class Engine(Protocol):
         ...
 
     def refresh(self) -> None:
-        """Take over the policy's adapters as they are now; called after every change of them."""
+        """Take over the policy's adapters as they are now; called by every process after every change of them."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds outside of this process's memory; called once, when the run ends."""
         ...

@@ -56,6 +56,9 @@ class LiveEngine:
     def refresh(self) -> None:
         """Nothing to do: the policy that is sampled from is the one that is trained."""
 
+    def close(self) -> None:
+        """Nothing to do."""
+
     @torch.no_grad()
     def sample(
         self,

@@ -1,5 +1,7 @@
 """Sampling with vLLM, in the learner's process: both roles as LoRA adapters, handed over after each update.
 
+Of several processes, each has an engine of its own, which samples that process's share.
+
 vLLM has kernels of its own, and computes adapters in the backbone's precision, too. So its log-probability of a token
 differs from the learner's by rounding, which every step logs as `sampler_gap`. Each completion has its own seed, but a
 resumed run draws the same tokens only as far as vLLM makes the same batches.
@@ -18,6 +20,7 @@ from typing import Any
 from ireasoner.method.seeds import uniforms
 from ireasoner.method.types import ROLES, Completion, Role, UsageError
 from ireasoner.model.inputs import EncodedImage, Prompts, build_prompts
+from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import brief, find_model
 from ireasoner.rollouts.engine import Request, temperatures
@@ -36,8 +39,13 @@ class VllmEngine:
         self._adapters = adapters  # a folder for those that are handed over
 
     @classmethod
-    def load(cls, policy: Policy, model: str, longest: int, gpu_share: float = 0.45) -> VllmEngine:
+    def load(
+        cls, policy: Policy, model: str, longest: int, gpu_share: float = 0.45, processes: Processes = ALONE
+    ) -> VllmEngine:
         """Load the backbone into vLLM, in this process, and hand the adapters over.
+
+        Several processes must all call this. vLLM then joins the group of processes that exists, as it does under
+        torchrun, and takes the GPU of LOCAL_RANK, which is the learner's (not tried on GPUs).
 
         Args:
             policy: whose adapters are served.
@@ -45,9 +53,10 @@ class VllmEngine:
             longest: the largest number of tokens of a prompt and its completion together.
             gpu_share: the share of a GPU's memory that vLLM takes. The learner's own copy of the weights, activations
                 and logits need the rest.
+            processes: those of the run.
 
         Raises:
-            VllmError: vLLM is not installed, or does not serve the model.
+            VllmError: vLLM is not installed, or does not serve the model, or not on the learner's GPU.
         """
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, no worker can be lost
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -57,6 +66,13 @@ class VllmEngine:
             raise VllmError("--engine vllm needs vLLM: pip install 'ireasoner[vllm]', or leave it out") from None
         on_gpu = policy.device.type == "cuda"
         options: dict[str, Any] = {"gpu_memory_utilization": gpu_share} if on_gpu else {"enforce_eager": True}
+        if processes.count > 1:
+            options["distributed_executor_backend"] = "external_launcher"
+        elif policy.device.index:
+            raise VllmError(
+                f"--engine vllm samples on the first GPU: instead of --device {policy.device}, set "
+                f"CUDA_VISIBLE_DEVICES={policy.device.index}"
+            )
         try:
             llm = LLM(
                 model=str(find_model(model, policy.commit).folder),
@@ -77,6 +93,10 @@ class VllmEngine:
         weakref.finalize(engine, shutil.rmtree, adapters, ignore_errors=True)
         engine.refresh()
         return engine
+
+    def close(self) -> None:
+        """End vLLM: it must not outlive the group of processes."""
+        self.llm.llm_engine.engine_core.shutdown()
 
     @property
     def _folder(self) -> Path:
@@ -133,7 +153,12 @@ class VllmEngine:
             outputs = self.llm.generate(vllm_prompts, params, lora_request=self._adapter(role), use_tqdm=False)
         except ValueError as error:  # usually a prompt that is too long for `longest`
             raise VllmError(f"vLLM refuses a prompt: {brief(error)}") from error
-        self._check_prompts(prompts, [output.prompt_token_ids for output in outputs[::n]])
+        for ours, output in zip(prompt_ids(prompts), outputs[::n], strict=True):
+            if (theirs := list(output.prompt_token_ids)) != ours:
+                raise VllmError(
+                    f"vLLM reads a prompt as {len(theirs)} tokens that the learner reads as {len(ours)}: its processor "
+                    "treats images differently; leave out --engine vllm for this model"
+                )
         flat = [self._completion(output.outputs[0]) for output in outputs]
         return [flat[i : i + n] for i in range(0, len(flat), n)]
 
@@ -146,15 +171,6 @@ class VllmEngine:
         number = self.version * len(ROLES) + ROLES.index(role)  # a number of its own for each version
         return LoRARequest(f"{role}-{self.version}", number, str(self._folder / role))
 
-    def _check_prompts(self, prompts: Prompts, read: Sequence[Sequence[int]]) -> None:
-        for row, vllm_ids in enumerate(read):
-            learner_ids = prompts.text["input_ids"][row][prompts.mask_BP[row].bool()].tolist()
-            if list(vllm_ids) != learner_ids:
-                raise VllmError(
-                    f"vLLM reads a prompt as {len(vllm_ids)} tokens that the learner reads as {len(learner_ids)}: its "
-                    "processor treats images differently; leave out --engine vllm for this model"
-                )
-
     def _completion(self, output: Any) -> Completion:
         logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
         return completion(self.policy, list(output.token_ids), logprobs)
@@ -165,8 +181,17 @@ def completion_seeds(request_seed: Sequence[int], n: int) -> list[int]:
     return [int(number * 2**31) for number in uniforms([request_seed], n, 1)[0, :, 0]]
 
 
+def prompt_ids(prompts: Prompts) -> list[list[int]]:
+    """The token ids of each prompt as the learner reads it, without padding."""
+    rows = zip(prompts.text["input_ids"], prompts.mask_BP, strict=True)
+    return [ids[mask.bool()].tolist() for ids, mask in rows]
+
+
+def takes_features(image: EncodedImage) -> bool:
+    """Whether vLLM can be given our features instead of the picture: all they need is a grid, as in Qwen's models."""
+    return set(image.features) == {"pooler_output"} and set(image.extras) == {"image_grid_thw"}
+
+
 def _image(image: EncodedImage) -> Any:
-    """The image for vLLM: our features if all they need is a grid, as Qwen's models do; otherwise the picture."""
-    if set(image.features) == {"pooler_output"} and set(image.extras) == {"image_grid_thw"}:
-        return {"image_embeds": image.pooled, **image.extras}
-    return image.seen.image
+    """The image for vLLM: our features, so that both see the same, or else the picture."""
+    return {"image_embeds": image.pooled, **image.extras} if takes_features(image) else image.seen.image

@@ -152,8 +152,14 @@ def check_out(config: Config, out: Path) -> None:
 
 def _read(config: Config, out: Path | None, truth: StepTruth | None, reward: RewardFunction | None) -> Inputs:
     """Read everything else that was named: what takes longest comes last."""
+    resumes = out is not None and any((out / "checkpoints").glob("step-*"))
     check_packages(config)
     check_device(config.device)
+    if config.servers:
+        from ireasoner.rollouts.server import check_servers  # imports an HTTP client
+
+        with _naming("--servers"):
+            check_servers(config.servers, all_needed=not resumes)  # a run goes on without those that were lost
     questions = read_questions(config.eval_data, "--eval-data", truth)
     held_out, labelled = read_questions(config.held_out, "--held-out"), read_questions(config.labels, "--labels")
     with _naming("--model"):
@@ -161,7 +167,6 @@ def _read(config: Config, out: Path | None, truth: StepTruth | None, reward: Rew
         check_processor(model)
         if model.commit is None:  # otherwise they may have to be downloaded first
             with_weights(model)
-    resumes = out is not None and any((out / "checkpoints").glob("step-*"))
     with _naming("--init-adapters"):
         initial = initial_adapters(config, model) if config.init_adapters and not resumes else {}
     with _naming("--images"):
@@ -173,7 +178,7 @@ def _read(config: Config, out: Path | None, truth: StepTruth | None, reward: Rew
 
 def check_packages(config: Config) -> None:
     """Raises `UsageError` if a package that the config asks for is not installed."""
-    if config.engine == "vllm" and not installed("vllm"):
+    if config.engine == "vllm" and not config.servers and not installed("vllm"):
         raise UsageError("--engine vllm needs vLLM: pip install 'ireasoner[vllm]', or leave it out")
     for name in config.report_to:
         if not installed(name):

@@ -14,6 +14,7 @@ import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, ValidationError, model_validator
@@ -42,6 +43,20 @@ def _separated(value: Any) -> Any:
         return value
     found = [name.strip() for text in texts for name in text.split(",")]
     return [name for name in dict.fromkeys(found) if name not in ("", "none")]
+
+
+def _problem_with_server(address: str) -> str | None:
+    """What is wrong with the address of a server, or None. The config is stored, so it may hold no password."""
+    try:
+        parts = urlsplit(address)
+        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port, or of brackets
+        return f"{address!r:.200} is no address"
+    if parts.username is not None or parts.password is not None:
+        return "an address holds a user or a password: leave that out, and put the key in IREASONER_SERVER_KEY"
+    if not named or parts.query or parts.fragment or not re.fullmatch(r"[!-~]+", address):
+        return f"{address!r:.200} is no address such as http://gpu2:8000"
+    return None
 
 
 def _phrase(text: str) -> str:
@@ -173,6 +188,8 @@ class Config(Options):
     """Share the frozen language model out among the processes, so that each holds a part of it."""
     servers: Annotated[tuple[str, ...], BeforeValidator(_separated)] = ()
     """Addresses of vLLM servers that sample, such as http://gpu2:8000; ireasoner serve says how to start one (none)."""
+    adapters_folder: Path | None = None
+    """Folder that this machine and the servers share, through which adapters reach them (they are sent over HTTP)."""
     patience: Positive = 600
     """Seconds to wait for another process, or for a server, before the run gives up; it can then be resumed."""
     report_to: Annotated[tuple[TrackerName, ...], BeforeValidator(_separated)] = ()
@@ -205,6 +222,8 @@ class Config(Options):
             raise ValueError(f"--gate-low {low} is above --gate-high {high}: no group would be kept")
         if self.recipe.reward == "oracle" and self.labels is None:
             raise ValueError("the oracle recipe needs --labels FILE.jsonl with the true answers")
+        if problem := next(filter(None, map(_problem_with_server, self.servers)), None):
+            raise ValueError(f"--servers: {problem}")
         return self
 
     def flat(self) -> dict[str, Any]:
@@ -242,7 +261,7 @@ class Config(Options):
 # In config.yaml, but no options.
 UNNAMED = ("format", "reward_sha256", "init_adapters_sha256", "planned_steps", "fitted_tokens_per_batch")
 # Where a run does its work. A resumed run may be given others, and stays the same run.
-MACHINE_OPTIONS = ("device", "vllm_share", "shard", "servers", "patience")
+MACHINE_OPTIONS = ("device", "vllm_share", "shard", "servers", "adapters_folder", "patience")
 # The bound on importance weights where vLLM samples; verl has the same. Rounding alone hardly ever reaches it.
 IMPORTANCE_CAP = 2.0
 # The group of each option ("" for those of no group) and its name there. The option `recipe` is the name of a recipe.

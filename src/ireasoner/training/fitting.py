@@ -49,7 +49,8 @@ def fitted(
     """
     device = resolve_device(processes.device if processes.count > 1 else config.device)
     free, total = free_memory(device)
-    for_vllm = config.vllm_share * total if device.startswith("cuda") and config.engine == "vllm" else 0
+    vllm_here = device.startswith("cuda") and config.engine == "vllm" and not config.servers
+    for_vllm = config.vllm_share * total if vllm_here else 0
     if not device.startswith("cuda"):
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", processes.count))  # they share this machine's memory
     free = min(processes.gather([free - for_vllm], processes.count))  # every process must get the same config

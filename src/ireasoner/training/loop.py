@@ -122,6 +122,7 @@ def _run(
             stack.enter_context(writer_lock(out))
         config = stack.enter_context(fitted(inputs.config, inputs.model, out, processes, observer, force=force))
         run = prepare(config, out, inputs, observer, processes, truth)
+        stack.callback(run.engine.close)
         # Until here Ctrl-C ends the process as usual, and a new run has written nothing.
         run.stop_asked = stack.enter_context(stop_requests(max_hours, began))
         if not resuming and processes.is_main:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ireasoner.method.scoring import RewardFunction
 from ireasoner.method.texts import with_domain
@@ -182,22 +183,43 @@ def open_selfplay(
     sharded_over = processes if config.shard else ALONE
     policy = load_policy(model, config.backbone, device=device, seed=config.seed, tell=tell, sharded_over=sharded_over)
     limit_sampling(policy, config.fitted_optimizer().tokens_per_batch)
-    engine = open_engine(config, policy, processes)
+    engine = open_engine(config, policy, processes, tell)
     return SelfPlay(policy, engine, config, labels, reward, processes)
 
 
-def open_engine(config: Config, policy: Policy, processes: Processes) -> Engine:
-    """The engine that the config names. Raises `UsageError` if it is not installed or cannot be used here."""
+def open_engine(
+    config: Config, policy: Policy, processes: Processes = ALONE, tell: Callable[[str], None] = lambda line: None
+) -> Engine:
+    """The engine that the config names: its servers if it names any. Every process must call this.
+
+    Args:
+        config: options of the run.
+        policy: the model that is sampled from.
+        processes: those of the run.
+        tell: is told in a sentence when a server is lost, and when it is back.
+
+    Raises:
+        UsageError: it is not installed or cannot be used here, or a server cannot be used.
+    """
+    if config.servers:
+        from ireasoner.rollouts.servers import ServersEngine  # imports an HTTP client
+
+        longest, folder = longest_sequence(config, policy.processor), config.adapters_folder
+        options: dict[str, Any] = {"patience": config.patience, "folder": folder, "processes": processes, "tell": tell}
+        return ServersEngine.open(policy, config.servers, longest, **options)
     if config.engine == "transformers":
         return LiveEngine(policy)
-    if processes.count > 1:
-        raise RunError("--engine vllm works in one process: leave it out, or start without the launcher")
     from ireasoner.rollouts.vllm import VllmEngine  # imports vLLM, which is an optional dependency
 
-    sampling, tokenizer = config.sampling, policy.processor.tokenizer
-    # The longest sequence that vLLM has to hold: image, prompt, question, solution, and 128 for the chat template.
-    image = most_image_tokens(policy.processor, config.max_image_pixels)
+    longest = longest_sequence(config, policy.processor)
+    return VllmEngine.load(policy, config.model, longest, config.vllm_share, processes)
+
+
+def longest_sequence(config: Config, processor: Any) -> int:
+    """The most tokens of a prompt and its completion together: image, prompt, question, solution, and 128 for the chat
+    template."""
+    sampling = config.sampling
+    image = most_image_tokens(processor, config.max_image_pixels)
     prompts = with_domain(sampling.proposer_prompt, sampling.domain), sampling.solver_prompt
-    prompt = max(len(tokenizer(text)["input_ids"]) for text in prompts)
-    written = sampling.max_question_tokens + sampling.max_solution_tokens
-    return VllmEngine.load(policy, config.model, image + prompt + written + 128, config.vllm_share)
+    prompt = max(len(processor.tokenizer(text)["input_ids"]) for text in prompts)
+    return image + prompt + sampling.max_question_tokens + sampling.max_solution_tokens + 128
