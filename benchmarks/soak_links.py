@@ -60,38 +60,43 @@ def hosts() -> Iterator[None]:
             subprocess.run(["ip", "netns", "delete", host], check=False)
 
 
-def start(place: Path, out: Path) -> list[subprocess.Popen[str]]:
-    """Begin or resume a run on both hosts."""
+def start(place: Path, out: Path) -> list[subprocess.Popen[bytes]]:
+    """Begin or resume a run on both hosts; what they print goes to files."""
     if (out / "config.yaml").exists():
         words = ["train", "--resume", str(out)]
     else:
         options = OPTIONS | {"images": place / "pool", "eval-data": place / "test" / "test.jsonl", "out": out}
         words = ["train", *(f"--{name}={value}" for name, value in options.items())]
     command = [sys.executable, "-m", "ireasoner", *words, "--patience", str(PATIENCE)]
-    return [
-        subprocess.Popen(
-            ["ip", "netns", "exec", host, *command], env=os.environ | ENVIRONMENT | {"RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank, host in enumerate(HOSTS)
-    ]  # fmt: skip
+    both = []
+    for rank, host in enumerate(HOSTS):
+        with open(place / f"printed-{rank}", "wb") as printed:
+            environment = os.environ | ENVIRONMENT | {"RANK": str(rank)}
+            words = ["ip", "netns", "exec", host, *command]
+            both.append(subprocess.Popen(words, env=environment, stdout=printed, stderr=subprocess.STDOUT))
+    return both
 
 
-def finish(both: Sequence[subprocess.Popen[str]], seconds: float) -> tuple[list[str], list[str]]:
-    """Wait for both processes, no longer than that; which promises they broke, and what they printed."""
-    deadline, broken, printed = time.monotonic() + seconds, list[str](), list[str]()
-    for process in both:
-        try:
-            said, _ = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            said, _ = process.communicate()
+def finish(place: Path, both: Sequence[subprocess.Popen[bytes]], seconds: float) -> tuple[list[str], str]:
+    """Wait for both processes; which promises they broke, and what they printed.
+
+    They have so many seconds, and while they look for each other, which gloo does in several attempts, five times as
+    many.
+    """
+    began, ended = time.monotonic(), [0.0, 0.0]
+    while any(process.poll() is None for process in both) and time.monotonic() < began + 5 * seconds:
+        ended = [time.monotonic() if process.poll() is None else at for process, at in zip(both, ended, strict=True)]
+        time.sleep(0.1)
+    broken, told = list[str](), list[str]()
+    for rank, process in enumerate(both):
+        process.kill()
+        said = (place / f"printed-{rank}").read_text("utf-8", "replace")
+        if process.wait() not in (0, 2) or "Traceback" in said:
+            broken.append("no sentence")
+        if ended[rank] > began + seconds and "did not find each other" not in said:
             broken.append("late")
-        else:
-            if process.returncode not in (0, 2) or "Traceback" in said:
-                broken.append("no sentence")
-        printed.append(said)
-    return broken, printed
+        told.append(said)
+    return broken, "\n".join(told)
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -109,16 +114,16 @@ def soak(number: int, place: Path, seconds: float, counts: Counter[str]) -> None
         time.sleep(rng.uniform(0, seconds))
         ip("-n", (end := rng.choice(HOSTS)), "link", "set", "net0", "down")
         counts["cuts"] += 1
-        problems, printed = finish(both, PATIENCE + SPARED)
+        problems, printed = finish(place, both, PATIENCE + SPARED)
         ip("-n", end, "link", "set", "net0", "up")
         if problems:
-            print(f"run {number}: {problems}\n{''.join(printed)}", flush=True)
+            print(f"run {number}: {problems}\n{printed}", flush=True)
         broken += problems
         if (out / "summary.json").exists():
             break
-    problems, printed = finish(start(place, out), 10 * seconds)
+    problems, printed = finish(place, start(place, out), 10 * seconds)
     if problems or contents(out) != contents(place / "whole"):
-        print(f"run {number}: {problems or 'it differs'}\n{''.join(printed)}", flush=True)
+        print(f"run {number}: {problems or 'it differs'}\n{printed}", flush=True)
         broken.append("differs")
     counts["runs"] += 1
     counts.update(broken)
@@ -136,7 +141,7 @@ def main() -> int:
         dataset.write_unlabeled(place / "pool", 5, "chalk")
         dataset.write_questions(place / "test", 3, "chalk")
         began = time.monotonic()
-        problems, printed = finish(start(place, place / "whole"), 300)
+        problems, printed = finish(place, start(place, place / "whole"), 300)
         assert not problems, printed
         seconds = time.monotonic() - began
         while time.monotonic() < end:
