@@ -95,7 +95,7 @@ def test_logprobs_and_gradients_are_those_of_the_whole_model(tmp_path: Path):
 
 def compare(folder: Path) -> int:
     """What each of two processes does: the same with a model that it holds whole, and with one that is sharded."""
-    with joined("cpu", 60) as processes:
+    with joined("cpu", 60, shard=True) as processes:
         for name, dtype in zip(FAMILIES, ("float32", "bfloat16", "float32"), strict=True):
             # Only one process computes activations again in the backward pass.
             chosen = BackboneOptions(dtype=dtype, gradient_checkpointing=processes.is_main)
