@@ -8,7 +8,6 @@ of what they sample, the number of micro-batches, and whether these are checkpoi
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from functools import partial
 from itertools import chain
@@ -52,34 +51,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(place: Path, **more: Any) -> list[str]:
     given = {
-        **{"images": place / "unlabeled", "model": "tiny", "device": "cpu", "steps": 2, "images-per-step": 3},
-        **{"proposer-every": 2, "blank-every": 1, "save-every": 1, "watch-window": 2, "probe-images": 1},
+        **{"images": place / "unlabeled", "model": "tiny", "device": "cpu", "steps": 1, "images-per-step": 3},
+        **{"proposer-every": 1, "blank-every": 1, "save-every": 1, "watch-window": 2, "probe-images": 1},
         **{"keep-checkpoints": 0, "group-size": 3, **more},
     }
     return ["train", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
 
 
 def test_a_sharded_run_is_that_of_one_process_and_each_goes_on_from_the_other(place: Path):
-    """Three images and blank images over two processes: one of them has less to do everywhere."""
-    together, alone = place / "together", place / "alone"
-    finish_together(place, "together", *options(place), "--shard", "--out", together)
-    finish_alone(place, "alone", *options(place), "--out", alone)
-    assert_same_run(alone, together)
-    said = finish_alone(place, "go-on-alone", "train", "--resume", after_one_step(together))
+    """Three images and blank images over two processes: one of them has less to do everywhere. One run is sharded in
+    its first step, the other in its second."""
+    first, second, more = place / "sharded-first", place / "sharded-second", ("--steps", 2)
+    finish_together(place, "first", *options(place), "--shard", "--out", first)
+    finish_alone(place, "second", *options(place), "--out", second)
+    said = finish_alone(place, "first-goes-on", "train", "--resume", first, *more)
     assert "--shard changes nothing here: there is one process" in said
-    finish_together(place, "go-on", "train", "--resume", after_one_step(alone), "--shard")
-    assert_same_run(after_one_step(together), alone)
-    assert_same_run(after_one_step(alone), together)
-
-
-def after_one_step(out: Path) -> Path:
-    """A copy of a run as if it had been stopped after its first step; made once."""
-    stopped = out.with_name(f"{out.name}-stopped")
-    if not stopped.exists():
-        shutil.copytree(out, stopped)
-        (stopped / "summary.json").unlink()
-        shutil.rmtree(stopped / "checkpoints/step-000002")
-    return stopped
+    finish_together(place, "second-goes-on", "train", "--resume", second, "--shard", *more)
+    assert_same_run(first, second)
 
 
 FAMILIES = ("qwen3_vl", "gemma3", "qwen3_5")  # packed completions; copies of the prompt's cache; whole sequences
@@ -95,7 +83,7 @@ def test_logprobs_and_gradients_are_those_of_the_whole_model(tmp_path: Path):
 
 def compare(folder: Path) -> int:
     """What each of two processes does: the same with a model that it holds whole, and with one that is sharded."""
-    with joined("cpu", 60) as processes:
+    with joined("cpu", 60, shard=True) as processes:
         for name, dtype in zip(FAMILIES, ("float32", "bfloat16", "float32"), strict=True):
             # Only one process computes activations again in the backward pass.
             chosen = BackboneOptions(dtype=dtype, gradient_checkpointing=processes.is_main)
@@ -162,23 +150,19 @@ def learned(policy: Policy, processes: Processes) -> tuple[dict[str, float], lis
 
 
 def end_within_an_update() -> None:
-    """Rank 1 is killed between the forward and the backward pass of its third micro-batch."""
-    statistics, calls = learners.token_statistics, []
+    """Rank 1 is killed between the forward and the backward pass of its first micro-batch."""
 
-    def fail(*arguments: Any) -> Any:
-        calls.append(None)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return statistics(*arguments)
+    def end(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
 
     if os.environ["RANK"] == "1":
-        learners.token_statistics = fail
+        learners.token_statistics = end
 
 
 def test_where_a_process_is_killed_within_a_pass_the_other_says_so(place: Path):
     """It waits for the weights of a layer then, in the midst of its backward pass."""
     out = place / "killed"
-    few = options(place, **{"images-per-step": 2, "blank-every": 0, "probe-every": 0, "proposer-every": 1})
+    few = options(place, **{"images-per-step": 2, "blank-every": 0, "probe-every": 0})
     both = forked.start_two(*few, "--shard", "--out", out, output=place / "killed-printed", before=end_within_an_update)
     first, other = (process.wait() for process in both)
     assert (first.returncode, other.returncode) == (2, -signal.SIGKILL)

@@ -1,7 +1,8 @@
-"""The processes of a run: one, unless `accelerate launch` started several.
+"""The processes of a run: one, unless `torchrun` or `accelerate launch` started several.
 
-Every process holds the whole model and plays its own share of each step's images. What several processes exchange is in
-`distributed`, which imports torch; this module does not, so that mistakes can be found before torch is imported.
+Every process holds the whole model, or a part of it (`sharding`), and plays its own share of each step's images. What
+several processes exchange is in `distributed`, which imports torch; this module does not, so that mistakes can be found
+before torch is imported.
 """
 
 from __future__ import annotations

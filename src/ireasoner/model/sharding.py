@@ -10,7 +10,7 @@ it would wait for them for ever. So all make equally many, of the same kind:
 - Before each pass without gradients, every process says whether it has one to make. One that has none left makes a pass
   of a single token, whose result nobody uses, until no process has one left (`equal_passes`).
 - The passes of a micro-batch of an update, forward and backward, are the same in number and order whatever is in it, so
-  a micro-batch counts as one (`Learner.update`, `idle_passes`). Gradient checkpointing changes nothing about that: it
+  a micro-batch counts as one (`Learner.update`, `idle_hidden`). Gradient checkpointing changes nothing about that: it
   runs a layer again while its weights are there for the backward pass.
 
 Each process makes a pass if and only if any of them has one to make, and all leave when none has. So no process is
@@ -49,7 +49,7 @@ def shard(policy: Policy, processes: Processes) -> None:
         # A number alone cannot be shared out.
         whole = {parameter for parameter in layer.parameters() if parameter in adapters or parameter.ndim == 0}
         fully_shard(layer, mesh=mesh, ignored_params=whole)
-    # The root has no weights of its own; FSDP lets its layers take turns in memory only below a common root.
+    # The root shards nothing. Below it, FSDP knows the order of the layers, and fetches the next one ahead.
     fully_shard(policy.decoder, mesh=mesh, ignored_params=set(policy.decoder.parameters()))
     policy.model.to(device)
     policy.device, policy.sharded_over = device, processes
