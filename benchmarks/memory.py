@@ -26,9 +26,9 @@ ROWS = {  # tokens of the image, of a completion; images
     "update, checkpointed, vocabulary of 65,536": (256, 96, 1),
     "sampling": (1156, 24, 6),
     "sampling, two prompts at a time": (1156, 24, 6),
-    "step": (256, 96, 2),
-    "step, checkpointed": (256, 96, 2),
-    "step of short texts": (256, 16, 8),
+    "step": (256, 96, 1),
+    "step, checkpointed": (256, 96, 1),
+    "step of short texts": (256, 16, 4),
 }
 
 
@@ -40,7 +40,7 @@ def measure_step(row: str, model: str, dtype: str, device: str) -> dict[str, int
     from ireasoner.model.inputs import build_prompts, encode_images
     from ireasoner.model.learner import Learner
     from ireasoner.studies import random_models
-    from ireasoner.studies.bench import QUESTION, Bench, Phases, clock_of, load_bench, peak_bytes, reset_peak
+    from ireasoner.studies.bench import QUESTION, Bench, Phases, clock_of, peak_bytes, reset_peak
     from ireasoner.training import planning
     from ireasoner.training.config import resolve
 
@@ -48,8 +48,9 @@ def measure_step(row: str, model: str, dtype: str, device: str) -> dict[str, int
     options = {"max_image_tokens": image_tokens, "max_solution_tokens": written, "images_per_step": images}
     options |= {"dtype": dtype, "gradient_checkpointing": "checkpointed" in row}
     config = resolve({"model": model, "images": ".", **options})
-    tiny = load_bench("tiny", 4, device=device)
-    tiny.ours(Phases(clock_of(tiny.policy.device)), tiny.pictures(1))  # which loads every library
+    loads = resolve({"model": "tiny", "images": ".", "dtype": dtype})  # every library, and the kernels of this dtype
+    tiny = Bench(random_models.load_policy("tiny", loads.backbone, device), loads, 4)
+    tiny.ours(Phases(clock_of(tiny.policy.device)), tiny.pictures(1))
     del tiny
     before = 0 if device.startswith("cuda") else resident()
     policy = random_models.load_policy(model, config.backbone, device)

@@ -16,7 +16,7 @@ from families import qwen3_vl_moe
 from ireasoner.app.cli import main
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import Completion
-from ireasoner.model import counting, memory
+from ireasoner.model import counting, loading, memory
 from ireasoner.model.inputs import build_prompts
 from ireasoner.model.loading import meta_policy
 from ireasoner.model.options import BackboneOptions
@@ -202,6 +202,19 @@ def test_a_run_that_does_not_fit_in_this_machines_memory_is_refused(
     leave(monkeypatch, 5.5 * GB)  # 50 times its weights: not even counted
     monkeypatch.setattr(fitting, "meta_policy", lambda *_: pytest.fail("counted"))
     assert begin(config, folder, tmp_path) == (config, [])
+
+
+def test_a_run_whose_model_cannot_be_counted_begins(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError("Cannot copy out of meta tensor")
+
+    monkeypatch.setattr(loading, "count", refuse)
+    leave(monkeypatch, 0.2 * GB)
+    config = config_of(model=str(folder), device="cpu", dtype="float32")
+    found, (told,) = begin(config, folder, tmp_path)
+    assert found == config
+    assert told.startswith("Memory was not counted: what a qwen2_5_vl model takes cannot be counted without its wei")
+    assert main(["plan", str(folder)]) == 2
 
 
 def test_processes_of_a_machine_share_its_memory_and_the_layers(
