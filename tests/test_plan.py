@@ -277,9 +277,9 @@ def test_a_plan_says_what_fits_and_what_to_type(tmp_path: Path, capsys: pytest.C
     # Four images a step: a question of 128 tokens and five solutions of 256 each, for 100 steps at 1,000 a second.
     assert f"100 steps are {100 * 4 * (128 + 5 * 256) / 1000 / 3600:.1f} hours of sampling" in printed
     assert found["commands"] == [
-        "ireasoner serve random-25m",
-        "torchrun --nproc-per-node 2 -m ireasoner train --images IMAGES --out RUN --model random-25m --steps 100 "
-        "--no-watch --servers http://server1:8000,http://server2:8000,http://server3:8000",
+        "VLLM_API_KEY=KEY ireasoner serve random-25m --host 0.0.0.0 --run",
+        "IREASONER_SERVER_KEY=KEY torchrun --nproc-per-node 2 -m ireasoner train --images IMAGES --out RUN "
+        "--model random-25m --steps 100 --no-watch --servers http://server1:8000,http://server2:8000,http://server3:8000",
     ]
     for command in found["commands"]:
         assert command in printed.splitlines()[-1] or f"    {command}" in printed.splitlines()

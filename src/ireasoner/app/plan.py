@@ -24,6 +24,9 @@ PLANNED_WITH = (
     "lora_rank", "lora_targets", "dtype", "attention", "gradient_checkpointing", "tokens_per_batch", "engine",
     "vllm_share", "shard",
 )  # fmt: skip
+SERVED_WITH = (
+    "preset", "revision", "dtype", "lora_rank", "max_image_tokens", "max_question_tokens", "max_solution_tokens",
+)  # fmt: skip
 GPUS_OF_A_MACHINE = 8
 PARTS = {
     "weights": "weights and adapters",
@@ -176,7 +179,7 @@ def _time(planned: Plan, tokens_per_second: float | None, tflops: float | None) 
     passes = 4 if recomputed else 3
     operations = forward_flops(policy) * (passes * step.trained + (0 if config.servers else step.read))
     text = (
-        f"Time: a step samples at most {step.sampled:,} tokens, and takes {operations / 1e12:,.3g} x 10^12 operations "
+        f"Time: a step samples at most {step.sampled:,} tokens, and takes {float(f'{operations / 1e12:.3g}'):,g} x 10^12 operations "
         "in matrix products"
     )
     hours = []
@@ -192,30 +195,40 @@ def _time(planned: Plan, tokens_per_second: float | None, tflops: float | None) 
 
 
 def _commands(planned: Plan, options: Mapping[str, Any], servers: int) -> list[str]:
-    """The commands to type, for the variant that is best."""
+    """The commands to type for the variant that is best: of each server, if there are any, and of the run."""
     assert planned.best is not None
-    shard = planned.best.config.shard
-    words = ["train", "--images", "IMAGES", "--out", "RUN"]
-    for name, value in {**options, **({"shard": True} if shard else {})}.items():
+    shard = {"shard": True} if planned.best.config.shard else {}
+    train = shlex.join(["train", "--images", "IMAGES", "--out", "RUN", *_typed({**options, **shard})])
+    command = f"ireasoner {train}"
+    if planned.devices > 1:
+        machines, left = divmod(planned.devices, GPUS_OF_A_MACHINE)
+        launcher = f"--nproc-per-node {planned.devices}"
+        if machines > 1 and not left:  # on the first machine; the others have numbers of their own
+            launcher = (
+                f"--nnodes {machines} --node-rank 0 --master-addr FIRST_MACHINE --master-port 29500 "
+                f"--nproc-per-node {GPUS_OF_A_MACHINE}"
+            )
+        command = f"torchrun {launcher} -m ireasoner {train}"
+    if not servers:
+        return [command]
+    model, served = options["model"], {name: value for name, value in options.items() if name in SERVED_WITH}
+    shared = planned.server.gpus if planned.server else 1
+    words = [model, *_typed(served), "--host", "0.0.0.0"]
+    words += ["--tensor-parallel-size", str(shared)] if shared > 1 else []
+    return [f"VLLM_API_KEY=KEY ireasoner serve {shlex.join(words)} --run", f"IREASONER_SERVER_KEY=KEY {command}"]
+
+
+def _typed(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command."""
+    words = []
+    for name, value in options.items():
         flag = configs.as_flag(name)
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
-        elif value not in (None, ()):
+        else:
             values = [",".join(value)] if name == "servers" else value if isinstance(value, list | tuple) else [value]
             words += [flag, *map(str, values)]
-    train, found = shlex.join(words), []
-    if servers and planned.server:
-        found = [f"ireasoner serve {shlex.quote(planned.config.model)}"]
-    if planned.devices == 1:
-        return [*found, f"ireasoner {train}"]
-    machines, left = divmod(planned.devices, GPUS_OF_A_MACHINE)
-    each = f"--nproc-per-node {planned.devices}"
-    if planned.devices > GPUS_OF_A_MACHINE and not left:
-        each = (  # on the first machine; the others have ranks of their own
-            f"--nnodes {machines} --node-rank 0 --master-addr FIRST_MACHINE --master-port 29500 "
-            f"--nproc-per-node {GPUS_OF_A_MACHINE}"
-        )
-    return [*found, f"torchrun {each} -m ireasoner {train}"]
+    return words
 
 
 def _result(planned: Plan) -> dict[str, Any]:
