@@ -178,9 +178,10 @@ def _time(planned: Plan, tokens_per_second: float | None, tflops: float | None) 
     # Forward as the policy and as the reference, backward to the inputs alone, as the weights are frozen.
     passes = 4 if recomputed else 3
     operations = forward_flops(policy) * (passes * step.trained + (0 if config.servers else step.read))
+    rounded = float(f"{operations / 1e12:.3g}")
     text = (
-        f"Time: a step samples at most {step.sampled:,} tokens, and takes {float(f'{operations / 1e12:.3g}'):,g} x 10^12 operations "
-        "in matrix products"
+        f"Time: a step samples at most {step.sampled:,} tokens, and takes {rounded:,g} x 10^12 operations in matrix "
+        "products"
     )
     hours = []
     if tokens_per_second:
