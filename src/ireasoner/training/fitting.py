@@ -54,7 +54,8 @@ def fitted(
     if not device.startswith("cuda"):
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", processes.count))  # they share this machine's memory
     free = min(processes.gather([free - for_vllm], processes.count))  # every process must get the same config
-    if device.startswith("cuda") or SMALL * (weight_bytes(model) or free) > free:
+    size = max(processes.gather([weight_bytes(model) or free], processes.count))
+    if device.startswith("cuda") or SMALL * size > free:
         try:
             fitting, told = _fitting(config, model, free, processes.count)
         except CountError as error:
