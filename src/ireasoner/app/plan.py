@@ -56,7 +56,7 @@ def plan(
     *,
     gpus: Count = 1,
     gpu_memory: Annotated[float, Parameter(converter=_gigabytes)] = 80.0,
-    servers: Annotated[int, Field(ge=0), WHOLE] = 0,
+    vllm_servers: Annotated[int, Field(ge=0), WHOLE, Parameter(name="--servers")] = 0,  # train's are addresses
     tokens_per_second: Rate = None,
     tflops: Rate = None,
     revision: Revision = None,
@@ -71,12 +71,12 @@ def plan(
         model: A folder, a hub id, or 'tiny'; the sizes of Qwen2.5-VL and Qwen3-VL are known without the hub.
         gpus: GPUs to train on, with a process on each.
         gpu_memory: Gigabytes of each.
-        servers: vLLM servers that sample, on GPUs of their own (none; the processes sample themselves).
+        vllm_servers: vLLM servers that sample, on GPUs of their own (none; the processes sample themselves).
         tokens_per_second: What sampling makes, all of it together, for the hours (not estimated).
         tflops: Operations of a GPU in a second, in 10^12, for the hours: its peak times a share (not estimated).
     """
-    if servers:
-        flags["servers"] = tuple(f"http://server{i + 1}:8000" for i in range(servers))
+    if vllm_servers:
+        flags["servers"] = tuple(f"http://server{i + 1}:8000" for i in range(vllm_servers))
     options = {"model": model, **({"revision": revision} if revision else {}), **flags}
     config = configs.resolve({**options, "images": "IMAGES"})  # a mistake need not wait for imports
     from ireasoner.app import display
@@ -85,8 +85,8 @@ def plan(
 
     policy = random_models.meta_policy(model, config.backbone, revision)
     planned = planning.plan(policy, config, gpus, gpu_memory * 1e9)
-    sentences = [*_advice(planned), *_beside(planned, servers), _time(planned, tokens_per_second, tflops)]
-    commands = _commands(planned, options, servers) if planned.best else []
+    sentences = [*_advice(planned), *_beside(planned, vllm_servers), _time(planned, tokens_per_second, tflops)]
+    commands = _commands(planned, options, vllm_servers) if planned.best else []
     display.print_text(_model(planned))
     display.print_table(*_table(planned))
     display.print_text("\n".join(sentences))
