@@ -3,6 +3,7 @@
     python benchmarks/memory.py                                       # 25 M parameters, on the CPU
     python benchmarks/memory.py --model random-7b --dtypes bfloat16   # on a GPU
     python benchmarks/memory.py --model random-200m --rows step       # `ireasoner plan` beside it
+    python benchmarks/memory.py --model random-200m --rows step --processes 4     # each on its share of the layers
 
 Every row is measured in a process of its own, above what that process held before; a step, which includes weights and
 optimizer, above what it held before the model. On the CPU that is its resident memory, and glibc is told to return what
@@ -19,6 +20,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ireasoner.model.parallel import Processes
 
 ROWS = {  # tokens of the image, of a completion; images
     "update": (1156, 192, 1),
@@ -26,42 +31,61 @@ ROWS = {  # tokens of the image, of a completion; images
     "update, checkpointed, vocabulary of 65,536": (256, 96, 1),
     "sampling": (1156, 24, 6),
     "sampling, two prompts at a time": (1156, 24, 6),
-    "step": (256, 96, 2),
-    "step, checkpointed": (256, 96, 2),
-    "step of short texts": (256, 16, 8),
+    "step": (256, 96, 1),
+    "step, checkpointed": (256, 96, 1),
+    "step of short texts": (256, 16, 4),
 }
 
 
 def measure_step(row: str, model: str, dtype: str, device: str) -> dict[str, int]:
-    """Planned and measured bytes of a process that plays and updates a step, and the tokens of its groups."""
+    """Planned and measured bytes of a process that plays and updates a step, and the tokens of its groups.
+
+    Where a launcher has started several processes, each of them has its share of the model, and a step as large.
+    """
+    from ireasoner.model.distributed import joined
+
+    with joined(device, 100, shard=True) as processes:
+        found = _measured_step(row, model, dtype, device, processes)
+        return {name: max(processes.gather([value], processes.count)) for name, value in found.items()}
+
+
+def _measured_step(row: str, model: str, dtype: str, device: str, processes: Processes) -> dict[str, int]:
+    import torch
+
     from ireasoner.method.texts import solver_messages
     from ireasoner.method.types import ROLES, Completion
     from ireasoner.model.counting import limit_sampling
     from ireasoner.model.inputs import build_prompts, encode_images
     from ireasoner.model.learner import Learner
+    from ireasoner.model.loading import make_policy
     from ireasoner.studies import random_models
-    from ireasoner.studies.bench import QUESTION, Bench, Phases, clock_of, load_bench, peak_bytes, reset_peak
+    from ireasoner.studies.bench import QUESTION, Bench, Phases, clock_of, peak_bytes, reset_peak
     from ireasoner.training import planning
     from ireasoner.training.config import resolve
 
     image_tokens, written, images = ROWS[row]
-    options = {"max_image_tokens": image_tokens, "max_solution_tokens": written, "images_per_step": images}
+    options = {"max_image_tokens": image_tokens, "max_solution_tokens": written}
+    options |= {"images_per_step": images * processes.count, "shard": processes.count > 1}
     options |= {"dtype": dtype, "gradient_checkpointing": "checkpointed" in row}
     config = resolve({"model": model, "images": ".", **options})
-    tiny = load_bench("tiny", 4, device=device)
-    tiny.ours(Phases(clock_of(tiny.policy.device)), tiny.pictures(1))  # which loads every library
+    loads = resolve({"model": "tiny", "images": ".", "dtype": dtype})  # every library, and the kernels of this dtype
+    tiny = Bench(random_models.load_policy("tiny", loads.backbone, device), loads, 4)
+    tiny.ours(Phases(clock_of(tiny.policy.device)), tiny.pictures(1))
     del tiny
     before = 0 if device.startswith("cuda") else resident()
-    policy = random_models.load_policy(model, config.backbone, device)
+    backbone = random_models.build(model, getattr(torch, dtype), "cpu" if processes.count > 1 else device)
+    processor = random_models.load_processor(model, image_tokens)
+    policy = make_policy(backbone, processor, config.backbone, sharded_over=processes)
+    del backbone
     limit_sampling(policy, config.optimizer.tokens_per_batch)
     bench, n = Bench(policy, config, written, image_tokens), config.sampling.group_size
-    learners = [Learner(policy, role, config.recipe, config.optimizer) for role in ROLES]
+    learners = [Learner(policy, role, config.recipe, config.optimizer, processes) for role in ROLES]
     encoded = encode_images(policy, bench.pictures(1))
     prompts = build_prompts(policy, encoded, [solver_messages("{question}", QUESTION)])
     for learner in learners:  # so that AdamW has its state
         completion = Completion("", (10, 11), (-1.0,) * 2, "length")
         rewards = [[float(i % 2) for i in range(n)]]
-        learner.update(prompts, [[completion] * n], learner.advantages(rewards), rewards)
+        learner.update(prompts, [[completion] * n], learner.advantages(rewards), rewards * processes.count)
     bench.learner = lambda: learners[1]
     # Prompts as long as those of the benchmark, by the plan's rule.
     solve = solver_messages(config.sampling.solver_prompt, QUESTION)
@@ -71,7 +95,7 @@ def measure_step(row: str, model: str, dtype: str, device: str) -> dict[str, int
     reset_peak(policy.device)
     bench.ours(Phases(clock_of(policy.device)), bench.pictures(images))
     measured = int((peak_bytes(policy.device) or 0) - before)
-    planned = planning.needs(random_models.meta_policy(model, config.backbone), config, image_tokens)
+    planned = planning.needs(random_models.meta_policy(model, config.backbone), config, image_tokens, processes.count)
     tokens = images * planning.group_tokens(policy, config, image_tokens)
     return {"tokens": tokens, "counted": planned.total, "measured": measured}
 
@@ -147,15 +171,21 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", default="", help="only those whose names begin so")
+    parser.add_argument("--processes", type=int, default=1, help="that share the model; rows `step` only")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.row:
-        print(json.dumps(measure(given.row, given.model, given.dtypes[0], given.device)))
+        found = measure(given.row, given.model, given.dtypes[0], given.device)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(found))
         return
     print("| | dtype | tokens | counted, MB | measured, MB | counted / measured |\n|---|---|---|---|---|---|")
     for dtype in given.dtypes:
         for row in (row for row in ROWS if row.startswith(given.rows)):
             command = [sys.executable, __file__, "--row", row, "--model", given.model, "--dtypes", dtype]
+            if given.processes > 1:
+                launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(given.processes)]
+                command[1:1] = launcher
             done = subprocess.run(
                 [*command, "--device", given.device],
                 env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},

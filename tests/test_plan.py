@@ -16,7 +16,7 @@ from families import qwen3_vl_moe
 from ireasoner.app.cli import main
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import Completion
-from ireasoner.model import counting, memory
+from ireasoner.model import counting, loading, memory
 from ireasoner.model.inputs import build_prompts
 from ireasoner.model.loading import meta_policy
 from ireasoner.model.options import BackboneOptions
@@ -204,6 +204,19 @@ def test_a_run_that_does_not_fit_in_this_machines_memory_is_refused(
     assert begin(config, folder, tmp_path) == (config, [])
 
 
+def test_a_run_whose_model_cannot_be_counted_begins(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError("Cannot copy out of meta tensor")
+
+    monkeypatch.setattr(loading, "count", refuse)
+    leave(monkeypatch, 0.2 * GB)
+    config = config_of(model=str(folder), device="cpu", dtype="float32")
+    found, (told,) = begin(config, folder, tmp_path)
+    assert found == config
+    assert told.startswith("Memory was not counted: what a qwen2_5_vl model takes cannot be counted without its wei")
+    assert main(["plan", str(folder)]) == 2
+
+
 def test_processes_of_a_machine_share_its_memory_and_the_layers(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -264,9 +277,9 @@ def test_a_plan_says_what_fits_and_what_to_type(tmp_path: Path, capsys: pytest.C
     # Four images a step: a question of 128 tokens and five solutions of 256 each, for 100 steps at 1,000 a second.
     assert f"100 steps are {100 * 4 * (128 + 5 * 256) / 1000 / 3600:.1f} hours of sampling" in printed
     assert found["commands"] == [
-        "ireasoner serve random-25m",
-        "torchrun --nproc-per-node 2 -m ireasoner train --images IMAGES --out RUN --model random-25m --steps 100 "
-        "--no-watch --servers http://server1:8000,http://server2:8000,http://server3:8000",
+        "VLLM_API_KEY=KEY ireasoner serve random-25m --host 0.0.0.0 --run",
+        "IREASONER_SERVER_KEY=KEY torchrun --nproc-per-node 2 -m ireasoner train --images IMAGES --out RUN "
+        "--model random-25m --steps 100 --no-watch --servers http://server1:8000,http://server2:8000,http://server3:8000",
     ]
     for command in found["commands"]:
         assert command in printed.splitlines()[-1] or f"    {command}" in printed.splitlines()

@@ -24,6 +24,9 @@ PLANNED_WITH = (
     "lora_rank", "lora_targets", "dtype", "attention", "gradient_checkpointing", "tokens_per_batch", "engine",
     "vllm_share", "shard",
 )  # fmt: skip
+SERVED_WITH = (
+    "preset", "revision", "dtype", "lora_rank", "max_image_tokens", "max_question_tokens", "max_solution_tokens",
+)  # fmt: skip
 GPUS_OF_A_MACHINE = 8
 PARTS = {
     "weights": "weights and adapters",
@@ -53,7 +56,7 @@ def plan(
     *,
     gpus: Count = 1,
     gpu_memory: Annotated[float, Parameter(converter=_gigabytes)] = 80.0,
-    servers: Annotated[int, Field(ge=0), WHOLE] = 0,
+    vllm_servers: Annotated[int, Field(ge=0), WHOLE, Parameter(name="--servers")] = 0,  # train's are addresses
     tokens_per_second: Rate = None,
     tflops: Rate = None,
     revision: Revision = None,
@@ -68,12 +71,12 @@ def plan(
         model: A folder, a hub id, or 'tiny'; the sizes of Qwen2.5-VL and Qwen3-VL are known without the hub.
         gpus: GPUs to train on, with a process on each.
         gpu_memory: Gigabytes of each.
-        servers: vLLM servers that sample, on GPUs of their own (none; the processes sample themselves).
+        vllm_servers: vLLM servers that sample, on GPUs of their own (none; the processes sample themselves).
         tokens_per_second: What sampling makes, all of it together, for the hours (not estimated).
         tflops: Operations of a GPU in a second, in 10^12, for the hours: its peak times a share (not estimated).
     """
-    if servers:
-        flags["servers"] = tuple(f"http://server{i + 1}:8000" for i in range(servers))
+    if vllm_servers:
+        flags["servers"] = tuple(f"http://server{i + 1}:8000" for i in range(vllm_servers))
     options = {"model": model, **({"revision": revision} if revision else {}), **flags}
     config = configs.resolve({**options, "images": "IMAGES"})  # a mistake need not wait for imports
     from ireasoner.app import display
@@ -82,8 +85,8 @@ def plan(
 
     policy = random_models.meta_policy(model, config.backbone, revision)
     planned = planning.plan(policy, config, gpus, gpu_memory * 1e9)
-    sentences = [*_advice(planned), *_beside(planned, servers), _time(planned, tokens_per_second, tflops)]
-    commands = _commands(planned, options, servers) if planned.best else []
+    sentences = [*_advice(planned), *_beside(planned, vllm_servers), _time(planned, tokens_per_second, tflops)]
+    commands = _commands(planned, options, vllm_servers) if planned.best else []
     display.print_text(_model(planned))
     display.print_table(*_table(planned))
     display.print_text("\n".join(sentences))
@@ -175,9 +178,10 @@ def _time(planned: Plan, tokens_per_second: float | None, tflops: float | None) 
     # Forward as the policy and as the reference, backward to the inputs alone, as the weights are frozen.
     passes = 4 if recomputed else 3
     operations = forward_flops(policy) * (passes * step.trained + (0 if config.servers else step.read))
+    rounded = float(f"{operations / 1e12:.3g}")
     text = (
-        f"Time: a step samples at most {step.sampled:,} tokens, and takes {operations / 1e12:,.3g} x 10^12 operations "
-        "in matrix products"
+        f"Time: a step samples at most {step.sampled:,} tokens, and takes {rounded:,g} x 10^12 operations in matrix "
+        "products"
     )
     hours = []
     if tokens_per_second:
@@ -192,30 +196,40 @@ def _time(planned: Plan, tokens_per_second: float | None, tflops: float | None) 
 
 
 def _commands(planned: Plan, options: Mapping[str, Any], servers: int) -> list[str]:
-    """The commands to type, for the variant that is best."""
+    """The commands to type for the variant that is best: of each server, if there are any, and of the run."""
     assert planned.best is not None
-    shard = planned.best.config.shard
-    words = ["train", "--images", "IMAGES", "--out", "RUN"]
-    for name, value in {**options, **({"shard": True} if shard else {})}.items():
+    shard = {"shard": True} if planned.best.config.shard else {}
+    train = shlex.join(["train", "--images", "IMAGES", "--out", "RUN", *_typed({**options, **shard})])
+    command = f"ireasoner {train}"
+    if planned.devices > 1:
+        machines, left = divmod(planned.devices, GPUS_OF_A_MACHINE)
+        launcher = f"--nproc-per-node {planned.devices}"
+        if machines > 1 and not left:  # on the first machine; the others have numbers of their own
+            launcher = (
+                f"--nnodes {machines} --node-rank 0 --master-addr FIRST_MACHINE --master-port 29500 "
+                f"--nproc-per-node {GPUS_OF_A_MACHINE}"
+            )
+        command = f"torchrun {launcher} -m ireasoner {train}"
+    if not servers:
+        return [command]
+    model, served = options["model"], {name: value for name, value in options.items() if name in SERVED_WITH}
+    shared = planned.server.gpus if planned.server else 1
+    words = [model, *_typed(served), "--host", "0.0.0.0"]
+    words += ["--tensor-parallel-size", str(shared)] if shared > 1 else []
+    return [f"VLLM_API_KEY=KEY ireasoner serve {shlex.join(words)} --run", f"IREASONER_SERVER_KEY=KEY {command}"]
+
+
+def _typed(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command."""
+    words = []
+    for name, value in options.items():
         flag = configs.as_flag(name)
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
-        elif value not in (None, ()):
+        else:
             values = [",".join(value)] if name == "servers" else value if isinstance(value, list | tuple) else [value]
             words += [flag, *map(str, values)]
-    train, found = shlex.join(words), []
-    if servers and planned.server:
-        found = [f"ireasoner serve {shlex.quote(planned.config.model)}"]
-    if planned.devices == 1:
-        return [*found, f"ireasoner {train}"]
-    machines, left = divmod(planned.devices, GPUS_OF_A_MACHINE)
-    each = f"--nproc-per-node {planned.devices}"
-    if planned.devices > GPUS_OF_A_MACHINE and not left:
-        each = (  # on the first machine; the others have ranks of their own
-            f"--nnodes {machines} --node-rank 0 --master-addr FIRST_MACHINE --master-port 29500 "
-            f"--nproc-per-node {GPUS_OF_A_MACHINE}"
-        )
-    return [*found, f"torchrun {each} -m ireasoner {train}"]
+    return words
 
 
 def _result(planned: Plan) -> dict[str, Any]:

@@ -26,11 +26,16 @@ from ireasoner.model.footprint import Footprint
 from ireasoner.model.forward import new_cache
 from ireasoner.model.pieces import release_memory
 from ireasoner.model.policy import Policy
+from ireasoner.model.source import ModelError
 
 NAME = "ireasoner_counting"
 GROUPED_PRODUCT = vars(torch)["_grouped_mm"]  # what torch.nn.functional.grouped_mm calls
 TRIAL = 64  # tokens of a trial; another one has twice as many
 SPARE = 0.1  # of the free memory: allocators leave gaps, and libraries have buffers of their own
+
+
+class CountError(ModelError):
+    """What a model takes cannot be counted without its weights."""
 
 
 def limit_sampling(policy: Policy, tokens_per_batch: int) -> None:

@@ -15,14 +15,14 @@ from transformers.cache_utils import DynamicLayer
 from ireasoner.method.types import ROLES
 from ireasoner.model.attention import attending
 from ireasoner.model.backbone import language_targets, load_backbone, load_processor, read_config, resolve_device
-from ireasoner.model.counting import count
+from ireasoner.model.counting import CountError, count
 from ireasoner.model.forward import Prefix, decode, new_cache, packed_hidden, prefill_text, repeated_hidden
 from ireasoner.model.lora import HALF, Float32SumLinear
 from ireasoner.model.options import BackboneOptions
 from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 from ireasoner.model.sharding import shard
-from ireasoner.model.source import ModelError, Source, find_model, waiting_line
+from ireasoner.model.source import ModelError, Source, brief, find_model, waiting_line
 
 
 def load_policy(
@@ -89,7 +89,8 @@ def meta_policy(model: str | Source, options: BackboneOptions, revision: str | N
     """A policy without weights, on the meta device, to count how much memory it takes (`counting`).
 
     Raises:
-        ModelError: as for `load_policy`; a `CountError` if only its weights can tell.
+        ModelError: as for `load_policy`.
+        CountError: it decides by what is in its tensors.
     """
     config = read_config(model, revision)
     return meta_policy_of(config, load_processor(model, options.max_image_tokens, revision=revision), options)
@@ -108,7 +109,11 @@ def meta_policy_of(config: Any, processor: Any, options: BackboneOptions) -> Pol
     policy = _with_adapters(backbone.requires_grad_(False).eval(), processor, options)
     whole = all(type(layer) is DynamicLayer for layer in new_cache(policy).layers)
     policy.shares_attention = whole and options.attention != "flash_attention_2"  # as a rule
-    policy.footprint = count(policy)
+    try:
+        policy.footprint = count(policy)
+    except (RuntimeError, NotImplementedError) as error:  # a model that decides by what is in its tensors
+        problem = f"what a {config.model_type} model takes cannot be counted without its weights"
+        raise CountError(f"{problem} ({brief(error)})") from None
     return policy
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ireasoner.model.backbone import most_image_tokens, resolve_device
-from ireasoner.model.footprint import Footprint
+from ireasoner.model.counting import CountError
 from ireasoner.model.loading import meta_policy
 from ireasoner.model.memory import free_memory
 from ireasoner.model.parallel import Processes
@@ -54,29 +54,43 @@ def fitted(
     if not device.startswith("cuda"):
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", processes.count))  # they share this machine's memory
     free = min(processes.gather([free - for_vllm], processes.count))  # every process must get the same config
-    if device.startswith("cuda") or SMALL * (weight_bytes(model) or free) > free:
-        policy = meta_policy(model, config.backbone)
-        image_tokens = most_image_tokens(policy.processor, config.max_image_pixels)
+    size = max(processes.gather([weight_bytes(model) or free], processes.count))
+    if device.startswith("cuda") or SMALL * size > free:
         try:
-            fitting = fit(policy, config, image_tokens, free, processes.count)
+            fitting, told = _fitting(config, model, free, processes.count)
+        except CountError as error:
+            fitting, told = config, ""
+            observer.on_message(f"Memory was not counted: {error}.")
         except DoesNotFitError as error:
             aside = f"; or lower --vllm-share, which sets {for_vllm / 1e9:.1f} GB aside" if for_vllm else ""
             if not force:
                 raise DoesNotFitError(f"{error}{aside}") from None
+            fitting, told = config, ""
             observer.on_message(f"Begun all the same: {error}{aside}.")
-            fitting = config
         if fitting != config and not (out / CONFIG).exists():
+            observer.on_message(told)
             config = fitting
-            observer.on_message(_choice(config, footprint(policy, config, image_tokens, processes.count), free))
     with out_of_memory_is_told():
         yield config
 
 
-def _choice(config: Config, takes: Footprint, free: float) -> str:
-    return (
+def _fitting(config: Config, model: Source, free: float, processes: int) -> tuple[Config, str]:
+    """The config with as many tokens as fit, and a sentence on what they are fitted to.
+
+    Raises:
+        CountError: the model cannot be counted.
+        DoesNotFitError: not even one completion fits.
+    """
+    policy = meta_policy(model, config.backbone)
+    image_tokens = most_image_tokens(policy.processor, config.max_image_pixels)
+    takes, fitting = (
+        footprint(policy, config, image_tokens, processes),
+        fit(policy, config, image_tokens, free, processes),
+    )
+    return fitting, (
         f"Memory: {free / 1e9:.1f} GB are free, and {config.model} takes {(takes.weights + takes.optimizer) / 1e9:.2f} "
         f"GB, and {takes.update_per_token(False) / 1e6:.1f} MB and logits for each token of an update, so "
-        f"{config.fitted_tokens_per_batch} tokens are taken at a time, not the {config.optimizer.tokens_per_batch} of "
+        f"{fitting.fitted_tokens_per_batch} tokens are taken at a time, not the {config.optimizer.tokens_per_batch} of "
         "--tokens-per-batch: above it, activations are computed again in the backward pass."
     )
 

@@ -226,21 +226,18 @@ class Server:
 
 
 def smallest_server(policy: Policy, config: Config, image_tokens: int, memory: float) -> Server | None:
-    """The server on the fewest GPUs of `memory` bytes that holds the model and a group; None: 16 are not enough.
+    """The server on the fewest GPUs of `memory` bytes that writes a whole step at a time; None: 16 are not enough.
 
     vLLM shares out attention by heads, so that their number must be a multiple of that of the GPUs.
     """
-    takes, heads = policy.footprint, policy.decoder.config.num_attention_heads
-    prompt, n, solution = (
-        longest_prompt(config, image_tokens),
-        config.sampling.group_size,
-        config.sampling.max_solution_tokens,
-    )
-    weights, group = takes.weights - takes.adapters, prompt + n * solution  # the prompt is kept once for its group
+    takes, heads, sampling = policy.footprint, policy.decoder.config.num_attention_heads, config.sampling
+    # The prompt is kept once for its group.
+    group = longest_prompt(config, image_tokens) + sampling.group_size * sampling.max_solution_tokens
+    weights = takes.weights - takes.adapters
     for gpus in (gpus for gpus in (1, 2, 4, 8, 16) if heads % gpus == 0):
         cached = int((gpus * (VLLM_SHARE * memory - VLLM_OWN) - weights) / takes.cache)
-        if cached >= group:
-            return Server(gpus, weights // gpus, cached, cached * n // group)
+        if cached >= config.schedule.images_per_step * group:
+            return Server(gpus, weights // gpus, cached, cached * sampling.group_size // group)
     return None
 
 
