@@ -1,11 +1,12 @@
 """Memory of each process where the decoder layers are shared out among 1, 2 and 4 processes (`--shard`), on the CPU.
 
-    python benchmarks/sharding.py                      # 200 M parameters, float32
-    python benchmarks/sharding.py --model random-25m --dtype bfloat16 --processes 1 2
+    python benchmarks/sharding.py                      # 200 M parameters
+    python benchmarks/sharding.py --model random-25m --processes 1 2
 
-A model with random weights is written to a folder and loaded from there as a run loads it. Every process then samples
-and learns from one image of its own. Memory is that of the largest process, above what it held before it loaded the
-model; glibc is told to return what is freed, which would otherwise count as held.
+A model with random weights is written to a folder in bfloat16, and loaded from there in float32: weights that are left
+in their files would be resident, although nobody holds them. Every process then samples and learns from one image of
+its own. Memory is that of the largest process, above what it held before it loaded the model; glibc is told to return
+what is freed, which would otherwise count as held.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 IMAGE_TOKENS, WRITTEN, GROUP = 256, 32, 4
 
 
-def measure(folder: str, dtype: str) -> None:
+def measure(folder: str) -> None:
     """What one of the processes does; the first prints the bytes of the largest."""
     import torch
     from memory import resident
@@ -44,6 +45,7 @@ def measure(folder: str, dtype: str) -> None:
         over = {"sharded_over": processes} if share and processes.count > 1 else {}
         policy = load_policy(model, options, device="cpu", **over)
         held = resident()
+        reset_peak(policy.device)
         bench = Bench(policy, resolve({"model": model, "images": "."}), WRITTEN, IMAGE_TOKENS)
         (image,) = encode_images(policy, bench.pictures(1))
         request = Request(image, solver_messages("{question}", QUESTION), (processes.index,))
@@ -55,10 +57,9 @@ def measure(folder: str, dtype: str) -> None:
         return policy.footprint.weights, held
 
     with joined("cpu", 600, shard=True) as processes:
-        options = BackboneOptions(dtype=dtype, max_image_tokens=IMAGE_TOKENS)  # type: ignore[arg-type]
+        options = BackboneOptions(dtype="float32", max_image_tokens=IMAGE_TOKENS)
         step("tiny", options, share=True)  # which loads every library
         before = resident()
-        reset_peak(torch.device("cpu"))
         weights, held = step(folder, options, share=True)
         found = [weights, held - before, int(peak_bytes(torch.device("cpu")) or 0) - before]
         rows = processes.gather([found], processes.count)
@@ -66,7 +67,7 @@ def measure(folder: str, dtype: str) -> None:
             print(json.dumps([max(column) for column in zip(*rows, strict=True)]))
 
 
-def write(model: str, dtype: str, folder: Path) -> None:
+def write(model: str, folder: Path) -> None:
     """Write a model with random weights, with the processor of the tiny one."""
     import torch
 
@@ -74,7 +75,7 @@ def write(model: str, dtype: str, folder: Path) -> None:
     from ireasoner.studies import random_models
 
     shutil.copytree(TINY_MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    random_models.build(model, getattr(torch, dtype), "cpu").save_pretrained(folder)
+    random_models.build(model, torch.bfloat16, "cpu").save_pretrained(folder)
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     settings["size"]["longest_edge"] = 4 * IMAGE_TOKENS * 28**2
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
@@ -84,21 +85,20 @@ def main() -> None:
     """Print a table, or be one of the processes of a row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--model", default="random-200m")
-    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.folder:
-        measure(given.folder, given.dtype)
+        measure(given.folder)
         return
     print("| processes | weights held, MB | resident after loading, MB | peak of a step, MB |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
-        write(given.model, given.dtype, folder)
+        write(given.model, folder)
         for count in given.processes:
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
             done = subprocess.run(
-                [*launch, __file__, "--folder", str(folder), "--dtype", given.dtype],
+                [*launch, __file__, "--folder", str(folder)],
                 env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
                 capture_output=True,
                 text=True,
