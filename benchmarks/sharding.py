@@ -25,8 +25,8 @@ IMAGE_TOKENS, WRITTEN, GROUP = 256, 32, 4
 
 def measure(folder: str) -> None:
     """What one of the processes does; the first prints the bytes of the largest."""
-    import torch
     from memory import resident
+    from torch.distributed.tensor import DTensor
 
     from ireasoner.method.recipe import Recipe
     from ireasoner.method.texts import solver_messages
@@ -40,10 +40,9 @@ def measure(folder: str) -> None:
     from ireasoner.studies.bench import QUESTION, Bench, peak_bytes, reset_peak
     from ireasoner.training.config import resolve
 
-    def step(model: str, options: BackboneOptions, share: bool) -> tuple[int, int]:
-        """The weights and, after loading, all that is held of a model with which one step is taken."""
-        over = {"sharded_over": processes} if share and processes.count > 1 else {}
-        policy = load_policy(model, options, device="cpu", **over)
+    def step(model: str) -> tuple[int, int, int]:
+        """Load a model and take one step: bytes of its weights, resident bytes after loading, and most in the step."""
+        policy = load_policy(model, options, device="cpu", sharded_over=processes)
         held = resident()
         reset_peak(policy.device)
         bench = Bench(policy, resolve({"model": model, "images": "."}), WRITTEN, IMAGE_TOKENS)
@@ -54,15 +53,19 @@ def measure(folder: str) -> None:
         learner = Learner(policy, "solver", Recipe(), OptimizerOptions(tokens_per_batch=10**6), processes)
         advantages = learner.advantages(rewards)[[processes.index]]
         learner.update(build_prompts(policy, [image], [request.messages]), groups, advantages, rewards)
-        return policy.footprint.weights, held
+        tensors = [*policy.model.parameters(), *policy.model.buffers()]
+        return (
+            sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors),
+            held,
+            int(peak_bytes(policy.device) or 0),
+        )
 
     with joined("cpu", 600, shard=True) as processes:
         options = BackboneOptions(dtype="float32", max_image_tokens=IMAGE_TOKENS)
-        step("tiny", options, share=True)  # which loads every library
+        step("tiny")  # which loads every library
         before = resident()
-        weights, held = step(folder, options, share=True)
-        found = [weights, held - before, int(peak_bytes(torch.device("cpu")) or 0) - before]
-        rows = processes.gather([found], processes.count)
+        weights, held, peak = step(folder)
+        rows = processes.gather([[weights, held - before, peak - before]], processes.count)
         if processes.is_main:
             print(json.dumps([max(column) for column in zip(*rows, strict=True)]))
 
