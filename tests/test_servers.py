@@ -232,6 +232,7 @@ def test_a_request_is_asked_elsewhere_if_it_breaks_off(
         engine = open_engine(one, other)
         for one.change in failing:
             assert tokens(sample(engine, asked, None, 1, 8)) == tokens(live(policy, asked, None, 1, 8))
+            assert engine.servers[0].lost
             engine.servers[0].lost = False
 
 
@@ -314,7 +315,6 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], Any]:
 GARBAGE: list[Callable[[dict[str, Any]], Any]] = [
     lambda reply: Response("<html>"),
     lambda reply: Response("[" * 100_000),
-    lambda reply: Response("x" * 2**27),
     lambda reply: {},
     lambda reply: {**reply, "choices": reply["choices"] * 2},
     lambda reply: {**reply, "choices": []},
@@ -342,6 +342,9 @@ def test_what_no_model_of_vllm_replies_is_refused(
             with pytest.raises(ServerError, match=server.address) as refusal:
                 sample(engine, asked[:1], None, 1, 8)
             assert len(str(refusal.value)) < 400
+        server.change = lambda reply: Response(b" " * (2**26 + 1))
+        with pytest.raises(ServerError, match="replies more than 67,108,864 bytes"):
+            sample(engine, asked[:1], None, 1, 8)
 
 
 # --- before a run -----------------------------------------------------------------------------------------------------
