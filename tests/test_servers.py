@@ -372,6 +372,18 @@ def test_servers_are_checked_before_anything_slow(answering: Policy, tmp_path: P
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [("SSL_CERT_FILE", "/no/such/file", "SSL_CERT_FILE .* cannot be read"), ("VLLM_API_KEY", "a b", "is no key")],
+)
+def test_what_the_environment_says_of_servers_is_checked(
+    name: str, value: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ServerError, match=sentence):
+        check_servers(["https://127.0.0.1:9"], all_needed=True)
+
+
+@pytest.mark.parametrize(
     ("address", "problem"),
     [
         ("gpu2:8000", "no address such as"),
