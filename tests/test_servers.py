@@ -232,6 +232,7 @@ def test_a_request_is_asked_elsewhere_if_it_breaks_off(
         engine = open_engine(one, other)
         for one.change in failing:
             assert tokens(sample(engine, asked, None, 1, 8)) == tokens(live(policy, asked, None, 1, 8))
+            assert engine.servers[0].lost
             engine.servers[0].lost = False
 
 
@@ -314,7 +315,6 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], Any]:
 GARBAGE: list[Callable[[dict[str, Any]], Any]] = [
     lambda reply: Response("<html>"),
     lambda reply: Response("[" * 100_000),
-    lambda reply: Response("x" * 2**27),
     lambda reply: {},
     lambda reply: {**reply, "choices": reply["choices"] * 2},
     lambda reply: {**reply, "choices": []},
@@ -342,6 +342,9 @@ def test_what_no_model_of_vllm_replies_is_refused(
             with pytest.raises(ServerError, match=server.address) as refusal:
                 sample(engine, asked[:1], None, 1, 8)
             assert len(str(refusal.value)) < 400
+        server.change = lambda reply: Response(b" " * (2**26 + 1))
+        with pytest.raises(ServerError, match="replies more than 67,108,864 bytes"):
+            sample(engine, asked[:1], None, 1, 8)
 
 
 # --- before a run -----------------------------------------------------------------------------------------------------
@@ -366,6 +369,18 @@ def test_servers_are_checked_before_anything_slow(answering: Policy, tmp_path: P
         check_servers([f"{server.address}/v1/", nobody], all_needed=False)  # as a run that goes on
         with pytest.raises(UsageError, match=f"{nobody} does not answer"):
             check_servers([server.address, nobody], all_needed=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [("SSL_CERT_FILE", "/no/such/file", "SSL_CERT_FILE .* cannot be read"), ("VLLM_API_KEY", "a b", "is no key")],
+)
+def test_what_the_environment_says_of_servers_is_checked(
+    name: str, value: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ServerError, match=sentence):
+        check_servers(["https://127.0.0.1:9"], all_needed=True)
 
 
 @pytest.mark.parametrize(

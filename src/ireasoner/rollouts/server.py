@@ -80,8 +80,14 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 
 @asynccontextmanager
 async def connections(addresses: Sequence[str]) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client for these servers, with the key of the environment. It keeps its connections while the block lasts."""
-    key = next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
+    """A client for these servers, with the key of the environment. It keeps its connections while the block lasts.
+
+    Raises:
+        ServerError: the environment holds what cannot be a key, or names certificates that cannot be read.
+    """
+    name, key = next(((name, os.environ[name]) for name in KEYS if os.environ.get(name)), ("", ""))
+    if not re.fullmatch(r"[!-~]*", key):
+        raise ServerError(f"{name} is no key: it may have letters, digits and signs of ASCII, and no blanks")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     secure = any(address.startswith("https:") for address in addresses)
     limits = httpx2.Limits(max_connections=None)  # the callers bound how much they ask at a time
@@ -92,7 +98,10 @@ async def connections(addresses: Sequence[str]) -> AsyncIterator[httpx2.AsyncCli
 @cache
 def _trusted() -> ssl.SSLContext:
     """The authorities of the system, or those in the file that SSL_CERT_FILE names."""
-    return httpx2.create_ssl_context()
+    try:
+        return httpx2.create_ssl_context()
+    except OSError as error:  # ssl's own errors are among them
+        raise ServerError(f"the file or folder of SSL_CERT_FILE or SSL_CERT_DIR cannot be read: {error}") from None
 
 
 async def ask(
