@@ -100,6 +100,8 @@ def test_ours_is_compared_with_plain_and_with_its_floors():
     assert title.startswith("1 images a step, 16 tokens each")
     assert rows[0] == ["", "ours", "plain", "ours / floor"]
     assert {len(cells) for cells in rows} == {4}
+    (whole,) = (cells[-1] for cells in rows if cells[0] == "whole step")
+    assert float(whole) == pytest.approx(ours["step_seconds"] / sum(ours["floor_seconds"].values()), rel=0.01)
 
 
 def test_a_model_with_random_weights_takes_images_above_the_tiny_model_s_limit():

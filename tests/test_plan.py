@@ -292,6 +292,18 @@ def test_a_plan_of_what_does_not_fit_says_what_would_do(tmp_path: Path, capsys: 
     assert "What would do, each by itself: 4 GPUs with --shard." in printed
 
 
+def test_a_plan_says_what_will_be_slow_and_what_idle(capsys: pytest.CaptureFixture[str]):
+    given = ["plan", "random-7b", "--gpus", "8", "--gpu-memory", "14"]
+    assert main(given) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--servers samples far faster" in printed
+    assert "4 of the GPUs have nothing to do: a step has --images-per-step 4." in printed
+    assert main([*given, "--servers", "1", "--images-per-step", "8"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "samples far faster" not in printed
+    assert "nothing to do" not in printed
+
+
 def test_a_plan_needs_no_weights_and_train_decides_by_the_same(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

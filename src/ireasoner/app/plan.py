@@ -138,6 +138,10 @@ def _advice(planned: Plan) -> list[str]:
             f" Groups, of up to {group:,} tokens, are computed again in the backward pass (gradient checkpointing), "
             "which takes a third more time."
         )
+    if best.config.shard and not config.servers and config.engine == "transformers":
+        text += " Its processes gather every layer for every token that they sample: --servers samples far faster."
+    if (images := config.schedule.images_per_step) < planned.devices:
+        text += f" {planned.devices - images} of the GPUs have nothing to do: a step has --images-per-step {images}."
     return [text]
 
 

@@ -392,7 +392,8 @@ def table(row: Mapping[str, Any]) -> tuple[str, list[list[str]]]:
         rows.append(
             [phase, *(cell(name, phase) for name in sides), f"{ours['seconds'][phase] / floor:.1f}" if floor else ""]
         )
-    rows.append(["whole step", *map(whole, sides.values()), ""])
+    floors = sum(ours["floor_seconds"].values())
+    rows.append(["whole step", *map(whole, sides.values()), f"{ours['step_seconds'] / floors:.2f}" if floors else ""])
     last = {"trajectories_per_second": ("trajectories/s", 1, 2), "tokens_per_second": ("tokens/s, solving", 1, 0)}
     last["peak_bytes"] = ("peak memory, MiB", 2**20, 0)
     for key, (label, unit, digits) in last.items():
