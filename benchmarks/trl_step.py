@@ -144,7 +144,8 @@ def trainer_for(turns: Turns, folder: str, scratch: Path, rows: int | None, repe
         max_grad_norm=learner.options.max_grad_norm,
     )  # fmt: skip
     data = Dataset.from_dict({"prompt": [chat] * len(turns.images), "image": turns.images})
-    lora = LoraConfig(target_modules=bench.policy.targets, r=backbone.lora_rank, lora_alpha=backbone.lora_alpha)
+    adapted = bench.policy.model.peft_config["solver"].target_modules
+    lora = LoraConfig(target_modules=adapted, r=backbone.lora_rank, lora_alpha=backbone.lora_alpha)
     trainer = TimedGRPO(folder, reward, options, data, processing_class=processor, callbacks=[turns], peft_config=lora)
     model: Any = trainer.model.get_base_model().base_model
     trainer.note("model below its output layer", model)
