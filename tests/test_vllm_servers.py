@@ -34,7 +34,7 @@ from ireasoner.rollouts.servers import ServersEngine
 from ireasoner.studies.doctor import fill_adapters
 from models import load, padded, requests, sample
 
-KEY = "a key of the tests"
+KEY = "the-key-of-the-tests"
 
 
 class RealServer:
