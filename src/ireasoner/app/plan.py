@@ -12,6 +12,7 @@ from cyclopts import Group, Parameter
 from pydantic import Field
 
 from ireasoner.app.options import WHOLE, Count, JsonFile, Revision, keep
+from ireasoner.app.serve import SERVED_WITH
 from ireasoner.app.training_options import with_training_options
 from ireasoner.training import config as configs
 
@@ -23,9 +24,6 @@ PLANNED_WITH = (
     "images_per_step", "proposer_every", "eval_data", "eval_questions", "save_every", "keep_checkpoints", "watch",
     "lora_rank", "lora_targets", "dtype", "attention", "gradient_checkpointing", "tokens_per_batch", "engine",
     "vllm_share", "shard",
-)  # fmt: skip
-SERVED_WITH = (
-    "preset", "revision", "dtype", "lora_rank", "max_image_tokens", "max_question_tokens", "max_solution_tokens",
 )  # fmt: skip
 GPUS_OF_A_MACHINE = 8
 PARTS = {

@@ -103,7 +103,7 @@ def needs(policy: Policy, config: Config, image_tokens: int, processes: int = 1)
         images=max(images, asked) * image_tokens * takes.feature,
         update=update,
         sampling=max(sampled(images, n, solution), sampled(images, 1, sampling.max_question_tokens)),
-        evaluation=sampled(asked, SAMPLES, solution),
+        evaluation=sampled(asked, SAMPLES + 1, solution),  # and the greedy reply, which is drawn with them
     )
 
 
