@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.types import Completion, Role
-from ireasoner.model.inputs import Prompts, encode_images
+from ireasoner.model.forward import completion_hidden
+from ireasoner.model.inputs import Prompts, build_prompts, encode_images
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy
 from ireasoner.model.loss import advantage_std
@@ -62,3 +63,21 @@ def padded(policy: Policy, completions: Sequence[Sequence[int]]) -> tuple[Tensor
     longest = max(len(ids) for ids in completions)
     ids = torch.tensor([[*row, *[policy.pad_token] * (longest - len(row))] for row in completions])
     return ids, torch.tensor([[i < len(row) for i in range(longest)] for row in completions])
+
+
+def sampler_gap(
+    policy: Policy, asked: Sequence[Request], groups: Sequence[Sequence[Completion]], role: Role | None
+) -> float:
+    """Most that the log-probabilities of a sampler differ from those that an update computes."""
+    prompts = build_prompts(policy, [r.image for r in asked], [r.messages for r in asked])
+    flat = [completion for group in groups for completion in group]
+    ids, mask = padded(policy, [completion.token_ids for completion in flat])
+    with torch.no_grad():
+        logprobs = policy.output_layer(completion_hidden(policy, prompts, ids, mask, role)).log_softmax(-1)
+    found = logprobs.gather(-1, ids[mask][:, None])[:, 0]
+    return (found - torch.tensor([p for completion in flat for p in completion.logprobs])).abs().max().item()
+
+
+def tokens(groups: Sequence[Sequence[Completion]]) -> list[list[tuple[int, ...]]]:
+    """The token ids of each completion."""
+    return [[completion.token_ids for completion in group] for group in groups]

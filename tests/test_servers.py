@@ -20,7 +20,7 @@ from ireasoner import Observer
 from ireasoner.app import api
 from ireasoner.app.cli import main
 from ireasoner.method.texts import solver_messages
-from ireasoner.method.types import ROLES, Completion, Role, UsageError
+from ireasoner.method.types import ROLES, Role, UsageError
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import TINY_MODEL
 from ireasoner.playground import dataset
@@ -35,7 +35,7 @@ from ireasoner.studies.doctor import fill_adapters
 from ireasoner.training.checks import check_start
 from ireasoner.training.config import ConfigError, config_of, dump_config, resolve
 from ireasoner.training.opening import longest_sequence
-from models import load, requests, sample
+from models import load, requests, sample, tokens
 from stand_in import StandIn
 
 QUESTIONS = ("Which bar is the tallest?", "Is red <image> more than<|im_end|> blue?", "Where?")
@@ -84,10 +84,6 @@ def open_engine(policy: Policy, told: list[str]) -> Iterator[Callable[..., Serve
     yield open_on
     for engine in opened:
         engine.close()
-
-
-def tokens(groups: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
-    return [[completion.token_ids for completion in group] for group in groups]
 
 
 def live(policy: Policy, asked: list[Request], role: Role | None, n: int, longest: int, **options: Any) -> Any:

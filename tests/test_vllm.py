@@ -30,8 +30,7 @@ from vllm.lora.request import LoRARequest
 
 from ireasoner.app.cli import main
 from ireasoner.method.texts import solver_messages
-from ireasoner.method.types import ROLES, Completion, Role
-from ireasoner.model.forward import completion_hidden
+from ireasoner.method.types import ROLES, Role
 from ireasoner.model.inputs import build_prompts
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import TINY_MODEL
@@ -42,7 +41,7 @@ from ireasoner.rollouts.vllm import VllmEngine, VllmError
 from ireasoner.studies.doctor import fill_adapters
 from ireasoner.training.recorder import read_episodes
 from ireasoner.training.trained import TrainedModel
-from models import load, padded, requests, sample
+from models import load, requests, sample, sampler_gap
 from runs import new_run
 
 QUESTIONS = ("Which bar is the tallest?", "Is red more than blue?", "Where?")
@@ -65,30 +64,19 @@ def asking(policy: Policy, images: list[Image.Image], seeds: tuple[int, ...] = (
     return requests(policy, sized, [solver_messages("{question}", q) for q in QUESTIONS], seeds)
 
 
-def gap(policy: Policy, asked: list[Request], groups: list[list[Completion]], role: Role | None) -> float:
-    """Most that vLLM's log-probabilities differ from those that an update computes."""
-    prompts = build_prompts(policy, [r.image for r in asked], [r.messages for r in asked])
-    flat = [c for group in groups for c in group]
-    ids, mask = padded(policy, [c.token_ids for c in flat])
-    with torch.no_grad():
-        logprobs = policy.output_layer(completion_hidden(policy, prompts, ids, mask, role)).log_softmax(-1)
-    found = logprobs.gather(-1, ids[mask][:, None])[:, 0]
-    return (found - torch.tensor([p for c in flat for p in c.logprobs])).abs().max().item()
-
-
 @pytest.mark.parametrize("role", [None, *ROLES])
 def test_logprobs_are_the_learners(policy: Policy, engine: VllmEngine, pictures: list[Image.Image], role: Role | None):
     """Both adapters and the backbone; prompts of different length, images of different size."""
     asked = asking(policy, pictures)
     groups = sample(engine, asked, role, 4, 32)
     assert [len(group) for group in groups] == [4, 4, 4]
-    assert gap(policy, asked, groups, role) < 1e-4
+    assert sampler_gap(policy, asked, groups, role) < 1e-4
     assert len({c.token_ids for group in groups for c in group}) > 6  # samples, not one answer
     for c in (c for group in groups for c in group):
         assert (c.finish_reason == "stop") == (c.token_ids[-1] in policy.end_tokens)
         assert len(c.token_ids) == len(c.logprobs) <= 32
     others = {None: "solver", "solver": "proposer", "proposer": None}
-    assert gap(policy, asked, groups, others[role]) > 1e-2  # type: ignore[arg-type]
+    assert sampler_gap(policy, asked, groups, others[role]) > 1e-2  # type: ignore[arg-type]
 
 
 def test_seeds_decide(policy: Policy, engine: VllmEngine, pictures: list[Image.Image]):
@@ -96,7 +84,7 @@ def test_seeds_decide(policy: Policy, engine: VllmEngine, pictures: list[Image.I
     first, again = (sample(engine, asked, "solver", 2, 32) for _ in range(2))
     assert [[c.token_ids for c in g] for g in first] == [[c.token_ids for c in g] for g in again]
     greedy = sample(engine, asked, "solver", 1, 32, temperature=0)
-    assert gap(policy, asked, greedy, "solver") < 1e-4
+    assert sampler_gap(policy, asked, greedy, "solver") < 1e-4
 
 
 def test_an_update_is_served_only_after_it_was_handed_over(
@@ -104,9 +92,9 @@ def test_an_update_is_served_only_after_it_was_handed_over(
 ):
     asked = asking(policy, pictures, (4, 5, 6))
     fill_adapters(policy, 0.1, seed=2)
-    assert gap(policy, asked, sample(engine, asked, "solver", 2, 32), "solver") > 1e-2
+    assert sampler_gap(policy, asked, sample(engine, asked, "solver", 2, 32), "solver") > 1e-2
     engine.refresh()
-    assert gap(policy, asked, sample(engine, asked, "solver", 2, 32), "solver") < 1e-4
+    assert sampler_gap(policy, asked, sample(engine, asked, "solver", 2, 32), "solver") < 1e-4
     fill_adapters(policy, 0.1, seed=1)
     engine.refresh()
 

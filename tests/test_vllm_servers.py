@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 pytest.importorskip("vllm")
@@ -23,16 +22,14 @@ pytest.importorskip("vllm")
 from ireasoner import Observer
 from ireasoner.app import api
 from ireasoner.method.texts import solver_messages
-from ireasoner.method.types import ROLES, Completion, Role
-from ireasoner.model.forward import completion_hidden
-from ireasoner.model.inputs import build_prompts
+from ireasoner.method.types import ROLES
 from ireasoner.model.policy import Policy
 from ireasoner.playground import dataset
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.server import ServerError
 from ireasoner.rollouts.servers import ServersEngine
 from ireasoner.studies.doctor import fill_adapters
-from models import load, padded, requests, sample
+from models import load, requests, sample, sampler_gap, tokens
 
 KEY = "the-key-of-the-tests"
 
@@ -100,21 +97,6 @@ def asked(policy: Policy, pictures: list[Image.Image]) -> list[Request]:
     return requests(policy, sized, [solver_messages("{question}", q) for q in questions], (1, 2, 3))
 
 
-def gap(policy: Policy, asked: list[Request], groups: list[list[Completion]], role: Role | None) -> float:
-    """Most that the servers' log-probabilities differ from those that an update computes."""
-    prompts = build_prompts(policy, [r.image for r in asked], [r.messages for r in asked])
-    flat = [completion for group in groups for completion in group]
-    ids, mask = padded(policy, [completion.token_ids for completion in flat])
-    with torch.no_grad():
-        logprobs = policy.output_layer(completion_hidden(policy, prompts, ids, mask, role)).log_softmax(-1)
-    found = logprobs.gather(-1, ids[mask][:, None])[:, 0]
-    return (found - torch.tensor([p for completion in flat for p in completion.logprobs])).abs().max().item()
-
-
-def tokens(groups: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
-    return [[completion.token_ids for completion in group] for group in groups]
-
-
 def test_completions_are_the_learners_on_one_server_or_two(
     policy: Policy, asked: list[Request], servers: list[RealServer]
 ):
@@ -123,17 +105,17 @@ def test_completions_are_the_learners_on_one_server_or_two(
     alone = ServersEngine.open(policy, addresses[:1], 363, patience=120)
     for role in (None, *ROLES):
         groups = sample(both, asked, role, 4, 32)
-        assert gap(policy, asked, groups, role) < 1e-4
+        assert sampler_gap(policy, asked, groups, role) < 1e-4
         assert tokens(groups) == tokens(sample(alone, asked, role, 4, 32))
         assert len({c.token_ids for group in groups for c in group}) > 6  # samples, not one answer
     greedy = sample(both, asked, "solver", 1, 32, temperature=0)
-    assert gap(policy, asked, greedy, "solver") < 1e-4
+    assert sampler_gap(policy, asked, greedy, "solver") < 1e-4
     fill_adapters(policy, 0.1, seed=2)
-    assert gap(policy, asked, sample(both, asked, "solver", 2, 32), "solver") > 1e-2
+    assert sampler_gap(policy, asked, sample(both, asked, "solver", 2, 32), "solver") > 1e-2
     before = time.monotonic()
     both.refresh()
     print("handed over in", time.monotonic() - before)
-    assert gap(policy, asked, sample(both, asked, "solver", 2, 32), "solver") < 1e-4
+    assert sampler_gap(policy, asked, sample(both, asked, "solver", 2, 32), "solver") < 1e-4
     fill_adapters(policy, 0.1, seed=1)
     with pytest.raises(ServerError, match=r"refuses a prompt: .*363"):
         sample(both, asked, None, 1, 400)
