@@ -42,10 +42,14 @@ class Adapters:
         shared: a folder that all processes and servers can read. None: what is not sent lies in a temporary folder of
             this machine, where servers of the same machine find it.
         seconds: in which a server must take each of them.
+        ahead: whether the policy learns while a version is sampled with. Each is then written at once, and not when a
+            server asks for it.
     """
 
-    def __init__(self, policy: Policy, processes: Processes, shared: Path | None, seconds: float) -> None:
-        self.policy, self.shared, self.seconds = policy, shared, seconds
+    def __init__(
+        self, policy: Policy, processes: Processes, shared: Path | None, seconds: float, *, ahead: bool = False
+    ) -> None:
+        self.policy, self.shared, self.seconds, self.ahead = policy, shared, seconds, ahead
         self.writes = shared is None or processes.is_main
         self.run = processes.gather([secrets.token_hex(4)], processes.count)[0]
         self.version = 0
@@ -64,8 +68,10 @@ class Adapters:
         return self.folder / f"{self.run}-{version}"
 
     def next_version(self) -> None:
-        """From now on, the policy's adapters as they are now."""
+        """From now on, the policy's adapters as they are now. Raises `ServerError` if they cannot be written."""
         self.version += 1
+        if self.ahead:
+            self.files("solver")  # and the proposer's beside them
 
     def files(self, role: Role) -> Path:
         """The folder of a role's adapter, written if it is not there yet.

@@ -80,6 +80,7 @@ class ServersEngine:
         folder: one that the servers can read too, for the adapters; None: as `Adapters` says.
         processes: those of the run. The main one hands the adapters over.
         tell: is told in a sentence when a server is lost, and when it is back.
+        ahead: whether the policy learns while it is sampled from, as it was at the last `refresh`.
     """
 
     def __init__(
@@ -91,10 +92,11 @@ class ServersEngine:
         folder: Path | None = None,
         processes: Processes = ALONE,
         tell: Callable[[str], None] = lambda line: None,
+        ahead: bool = False,
     ) -> None:
         self.policy, self.patience, self.processes, self.tell = policy, patience, processes, tell
         self.servers = [Server(address) for address in addresses]
-        self.adapters = Adapters(policy, processes, folder, patience / 2)
+        self.adapters = Adapters(policy, processes, folder, patience / 2, ahead=ahead)
 
     @classmethod
     def open(cls, policy: Policy, addresses: Sequence[str], longest: int, **options: Any) -> ServersEngine:

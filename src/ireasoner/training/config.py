@@ -121,6 +121,8 @@ class ScheduleOptions(Options):
     """Images played in each step."""
     proposer_every: Count = 5
     """The proposer is updated every so many steps."""
+    overlap: bool = False
+    """Sample the next step on the servers while this one is learned from, so that it is one update behind."""
     save_every: NonNegativeInt = 50
     """Steps between checkpoints (0: first and last only)."""
     keep_checkpoints: NonNegativeInt = 3
@@ -222,6 +224,8 @@ class Config(Options):
             raise ValueError(f"--gate-low {low} is above --gate-high {high}: no group would be kept")
         if self.recipe.reward == "oracle" and self.labels is None:
             raise ValueError("the oracle recipe needs --labels FILE.jsonl with the true answers")
+        if self.schedule.overlap and not self.servers:
+            raise ValueError("--overlap needs --servers, which sample while this machine learns")
         if problem := next(filter(None, map(_problem_with_server, self.servers)), None):
             raise ValueError(f"--servers: {problem}")
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -152,6 +152,11 @@ class ImagePool:
         items = list(islice((item for item in loaded if item is not None), n))
         self._require_decodable()
         return items
+
+    def again(self, names: Iterable[str]) -> dict[str, Item]:
+        """Images that were drawn before, by name; those that cannot be read any more are skipped."""
+        loaded = {name: self._load(name) for name in names}
+        return {name: item for name, item in loaded.items() if item is not None}
 
     def state(self) -> dict[str, Any]:
         """The position of the pool, for JSON. A hash stands for the names of the images, which can be many."""

@@ -1,4 +1,4 @@
-"""The training loop: play, update, record.
+"""The training loop: play, update, record. With `--overlap`, the next step is played while this one updates.
 
 `start` and `resume` take a run from its beginning or its newest checkpoint to its end. `advance` is one step.
 """
@@ -22,6 +22,7 @@ from ireasoner.training.items import Item
 from ireasoner.training.labelled import StepTruth
 from ireasoner.training.metrics import play_metrics, timed
 from ireasoner.training.opening import open_directory, prepare
+from ireasoner.training.overlap import draft_of_step, next_step_sampled
 from ireasoner.training.probes import blank_survival, probe
 from ireasoner.training.recorder import VERSIONS, write_json, writer_lock
 from ireasoner.training.reporting import named_trackers, tracking
@@ -156,13 +157,15 @@ def advance(run: Run) -> None:
     schedule, seconds = run.config.schedule, dict[str, float]()
     with timed(seconds, "step"):
         with timed(seconds, "play"):
-            items = run.pool.take(schedule.images_per_step)
-            play = run.selfplay.play(run.step, items)
+            draft = draft_of_step(run)
+            play = run.selfplay.score(draft)
         with timed(seconds, "watch"):  # before the update: the signals are of the policy that played
-            signals = {**run.signals.measure(play.episodes), **blank_survival(run, play.episodes, items)}
-        with timed(seconds, "update"):
+            signals = {**run.signals.measure(play.episodes), **blank_survival(run, play.episodes, draft.items)}
+        with next_step_sampled(run, seconds), timed(seconds, "update"):
             episodes, learned = update(run, play)
-        episodes = record(run, items, episodes)
+        with timed(seconds, "refresh"):
+            run.engine.refresh()
+        episodes = record(run, draft.items, episodes)
     signals |= floor_signals(episodes, learned, run.policy.largest_lora_b("solver") if run.moved("solver") else 0.0)
     metrics = {**play_metrics(episodes), **learned}
     metrics |= {f"watch/{name}": value for name, value in signals.items()}

@@ -206,6 +206,7 @@ def open_engine(
 
         longest, folder = longest_sequence(config, policy.processor), config.adapters_folder
         options: dict[str, Any] = {"patience": config.patience, "folder": folder, "processes": processes, "tell": tell}
+        options["ahead"] = config.schedule.overlap
         return ServersEngine.open(policy, config.servers, longest, **options)
     if config.engine == "transformers":
         return LiveEngine(policy)

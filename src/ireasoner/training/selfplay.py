@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +22,11 @@ from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.training.config import Config
 from ireasoner.training.items import Item
 
+T = TypeVar("T")
+# Calls a function, now or in another thread, and gives back what waits for its result.
+Call = Callable[[Callable[[], T]], Callable[[], T]]
+_Sampled = tuple[list[Completion], list[list[Completion]]]
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -28,6 +35,30 @@ class Sample:
     episode: int
     request: Request
     completions: Sequence[Completion]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What was sampled for a step and is not scored yet: of all processes, so that any number of them can score it.
+
+    Attributes:
+        step: the step, counted from 1.
+        items: what it is about.
+        images: those of this process's share, by their index in `items`.
+        proposals: one about each item; none where labelled questions are asked.
+        groups: the solver's completions for each item; none for an unreadable question.
+    """
+
+    step: int
+    items: Sequence[Item]
+    images: Mapping[int, EncodedImage]
+    proposals: Sequence[Completion]
+    groups: Sequence[Sequence[Completion]]
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs of it, for JSON. The images are read again."""
+        proposals, groups = rows_of([self.proposals]), rows_of(self.groups)
+        return {"step": self.step, "names": [i.name for i in self.items], "proposals": proposals, "groups": groups}
 
 
 @dataclass(frozen=True)
@@ -77,64 +108,114 @@ class SelfPlay:
 
     def play(self, step: int, items: Sequence[Item]) -> Play:
         """Play the items of one step, counted from 1."""
+        return self.score(self.begin(step, items, at_once)())
+
+    def begin(self, step: int, items: Sequence[Item], call: Call[_Sampled]) -> Callable[[], Draft]:
+        """Begin to sample for a step. Every process must call this, and then what it gives back, which ends it.
+
+        Args:
+            step: the step, counted from 1.
+            items: what it is about.
+            call: calls a function, now or in another thread, and gives back what waits for its result.
+        """
+        images = self.encode(items)
         batch = _Batch(self.config.seed, step, [item.name for item in items])
+        sampled = call(partial(self._sample, batch, images))
+
+        def end() -> Draft:
+            proposals, groups = sampled()
+            if self.labels is None:
+                proposals = [group[0] for group in self._exchange([[each] for each in proposals], len(items))]
+            return Draft(step, items, images, proposals, self._exchange(groups, len(items)))
+
+        return end
+
+    def encode(self, items: Sequence[Item]) -> dict[int, EncodedImage]:
+        """The images of this process's share of some items, by their index among them."""
         share = self.processes.share(len(items))
-        encoded = encode_images(self.policy, [items[i].image for i in share])
-        images = dict(zip(share, encoded, strict=True))
-        asked, proposer = self._ask(batch, images)
-        solver = self._solve(batch, images, [a.question for a in asked])
-        # Completions are exchanged before they are scored, so that every process remembers the steps of every group.
-        written = {sample.episode: sample.completions for sample in solver}  # nothing for an unreadable question
-        groups = self._exchange([written.get(i, ()) for i in share], len(items))
+        return dict(zip(share, encode_images(self.policy, [items[i].image for i in share]), strict=True))
+
+    def restored(self, state: Mapping[str, Any], found: Mapping[str, Item]) -> Draft | None:
+        """A draft from its `state`, without the items that are not among those found, by name; None if none is.
+
+        It may be of any number of processes.
+        """
+        names, (proposals,), groups = state["names"], groups_of(state["proposals"]), groups_of(state["groups"])
+        kept = [i for i, name in enumerate(names) if name in found]
+        items = [found[names[i]] for i in kept]
+        if not items:
+            return None
+        proposals = [proposals[i] for i in kept] if proposals else []
+        return Draft(state["step"], items, self.encode(items), proposals, [groups[i] for i in kept])
+
+    def score(self, draft: Draft) -> Play:
+        """Read and reward what was sampled. Drafts must be scored in the order of their steps."""
+        batch = _Batch(self.config.seed, draft.step, [item.name for item in draft.items])
+        total, images = len(draft.items), draft.images
+        asked = self._asked(batch, range(total), draft.proposals)
         sampling, processor = self.config.sampling, self.policy.processor
         prompts = [render(processor, solver_messages(sampling.solver_prompt, a.question.text)) for a in asked]
         solutions = [
             [parse_trajectory(c.text, c.finish_reason, sampling.solution_form, prompt) for c in group]
-            for group, prompt in zip(groups, prompts, strict=True)
+            for group, prompt in zip(draft.groups, prompts, strict=True)
         ]
+        # Completions were exchanged before they are scored, so that every process remembers the steps of every group.
         for name, group in zip(batch.names, solutions, strict=True):
             self.memory.add(name, group)
-        episodes = [self._episode(batch, i, asked[i], prompts[i], groups[i], solutions[i]) for i in share]
-        return Play(tuple(self._exchange_episodes(episodes, len(items))), solver, proposer)
+        episodes = [self._episode(batch, i, asked[i], prompts[i], draft.groups[i], solutions[i]) for i in images]
+        solving = self._solver_requests(batch, images, {i: asked[i].question for i in images})
+        solver = [Sample(i, request, draft.groups[i]) for i, request in solving.items()]
+        proposing = {} if self.labels is not None else self._proposer_requests(batch, images)
+        proposer = [Sample(i, request, [draft.proposals[i]]) for i, request in proposing.items()]
+        return Play(tuple(self._exchange_episodes(episodes, total)), tuple(solver), tuple(proposer))
 
-    def _ask(self, batch: _Batch, images: Mapping[int, EncodedImage]) -> tuple[list[_Asked], tuple[Sample, ...]]:
-        """One question about every item of the batch, the proposer's or a labelled one; and what this process sampled.
+    def _sample(self, batch: _Batch, images: Mapping[int, EncodedImage]) -> _Sampled:
+        """This process's share of a draft: its proposals and its groups.
 
-        `images` are those of this process's share, by their index in the batch.
+        Nothing is exchanged here, where another thread may exchange something else.
         """
-        total = len(batch.names)
-        if self.labels is not None:
-            return [self._pick_label(batch, i) for i in range(total)], ()
         sampling = self.config.sampling
-        messages = proposer_messages(sampling.proposer_prompt, sampling.domain)
-        requests = [Request(image, messages, batch.seed(i, seeds.PROPOSE)) for i, image in images.items()]
-        longest = sampling.max_question_tokens
-        groups = self.engine.sample(requests, "proposer", max_tokens=longest)
-        proposals = [group[0] for group in self._exchange(groups, total)]
-        prompt = render(self.policy.processor, messages)
-        asked = [_Asked(parse_question(p.text, p.finish_reason, prompt), prompt, p, None) for p in proposals]
-        return asked, tuple(Sample(*row) for row in zip(images, requests, groups, strict=True))
-
-    def _solve(
-        self, batch: _Batch, images: Mapping[int, EncodedImage], questions: Sequence[Question]
-    ) -> tuple[Sample, ...]:
-        """A group of completions for each readable question of this process's share."""
-        sampling = self.config.sampling
-        readable = [i for i in images if questions[i].well_formed]
-        messages = [solver_messages(sampling.solver_prompt, questions[i].text) for i in readable]
-        requests = [
-            Request(images[i], chat, batch.seed(i, seeds.SOLVE)) for i, chat in zip(readable, messages, strict=True)
-        ]
+        proposals: list[Completion] = []
+        if self.labels is None:
+            requests = list(self._proposer_requests(batch, images).values())
+            proposed = self.engine.sample(requests, "proposer", max_tokens=sampling.max_question_tokens)
+            proposals = [group[0] for group in proposed]
+        asked = self._asked(batch, images, proposals)
+        solving = self._solver_requests(batch, images, dict(zip(images, (a.question for a in asked), strict=True)))
         n, longest = sampling.group_size, sampling.max_solution_tokens
-        groups = self.engine.sample(requests, "solver", n=n, max_tokens=longest)
-        return tuple(Sample(*row) for row in zip(readable, requests, groups, strict=True))
+        found = self.engine.sample(list(solving.values()), "solver", n=n, max_tokens=longest)
+        written = dict(zip(solving, found, strict=True))  # nothing for an unreadable question
+        return proposals, [written.get(i, []) for i in images]
+
+    def _proposer_requests(self, batch: _Batch, images: Mapping[int, EncodedImage]) -> dict[int, Request]:
+        """A request about each image, by its index in the batch."""
+        messages = proposer_messages(self.config.sampling.proposer_prompt, self.config.sampling.domain)
+        return {i: Request(image, messages, batch.seed(i, seeds.PROPOSE)) for i, image in images.items()}
+
+    def _asked(self, batch: _Batch, indices: Collection[int], proposals: Sequence[Completion]) -> list[_Asked]:
+        """One question about each of these items of the batch, the proposer's or a labelled one."""
+        if self.labels is not None:
+            return [self._pick_label(batch, i) for i in indices]
+        messages = proposer_messages(self.config.sampling.proposer_prompt, self.config.sampling.domain)
+        prompt = render(self.policy.processor, messages)
+        return [_Asked(parse_question(p.text, p.finish_reason, prompt), prompt, p, None) for p in proposals]
+
+    def _solver_requests(
+        self, batch: _Batch, images: Mapping[int, EncodedImage], questions: Mapping[int, Question]
+    ) -> dict[int, Request]:
+        """A request for each image whose question is readable, by its index in the batch."""
+        prompt = self.config.sampling.solver_prompt
+        return {
+            i: Request(images[i], solver_messages(prompt, question.text), batch.seed(i, seeds.SOLVE))
+            for i, question in questions.items()
+            if question.well_formed
+        }
 
     def _exchange(self, groups: Sequence[Sequence[Completion]], total: int) -> Sequence[Sequence[Completion]]:
         """The groups of all `total` items, given those of this process's share."""
         if self.processes.count == 1:
             return groups
-        rows = self.processes.gather([[astuple(c) for c in group] for group in groups], total)
-        return [[Completion(text, tuple(ids), tuple(ps), end) for text, ids, ps, end in row] for row in rows]
+        return groups_of(self.processes.gather(rows_of(groups), total))
 
     def _exchange_episodes(self, episodes: Sequence[Episode], total: int) -> Sequence[Episode]:
         """The episodes of all `total` items, given those of this process's share.
@@ -203,6 +284,22 @@ class SelfPlay:
             step_weight=weight,
             true_answer=asked.true_answer,
         )
+
+
+def at_once(function: Callable[[], T]) -> Callable[[], T]:
+    """Call a function now. Gives back what returns its result."""
+    result = function()
+    return lambda: result
+
+
+def rows_of(groups: Sequence[Sequence[Completion]]) -> list[Any]:
+    """Groups of completions for JSON."""
+    return [[astuple(completion) for completion in group] for group in groups]
+
+
+def groups_of(rows: Sequence[Any]) -> list[list[Completion]]:
+    """The inverse of `rows_of`."""
+    return [[Completion(text, tuple(ids), tuple(ps), end) for text, ids, ps, end in row] for row in rows]
 
 
 class _Batch:

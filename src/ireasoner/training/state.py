@@ -1,9 +1,9 @@
 """The state of a run: saving it, restoring it, and returning to an earlier checkpoint.
 
 What a step does depends only on the config, the adapters, the optimizers, baselines and KL coefficients of the
-learners, the position in the image pool, the memory of recent claims, and the records written so far. All of this
-survives a kill. Random draws are seeded anew for every step, so there is no generator to save. This is why a resumed
-run ends bitwise like an uninterrupted one.
+learners, the position in the image pool, the memory of recent claims, what was sampled ahead for it, and the records
+written so far. All of this survives a kill. Random draws are seeded anew for every step, so there is no generator to
+save. This is why a resumed run ends bitwise like an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from ireasoner.training.config import MACHINE_OPTIONS, Config, dump_config, load
 from ireasoner.training.items import LISTING, ImagePool, Item
 from ireasoner.training.labelled import LabelledQuestion, StepTruth
 from ireasoner.training.recorder import Recorder, RunError, read_episodes, read_records
-from ireasoner.training.selfplay import SelfPlay
+from ireasoner.training.selfplay import Draft, SelfPlay
 from ireasoner.training.trackers import Tracker, Trackers
 from ireasoner.training.watch import Alarm, Signals, Watch
 
 CONFIG = "config.yaml"
 LARGEST_LISTING = 2**32  # bytes; a hundred million names have less
+DRAFT = "draft.json"  # in a checkpoint, of a run that samples ahead
 OPTIONS = "options.yaml"  # the same in a checkpoint, so that nothing but a deliberate extension changes it unnoticed
 
 
@@ -55,7 +56,8 @@ class Observer:
 
 @dataclass
 class Run:
-    """A run in memory. `step` is the last step that was taken; `elapsed` is the duration of all steps in seconds."""
+    """A run in memory. `step` is the last step that was taken, `draft` what was sampled ahead for the next one, and
+    `elapsed` the duration of all steps in seconds."""
 
     config: Config
     out: Path
@@ -74,6 +76,7 @@ class Run:
     trackers: Trackers = field(default_factory=Trackers)
     stop_asked: Callable[[], bool] = lambda: False
     step: int = 0
+    draft: Draft | None = None
     elapsed: float = 0.0
     shortages: list[str] = field(default_factory=list)  # of memory, in this process, that are still to be told
 
@@ -194,6 +197,8 @@ def _write_state(run: Run, folder: Path) -> None:
     for role, learner in run.learners.items():
         tensors, state["learners"][role] = learner.state()
         save_file(tensors, folder / f"optimizer-{role}.safetensors")
+    if run.draft:
+        (folder / DRAFT).write_text(json.dumps(run.draft.state()), "utf-8")
     (folder / OPTIONS).write_text(dump_config(run.config), "ascii")
     (folder / "state.json").write_text(json.dumps(state), "utf-8")
 
@@ -239,6 +244,9 @@ def restore(run: Run, checkpoint: Path, state: Mapping[str, Any]) -> None:
         learner.restore(load_file(checkpoint / f"optimizer-{role}.safetensors"), state["learners"][role])
     changes = run.pool.restore(state["pool"], read_listing(run.out))
     run.selfplay.memory.restore(state["memory"])
+    if (checkpoint / DRAFT).exists():
+        draft = json.loads((checkpoint / DRAFT).read_text("utf-8"))
+        run.draft = run.selfplay.restored(draft, run.pool.again(draft["names"]))
     for episode in read_episodes(run.out):
         run.signals.remember(episode)
     for record in read_records(run.out / "metrics.jsonl"):

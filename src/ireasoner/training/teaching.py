@@ -42,7 +42,6 @@ def update(run: Run, play: Play) -> tuple[list[Episode], dict[str, float]]:
             assert proposal is not None  # without labels, every question was proposed
             changed = proposal.model_copy(update={"advantage": advantage})
             episodes[i] = episodes[i].model_copy(update={"proposal": changed})
-    run.engine.refresh()
     return episodes, metrics
 
 
