@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -269,13 +270,16 @@ def planned(tmp_path: Path, *argv: str) -> dict[str, Any]:
 
 def test_a_plan_says_what_fits_and_what_to_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     found = planned(tmp_path, "random-25m", "--gpus", "2", "--gpu-memory", "80GB", "--servers", "3", "--steps", "100",
-                    "--tokens-per-second", "1000", "--tflops", "10", "--no-watch")  # fmt: skip
+                    "--tokens-per-second", "1000", "--tflops", "0.001", "--no-watch")  # fmt: skip
     printed = capsys.readouterr().out
     assert "It fits whole." in printed
     whole, sharded = found["variants"]["whole"], found["variants"]["sharded"]
     assert whole["total"] > sharded["total"] > 0 == whole["sampling"]
     # Four images a step: a question of 128 tokens and five solutions of 256 each, for 100 steps at 1,000 a second.
     assert f"100 steps are {100 * 4 * (128 + 5 * 256) / 1000 / 3600:.1f} hours of sampling" in printed
+    sampling, rest, together = map(float, re.findall(r"([\d.]+) hours", printed))
+    assert min(sampling, rest) > 0
+    assert together == pytest.approx(max(sampling, rest) + min(sampling, rest) / 100, abs=0.1)
     assert found["commands"] == [
         "VLLM_API_KEY=KEY ireasoner serve random-25m --host 0.0.0.0 --run",
         "IREASONER_SERVER_KEY=KEY torchrun --nproc-per-node 2 -m ireasoner train --images IMAGES --out RUN "

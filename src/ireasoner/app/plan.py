@@ -193,8 +193,12 @@ def _time(planned: Plan, tokens_per_second: float | None, tflops: float | None) 
     if not hours:
         return f"{text}; for hours, state --tokens-per-second and --tflops."
     parts = " and ".join(f"{seconds / 3600:.1f} hours of {what}" for what, seconds in hours)
-    missing = "" if len(hours) == 2 else "; the other part was not estimated"
-    return f"{text}: {steps:,} steps are {parts}, if every text is as long as it may be{missing}."
+    aside = "" if len(hours) == 2 else "; the other part was not estimated"
+    if config.servers and len(hours) == 2:  # all but the first step's sampling and the last one's learning overlap
+        (_, sampling), (_, rest) = hours
+        together = (min(sampling, rest) / steps + max(sampling, rest)) / 3600
+        aside = f"; with --overlap, {together:.1f} hours in all"
+    return f"{text}: {steps:,} steps are {parts}, if every text is as long as it may be{aside}."
 
 
 def _commands(planned: Plan, options: Mapping[str, Any], servers: int) -> list[str]:
