@@ -1,20 +1,22 @@
 """`--overlap`: the next step is sampled while this one is learned from, one update behind, and is part of a checkpoint.
 
-The servers are stood in for by the live model, which two threads must not use at the same time: `test_servers` has a
-run on real connections, in a process of its own.
+But for the last test, the servers are stood in for by the live model, which two threads must not use at the same time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from forked import Forked
 from ireasoner.method.types import Completion, Role
 from ireasoner.model.parallel import ALONE
 from ireasoner.model.pieces import DoesNotFitError
@@ -31,6 +33,7 @@ from ireasoner.training.overlap import in_background
 from ireasoner.training.selfplay import at_once
 from ireasoner.training.state import Observer
 from models import load
+from stand_in import StandIn, free_port
 
 OPTIONS: dict[str, Any] = {
     "model": "tiny", "recipe": "paper", "device": "cpu", "steps": 4, "images_per_step": 2, "group_size": 3,
@@ -223,3 +226,34 @@ def test_adapters_are_kept_as_they_were_while_the_policy_learns(tmp_path: Path):
     fill_adapters(policy, 0.1, seed=2)
     data = (handed.files("solver") / "adapter_model.safetensors").read_bytes()
     assert hashlib.sha256(data).hexdigest() != policy.adapter_sha256("solver")
+
+
+def serve(port: int) -> int:
+    with StandIn(load(), port):
+        threading.Event().wait()
+    return 0
+
+
+@pytest.mark.usefixtures("no_report")
+def test_what_servers_sample_beside_an_update_is_what_they_would_sample_before_it(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A run on a server of its own process, with both computing at the same time."""
+    port = free_port()
+    few = {"steps": 3, "images_per_step": 1, "group_size": 2, "max_solution_tokens": 16, "probe_every": 0}
+    config = resolve({**options, **few, "blank_every": 0, "servers": f"http://127.0.0.1:{port}"})
+    with Forked(partial(serve, port), tmp_path / "server") as server:
+        server.wait_until(lambda: answers(port))
+        loop.start(config, tmp_path / "beside")
+        monkeypatch.setattr(overlap, "in_background", at_once)
+        loop.start(config, tmp_path / "before")
+    beside, before = (
+        [e["trajectories"] for e in records(tmp_path / n, "episodes.jsonl")] for n in ("beside", "before")
+    )
+    assert [[t["text"] for t in group] for group in beside] == [[t["text"] for t in group] for group in before]
+    assert sha256(tmp_path / "beside", 3) == sha256(tmp_path / "before", 3)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

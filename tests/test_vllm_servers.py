@@ -123,6 +123,18 @@ def test_completions_are_the_learners_on_one_server_or_two(
         engine.close()
 
 
+def test_a_step_is_sampled_while_the_one_before_is_learned_from(tmp_path: Path, servers: list[RealServer]):
+    dataset.write_unlabeled(tmp_path / "images", 6, "chalk")
+    options: dict[str, Any] = {"steps": 4, "images_per_step": 2, "proposer_every": 2, "device": "cpu", "patience": 120}
+    addresses = [server.address for server in servers]
+    api.train(tmp_path / "images", "tiny", tmp_path / "run", servers=addresses, overlap=True, **options)
+    first, *others = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in others] == [2, 3, 4]
+    assert first.get("sampler_gap/solver", 0) < 1e-4
+    assert any(row.get("sampler_gap/solver", 0) > 1e-4 for row in others)  # one update behind
+    assert ["time/ahead_seconds" in row for row in (first, *others)] == [True, True, True, False]
+
+
 def test_a_run_goes_on_when_one_of_two_servers_ends(tmp_path: Path, servers: list[RealServer]):
     """The last test here: it ends a server."""
     dataset.write_unlabeled(tmp_path / "images", 6, "chalk")
