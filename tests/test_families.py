@@ -36,6 +36,7 @@ from ireasoner.studies import doctor
 from ireasoner.training.config import resolve
 from ireasoner.training.export import export
 from ireasoner.training.items import Item
+from ireasoner.training.labelled import LabelledQuestion
 from ireasoner.training.selfplay import SelfPlay
 from ireasoner.training.targets import find_trained
 from models import learner, load, requests, sample, teach
@@ -183,11 +184,12 @@ def test_a_step_of_self_play_and_an_update_of_each_role(folder: Path, sized: lis
     """Play, update, save, read back with PEFT alone; sampler and learner agree; each role trains its own tensors."""
     policy = filled(folder)
     config = resolve({"model": str(folder), "images": ".", "preset": "tiny", "max_solution_tokens": 10})
-    labels = {f"{i}": [(q, "1")] for i, q in enumerate(QUESTIONS)}
+    labels = [(LabelledQuestion(Path(str(i)), q, "1"),) for i, q in enumerate(QUESTIONS)]
     items = [Item(str(i), image, "0" * 16) for i, image in enumerate(sized)]
     engine = LiveEngine(policy)
     proposed = SelfPlay(policy, engine, config).play(1, items).proposer
-    solved = SelfPlay(policy, engine, config, labels).play(1, items).solver
+    labelled = [item._replace(labels=questions) for item, questions in zip(items, labels, strict=True)]
+    solved = SelfPlay(policy, engine, config).play(1, labelled).solver
     for role, taught in (("proposer", proposed), ("solver", solved)):
         assert [sample.episode for sample in taught] == [0, 1, 2]
         requests, groups = [sample.request for sample in taught], [sample.completions for sample in taught]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from ireasoner.model.policy import Policy
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import Config, resolve
 from ireasoner.training.items import Item
+from ireasoner.training.labelled import LabelledQuestion
 from ireasoner.training.selfplay import Play, SelfPlay, _Batch
 from models import learner, load, teach
 
@@ -35,8 +37,14 @@ def config_of(recipe: str = "paper", **flags: Any) -> Config:
     return resolve({"images": "images", "model": "tiny", "recipe": recipe, **scale, **labels, **flags})
 
 
-def selfplay(policy: Policy, config: Config | None = None, labels: Any = None) -> SelfPlay:
-    return SelfPlay(policy, LiveEngine(policy), config or config_of(), labels)
+def selfplay(policy: Policy, config: Config | None = None) -> SelfPlay:
+    return SelfPlay(policy, LiveEngine(policy), config or config_of())
+
+
+def labelled(items: Sequence[Item], labels: Mapping[str, Sequence[tuple[str, str]]]) -> list[Item]:
+    """The same items with labelled questions, of which one is asked."""
+    found = {name: [LabelledQuestion(Path(name), *row) for row in rows] for name, rows in labels.items()}
+    return [item._replace(labels=tuple(found.get(item.name, ()))) for item in items]
 
 
 class Listening(LiveEngine):
@@ -140,7 +148,8 @@ def test_an_image_plays_the_same_alone_and_with_others(policy: Policy, pictures:
 def test_what_was_sampled_is_what_is_trained(policy: Policy, pictures: list[Image.Image]):
     """Prompts and completions stay side by side, from play to update, where some questions went unanswered."""
     labels = {"0.png": [("How many objects are there?", "3")], "2.png": [("Which row is the longest?", "red")]}
-    play = selfplay(policy, config_of("oracle"), labels).play(1, named(pictures[:3]))
+    items = [item for item in labelled(named(pictures[:3]), labels) if item.labels]
+    play = selfplay(policy, config_of("oracle")).play(1, items)
     assert [play.episodes[sample.episode].image for sample in play.solver] == ["0.png", "2.png"]
     prompts, groups, rewards = taught(policy, play)
     frozen = learner(policy, "solver", learning_rate=1e-3, max_grad_norm=1e-30)  # look, but do not touch
@@ -194,22 +203,25 @@ def test_an_image_played_twice_in_a_step_draws_differently(babbler: Policy, pict
     (first,), (second,) = (sample.completions for sample in selfplay(babbler).play(1, twice).proposer)
     assert first.token_ids != second.token_ids
     labels = {"a.png": [("How many objects are there?", "3")]}
-    samples = selfplay(babbler, config_of("oracle"), labels).play(1, twice).solver
+    twice = labelled(twice, labels)
+    samples = selfplay(babbler, config_of("oracle")).play(1, twice).solver
     assert len({c.token_ids for sample in samples for c in sample.completions}) == 6
     # The first of the two is still what it is alone.
-    (alone,) = selfplay(babbler, config_of("oracle"), labels).play(1, twice[:1]).solver
+    (alone,) = selfplay(babbler, config_of("oracle")).play(1, twice[:1]).solver
     assert [c.text for c in alone.completions] == [c.text for c in samples[0].completions]
 
 
 def test_draws_differ_by_seed_step_image_occurrence_and_purpose():
-    names = ["a", "a", "b", "\udcff"]  # the last is a file name that is not UTF-8
+    image = Image.new("RGB", (1, 1))
+    items = [Item(name, image, "") for name in ("a", "a", "b", "\udcff")]  # the last is a file name that is not UTF-8
     purposes = (seeds.PROPOSE, seeds.SOLVE, seeds.RANDOM_REWARD, seeds.PICK_LABEL)
     drawn = [
-        _Batch(run, step, names).seed(i, purpose)
+        _Batch(run, step, items).seed(i, purpose)
         for run in (0, 1) for step in (1, 2) for i in range(4) for purpose in purposes
     ]  # fmt: skip
     assert len(set(drawn)) == len(drawn) == 64
-    assert _Batch(0, 1, ["b", "a"]).seed(1, seeds.SOLVE) == _Batch(0, 1, names).seed(0, seeds.SOLVE)  # not by place
+    turned = items[2::-1]
+    assert _Batch(0, 1, turned).seed(1, seeds.SOLVE) == _Batch(0, 1, items).seed(0, seeds.SOLVE)  # not by place
 
 
 def test_unreadable_questions_are_not_solved(policy: Policy, pictures: list[Image.Image]):
@@ -220,18 +232,16 @@ def test_unreadable_questions_are_not_solved(policy: Policy, pictures: list[Imag
         assert (episode.trajectories, episode.rewards, episode.proposer_reward) == ((), (), 0.0)
 
 
-def test_labels_replace_the_proposer(policy: Policy, pictures: list[Image.Image]):
+def test_labels_replace_the_proposer_where_there_are_any(policy: Policy, pictures: list[Image.Image]):
     labels = {
         "0.png": [("How many objects are there?", "3"), ("How many bars are there?", "4")],
         "2.png": [("Which row is the longest?", "red")],
     }
-    player = selfplay(policy, config_of("oracle"), labels)
-    play = player.play(1, named(pictures[:3]))
+    player, items = selfplay(policy, config_of("oracle")), labelled(named(pictures[:3]), labels)
+    play = player.play(1, [items[0], items[2]])
     assert play.proposer == ()
     assert len(play.solver) == 2
-    zero, one, two = play.episodes
-    assert one.question.problem == "no label for this image"
-    assert (one.trajectories, one.rewards, one.proposer_reward) == ((), (), 0.0)
+    zero, two = play.episodes
     assert zero.question.text in {text for text, _ in labels["0.png"]}
     assert two.question.text == "Which row is the longest?"
     for episode in (zero, two):
@@ -239,10 +249,28 @@ def test_labels_replace_the_proposer(policy: Policy, pictures: list[Image.Image]
         assert len(episode.trajectories) == 3
         truth = "text:red" if episode is two else f"number:{dict(labels['0.png'])[episode.question.text]}"
         assert episode.rewards == tuple(float(t.answer_key == truth) for t in episode.trajectories)
+        assert episode.rewards == tuple(t.rightness for t in episode.trajectories)
     # Which label is asked is drawn anew at each step, and all of them are asked in time.
-    picked = [player._pick_label(_Batch(0, step, ["0.png"]), 0) for step in [*range(1, 20), 1]]
+    picked = [player._asked(_Batch(0, step, items), 0, []) for step in [*range(1, 20), 1]]
     assert {asked.question.text for asked in picked} == {text for text, _ in labels["0.png"]}
     assert picked[0] == picked[-1]
+    # Beside them, the proposer asks about the other image, and what it samples does not depend on them.
+    mixed = selfplay(policy).play(1, items)
+    assert [sample.episode for sample in mixed.proposer] == [1]
+    (alone,) = selfplay(policy).play(1, [items[1]]).episodes
+    assert mixed.episodes[1].question == alone.question
+    assert [t.text for t in mixed.episodes[1].trajectories] == [t.text for t in alone.trajectories]
+    assert [t.rightness for t in alone.trajectories] == [None] * 3
+
+
+def test_the_proposer_is_shown_labelled_questions(policy: Policy, pictures: list[Image.Image]):
+    examples = [LabelledQuestion(Path("0.png"), f"How many {color} bars?", "3") for color in ("red", "blue", "green")]
+    config = config_of(labels="labels.jsonl", label_share=0.5, label_examples=2)
+    play = SelfPlay(policy, LiveEngine(policy), config, examples).play(1, named(pictures[:3]))
+    shown = [[q.question for q in examples if q.question in sample.request.prompt] for sample in play.proposer]
+    assert [len(questions) for questions in shown] == [2, 2, 2]
+    assert len({tuple(questions) for questions in shown}) > 1  # drawn anew for each image
+    assert [e.proposal.prompt for e in play.episodes if e.proposal] == [s.request.prompt for s in play.proposer]
 
 
 def test_records_of_an_episode_do_not_change(policy: Policy, pictures: list[Image.Image]):

@@ -2,7 +2,7 @@
 
 The vote takes two answers for the same only if their keys are equal (`ireasoner.method.answers`): in doubt they stay
 apart. A benchmark is more lenient with an answer beside the true one, and this module judges as it does. Such a
-judgement need not be transitive, so it is never used in training.
+judgement need not be transitive, so that no vote is made of it: training uses it where a label says what is true.
 """
 
 from __future__ import annotations

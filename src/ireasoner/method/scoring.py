@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,9 @@ class RewardError(UsageError):
 class Group:
     """One question's trajectories as they were read, with the vote on their answers; what a reward function gets.
 
-    `texts` are the raw texts; empty where only readings are known.
+    `texts` are the raw texts; empty where only readings are known. Where the true answer is known, `vote` is not that
+    of the group: those that are right have won it, by their share. `rightness` says how right each answer is, from 0 to
+    1; None where the truth is not known.
     """
 
     question: str
@@ -45,6 +47,7 @@ class Group:
     solutions: tuple[Solution, ...]
     answer_keys: tuple[str | None, ...]
     vote: Vote
+    rightness: tuple[float, ...] | None = None
 
 
 # What a reward function gives: numbers [N], or several parts by name, whose sum is the reward. None stands for a part
@@ -67,7 +70,8 @@ class Context:
         recent_steps: digests of the reasoning steps of each of the latest groups of other images, as
             `ireasoner.method.memory.RecentSteps` gives them.
         logprobs: of each text's tokens, under the distribution that was sampled from.
-        true_answer: what is true, for the recipe `oracle`.
+        true_answer: what is true, where a label says so. It then takes the place of the majority answer.
+        judge: how right an answer is, from 0 to 1; None: it is right if it has the key of the true one.
         seed: of whatever a reward draws at random; a resumed run passes the same.
         reward: the function that a recipe names as `file.py:function`.
     """
@@ -81,6 +85,7 @@ class Context:
     recent_steps: Sequence[frozenset[str]] | None = None
     logprobs: Sequence[Sequence[float]] | None = None
     true_answer: str | None = None
+    judge: Callable[[str], float] | None = None
     seed: Sequence[int] | None = None
     reward: RewardFunction | None = None
 
@@ -137,9 +142,12 @@ def score_solutions(
         s if key is not None or s.problem else s.model_copy(update={"answer": None, "problem": NO_COMMITMENT})
         for s, key in zip(solutions, keys, strict=True)
     ]
-    group = Group(question, tuple(texts), tuple(solutions), keys, majority(keys))
+    vote = majority(keys)
     if not solutions:
-        return ScoredGroup(group.vote, (), 0.0)
+        return ScoredGroup(vote, (), 0.0)
+    group = Group(question, tuple(texts), tuple(solutions), keys, vote)
+    if context.true_answer is not None:
+        group = _with_truth(group, context.true_answer, context.judge)
     lacking = _lacking(recipe, context)
     if lacking and recipe.reward == "agreement":
         raise RewardError(f"the reward of the recipe {recipe.name!r} needs context.{lacking}")
@@ -156,16 +164,30 @@ def score_solutions(
         ScoredTrajectory(
             **dict(solution),
             answer_key=keys[i],
-            in_majority=i in group.vote.members,
+            in_majority=i in vote.members,
+            rightness=group.rightness[i] if group.rightness else None,
             reward=float(paid[i]),
             parts=parts[i] | {name: Part(value=float(values[i])) for name, values in other.items()},
             step_scores=_step_scores(agreement, i) if agreement else (),
         )
         for i, solution in enumerate(solutions)
     )
-    worth = rewards.proposer_reward(group.vote.entropy, target=recipe.target_entropy, width=recipe.entropy_width)
+    worth = rewards.proposer_reward(vote.entropy, target=recipe.target_entropy, width=recipe.entropy_width)
     # Of fewer than two readable answers nothing can be said about the question.
-    return ScoredGroup(group.vote, trajectories, worth if group.vote.readable >= 2 else 0.0)
+    return ScoredGroup(vote, trajectories, worth if vote.readable >= 2 else 0.0)
+
+
+def _with_truth(group: Group, true_answer: str, judge: Callable[[str], float] | None) -> Group:
+    """A group whose vote those have won that are right."""
+    keys, answers = group.answer_keys, [solution.answer for solution in group.solutions]
+    true_key = answer_key(true_answer, group.question) or ""  # no vote has the key of a hedge
+    if judge is None:
+        right = rewards.true_answer_rewards(keys, true_key).tolist()
+    else:
+        right = [judge(a) if a is not None and k is not None else 0.0 for a, k in zip(answers, keys, strict=True)]
+    members = tuple(i for i, value in enumerate(right) if value > 0)
+    vote = replace(group.vote, answer=true_key, members=members, fraction=len(members) / len(keys))
+    return replace(group, vote=vote, rightness=tuple(right))
 
 
 def step_weight(recipe: Recipe, step: int, total_steps: int) -> float:
@@ -214,19 +236,17 @@ def _agreement(group: Group, recipe: Recipe, context: Context) -> _Agreement:
     """Apply the equations of `rewards` to a group, with the constants of a recipe."""
     assert context.step_weight is not None
     weight = context.step_weight
-    keys, words = group.answer_keys, [s.words_before_answer for s in group.solutions]
+    keys, words = _voting_keys(group), [s.words_before_answer for s in group.solutions]
     compared = [s.reasoning_steps[: recipe.max_reasoning_steps] if s.well_formed else () for s in group.solutions]
     recent = context.recent_steps or ()
     # Of all reasoning steps, also those that claim nothing: an answer behind words that fit every image must not earn
     # the full outcome reward.
     recurrences = [rewards.recurrence([step_digest(step) for step in steps], recent) for steps in compared]
-    outcome = rewards.outcome_rewards(
-        keys,
-        words,
-        exponent=recipe.outcome_exponent,
-        length_penalty=recipe.length_penalty,
-        target_words=recipe.target_words,
-    )
+    penalty = {"length_penalty": recipe.length_penalty, "target_words": recipe.target_words}
+    if group.rightness is None:
+        outcome = rewards.outcome_rewards(keys, words, exponent=recipe.outcome_exponent, **penalty)
+    else:
+        outcome = np.array(group.rightness) * rewards.length_factors(words, **penalty)
     if recipe.recurrence_window:
         outcome = outcome * rewards.novelty_factors(recurrences)
     if recipe.step_measure == "claims":
@@ -246,6 +266,13 @@ def _agreement(group: Group, recipe: Recipe, context: Context) -> _Agreement:
     return _Agreement(weight, outcome, steps, rewards.leave_one_out_similarities(embedded), recurrences, scores)
 
 
+def _voting_keys(group: Group) -> list[str | None]:
+    """The answer keys; where the truth is known, of the right answers alone, which have one key between them."""
+    if group.rightness is None:
+        return list(group.answer_keys)
+    return [group.vote.answer if right > 0 else None for right in group.rightness]
+
+
 def _claim_support(group: Group, compared: Sequence[Sequence[str]]) -> list[FloatArray]:
     """How far the others support each compared step; NaN where it states nothing beyond the answer and the question."""
     claiming = [
@@ -261,19 +288,18 @@ def _claim_support(group: Group, compared: Sequence[Sequence[str]]) -> list[Floa
 
 def _agreement_parts(agreement: _Agreement, group: Group, recipe: Recipe) -> list[dict[str, Part]]:
     """The parts of each trajectory as they are recorded; they weigh nothing if the recipe pays another reward."""
-    keys, votes, count = group.answer_keys, Counter(group.answer_keys), len(group.answer_keys)
+    keys, count = _voting_keys(group), len(group.solutions)
     words = [s.words_before_answer for s in group.solutions]
     weights = rewards.solver_weights(agreement.weight) if recipe.reward == "agreement" else (0.0, 0.0)
     # The factors of the two products by name: their values [N], and a note for each of the N trajectories.
+    votes, power = Counter(keys), f"^{recipe.outcome_exponent:g}"
     shares = rewards.vote_factors(keys, recipe.outcome_exponent)
-    vote_notes = [
-        f"({votes[key]}/{count})^{recipe.outcome_exponent:g}" if key else "unreadable, no vote" for key in keys
-    ]
+    vote_notes = [f"({votes[key]}/{count}){power}" if key else "unreadable, no vote" for key in keys]
     lengths = rewards.length_factors(words, length_penalty=recipe.length_penalty, target_words=recipe.target_words)
-    outcome = {
-        "share of the vote": (shares, vote_notes),
-        "length": (lengths, [f"words before the answer: {number}" for number in words]),
-    }
+    outcome = {"share of the vote": (shares, vote_notes)}
+    if group.rightness is not None:
+        outcome = {"right": (np.array(group.rightness), ["by the label"] * count)}
+    outcome["length"] = (lengths, [f"words before the answer: {number}" for number in words])
     if recipe.recurrence_window:
         outcome["not said of other images"] = (rewards.novelty_factors(agreement.recurrences), [""] * count)
     steps, decay = {}, 0.0
@@ -329,10 +355,9 @@ def _random_reward(group: Group, context: Context) -> Mapping[str, Numbers]:
 
 
 def _oracle_reward(group: Group, context: Context) -> Mapping[str, Numbers]:
-    if context.true_answer is None:
+    if group.rightness is None:
         raise RewardError("the oracle's reward needs context.true_answer")
-    true_key = answer_key(context.true_answer, group.question) or ""  # no vote has the key of a hedge
-    return {"true_answer": rewards.true_answer_rewards(group.answer_keys, true_key)}
+    return {"true_answer": group.rightness}
 
 
 # The rewards that ship beside agreement, by the names that a recipe gives them (`ireasoner.method.recipe.REWARDS`).

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -23,12 +23,17 @@ from ireasoner.method.types import FinishReason, Form, Question, Solution
 _CUT_OFF, _RECITES = "cut off before the end token", "recites the prompt"
 
 
-def proposer_messages(prompt: str, domain: str | None = None) -> list[dict[str, Any]]:
+def proposer_messages(prompt: str, domain: str | None = None, examples: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The proposer's prompt as chat messages for a processor's chat template: one user turn, image then text.
 
-    `domain`, such as "chest X-rays of adults", is put into the prompt as `with_domain` does it.
+    Args:
+        prompt: what the proposer is told.
+        domain: such as "chest X-rays of adults", is put into the prompt as `with_domain` does it.
+        examples: questions about other images, which are shown below the prompt. To repeat one is to recite the prompt.
     """
-    return _user_turn(with_domain(prompt, domain))
+    shown = [f"<question>{question}</question>" for question in examples]
+    below = ["", "Questions about other images, as examples:", *shown] if shown else []
+    return _user_turn("\n".join([with_domain(prompt, domain), *below]))
 
 
 def with_domain(prompt: str, domain: str | None) -> str:

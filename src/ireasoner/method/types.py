@@ -147,12 +147,14 @@ class Solution(Record):
 class ScoredTrajectory(Solution):
     """What a solution earned.
 
-    `answer_key` is None where the text could not be read. `step_scores` has an entry for each reasoning step that was
-    compared, from the first on.
+    `answer_key` is None where the text could not be read. `rightness`, from 0 to 1, is what the label says of the
+    answer; None where the question has none. `step_scores` has an entry for each reasoning step that was compared, from
+    the first on.
     """
 
     answer_key: str | None
     in_majority: bool
+    rightness: Number | None = None
     reward: Number
     parts: dict[str, Part]
     step_scores: tuple[StepScore, ...]
@@ -190,6 +192,13 @@ class Episode(Record):
     def rewards(self) -> tuple[float, ...]:
         """What each trajectory earned."""
         return tuple(t.reward for t in self.trajectories)
+
+    @property
+    def majority_rightness(self) -> float | None:
+        """How right the majority answer is by the label, from 0 to 1; None where the question has none."""
+        if self.true_answer is None or not self.trajectories:
+            return None
+        return next((t.rightness for t in self.trajectories if t.in_majority), 0.0)
 
 
 class ProbeAnswer(Record):

@@ -96,6 +96,12 @@ PANELS = (
         {"solver": "watch/blank_survival"},
         share=True,
     ),
+    Panel(
+        "Right by the labels",
+        "answers to labelled questions",
+        {"all of them": "labels/right", "majority": "labels/majority_right"},
+        share=True,
+    ),
     Panel("Throughput", "trajectories a second", {"both roles": THROUGHPUT}),
 )
 

@@ -150,7 +150,7 @@ def _judge(run: RecordedRun, found: Sequence[Sign]) -> Verdict:
         return accuracy
     if not run.metrics:
         return Verdict("unsure", "Nothing can be said yet: no step has been recorded.")
-    if run.config.labels is not None and not any(sign.trouble for sign in found):
+    if run.config.labelled_alone and not any(sign.trouble for sign in found):
         return Verdict("unsure", "It is paid for true answers: look at its reward, and at held-out questions.")
     return _judge_signs(found, run.step)
 
@@ -161,6 +161,10 @@ def _judge_signs(found: Sequence[Sign], step: int) -> Verdict:
         "labelled questions can (train --eval-data, or ireasoner eval). Where there are none, ireasoner label RUN asks "
         "you some of the model's own.",
     )
+    if right := next((sign for sign in found if sign.signal == "majority_right"), None):
+        notes = (
+            f"The majority answers {100 * right.recent:.0f} % of the labelled questions that it is trained on rightly.",
+        )
     if not found:
         return Verdict("unsure", f"Too early to say: {step} steps are fewer than two windows of the watch.", notes)
     if troubled := [sign for sign in found if sign.trouble]:

@@ -52,7 +52,8 @@ def draw(inputs: Inputs) -> Drawn:
     Raises:
         ImageError: none can be decoded.
     """
-    return Drawn(inputs, inputs.pool.peek(IMAGES))
+    pool = inputs.pool.labelled(inputs.labels) if inputs.config.labelled_alone else inputs.pool
+    return Drawn(inputs, pool.peek(IMAGES))
 
 
 def read(drawn: Drawn) -> list[Episode]:
@@ -63,7 +64,7 @@ def read(drawn: Drawn) -> list[Episode]:
     """
     inputs = drawn.inputs
     config = inputs.config
-    selfplay = open_selfplay(config, inputs.model, inputs.labels, inputs.reward)
+    selfplay = open_selfplay(config, inputs.model, reward=inputs.reward)
     size = config.schedule.images_per_step
     steps = [drawn.items[start : start + size] for start in range(0, len(drawn.items), size)]
     return [episode for step, items in enumerate(steps, 1) for episode in selfplay.play(step, items).episodes]

@@ -122,7 +122,7 @@ def _training(config: Config, summary: Mapping[str, Any], role: Role) -> str:
         f"steps: {steps} of {config.schedule.images_per_step} images each"
         + ("; the run ended itself later and went back to this step" if summary.get("stopped_early") else ""),
         f"images: {images if isinstance(images, int) else 'not known'}, "
-        + ("with labelled questions" if config.labels else "without labels"),
+        + (f"{100 * config.label_share:g} % of them with labelled questions" if config.labels else "without labels"),
         f"LoRA: rank {config.backbone.lora_rank}, alpha {config.backbone.lora_alpha}, on the language model",
         f"learning rate: {config.optimizer.learning_rate:g}",
         f"seed: {config.seed}",

@@ -15,13 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ireasoner.method.answers import answer_key
 from ireasoner.method.scoring import RewardFunction
 from ireasoner.method.types import ROLES, Role, UsageError
 from ireasoner.model.options import BackboneOptions
 from ireasoner.model.source import Source, check_processor, find_model, with_weights
 from ireasoner.training.config import Config
 from ireasoner.training.custom_reward import reward_to_resume, reward_to_start
-from ireasoner.training.items import ImagePool
+from ireasoner.training.items import ImagePool, Labels
 from ireasoner.training.labelled import LabelledQuestion, StepTruth, load_questions
 from ireasoner.training.recorder import LARGEST, RunError, is_locked, read_json, refuse_links
 from ireasoner.training.sources.finding import pinned
@@ -38,7 +39,8 @@ class Inputs:
         model: where the backbone is; its small files are on this machine.
         pool: the images, for a run of one process; `ImagePool.share` makes it that of several.
         questions: all of the evaluation data.
-        labels: labelled questions and their answers by the names of the images, where they replace the proposer.
+        labels: the labelled questions of --labels; none without it.
+        notes: what the user should know about what was read, a sentence each.
         reward: the reward function if it is the user's own.
         initial: the folder of the adapter that each role begins with; none of a role whose adapter is new, and none at
             all where a run goes on from a checkpoint, which has them.
@@ -48,7 +50,8 @@ class Inputs:
     model: Source
     pool: ImagePool
     questions: Sequence[LabelledQuestion]
-    labels: dict[str, list[tuple[str, str]]] | None
+    labels: Labels
+    notes: list[str]
     reward: RewardFunction | None
     initial: dict[Role, Path]
 
@@ -172,8 +175,8 @@ def _read(config: Config, out: Path | None, truth: StepTruth | None, reward: Rew
     with _naming("--images"):
         pool = open_pool(config, [*questions, *held_out])
         pool.check_readable()
-    labels = match_labels(config, labelled, pool) if config.labels else None
-    return Inputs(config, model, pool, questions, labels, reward, initial)
+    labels, notes = match_labels(config, labelled, pool) if config.labels else ({}, [])
+    return Inputs(config, model, pool, questions, labels, notes, reward, initial)
 
 
 def check_packages(config: Config) -> None:
@@ -222,25 +225,46 @@ def open_pool(config: Config, held_out: Sequence[LabelledQuestion]) -> ImagePool
     return ImagePool.scan(config.images, config.seed, config.max_image_pixels, held_out=images, column=column)
 
 
-def match_labels(
-    config: Config, labelled: Sequence[LabelledQuestion], pool: ImagePool
-) -> dict[str, list[tuple[str, str]]]:
-    """Labelled questions and their answers by the names of the pool's images, for the oracle recipe.
+def match_labels(config: Config, labelled: Sequence[LabelledQuestion], pool: ImagePool) -> tuple[Labels, list[str]]:
+    """Labelled questions by the names of the pool's images, and a sentence about each kind that was left out.
+
+    Left out are questions about images that are not in the pool, and those that have two different answers.
 
     Raises:
-        RunError: none of them is about an image of the pool, or its images are not in a folder here.
+        RunError: none is left, or the pool's images are not in a folder here.
     """
     if not isinstance(pool.source, Folder):
         raise RunError(f"--labels: its rows name image files, and {pool.source.where} is no folder of them: name one")
     names = {Path(pool.source.path(name)).resolve(): name for name in pool.names}
-    labels: dict[str, list[tuple[str, str]]] = {}
-    for row in labelled:
-        if row.image in names:
-            labels.setdefault(names[row.image], []).append((row.question, row.answer))
-    if not labels:
+    about = [row for row in labelled if row.image in names]
+    if not about:
         unless = " that is not set aside for evaluation" if config.eval_data or config.held_out else ""
         raise RunError(f"--labels: no question in {config.labels} is about an image in {config.images}{unless}")
-    return labels
+    by_question: dict[tuple[Path, str], list[LabelledQuestion]] = {}
+    for row in about:
+        by_question.setdefault((row.image, " ".join(row.question.casefold().split())), []).append(row)
+    agreeing = [rows for rows in by_question.values() if len({_true_key(row) for row in rows}) == 1]
+    if not agreeing:
+        raise RunError(f"--labels: every question in {config.labels} has two answers that differ")
+    labels: dict[str, list[LabelledQuestion]] = {}
+    for rows in agreeing:
+        labels.setdefault(names[rows[0].image], []).append(rows[0])
+    notes = []
+    if left := len(labelled) - len(about):
+        notes.append(
+            f"{left} of {len(labelled)} labelled questions are about images that are not trained on, and are left out."
+        )
+    for rows in by_question.values():
+        if rows not in agreeing:
+            answers = " and ".join(sorted({repr(row.answer) for row in rows}))
+            notes.append(
+                f"{rows[0].question!r:.200} about {names[rows[0].image]} is left out: its labels say {answers:.200}."
+            )
+    return labels, notes
+
+
+def _true_key(label: LabelledQuestion) -> str:
+    return answer_key(label.answer, label.question) or label.answer
 
 
 def initial_adapters(config: Config, model: Source) -> dict[Role, Path]:

@@ -139,7 +139,7 @@ class WatchOptions(Options):
     """When a run that is collapsing is ended."""
 
     watch: bool = True
-    """End a run whose signals collapse and go back to its best checkpoint (never with --labels)."""
+    """End a run whose signals collapse and go back to its best checkpoint (never with --labels alone)."""
     watch_window: Annotated[int, Field(ge=2)] = 50
     """Steps that the watch averages over and compares with as many early ones."""
     blank_every: NonNegativeInt = 5
@@ -168,7 +168,11 @@ class Config(Options):
     seed: NonNegativeInt = 0
     """Seed of all random draws."""
     labels: Path | None = None
-    """JSONL file of image, question, answer, whose questions replace the proposer's (oracle)."""
+    """JSONL file of image, question, answer: where these questions are asked, the truth replaces the vote (oracle)."""
+    label_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the images of a run that are asked a labelled question; the proposer asks about the others."""
+    label_examples: Annotated[int, Field(ge=0, le=20)] = 0
+    """Labelled questions that the proposer is shown as examples, drawn anew for each image."""
     eval_data: Path | None = None
     """JSONL file of held-out image, question, answer, to evaluate on before and after training; its images are not
     trained on."""
@@ -224,11 +228,20 @@ class Config(Options):
             raise ValueError(f"--gate-low {low} is above --gate-high {high}: no group would be kept")
         if self.recipe.reward == "oracle" and self.labels is None:
             raise ValueError("the oracle recipe needs --labels FILE.jsonl with the true answers")
+        if self.labels is None and (self.label_share < 1 or self.label_examples):
+            raise ValueError("--label-share and --label-examples need --labels FILE.jsonl")
+        if self.label_examples and self.label_share == 1:
+            raise ValueError("--label-examples are for the proposer, which asks nothing with a --label-share of 1")
         if self.schedule.overlap and not self.servers:
             raise ValueError("--overlap needs --servers, which sample while this machine learns")
         if problem := next(filter(None, map(_problem_with_server, self.servers)), None):
             raise ValueError(f"--servers: {problem}")
         return self
+
+    @property
+    def labelled_alone(self) -> bool:
+        """Whether nothing but labelled questions are asked, so that the proposer has nothing to do."""
+        return self.labels is not None and self.label_share == 1
 
     def flat(self) -> dict[str, Any]:
         """Every option by its own name, without the groups."""

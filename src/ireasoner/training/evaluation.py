@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ireasoner.method.answers import Vote, answer_key, majority
-from ireasoner.method.matching import Match, match_value
 from ireasoner.method.texts import parse_trajectory, solver_messages
-from ireasoner.method.types import Role, Solution
+from ireasoner.method.types import Match, Role, Solution
 from ireasoner.model.inputs import encode_images
 from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
@@ -22,7 +21,7 @@ from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import SamplingOptions
 from ireasoner.training.images import MAX_PIXELS, load_image
-from ireasoner.training.labelled import LabelledQuestion, StepTruth
+from ireasoner.training.labelled import LabelledQuestion, StepTruth, judged
 from ireasoner.training.statistics import (
     MEASURES,
     READABLE,
@@ -209,15 +208,12 @@ def _score(
     question: LabelledQuestion, solutions: Sequence[Solution], match: Match, truth: StepTruth | None
 ) -> dict[str, float]:
     """The values of one question by name, from what was read in its greedy completion and in its samples."""
-    asked, accepted = question.question, (question.answer, *question.others)
+    asked = question.question
     best, *read = solutions
     answers = [s.answer for s in solutions]
     keys = [None if answer is None else answer_key(answer, asked) for answer in answers]
     true_key, vote = answer_key(question.answer, asked), majority(keys[1:])
-    values = [
-        0.0 if answer is None else match_value(answer, accepted, asked, question.match or match, question.choices)
-        for answer in answers
-    ]
+    values = [0.0 if answer is None else judged(question, match, answer) for answer in answers]
     strict = [float(key is not None and key == true_key) for key in keys]
     row = dict(zip(ACCURACIES, (*_accuracies(values, vote), *_accuracies(strict, vote)), strict=True))
     row |= {"answer_entropy": vote.entropy, "greedy_well_formed": float(best.well_formed)}

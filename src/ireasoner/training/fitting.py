@@ -105,7 +105,8 @@ def within_memory(run: Run) -> Iterator[None]:
     Raises:
         DoesNotFitError: as above; the message says what was saved.
     """
-    step, pool, memory = run.step, run.pool.state(), run.selfplay.memory.state()
+    step, memory = run.step, run.selfplay.memory.state()
+    pools = [(pool, pool.state()) for pool in (run.pool, run.labelled) if pool]
     updates = [learner.updates for learner in run.learners.values()]
     try:
         with out_of_memory_is_told():
@@ -114,7 +115,8 @@ def within_memory(run: Run) -> Iterator[None]:
         told = "--resume goes on from the newest checkpoint"
         if run.processes.count == 1 and updates == [learner.updates for learner in run.learners.values()]:
             run.step = step
-            run.pool.restore(pool)
+            for pool, state in pools:
+                pool.restore(state)
             run.selfplay.memory.restore(memory)
             release_memory()
             save(run)

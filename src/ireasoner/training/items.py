@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -19,19 +21,25 @@ from ireasoner.training.images import (
     UnreadableImageError,
     image_from,
 )
+from ireasoner.training.labelled import LabelledQuestion
 from ireasoner.training.sources.finding import open_source
 from ireasoner.training.sources.folder import SET_ASIDE, Folder, content_hashes
 from ireasoner.training.sources.source import ImageSource, Names
 
+Labels = Mapping[str, Sequence[LabelledQuestion]]  # by the names of the images that they are about
 LISTING = "images.txt"  # the names of a run's images, in its directory
 
 
 class Item(NamedTuple):
-    """What the model looks at: an RGB image, with its name in the pool and a hash of its file, for its thumbnail."""
+    """What the model looks at: an RGB image, with its name in the pool and a hash of its file, for its thumbnail.
+
+    `labels` are the labelled questions of which one is asked about it; where it has none, the proposer asks.
+    """
 
     name: str
     image: Image.Image
     content_hash: str
+    labels: tuple[LabelledQuestion, ...] = ()
 
 
 class ImagePool:
@@ -57,6 +65,7 @@ class ImagePool:
     ) -> None:
         self.source, self._seed, self._max_pixels, self._processes = source, seed, max_pixels, processes
         self.names, self.skipped, self._held_out = source.names, dict(source.skipped), frozenset(held_out)
+        self._labels: Labels = {}
         self._fingerprint = self.names.fingerprint
         self._move_to(epoch=0, position=0)
 
@@ -88,6 +97,14 @@ class ImagePool:
         pool = cls(source, seed, max_pixels, processes, hashes)
         pool.share(processes)
         return pool
+
+    def labelled(self, labels: Labels) -> ImagePool:
+        """A pool of those images of this one that have labelled questions, which are drawn with them."""
+        part = copy.copy(self)
+        part.names, part.skipped, part._labels = Names.of(labels), {}, labels
+        part._fingerprint = part.names.fingerprint
+        part._move_to(epoch=0, position=0)
+        return part
 
     def share(self, processes: Processes) -> None:
         """Draw together with these processes from now on.
@@ -153,10 +170,9 @@ class ImagePool:
         self._require_decodable()
         return items
 
-    def again(self, names: Iterable[str]) -> dict[str, Item]:
-        """Images that were drawn before, by name; those that cannot be read any more are skipped."""
-        loaded = {name: self._load(name) for name in names}
-        return {name: item for name, item in loaded.items() if item is not None}
+    def again(self, name: str) -> Item | None:
+        """An image that was drawn before; None if it cannot be read any more, and it is skipped from then on."""
+        return self._load(name)
 
     def state(self) -> dict[str, Any]:
         """The position of the pool, for JSON. A hash stands for the names of the images, which can be many."""
@@ -240,7 +256,8 @@ class ImagePool:
         return item
 
     def _read(self, name: str) -> Item:
-        return Item(name, *image_from(name, partial(self.source.read, name), self._max_pixels))
+        image, content_hash = image_from(name, partial(self.source.read, name), self._max_pixels)
+        return Item(name, image, content_hash, tuple(self._labels.get(name, ())))
 
     def _require_decodable(self) -> None:
         if len(self) == 0:
@@ -251,6 +268,13 @@ class ImagePool:
             f"None of the {len(self.names)} images in {self.source.where} can be decoded ({first_skips(reasons)}): "
             "point to readable images."
         )
+
+
+def labelled_items(step: int, count: int, share: float) -> int:
+    """How many of the `count` items of a step are asked a labelled question, so that after every step their share of
+    all items is as near to `share` as it can be from below."""
+    due = [math.floor(steps * count * share + 1e-9) for steps in (step - 1, step)]
+    return due[1] - due[0]
 
 
 def _changes(then: Names, now: Names, where: str) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ireasoner.method.answers import answer_key, lettered_options
+from ireasoner.method.matching import match_value
 from ireasoner.method.types import Match, UsageError
 
 # Whether a reasoning step is true of what the field `picture` of a labelled question describes; None: not known.
@@ -63,6 +64,11 @@ class LabelledQuestion:
     others: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     match: Match | None = None
+
+
+def judged(label: LabelledQuestion, match: Match, answer: str) -> float:
+    """How right an answer to a labelled question is, in [0, 1]; `match` is the metric where the question names none."""
+    return match_value(answer, (label.answer, *label.others), label.question, label.match or match, label.choices)
 
 
 def load_questions(path: Path, limit: int | None = None, truth: StepTruth | None = None) -> list[LabelledQuestion]:

@@ -134,6 +134,8 @@ def _run(
         else:
             run.recorder.write_text(VERSIONS, write_json(versions(run)))
             run.recorder.write_text("config.yaml", dump_config(run.config))  # which makes the directory a run
+            for note in inputs.notes:
+                run.tell(note)
             probe(run)
             save(run)
         observer.on_start(run.config, run.step + 1)

@@ -37,6 +37,18 @@ def play_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
         "truncated/solver": mean([t.finish_reason == "length" for t in trajectories]),
         "questions/distinct": len(set(asked)) / len(asked) if asked else 0.0,
         "step_weight": episodes[0].step_weight,
+        **label_metrics(episodes),
+    }
+
+
+def label_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """How right the answers to labelled questions are, all of them and those of the majority; empty without any."""
+    labelled = [e for e in episodes if e.majority_rightness is not None]
+    if not labelled:
+        return {}
+    return {
+        "labels/right": fmean(t.rightness or 0.0 for e in labelled for t in e.trajectories),
+        "labels/majority_right": fmean(e.majority_rightness or 0.0 for e in labelled),
     }
 
 

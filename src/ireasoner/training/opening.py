@@ -23,7 +23,7 @@ from ireasoner.training.checkpoints import newest_checkpoint
 from ireasoner.training.checks import Inputs
 from ireasoner.training.config import Config
 from ireasoner.training.items import LISTING, set_aside_line
-from ireasoner.training.labelled import StepTruth, draw_questions
+from ireasoner.training.labelled import LabelledQuestion, StepTruth, draw_questions
 from ireasoner.training.recorder import Recorder, RunError
 from ireasoner.training.selfplay import SelfPlay
 from ireasoner.training.state import Observer, Run, check_config, notes, read_listing, read_state, record_skips, restore
@@ -54,7 +54,8 @@ def prepare(
     model = inputs.model if commit == inputs.model.commit else find_model(config.model, commit)
     pool = inputs.pool
     pool.share(processes)
-    selfplay = open_selfplay(config, model, inputs.labels, inputs.reward, processes, observer.on_message)
+    examples = [question for questions in inputs.labels.values() for question in questions]
+    selfplay = open_selfplay(config, model, examples, inputs.reward, processes, observer.on_message)
     policy = selfplay.policy
     observer.on_message(policy.describe() + ".")
     if config.shard and processes.count == 1:
@@ -74,12 +75,13 @@ def prepare(
         observer=observer,
         processes=processes,
         pool=pool,
+        labelled=pool.labelled(inputs.labels) if inputs.labels else None,
         policy=policy,
         engine=selfplay.engine,
         selfplay=selfplay,
         learners={role: Learner(policy, role, config.recipe, config.fitted_optimizer(), processes) for role in ROLES},
         watch=Watch(config),
-        signals=Signals(config.watch.watch_window * config.schedule.images_per_step),
+        signals=Signals(config.watch.watch_window * config.schedule.images_per_step, config.labelled_alone),
         questions=draw_questions(inputs.questions, config.schedule.eval_questions),
         truth=truth,
     )
@@ -157,7 +159,7 @@ def open_directory(run: Run) -> bool:
 def open_selfplay(
     config: Config,
     model: Source,
-    labels: Mapping[str, Sequence[tuple[str, str]]] | None = None,
+    examples: Sequence[LabelledQuestion] = (),
     reward: RewardFunction | None = None,
     processes: Processes = ALONE,
     tell: Callable[[str], None] = lambda line: None,
@@ -167,7 +169,7 @@ def open_selfplay(
     Args:
         config: options of the run.
         model: where the backbone is.
-        labels: as `match_labels` gives them.
+        examples: labelled questions, of which the proposer may be shown some.
         reward: the reward function if it is the user's own.
         processes: those that play together.
         tell: as for `load_policy`.
@@ -184,7 +186,7 @@ def open_selfplay(
     policy = load_policy(model, config.backbone, device=device, seed=config.seed, tell=tell, sharded_over=sharded_over)
     limit_sampling(policy, config.fitted_optimizer().tokens_per_batch)
     engine = open_engine(config, policy, processes, tell)
-    return SelfPlay(policy, engine, config, labels, reward, processes)
+    return SelfPlay(policy, engine, config, examples, reward, processes)
 
 
 def open_engine(

@@ -43,8 +43,7 @@ def draft_of_step(run: Run) -> Draft:
     """What was sampled ahead for this step or, where nothing was, a draft that is sampled now."""
     if run.draft:
         return run.draft
-    items = run.pool.take(run.config.schedule.images_per_step)
-    return run.selfplay.begin(run.step, items, at_once)()
+    return run.selfplay.begin(run.step, run.draw(run.step), at_once)()
 
 
 @contextmanager
@@ -72,7 +71,7 @@ def next_step_sampled(run: Run, seconds: dict[str, float]) -> Iterator[None]:
 
         return in_background(call)
 
-    end = run.selfplay.begin(run.step + 1, run.pool.take(schedule.images_per_step), beside)
+    end = run.selfplay.begin(run.step + 1, run.draw(run.step + 1), beside)
     yield
     with timed(seconds, "wait"):
         run.draft = end()

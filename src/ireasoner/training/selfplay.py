@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -21,11 +21,12 @@ from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.training.config import Config
 from ireasoner.training.items import Item
+from ireasoner.training.labelled import LabelledQuestion, judged
 
 T = TypeVar("T")
 # Calls a function, now or in another thread, and gives back what waits for its result.
 Call = Callable[[Callable[[], T]], Callable[[], T]]
-_Sampled = tuple[list[Completion], list[list[Completion]]]
+_Sampled = tuple[list[list[Completion]], list[list[Completion]]]
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,21 @@ class Draft:
         step: the step, counted from 1.
         items: what it is about.
         images: those of this process's share, by their index in `items`.
-        proposals: one about each item; none where labelled questions are asked.
+        proposals: for each item the proposer's one completion, or none where a labelled question is asked.
         groups: the solver's completions for each item; none for an unreadable question.
     """
 
     step: int
     items: Sequence[Item]
     images: Mapping[int, EncodedImage]
-    proposals: Sequence[Completion]
+    proposals: Sequence[Sequence[Completion]]
     groups: Sequence[Sequence[Completion]]
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs of it, for JSON. The images are read again."""
-        proposals, groups = rows_of([self.proposals]), rows_of(self.groups)
-        return {"step": self.step, "names": [i.name for i in self.items], "proposals": proposals, "groups": groups}
+        items = [{"name": item.name, "labelled": bool(item.labels)} for item in self.items]
+        proposals, groups = rows_of(self.proposals), rows_of(self.groups)
+        return {"step": self.step, "items": items, "proposals": proposals, "groups": groups}
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,12 @@ class Play:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A question about an item. It comes from a proposal to `prompt`, or with its true answer from a label."""
+    """A question about an item. It comes from a proposal to `prompt`, or from a label."""
 
     question: Question
-    prompt: str
-    proposal: Completion | None
-    true_answer: str | None
+    prompt: str = ""
+    proposal: Completion | None = None
+    label: LabelledQuestion | None = None
 
 
 class SelfPlay:
@@ -87,7 +89,7 @@ class SelfPlay:
         policy: encodes images and embeds reasoning steps.
         engine: samples completions.
         config: options of the run.
-        labels: questions and true answers by image name, which replace the proposer in the oracle recipe.
+        examples: labelled questions, of which the proposer is shown some if the config says so.
         reward: the reward function, if the recipe names one of the user's own.
         processes: the processes that take part. Each plays its share of the items and learns of every episode.
     """
@@ -97,12 +99,12 @@ class SelfPlay:
         policy: Policy,
         engine: Engine,
         config: Config,
-        labels: Mapping[str, Sequence[tuple[str, str]]] | None = None,
+        examples: Sequence[LabelledQuestion] = (),
         reward: RewardFunction | None = None,
         processes: Processes = ALONE,
     ) -> None:
         self.policy, self.engine, self.config = policy, engine, config
-        self.labels, self.reward = labels, reward
+        self.examples, self.reward = examples, reward
         self.processes = processes
         self.memory = RecentSteps(config.recipe.recurrence_window)
 
@@ -119,14 +121,11 @@ class SelfPlay:
             call: calls a function, now or in another thread, and gives back what waits for its result.
         """
         images = self.encode(items)
-        batch = _Batch(self.config.seed, step, [item.name for item in items])
-        sampled = call(partial(self._sample, batch, images))
+        sampled = call(partial(self._sample, _Batch(self.config.seed, step, items), images))
 
         def end() -> Draft:
-            proposals, groups = sampled()
-            if self.labels is None:
-                proposals = [group[0] for group in self._exchange([[each] for each in proposals], len(items))]
-            return Draft(step, items, images, proposals, self._exchange(groups, len(items)))
+            proposals, groups = (self._exchange(each, len(items)) for each in sampled())
+            return Draft(step, items, images, proposals, groups)
 
         return end
 
@@ -135,24 +134,23 @@ class SelfPlay:
         share = self.processes.share(len(items))
         return dict(zip(share, encode_images(self.policy, [items[i].image for i in share]), strict=True))
 
-    def restored(self, state: Mapping[str, Any], found: Mapping[str, Item]) -> Draft | None:
-        """A draft from its `state`, without the items that are not among those found, by name; None if none is.
+    def restored(self, state: Mapping[str, Any], found: Sequence[Item | None]) -> Draft | None:
+        """A draft from its `state` and its items, without those that were not found; None if none was.
 
         It may be of any number of processes.
         """
-        names, (proposals,), groups = state["names"], groups_of(state["proposals"]), groups_of(state["groups"])
-        kept = [i for i, name in enumerate(names) if name in found]
-        items = [found[names[i]] for i in kept]
-        if not items:
+        kept = [(i, item) for i, item in enumerate(found) if item is not None]
+        if not kept:
             return None
-        proposals = [proposals[i] for i in kept] if proposals else []
-        return Draft(state["step"], items, self.encode(items), proposals, [groups[i] for i in kept])
+        proposals, groups = groups_of(state["proposals"]), groups_of(state["groups"])
+        items = [item for _, item in kept]
+        rows = [i for i, _ in kept]
+        return Draft(state["step"], items, self.encode(items), [proposals[i] for i in rows], [groups[i] for i in rows])
 
     def score(self, draft: Draft) -> Play:
         """Read and reward what was sampled. Drafts must be scored in the order of their steps."""
-        batch = _Batch(self.config.seed, draft.step, [item.name for item in draft.items])
-        total, images = len(draft.items), draft.images
-        asked = self._asked(batch, range(total), draft.proposals)
+        batch, images = _Batch(self.config.seed, draft.step, draft.items), draft.images
+        asked = [self._asked(batch, i, proposal) for i, proposal in enumerate(draft.proposals)]
         sampling, processor = self.config.sampling, self.policy.processor
         prompts = [render(processor, solver_messages(sampling.solver_prompt, a.question.text)) for a in asked]
         solutions = [
@@ -160,14 +158,14 @@ class SelfPlay:
             for group, prompt in zip(draft.groups, prompts, strict=True)
         ]
         # Completions were exchanged before they are scored, so that every process remembers the steps of every group.
-        for name, group in zip(batch.names, solutions, strict=True):
-            self.memory.add(name, group)
+        for item, group in zip(draft.items, solutions, strict=True):
+            self.memory.add(item.name, group)
         episodes = [self._episode(batch, i, asked[i], prompts[i], draft.groups[i], solutions[i]) for i in images]
         solving = self._solver_requests(batch, images, {i: asked[i].question for i in images})
         solver = [Sample(i, request, draft.groups[i]) for i, request in solving.items()]
-        proposing = {} if self.labels is not None else self._proposer_requests(batch, images)
-        proposer = [Sample(i, request, [draft.proposals[i]]) for i, request in proposing.items()]
-        return Play(tuple(self._exchange_episodes(episodes, total)), tuple(solver), tuple(proposer))
+        proposing = self._proposer_requests(batch, images)
+        proposer = [Sample(i, request, draft.proposals[i]) for i, request in proposing.items()]
+        return Play(tuple(self._exchange_episodes(episodes, len(draft.items))), tuple(solver), tuple(proposer))
 
     def _sample(self, batch: _Batch, images: Mapping[int, EncodedImage]) -> _Sampled:
         """This process's share of a draft: its proposals and its groups.
@@ -175,30 +173,41 @@ class SelfPlay:
         Nothing is exchanged here, where another thread may exchange something else.
         """
         sampling = self.config.sampling
-        proposals: list[Completion] = []
-        if self.labels is None:
-            requests = list(self._proposer_requests(batch, images).values())
-            proposed = self.engine.sample(requests, "proposer", max_tokens=sampling.max_question_tokens)
-            proposals = [group[0] for group in proposed]
-        asked = self._asked(batch, images, proposals)
-        solving = self._solver_requests(batch, images, dict(zip(images, (a.question for a in asked), strict=True)))
+        proposing = self._proposer_requests(batch, images)
+        proposed = self.engine.sample(list(proposing.values()), "proposer", max_tokens=sampling.max_question_tokens)
+        written = dict(zip(proposing, proposed, strict=True))  # nothing where a labelled question is asked
+        proposals = [written.get(i, []) for i in images]
+        asked = {i: self._asked(batch, i, each).question for i, each in zip(images, proposals, strict=True)}
+        solving = self._solver_requests(batch, images, asked)
         n, longest = sampling.group_size, sampling.max_solution_tokens
         found = self.engine.sample(list(solving.values()), "solver", n=n, max_tokens=longest)
-        written = dict(zip(solving, found, strict=True))  # nothing for an unreadable question
-        return proposals, [written.get(i, []) for i in images]
+        solved = dict(zip(solving, found, strict=True))  # nothing for an unreadable question
+        return proposals, [solved.get(i, []) for i in images]
 
     def _proposer_requests(self, batch: _Batch, images: Mapping[int, EncodedImage]) -> dict[int, Request]:
-        """A request about each image, by its index in the batch."""
-        messages = proposer_messages(self.config.sampling.proposer_prompt, self.config.sampling.domain)
-        return {i: Request(image, messages, batch.seed(i, seeds.PROPOSE)) for i, image in images.items()}
+        """A request about each image that has no labelled question, by its index in the batch."""
+        return {
+            i: Request(image, self._proposer_messages(batch, i), batch.seed(i, seeds.PROPOSE))
+            for i, image in images.items()
+            if not batch.items[i].labels
+        }
 
-    def _asked(self, batch: _Batch, indices: Collection[int], proposals: Sequence[Completion]) -> list[_Asked]:
-        """One question about each of these items of the batch, the proposer's or a labelled one."""
-        if self.labels is not None:
-            return [self._pick_label(batch, i) for i in indices]
-        messages = proposer_messages(self.config.sampling.proposer_prompt, self.config.sampling.domain)
-        prompt = render(self.policy.processor, messages)
-        return [_Asked(parse_question(p.text, p.finish_reason, prompt), prompt, p, None) for p in proposals]
+    def _proposer_messages(self, batch: _Batch, i: int) -> list[dict[str, Any]]:
+        """What the proposer is told about item i, with examples of questions if it is shown any."""
+        sampling, count = self.config.sampling, min(self.config.label_examples, len(self.examples))
+        rng = np.random.default_rng(list(batch.seed(i, seeds.PICK_EXAMPLES)))
+        shown = rng.choice(len(self.examples), count, replace=False).tolist() if count else []
+        return proposer_messages(sampling.proposer_prompt, sampling.domain, [self.examples[n].question for n in shown])
+
+    def _asked(self, batch: _Batch, i: int, proposal: Sequence[Completion]) -> _Asked:
+        """The question about item i: one of its labelled ones, or the one that was proposed."""
+        if labels := batch.items[i].labels:
+            rng = np.random.default_rng(list(batch.seed(i, seeds.PICK_LABEL)))
+            label = labels[int(rng.integers(len(labels)))]
+            return _Asked(Question(label.question, "", None), label=label)
+        (proposed,) = proposal
+        prompt = render(self.policy.processor, self._proposer_messages(batch, i))
+        return _Asked(parse_question(proposed.text, proposed.finish_reason, prompt), prompt, proposed)
 
     def _solver_requests(
         self, batch: _Batch, images: Mapping[int, EncodedImage], questions: Mapping[int, Question]
@@ -228,15 +237,6 @@ class SelfPlay:
         records = self.processes.gather([episode.model_dump(mode="json") for episode in episodes], total)
         return [Episode.model_validate(record) for record in records]
 
-    def _pick_label(self, batch: _Batch, i: int) -> _Asked:
-        """One of the labelled questions about an image, with its true answer."""
-        labels = (self.labels or {}).get(batch.names[i], ())
-        if not labels:
-            return _Asked(Question("", "", "no label for this image"), "", None, None)
-        rng = np.random.default_rng(list(batch.seed(i, seeds.PICK_LABEL)))
-        text, truth = labels[int(rng.integers(len(labels)))]
-        return _Asked(Question(text, "", None), "", None, truth)
-
     def _episode(
         self,
         batch: _Batch,
@@ -250,16 +250,18 @@ class SelfPlay:
         recipe = self.config.recipe
         planned = self.config.planned_steps or self.config.schedule.steps
         weight = step_weight(recipe, min(batch.step, planned), planned)
+        label, name = asked.label, batch.items[i].name
         context = Context(
-            image=batch.names[i],
+            image=name,
             form=self.config.sampling.solution_form,
             prompt=prompt,
             finish_reasons=[c.finish_reason for c in completions],
             logprobs=[c.logprobs for c in completions],
             step_weight=weight,
             embed=lambda texts: embed_texts(self.policy, texts, recipe.max_step_tokens),
-            recent_steps=self.memory.of_others(batch.names[i]),
-            true_answer=asked.true_answer,
+            recent_steps=self.memory.of_others(name),
+            true_answer=label.answer if label else None,
+            judge=partial(judged, label, self.config.match) if label else None,
             seed=batch.seed(i, seeds.RANDOM_REWARD),
             reward=self.reward,
         )
@@ -269,7 +271,7 @@ class SelfPlay:
             proposal = Proposal(**Sampled.fields_of(asked.proposal), prompt=asked.prompt)
         return Episode(
             step=batch.step,
-            image=batch.names[i],
+            image=name,
             question=asked.question,
             proposal=proposal,
             proposer_reward=scored.proposer_reward,
@@ -282,7 +284,7 @@ class SelfPlay:
             majority_fraction=scored.vote.fraction,
             answer_entropy=scored.vote.entropy,
             step_weight=weight,
-            true_answer=asked.true_answer,
+            true_answer=label.answer if label else None,
         )
 
 
@@ -303,19 +305,19 @@ def groups_of(rows: Sequence[Any]) -> list[list[Completion]]:
 
 
 class _Batch:
-    """The names of a step's images, and the seeds of all random draws about them.
+    """The items of a step, and the seeds of all random draws about them.
 
     `ireasoner.method.seeds` says why the seeds are made anew for every draw.
     """
 
-    def __init__(self, run_seed: int, step: int, names: Sequence[str]) -> None:
-        self.run_seed, self.step, self.names = run_seed, step, names
+    def __init__(self, run_seed: int, step: int, items: Sequence[Item]) -> None:
+        self.run_seed, self.step, self.items = run_seed, step, items
         seen: Counter[str] = Counter()
         self.occurrences: list[int] = []
-        for name in names:  # an image that is played twice in one step must not draw the same numbers twice
-            self.occurrences.append(seen[name])
-            seen[name] += 1
+        for item in items:  # an image that is played twice in one step must not draw the same numbers twice
+            self.occurrences.append(seen[item.name])
+            seen[item.name] += 1
 
     def seed(self, i: int, purpose: int) -> tuple[int, ...]:
         """The seed of a draw for item i, such as `seeds.SOLVE`."""
-        return seeds.draw_seed(self.run_seed, self.step, self.names[i], self.occurrences[i], purpose)
+        return seeds.draw_seed(self.run_seed, self.step, self.items[i].name, self.occurrences[i], purpose)

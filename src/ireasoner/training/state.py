@@ -25,7 +25,7 @@ from ireasoner.rollouts.engine import Engine
 from ireasoner.training.card import find_base, model_card
 from ireasoner.training.checkpoints import clear_remains, newest_checkpoint, prune, save_checkpoint
 from ireasoner.training.config import MACHINE_OPTIONS, Config, dump_config, load_config
-from ireasoner.training.items import LISTING, ImagePool, Item
+from ireasoner.training.items import LISTING, ImagePool, Item, labelled_items
 from ireasoner.training.labelled import LabelledQuestion, StepTruth
 from ireasoner.training.recorder import Recorder, RunError, read_episodes, read_records
 from ireasoner.training.selfplay import Draft, SelfPlay
@@ -56,8 +56,11 @@ class Observer:
 
 @dataclass
 class Run:
-    """A run in memory. `step` is the last step that was taken, `draft` what was sampled ahead for the next one, and
-    `elapsed` the duration of all steps in seconds."""
+    """A run in memory.
+
+    `labelled` are the images about which labelled questions are asked, if there are any. `step` is the last step that
+    was taken, `draft` what was sampled ahead for the next one, and `elapsed` the duration of all steps in seconds.
+    """
 
     config: Config
     out: Path
@@ -65,6 +68,7 @@ class Run:
     observer: Observer
     processes: Processes
     pool: ImagePool
+    labelled: ImagePool | None
     policy: Policy
     engine: Engine
     selfplay: SelfPlay
@@ -84,6 +88,13 @@ class Run:
     def alarm(self) -> Alarm | None:
         """Why the run ends early, or None."""
         return self.watch.alarm
+
+    def draw(self, step: int) -> list[Item]:
+        """The items of a step, in the order of the steps: first those about which a labelled question is asked."""
+        count = self.config.schedule.images_per_step
+        asked = labelled_items(step, count, self.config.label_share) if self.labelled else 0
+        labelled = self.labelled.take(asked) if self.labelled else []
+        return [*labelled, *self.pool.take(count - asked)]
 
     def due(self, every: int) -> bool:
         """Whether something that happens every `every` steps (0: never) is due after this step."""
@@ -123,8 +134,9 @@ def record_extension(run: Run) -> None:
 
 def record_skips(run: Run) -> None:
     """Record the images that could not be used so far, except those that are recorded already."""
-    for name, reason in run.pool.skipped.items():
-        run.recorder.skip(run.step, name, reason)
+    for pool in filter(None, (run.pool, run.labelled)):
+        for name, reason in pool.skipped.items():
+            run.recorder.skip(run.step, name, reason)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -193,6 +205,7 @@ def _write_state(run: Run, folder: Path) -> None:
         card = model_card(run.config, {"best_step": run.step, "images": len(run.pool)}, base, role)
         (folder / role / "README.md").write_text(card, "utf-8")
     state: dict[str, Any] = {"step": run.step, "elapsed": run.elapsed, "pool": run.pool.state()}
+    state |= {"labelled": run.labelled.state()} if run.labelled else {}
     state |= {"memory": run.selfplay.memory.state(), "learners": {}}
     for role, learner in run.learners.items():
         tensors, state["learners"][role] = learner.state()
@@ -243,10 +256,13 @@ def restore(run: Run, checkpoint: Path, state: Mapping[str, Any]) -> None:
     for role, learner in run.learners.items():
         learner.restore(load_file(checkpoint / f"optimizer-{role}.safetensors"), state["learners"][role])
     changes = run.pool.restore(state["pool"], read_listing(run.out))
+    if run.labelled:
+        run.labelled.restore(state["labelled"])
     run.selfplay.memory.restore(state["memory"])
     if (checkpoint / DRAFT).exists():
         draft = json.loads((checkpoint / DRAFT).read_text("utf-8"))
-        run.draft = run.selfplay.restored(draft, run.pool.again(draft["names"]))
+        pools = {True: run.labelled or run.pool, False: run.pool}
+        run.draft = run.selfplay.restored(draft, [pools[i["labelled"]].again(i["name"]) for i in draft["items"]])
     for episode in read_episodes(run.out):
         run.signals.remember(episode)
     for record in read_records(run.out / "metrics.jsonl"):

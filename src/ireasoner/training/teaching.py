@@ -33,13 +33,13 @@ def update(run: Run, play: Play) -> tuple[list[Episode], dict[str, float]]:
             trajectories = tuple(t.model_copy(update={"advantage": advantage}) for t, advantage in pairs)
             episodes[i] = episodes[i].model_copy(update={"trajectories": trajectories})
     due = run.config.recipe.train_proposer and run.due(run.config.schedule.proposer_every)
-    if due and run.config.labels is None:
-        rewards = {i: (episode.proposer_reward,) for i, episode in enumerate(episodes)}
+    rewards = {i: (episode.proposer_reward,) for i, episode in enumerate(episodes) if episode.proposal}
+    if due and rewards:
         advantages, learned = _teach(run, "proposer", play.proposer, rewards)
         metrics |= learned
         for i, (advantage,) in advantages.items():
             proposal = episodes[i].proposal
-            assert proposal is not None  # without labels, every question was proposed
+            assert proposal is not None
             changed = proposal.model_copy(update={"advantage": advantage})
             episodes[i] = episodes[i].model_copy(update={"proposal": changed})
     return episodes, metrics

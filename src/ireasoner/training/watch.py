@@ -6,8 +6,9 @@ the same run. Each signal has two bounds: beyond the first it has left its healt
 An alarm that lasts ends the run, which returns to a checkpoint from before any signal left its healthy range. Beside
 these comparisons stand the absolute bounds of `floors`.
 
-The bounds were set outside of what healthy runs reached (docs/experiments.md). They cannot tell a right consensus from
-a wrong one. The watch depends only on recorded metrics and episodes, so a resumed run rebuilds it from its records.
+The bounds were set outside of what healthy runs reached (docs/experiments.md). Without labels they cannot tell a right
+consensus from a wrong one. The watch depends only on recorded metrics and episodes, so a resumed run rebuilds it from
+its records.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ RULES = (
     Rule("readable", "texts can no longer be read", float, 0.95, 0.9),
     Rule("distinct_questions", "the same questions come again and again", float, 0.6, 0.4),
     Rule("recurrence", "the same reasoning is given to every image", _below_one, 0.65, 0.6),
+    Rule("majority_right", "the group agrees on what the labels say is wrong", float, 0.85, 0.7, against_best=True),
     Rule("blank_survival", "majority answers no longer need the image", _below_one, 0.5, 0.3),
 )
 # Two windows must also differ by this many standard errors: with few images in a step, their means are noisy.
@@ -101,8 +103,8 @@ class Watch:
     """Takes the signals of one step after another and sets `alarm` when the run should end.
 
     The first fifth of a window is ignored while the run settles, and an alarm has to last for half a window. A run on
-    labels is judged by floors alone: there, agreement is no sign of collapse. With the option `watch` off nothing ends
-    a run, and floors do not end controls.
+    labels alone is judged by floors alone: there, agreement is no sign of collapse. With the option `watch` off nothing
+    ends a run, and floors do not end controls.
 
     Args:
         config: of the run.
@@ -111,7 +113,7 @@ class Watch:
     def __init__(self, config: Config) -> None:
         window, watched = config.watch.watch_window, config.watch.watch
         self.window, self.settling, self.patience = window, window // 5, max(1, window // 2)
-        self.rules = RULES if config.labels is None else ()
+        self.rules = () if config.labelled_alone else RULES
         self.rules_end, self.floors_end = watched, watched and config.recipe.reward not in CONTROLS
         self.alarm: Alarm | None = None
         self.floors = Floors()
@@ -233,21 +235,35 @@ def change(sign: Sign) -> str:
 class Signals:
     """Measures the signals of a step from its episodes and from the latest groups before them.
 
+    All signals but `majority_right` are about the questions of the proposer, where it asks any: a few labelled ones
+    come again and again.
+
     Args:
         groups: number of groups that are remembered.
+        labelled_alone: whether the run asks labelled questions alone.
     """
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, groups: int, labelled_alone: bool = False) -> None:
+        self.labelled_alone = labelled_alone
         self._memory: deque[tuple[str, str, frozenset[str]]] = deque(maxlen=groups)  # image, question, reasoning steps
 
     def remember(self, episode: Episode) -> None:
-        """Add an episode's group to the memory. An episode without trajectories is passed over."""
-        if episode.trajectories:
+        """Add an episode's group to the memory. One without trajectories is passed over."""
+        if episode.trajectories and self._counts(episode):
             said = frozenset(_normalized(step) for t in episode.trajectories for step in t.reasoning_steps)
             self._memory.append((episode.image, episode.question.text, said))
 
     def measure(self, episodes: Sequence[Episode]) -> dict[str, float]:
         """The signals of a step by name, without those that cannot be measured. Its groups are remembered."""
+        labelled = [e.majority_rightness for e in episodes if e.majority_rightness is not None]
+        found = {"majority_right": fmean(labelled)} if labelled else {}
+        counted = [e for e in episodes if self._counts(e)]
+        return found | self._measure(counted) if counted else found
+
+    def _counts(self, episode: Episode) -> bool:
+        return self.labelled_alone or episode.true_answer is None
+
+    def _measure(self, episodes: Sequence[Episode]) -> dict[str, float]:
         formed = [sum(t.well_formed for t in e.trajectories) / max(1, len(e.trajectories)) for e in episodes]
         found = {"readable": fmean(formed)}
         groups = [e for e in episodes if e.trajectories]
