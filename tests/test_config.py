@@ -132,6 +132,8 @@ def test_recipe_and_preset_options_are_apart_and_together_with_the_runs_own_are_
         "preset",
         "seed",
         "labels",
+        "label_share",
+        "label_examples",
         "eval_data",
         "held_out",
         "match",

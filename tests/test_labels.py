@@ -40,7 +40,7 @@ ANSWERS = ("7", "7", "7", "5", "5.1")
 def score(recipe: Recipe) -> Any:
     label = LabelledQuestion(Path("a.png"), "How tall is the blue bar?", "5", match="relaxed")
     asked = Context(
-        true_answer="5", judge=lambda answer: judged(label, "exact", answer), step_weight=0.0, recent_steps=(),
+        judge=lambda answer: judged(label, "exact", answer), step_weight=0.0, recent_steps=(),
         embed=lambda texts: np.ones((len(texts), 1)),
     )  # fmt: skip
     return score_group(label.question, [text(answer) for answer in ANSWERS], recipe, asked)
@@ -167,7 +167,7 @@ def test_the_watch_sees_a_wrong_consensus(world: Path):
     """Agreement stays as it is; what the majority says becomes wrong."""
     watch = Watch(config_of(world, watch=True, watch_window=10, steps=100))
     for step in range(1, 80):
-        right = 0.8 if step < 30 else 0.2
+        right = 0.8 if step < 30 else 0.1
         watch.observe(step, {"majority_fraction": 0.6 + 0.01 * (step % 3), "majority_right": right + 0.1 * (step % 2)})
     assert watch.alarm is not None
     assert "the group agrees on what the labels say is wrong" in watch.alarm.reason

@@ -408,13 +408,13 @@ def test_charts_of_several_runs_have_a_curve_for_each_run(tmp_path: Path):
     runs["fresh"] = RecordedRun.open(recorder.run_dir)
     found = {panel.title: overlay(runs, panel) for panel in panels_together(runs)}
     assert [*found][:4] == [
-        "Solver's reward, total", "Majority fraction", "Well-formed, solver", "Distinct questions, in a step",
+        "Solver's reward, total", "Majority fraction, solver", "Well-formed, solver", "Distinct questions, in a step",
     ]  # fmt: skip
     assert {*found["KL to the reference, solver"].curves} == {"a", "b", "$c"}
     assert found["KL to the reference, solver"].curves["a"].values.tolist() == [0.5] * 3
     assert {*found["Solver's reward, brevity"].curves} == {"$c"}
     assert {each.span for each in found.values()} == {(1, 9)}
-    assert [found["Majority fraction"].curves[name].line for name in ("a", "b", "$c")] == [0, 1, 2]
+    assert [found["Majority fraction, solver"].curves[name].line for name in ("a", "b", "$c")] == [0, 1, 2]
     assert "Throughput" not in found  # it takes the episodes
     assert readings([*found.values()])["steps"] == [*range(1, 10)]
     for each in found.values():

@@ -343,7 +343,7 @@ def test_a_group_is_scored_beside_what_was_said_of_other_images(policy: Policy, 
     )
     SelfPlay(policy, engine, config, reward=fn).play(2, named(pictures[:3]))
     assert [context.image for context in heard] == ["0.png", "1.png", "2.png"]
-    batch = _Batch(config.seed, 2, ["0.png", "1.png", "2.png"])
+    batch = _Batch(config.seed, 2, named(pictures[:3]))
     for i, context in enumerate(heard):
         assert context.recent_steps == [frozenset({step_digest("There are three dots.")})] * 2
         assert context.seed == batch.seed(i, seeds.RANDOM_REWARD)

@@ -47,14 +47,16 @@ def only(name: str, values: Iterable[float]) -> Series:
 
 
 def healthy_run(seed: int, steps: int = 45, noise: float = 1.0) -> Series:
-    """The signals of a run that learns: a drift over its first 40 steps, and noise; blanked images every other step."""
-    rng = np.random.default_rng(seed)
+    """The signals of a run that learns: a drift over its first 40 steps, and noise; blanked images every other step;
+    sixteen labelled questions in each."""
+    rng, labels = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     run: Series = []
     for step in range(1, steps + 1):
         signals: dict[str, float | None] = {}
         for name, (first, last, spread) in HEALTHY.items():
             value = first + (last - first) * min(1.0, step / 40) + noise * spread * rng.standard_normal()
             signals[name] = max(0.001, value if name in UNBOUNDED else min(1.0, value))
+        signals["majority_right"] = float(labels.binomial(16, 0.5 + 0.15 * min(1.0, step / 40))) / 16
         if step % 2:
             del signals["blank_survival"]
         run.append(signals)
@@ -110,6 +112,7 @@ FAILURES = [
     ("readable", 0.6, "texts can no longer be read"),
     ("distinct_questions", 0.1, "the same questions come again and again"),
     ("recurrence", 0.86, "the same reasoning is given to every image"),
+    ("majority_right", 0.02, "the group agrees on what the labels say is wrong"),
     ("blank_survival", 0.98, "majority answers no longer need the image"),
 ]
 

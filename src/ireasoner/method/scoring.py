@@ -37,7 +37,7 @@ class RewardError(UsageError):
 class Group:
     """One question's trajectories as they were read, with the vote on their answers; what a reward function gets.
 
-    `texts` are the raw texts; empty where only readings are known. Where the true answer is known, `vote` is not that
+    `texts` are the raw texts; empty where only readings are known. Where a label says what is true, `vote` is not that
     of the group: those that are right have won it, by their share. `rightness` says how right each answer is, from 0 to
     1; None where the truth is not known.
     """
@@ -70,8 +70,8 @@ class Context:
         recent_steps: digests of the reasoning steps of each of the latest groups of other images, as
             `ireasoner.method.memory.RecentSteps` gives them.
         logprobs: of each text's tokens, under the distribution that was sampled from.
-        true_answer: what is true, where a label says so. It then takes the place of the majority answer.
-        judge: how right an answer is, from 0 to 1; None: it is right if it has the key of the true one.
+        true_answer: what is true, for the recipe `oracle`: an answer is right if it has the same key.
+        judge: how right an answer is, from 0 to 1, where a label says so. The truth then takes the place of the vote.
         seed: of whatever a reward draws at random; a resumed run passes the same.
         reward: the function that a recipe names as `file.py:function`.
     """
@@ -146,8 +146,8 @@ def score_solutions(
     if not solutions:
         return ScoredGroup(vote, (), 0.0)
     group = Group(question, tuple(texts), tuple(solutions), keys, vote)
-    if context.true_answer is not None:
-        group = _with_truth(group, context.true_answer, context.judge)
+    if context.judge is not None:
+        group = _with_truth(group, context.judge)
     lacking = _lacking(recipe, context)
     if lacking and recipe.reward == "agreement":
         raise RewardError(f"the reward of the recipe {recipe.name!r} needs context.{lacking}")
@@ -177,17 +177,13 @@ def score_solutions(
     return ScoredGroup(vote, trajectories, worth if vote.readable >= 2 else 0.0)
 
 
-def _with_truth(group: Group, true_answer: str, judge: Callable[[str], float] | None) -> Group:
+def _with_truth(group: Group, judge: Callable[[str], float]) -> Group:
     """A group whose vote those have won that are right."""
-    keys, answers = group.answer_keys, [solution.answer for solution in group.solutions]
-    true_key = answer_key(true_answer, group.question) or ""  # no vote has the key of a hedge
-    if judge is None:
-        right = rewards.true_answer_rewards(keys, true_key).tolist()
-    else:
-        right = [judge(a) if a is not None and k is not None else 0.0 for a, k in zip(answers, keys, strict=True)]
+    right = tuple(judge(s.answer) if s.answer is not None else 0.0 for s in group.solutions)
     members = tuple(i for i, value in enumerate(right) if value > 0)
-    vote = replace(group.vote, answer=true_key, members=members, fraction=len(members) / len(keys))
-    return replace(group, vote=vote, rightness=tuple(right))
+    answer = group.answer_keys[members[0]] if members else None
+    vote = replace(group.vote, answer=answer, members=members, fraction=len(members) / len(right))
+    return replace(group, vote=vote, rightness=right)
 
 
 def step_weight(recipe: Recipe, step: int, total_steps: int) -> float:
@@ -355,9 +351,12 @@ def _random_reward(group: Group, context: Context) -> Mapping[str, Numbers]:
 
 
 def _oracle_reward(group: Group, context: Context) -> Mapping[str, Numbers]:
-    if group.rightness is None:
+    if group.rightness is not None:
+        return {"true_answer": group.rightness}
+    if context.true_answer is None:
         raise RewardError("the oracle's reward needs context.true_answer")
-    return {"true_answer": group.rightness}
+    true_key = answer_key(context.true_answer, group.question) or ""  # no vote has the key of a hedge
+    return {"true_answer": rewards.true_answer_rewards(group.answer_keys, true_key)}
 
 
 # The rewards that ship beside agreement, by the names that a recipe gives them (`ireasoner.method.recipe.REWARDS`).

@@ -76,7 +76,12 @@ def _roles(metric: str) -> dict[str, str]:
 DECIDING = 4  # the first panels, which say whether a run goes well; the page folds the others
 PANELS = (
     Panel("Solver's reward", "rises while it learns", {"total": f"{REWARD}total"}),
-    Panel("Majority fraction", "should rise and stay below 1", {"solver": "answers/majority_fraction"}, share=True),
+    Panel(
+        "Majority fraction",
+        "should rise and stay below 1",
+        {"solver": "answers/majority_fraction", "right, by labels": "labels/majority_right"},
+        share=True,
+    ),
     Panel("Well-formed", "texts that can be read; should stay near 1", _roles("well_formed"), share=True),
     Panel(
         "Distinct questions",
@@ -94,12 +99,6 @@ PANELS = (
         "Blank image",
         "majority answers that survive it; should stay low",
         {"solver": "watch/blank_survival"},
-        share=True,
-    ),
-    Panel(
-        "Right by the labels",
-        "answers to labelled questions",
-        {"all of them": "labels/right", "majority": "labels/majority_right"},
         share=True,
     ),
     Panel("Throughput", "trajectories a second", {"both roles": THROUGHPUT}),
