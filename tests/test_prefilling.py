@@ -111,6 +111,18 @@ def test_prompts_without_a_beginning_worth_sharing_are_run_whole(
     assert [each.mask_BP.shape for each in run] == [prompts.mask_BP.shape]
 
 
+def test_a_beginning_ends_with_a_word(
+    babbler: Policy, images: list[Image.Image], run: list[Prompts], monkeypatch: pytest.MonkeyPatch
+):
+    """As in a model whose images have no token that ends them, if the questions begin with different words."""
+    end = babbler.processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    tokens = prefilling.image_tokens(babbler)
+    monkeypatch.setattr(prefilling, "image_tokens", lambda _: torch.cat([tokens, torch.tensor([end])]))
+    with torch.no_grad():
+        prefill_in_parts(babbler, ask(babbler, images, ([chat("Look.", "Red?"), chat("Look.", "Blue?")], (0, 0))), 2)
+    assert list(map(len, run)) == [2]
+
+
 def test_where_words_see_later_words_prompts_are_run_whole(
     babbler: Policy, images: list[Image.Image], run: list[Prompts]
 ):

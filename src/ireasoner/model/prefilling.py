@@ -98,9 +98,11 @@ def _beginnings(policy: Policy, prompts: Prompts, lengths: Sequence[int]) -> lis
         return []
     ids = [row[-length:] for row, length in zip(prompts.text["input_ids"].tolist(), lengths, strict=True)]
     images = [(rows, _in_common([ids[row] for row in rows])) for rows in rows_of.values()]
+    # The beginning must hold the whole image, and one more token: of a position of several dimensions (M-RoPE), only a
+    # word's tells where the next word is.
     tokens = set(image_tokens(policy).tolist())
-    if any(not tokens.isdisjoint(ids[row][shared:]) for rows, shared in images for row in rows):
-        return []  # the question comes before the image
+    if any(not tokens.isdisjoint(ids[row][shared - 1 :]) for rows, shared in images for row in rows):
+        return []
     longest = max(shared for _, shared in images)
     line = max(sum(lengths[row] - shared for row in rows) for rows, shared in images)
     return images if len(images) * (longest + line) < prompts.mask_BP.numel() else []
