@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,7 +131,8 @@ def measure(row: str, model: str, dtype: str, device: str) -> dict[str, int]:
     policy = make_policy(random_models.build(model, getattr(torch, dtype), device), processor, options)
     config = resolve({"model": model, "images": ".", "tokens_per_batch": 10**6})
     bench, takes, n = Bench(policy, config, written, image_tokens), policy.footprint, config.sampling.group_size
-    encoded = encode_images(policy, bench.pictures(1)) * images
+    # An image of its own for each prompt: what prompts about the same image begin with would be run once.
+    encoded = [replace(image) for image in encode_images(policy, bench.pictures(1)) * images]
     requests = [Request(image, solver_messages("{question}", QUESTION), (i,)) for i, image in enumerate(encoded)]
     prompts = build_prompts(policy, encoded[:1], [requests[0].messages])
     prompt, learner = prompts.mask_BP.shape[1], bench.learner()
