@@ -43,6 +43,7 @@ def prefill_in_parts(policy: Policy, prompts: Prompts, size: int) -> Prefix:
 
 
 def _prefill_by_image(policy: Policy, prompts: Prompts) -> Prefix:
+    """As `prefill`, with what the prompts about one image begin with run once."""
     lengths: list[int] = prompts.mask_BP.sum(1).tolist()
     images = _beginnings(policy, prompts, lengths)
     if not images:
@@ -54,23 +55,14 @@ def _prefill_by_image(policy: Policy, prompts: Prompts) -> Prefix:
         [prompts.images[rows[0]] for rows, _ in images],
     )
     ends = [[texts[row]["input_ids"][shared:] for row in rows] for rows, shared in images]
-    offset_AT = _lines([[torch.arange(len(end), device=end.device) for end in line] for line in ends])
     number_AT = _lines([[torch.full_like(end, number) for number, end in enumerate(line)] for line in ends])
+    offset_AT = _lines([[torch.arange(len(end), device=end.device) for end in line] for line in ends])
     real_AT = _lines([[torch.ones_like(end, dtype=torch.bool) for end in line] for line in ends])
     prefix = prefill(policy, starts)
     hidden_ATD = run_packed(policy, prefix, _lines(ends), number_AT, offset_AT, real_AT)
 
-    # Where the cache has each prompt: the beginning of its image, and its own end in the line behind that.
     width = starts.mask_BP.shape[1]
-    image_B = torch.zeros(len(prompts), dtype=torch.long)
-    column_BP = torch.zeros(prompts.mask_BP.shape, dtype=torch.long)
-    for image, ((rows, shared), line) in enumerate(zip(images, ends, strict=True)):
-        behind = width
-        for row, end in zip(rows, line, strict=True):
-            columns = [*range(width - shared, width), *range(behind, behind + len(end))]
-            image_B[row], column_BP[row, -len(columns) :] = image, torch.tensor(columns)
-            behind += len(end)
-    image_B, column_BP = image_B.to(policy.device), column_BP.to(policy.device)
+    image_B, column_BP = (each.to(policy.device) for each in _places(prompts, images, lengths, width))
     for layer in prefix.cache.layers:  # one after another, so that both caches are never there as a whole
         assert isinstance(layer, DynamicLayer)
         for name in ("keys", "values"):
@@ -79,6 +71,25 @@ def _prefill_by_image(policy: Policy, prompts: Prompts) -> Prefix:
     last_B = column_BP[:, -1] - width
     next_position_B = prefix.next_position_B[image_B] + offset_AT[image_B, last_B] + 1
     return Prefix(prefix.cache, prompts.mask_BP, hidden_ATD[image_B, last_B], next_position_B)
+
+
+def _places(
+    prompts: Prompts, images: Sequence[tuple[list[int], int]], lengths: Sequence[int], width: int
+) -> tuple[Tensor, Tensor]:
+    """Where the images' cache, of beginnings that are padded to `width` and lines behind them, has the prompts.
+
+    Returns:
+        The image of each prompt [B], and the columns of its tokens [B, P]; any column where it has padding.
+    """
+    image_B = torch.zeros(len(prompts), dtype=torch.long)
+    column_BP = torch.zeros(prompts.mask_BP.shape, dtype=torch.long)
+    for image, (rows, shared) in enumerate(images):
+        end = width
+        for row in rows:
+            begin, end = end, end + lengths[row] - shared  # of what is left of this prompt
+            image_B[row] = image
+            column_BP[row, -lengths[row] :] = torch.tensor([*range(width - shared, width), *range(begin, end)])
+    return image_B, column_BP
 
 
 def _beginnings(policy: Policy, prompts: Prompts, lengths: Sequence[int]) -> list[tuple[list[int], int]]:
