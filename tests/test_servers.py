@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -21,6 +22,7 @@ from ireasoner.app import api
 from ireasoner.app.cli import main
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Role, UsageError
+from ireasoner.model.parallel import Processes
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import TINY_MODEL
 from ireasoner.playground import dataset
@@ -34,7 +36,9 @@ from ireasoner.rollouts.vllm import completion_seeds
 from ireasoner.studies.doctor import fill_adapters
 from ireasoner.training.checks import check_start
 from ireasoner.training.config import ConfigError, config_of, dump_config, resolve
+from ireasoner.training.fitting import tell_shortages
 from ireasoner.training.opening import longest_sequence
+from ireasoner.training.recorder import Recorder, read_records
 from models import load, requests, sample, tokens
 from stand_in import StandIn
 
@@ -444,6 +448,23 @@ def test_a_run_goes_on_when_a_server_ends_and_is_resumed_when_all_do(
     metrics = [json.loads(line) for line in (tmp_path / "ended" / "metrics.jsonl").read_text().splitlines()]
     assert all(row.get("sampler_gap/solver", 0) < 1e-4 for row in metrics)
     assert any("sampler_gap/solver" in row for row in metrics)
+    events = list(read_records(tmp_path / "ended" / "events.jsonl"))
+    assert [row["step"] for row in events if f"{one.address} does not answer" in row["text"]] == [2, 3]
+
+
+def test_what_each_process_tells_of_servers_is_recorded_once(tmp_path: Path):
+    class Two(Processes):
+        def gather(self, items: Sequence[Any], total: int) -> list[Any]:
+            return [*items, ([], ["a is lost", "b is lost"])]
+
+    said, recorder = list[str](), Recorder.open(tmp_path)
+    run: Any = SimpleNamespace(news=["a is lost"], shortages=[], step=4, processes=Two(0, 2), recorder=recorder)
+    run.observer = Observer(on_message=said.append)
+    tell_shortages(run)
+    events = [(row["step"], row["text"]) for row in read_records(tmp_path / "events.jsonl")]
+    assert events == [(4, "a is lost"), (4, "b is lost")]
+    assert said == ["b is lost"]  # the other one was told at once
+    assert run.news == []
 
 
 # --- the part that takes adapters -------------------------------------------------------------------------------------
