@@ -204,6 +204,18 @@ def test_a_lost_server_is_told_once_and_taken_back_with_the_current_adapters(
             assert told[1:] == [f"The server {one.address} answers again."]
 
 
+def test_a_lost_server_is_tried_again_before_patience_runs_out(policy: Policy):
+    """However many requests it was lost with, and however long it has been away."""
+    engine = ServersEngine(policy, ["http://127.0.0.1:9"], patience=100)
+    (server,) = engine.servers
+    for _ in range(32):
+        engine._lose(server, "it is gone")
+    assert server.failures == 1
+    for _ in range(2000):
+        engine._pause(server, "it is gone")
+    assert 0 < server.retry_at - time.monotonic() <= 10
+
+
 def test_a_server_that_was_started_anew_is_handed_the_adapters(
     policy: Policy, answering: Policy, asked: list[Request], open_engine: Callable[..., ServersEngine]
 ):

@@ -169,21 +169,21 @@ def read_reply(address: str, body: bytes, kind: type[Model]) -> Model:
         raise ServerError(f"{address} replies what no vLLM server does: {place or 'it'}: {first['msg']}") from None
 
 
-async def look(client: httpx2.AsyncClient, address: str) -> Models:
-    """Ask a server what it is and what it serves.
+async def look(client: httpx2.AsyncClient, address: str, seconds: float = LOOK_SECONDS) -> Models:
+    """Ask a server what it is and what it serves; each of its two replies may take so many seconds.
 
     Raises:
         LostServerError: it does not answer now.
         ServerError: it is no vLLM server or too old a one, it does not accept the key, or it serves no model.
     """
-    status, body = await ask(client, address, "GET", "/version", seconds=LOOK_SECONDS)
+    status, body = await ask(client, address, "GET", "/version", seconds=seconds)
     if status != 200:
         raise ServerError(f"{address} is no vLLM server: it replies HTTP {status} to GET /version")
     version = read_reply(address, body, Version).version
     numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if len(numbers) == 2 and numbers < OLDEST and "dev" not in version:
         raise ServerError(f"{address} is vLLM {_printable(version)}: at least {'.'.join(map(str, OLDEST))} is needed")
-    status, body = await ask(client, address, "GET", "/v1/models", seconds=LOOK_SECONDS)
+    status, body = await ask(client, address, "GET", "/v1/models", seconds=seconds)
     if status != 200:
         raise ServerError(f"{address} is no vLLM server: it replies HTTP {status} to GET /v1/models: {said(body)}")
     models = read_reply(address, body, Models)
