@@ -6,9 +6,10 @@ In turns:
 
 - A small run of the tiny model is killed at random moments and resumed until its end. It must then hold the same files
   as the uninterrupted run, bit by bit but for times: no temporary folder, and no checkpoint that should have gone.
-- A run of it samples on two servers, which are killed and hung at random moments (`soak_servers.py`), one or both, and
-  now and then the run is killed. It may end only because no server answered within --patience, with our sentence (exit
-  code 2), and is resumed then. In the end it must hold the same files as a run whose servers nobody disturbed.
+- A run of it samples on two servers, every second one with --overlap. They are killed and hung at random moments
+  (`soak_servers.py`), one or both, and now and then the run is killed. It may end only because no server answered
+  within --patience, with our sentence (exit code 2), and is resumed then. In the end it must hold the same files as a
+  run whose servers nobody disturbed.
 - Damaged image files are decoded (`soak_images.py`).
 - Run directories are damaged, and every command that reads one is tried on them. It must succeed or say in one sentence
   what is wrong (exit code 2), and no sound checkpoint may be lost.
@@ -284,10 +285,10 @@ class Served:
     both: list[soak_servers.Server]
     patience: float
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of the small run that samples on these servers."""
-        return {"servers": ",".join(server.address for server in self.both), "patience": self.patience}
+    def options(self, overlap: bool) -> dict[str, Any]:
+        """Of the small run that samples on these servers, during updates or before them."""
+        addresses = ",".join(server.address for server in self.both)
+        return {"servers": addresses, "patience": self.patience, "overlap": overlap}
 
     def may_end(self, printed: str) -> bool:
         """Whether a run may end now with what it printed, as it does where no server answers."""
@@ -305,11 +306,12 @@ class Served:
 def soak_servers_of_a_run(number: int, place: Path, served: Served, counts: Counts) -> None:
     """Disturb the servers of one run until it ends, and the run itself; compare it with one that nobody disturbed."""
     rng, out = random.Random(number), place / "disturbed"
+    options, undisturbed = served.options(number % 2 == 1), place / f"served-{number % 2}"
     shutil.rmtree(out, ignore_errors=True)
     for _ in range(rng.randint(2, 6)):
         run_dies_at = rng.uniform(0, 3 * served.patience) if rng.random() < 0.3 else None
         disturbances = soak_servers.Disturbances(served.both, rng, served.patience, run_dies_at)
-        ended = forked(lambda: train(place, out, **served.options), disturbances, SERVED_LIMIT_SECONDS)
+        ended = forked(lambda: train(place, out, **options), disturbances, SERVED_LIMIT_SECONDS)
         for what in disturbances.done:
             counts.add(what, [])
         if ended.code == -signal.SIGKILL and not ended.late:
@@ -323,8 +325,8 @@ def soak_servers_of_a_run(number: int, place: Path, served: Served, counts: Coun
             break
     for server in served.both:
         server.wait()
-    ended = forked(lambda: train(place, out, **served.options), limit=SERVED_LIMIT_SECONDS)
-    ours, theirs = contents(out), contents(place / "served")
+    ended = forked(lambda: train(place, out, **options), limit=SERVED_LIMIT_SECONDS)
+    ours, theirs = contents(out), contents(undisturbed)
     differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name, 0) != theirs.get(name, 0))
     differing = [name for name in differing if name != "events.jsonl"]  # which tells of servers that did not answer
     broken = ended.broken((0,)) + ["wrong"] * bool(differing)
@@ -635,8 +637,10 @@ def main() -> int:
         print(f"The run that the others are compared with took {seconds:.1f} s.", flush=True)
         if "servers" in arguments.only:
             served = Served(stack.enter_context(soak_servers.servers(place / "servers")), max(6.0, 1.5 * seconds))
-            ended = forked(lambda: train(place, place / "served", **served.options))
-            assert ended.code == 0, ended.printed
+            for number in range(2):
+                options = served.options(number == 1)
+                ended = forked(lambda: train(place, place / f"served-{number}", **options))  # noqa: B023
+                assert ended.code == 0, ended.printed
         while True:
             if "servers" in arguments.only:
                 soak_servers_of_a_run(served_run, place, served, counts)
