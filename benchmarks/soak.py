@@ -288,7 +288,8 @@ class Served:
     def options(self, overlap: bool) -> dict[str, Any]:
         """Of the small run that samples on these servers, during updates or before them."""
         addresses = ",".join(server.address for server in self.both)
-        return {"servers": addresses, "patience": self.patience, "overlap": overlap}
+        given = {"servers": addresses, "patience": self.patience, "overlap": overlap}
+        return {**given, "eval_questions": 1, "probe_every": 0}  # most is sampled while the run learns
 
     def may_end(self, printed: str) -> bool:
         """Whether a run may end now with what it printed, as it does where no server answers."""
