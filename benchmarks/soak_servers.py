@@ -128,7 +128,7 @@ class Disturbances:
 
     def __init__(self, both: list[Server], rng: random.Random, patience: float, run_dies_at: float | None) -> None:
         self.both, self.rng, self.patience, self.run_dies_at = both, rng, patience, run_dies_at
-        self.mean = patience * rng.choice((0.3, 1, 2))  # seconds between one disturbance and the next
+        self.mean = patience * rng.choice((0.1, 0.4, 1.2))  # seconds between one disturbance and the next
         self.next = rng.expovariate(1 / self.mean)
         self.back: dict[int, float] = {}  # when each server that was disturbed is started again
         self.done: list[str] = []
