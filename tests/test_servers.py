@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import httpx2
 import pytest
 import torch
 from PIL import Image
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from ireasoner import Observer
 from ireasoner.app import api
@@ -255,6 +256,21 @@ def test_patience_runs_out(answering: Policy, asked: list[Request], open_engine:
         for work in (lambda: sample(engine, asked, "solver", 2, 8), engine.refresh):
             with pytest.raises(ServerError, match=r"within 0\.5 seconds \(--patience\): http.*resume"):
                 work()
+
+
+def test_a_reply_without_end_is_not_waited_for(
+    answering: Policy, asked: list[Request], open_engine: Callable[..., ServersEngine]
+):
+    async def drops() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.05)
+
+    with StandIn(answering) as server:
+        engine = open_engine(server, patience=1)
+        server.change = lambda reply: StreamingResponse(drops())
+        with pytest.raises(ServerError, match=r"within 1 seconds .*no reply within 0\.5 seconds"):
+            sample(engine, asked[:1], "solver", 1, 8)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
