@@ -142,10 +142,12 @@ def naive_update(
 
 
 # RLOO: (1 − 0.375, 0.25 − 0.75, 0.5 − 0.625) and (0 − 0.4375, 0.75 − 0.0625, 0.125 − 0.375).
+# GRPO: differences from the group's mean, 7/12 and 7/24, by deviations with N − 1 of 0.381881 and 0.401819.
 # Moving average, started at the mean 2.625 / 6 = 0.4375: r − 0.4375. A proposer's groups hold one completion each:
 # rewards 0.25 and 0.75, mean 0.5.
 UPDATES = {
     "solver rloo": ("solver", "rloo", REWARDS, ((0.625, -0.5, -0.125), (-0.4375, 0.6875, -0.25))),
+    "solver grpo": ("solver", "grpo", REWARDS, ((1.091087, -0.872869, -0.218217), (-0.725864, 1.140644, -0.414780))),
     "solver ema": ("solver", "ema", REWARDS, ((0.5625, -0.1875, 0.0625), (-0.4375, 0.3125, -0.3125))),
     "proposer ema": ("proposer", "ema", ((0.25,), (0.75,)), ((-0.25,), (0.25,))),
 }

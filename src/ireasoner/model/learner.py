@@ -7,8 +7,8 @@ Where the sampler is not the learner's own model, as with vLLM, a token's log-pr
 how much likelier the learner finds the token (`importance_weights`). The KL is not: it is exact over the vocabulary
 at every position, whichever token was drawn there, so that a weight, whose mean is 1, would only add noise.
 
-What it leaves out: clipping of ratios as in PPO (each batch is used once), value functions, advantage normalisation,
-entropy bonuses, dropout. It does not know how a reward was made.
+What it leaves out: clipping of ratios as in PPO (each batch is used once), value functions, entropy bonuses, dropout.
+It does not know how a reward was made.
 
 Shape suffixes: G groups, N completions of each, R completions of a micro-batch, C completion positions (right-padded).
 """
@@ -34,6 +34,7 @@ from ireasoner.model.loss import (
     adapt_kl_coef,
     gap_metrics,
     gap_sums,
+    group_normalized_advantages,
     importance_weights,
     leave_one_out_advantages,
     reinforce_loss,
@@ -52,8 +53,8 @@ class Learner:
     Args:
         policy: whose adapter is trained.
         role: which adapter.
-        recipe: how advantages are computed, and the KL. `rloo` is for the solver only: a question has no group, and the
-            proposer is always measured against the moving average.
+        recipe: how advantages are computed, and the KL. `rloo` and `grpo` are for the solver only: a question has no
+            group, and the proposer is always measured against the moving average.
         options: of the optimizer.
         processes: those that update together, each on its own groups.
     """
@@ -77,7 +78,10 @@ class Learner:
     def advantages(self, rewards: Sequence[Sequence[float]]) -> Tensor:
         """Advantages [G, N] of all processes' groups of a step. To read them does not move the baseline."""
         rewards_GN = torch.tensor(rewards, dtype=torch.float32)
-        return self.baseline.advantages(rewards_GN) if self._has_baseline else leave_one_out_advantages(rewards_GN)
+        if self._has_baseline:
+            return self.baseline.advantages(rewards_GN)
+        of_group = group_normalized_advantages if self.recipe.advantage == "grpo" else leave_one_out_advantages
+        return of_group(rewards_GN)
 
     @property
     def _has_baseline(self) -> bool:

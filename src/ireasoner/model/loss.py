@@ -65,6 +65,25 @@ def leave_one_out_advantages(rewards_GN: Tensor) -> Tensor:
     return (rewards_GN - rewards_GN.mean(-1, keepdim=True)) * count / (count - 1)
 
 
+def group_normalized_advantages(rewards_GN: Tensor) -> Tensor:
+    """GRPO: how many standard deviations of its group a reward is above the group's mean, A_i = (r_i − r̄) / (s + 1e-6).
+
+    s is the standard deviation with N − 1, as in TRL and verl (Shao et al. 2024, arXiv 2402.03300). Equal rewards have
+    the advantage 0, whatever rounding leaves of their differences.
+
+    Args:
+        rewards_GN: [groups, N], N ≥ 2.
+
+    Raises:
+        ValueError: groups of one trajectory, which have no standard deviation.
+    """
+    if rewards_GN.shape[-1] < 2:
+        raise ValueError("group-normalized advantages need at least 2 trajectories in a group")
+    differences_GN = rewards_GN - rewards_GN.mean(-1, keepdim=True)
+    equal_G1 = (rewards_GN == rewards_GN[..., :1]).all(-1, keepdim=True)
+    return torch.where(equal_G1, 0.0, differences_GN / (rewards_GN.std(-1, keepdim=True) + 1e-6))
+
+
 def advantage_std(advantages: Tensor) -> float:
     """Standard deviation of a step's advantages. 0 means that the step teaches nothing."""
     return advantages.double().std(correction=0).item()

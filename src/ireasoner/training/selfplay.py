@@ -162,7 +162,10 @@ class SelfPlay:
         # Completions were exchanged before they are scored, so that every process remembers the steps of every group.
         for name, group in zip(batch.names, solutions, strict=True):
             self.memory.add(name, group)
-        episodes = [self._episode(batch, i, asked[i], prompts[i], draft.groups[i], solutions[i]) for i in images]
+        questions = [a.question.text for a in asked if a.question.well_formed]
+        episodes = [
+            self._episode(batch, i, asked[i], questions, prompts[i], draft.groups[i], solutions[i]) for i in images
+        ]
         solving = self._solver_requests(batch, images, {i: asked[i].question for i in images})
         solver = [Sample(i, request, draft.groups[i]) for i, request in solving.items()]
         proposing = {} if self.labels is not None else self._proposer_requests(batch, images)
@@ -242,11 +245,15 @@ class SelfPlay:
         batch: _Batch,
         i: int,
         asked: _Asked,
+        questions: Sequence[str],
         prompt: str,
         completions: Sequence[Completion],
         solutions: Sequence[Solution],
     ) -> Episode:
-        """Score the group of item i, which are the solver's replies to `prompt`, and make its record."""
+        """Score the group of item i, which are the solver's replies to `prompt`, and make its record.
+
+        `questions` are all readable ones of the step.
+        """
         recipe = self.config.recipe
         planned = self.config.planned_steps or self.config.schedule.steps
         weight = step_weight(recipe, min(batch.step, planned), planned)
@@ -256,6 +263,7 @@ class SelfPlay:
             prompt=prompt,
             finish_reasons=[c.finish_reason for c in completions],
             logprobs=[c.logprobs for c in completions],
+            questions=questions,
             step_weight=weight,
             embed=lambda texts: embed_texts(self.policy, texts, recipe.max_step_tokens),
             recent_steps=self.memory.of_others(batch.names[i]),
