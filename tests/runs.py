@@ -11,7 +11,16 @@ from PIL import Image
 
 from ireasoner.method.rewards import proposer_reward
 from ireasoner.method.scoring import Context, ScoredGroup, score_group
-from ireasoner.method.types import Episode, Part, ProbeAnswer, Proposal, Question, StepScore, Trajectory
+from ireasoner.method.types import (
+    Episode,
+    Part,
+    ProbeAnswer,
+    Proposal,
+    Question,
+    StepScore,
+    TokenDistributions,
+    Trajectory,
+)
 from ireasoner.playground import dataset, world
 from ireasoner.training.config import dump_config, load_config, resolve
 from ireasoner.training.recorder import Recorder, write_json
@@ -151,6 +160,7 @@ def played_run(path: Path, recipe: str = "default", steps: int = 4, images_per_s
                 embed=_embed,
                 seed=(step,),
                 logprobs=[[-0.5] * len(text.split()) for text in texts],
+                distributions=lambda texts=texts: [TokenDistributions((0.5,) * len(t.split()), (2.0,)) for t in texts],
             )
             scored = score_group(asked.text, texts, config.recipe, context)
             recorder.episode(_episode(step, name, thumbnail, asked.text, texts, scored, config.recipe.advantage))

@@ -13,6 +13,7 @@ import pytest
 from ireasoner.method.published import evol_rl, r_zero
 from ireasoner.method.recipe import PUBLISHED, Recipe
 from ireasoner.method.scoring import Context, RewardError, ScoredGroup, published_reward, score_group
+from ireasoner.method.types import TokenDistributions
 from ireasoner.training.config import load_recipe, names, resolve
 from ireasoner.training.custom_reward import load_reward
 
@@ -26,6 +27,11 @@ def solution(answer: str, step: str = "The red bar was read.") -> str:
 # Three of five answer 7, one 3, and one cannot be read. Shares: 0.6 and 0.2, of the readable 3/4 and 1/4.
 GROUP = [solution("7", "a"), solution("3", "a"), "I say 7", solution("7.0", "ab"), solution("seven", "b")]
 LOGPROBS = [(-1.0, -0.5), (-2.0, -1.0, -1.0), (0.0,), (-0.25, -0.25), (-3.0,)]
+# Two tokens of the first text, one of each other: H in nats, and KL(U ‖ π).
+DISTRIBUTIONS = [
+    TokenDistributions((0.5, 1.0), (2.0, 3.0)), TokenDistributions((0.25,), (1.0,)), TokenDistributions((9.0,), (9.0,)),
+    TokenDistributions((2.0,), (0.5,)), TokenDistributions((0.0,), (4.0,)),
+]  # fmt: skip
 DIRECTIONS = {"a": (1.0, 0.0), "ab": (0.6, 0.8), "b": (0.0, 1.0)}
 
 
@@ -33,13 +39,18 @@ def embed(texts: Any) -> np.ndarray:
     return np.array([DIRECTIONS[text] for text in texts]).reshape(-1, 2)
 
 
+GIVEN: dict[str, Any] = {
+    "logprobs": LOGPROBS, "embed": embed, "questions": [QUESTION], "distributions": lambda: DISTRIBUTIONS,
+}  # fmt: skip
+
+
 def pay(name: str, texts: list[str] = GROUP, **context: Any) -> ScoredGroup:
-    given = {"logprobs": LOGPROBS, "embed": embed, "questions": [QUESTION], **context}
-    return score_group(QUESTION, texts, Recipe(reward=name), Context(**given))
+    return score_group(QUESTION, texts, Recipe(reward=name), Context(**{**GIVEN, **context}))
 
 
 # EMPO and TTRV: 0.6 and 0.2. TTRV adds 0.75 (1 − H / ln 2), H = −¾ ln ¾ − ¼ ln ¼ = 0.562335: 0.75 · 0.188722.
 # EM: log-probabilities −1.5, −4, −0.5 and −3 of the readable; the least is −4: 1 + 2.5, 1, 1 + 3.5 and 1 + 1.
+# EM by tokens: entropies of 1.5, 0.25, 2 and 0; the largest is 2: 1 + 0.5, 1 + 1.75, 1 and 1 + 2.
 # RESTRAIN: g = e^(−0.16/0.5) = 0.726149 and e^(−0.64/0.5) = 0.278037; w = 0.723122 and 0.276878 after division by their
 # sum 1.004186; √(0.6 · 0.4) = 0.489898 and √(0.2 · 0.8) = 0.4, so that 1.476066 and 0.692195 are earned.
 # EVOL-RL: the majority's directions a, ab and b have the cosines a–ab 0.6, ab–b 0.8, a–b 0, and the 3 is a as well.
@@ -51,6 +62,8 @@ EARNED = {
     "empo": (0.6, 0.2, 0.0, 0.6, 0.6),
     "ttrv": (0.741541, 0.341541, 0.0, 0.741541, 0.741541),
     "em_sequence": (3.5, 1.0, 0.0, 4.5, 2.0),
+    "em_token": (1.5, 2.75, 0.0, 1.0, 3.0),
+    "intuitor": (2.5, 1.0, 0.0, 0.5, 4.0),
     "restrain": (1.476066, 0.692195, 0.0, 1.476066, 1.476066),
     "evol_rl": (1.833333, 0.25, 0.0, 1.5, 2.0),
 }
@@ -147,8 +160,9 @@ def test_a_published_reward_is_an_example_of_a_reward_of_ones_own(name: str, tmp
     copied.write_text(Path(inspect.getfile(published_reward(name))).read_text("utf-8"), "utf-8")
     config = resolve({"images": "pool", "model": "tiny", "reward": f"{copied}:reward"})
     function, _ = load_reward(config)
-    context = Context(logprobs=LOGPROBS, embed=embed, questions=[QUESTION, "a"], reward=function)
-    assert score_group(QUESTION, GROUP, config.recipe, context).rewards == pytest.approx(EARNED[name], abs=2e-6)
+    assert score_group(QUESTION, GROUP, config.recipe, Context(**GIVEN, reward=function)).rewards == pytest.approx(
+        EARNED[name], abs=2e-6
+    )
 
 
 def test_evolmm_is_the_outcome_reward_with_its_own_constants():
@@ -158,7 +172,10 @@ def test_evolmm_is_the_outcome_reward_with_its_own_constants():
     assert "evolmm" in names("recipes")
 
 
-@pytest.mark.parametrize(("name", "field"), [("em_sequence", "logprobs"), ("evol_rl", "embed")])
+LACKING = {"em_sequence": "logprobs", "em_token": "distributions", "intuitor": "distributions", "evol_rl": "embed"}
+
+
+@pytest.mark.parametrize(("name", "field"), LACKING.items())
 def test_a_published_reward_says_what_it_lacks(name: str, field: str):
     with pytest.raises(RewardError, match=rf"{name} needs context\.{field}"):
         pay(name, **{field: None})

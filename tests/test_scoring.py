@@ -27,7 +27,7 @@ from ireasoner.method.scoring import (
     step_weight,
 )
 from ireasoner.method.texts import parse_trajectory
-from ireasoner.method.types import Completion, FinishReason, Solution
+from ireasoner.method.types import Completion, FinishReason, Solution, TokenDistributions
 from ireasoner.model.inputs import embed_texts
 from ireasoner.model.policy import Policy
 from ireasoner.training.config import Config, names, resolve
@@ -80,6 +80,7 @@ def pay(
         "recent_steps": [],
         "seed": (config.seed, step),
         "logprobs": [c.logprobs for c in completions],
+        "distributions": lambda: [TokenDistributions((0.5,), (1.5,))] * len(completions),
         **context,
     }
     return score_group(question, [c.text for c in completions], config.recipe, Context(**given))
@@ -118,11 +119,13 @@ DIFFERENCES_FROM_PAPER: dict[str, dict[str, Any]] = {
     "answers-only": {"advantage": "rloo", "step_weight_final": 0.0, "kl_coef": 0.03, "kl_rate": 0.0},
     "discrete": {"reward": "discrete"},
     "em-sequence": {"reward": "em_sequence", "advantage": "rloo", **DEFAULT_KL},
+    "em-token": {"reward": "em_token", "advantage": "rloo", **DEFAULT_KL},
     "empo": {"reward": "empo", "advantage": "grpo", **DEFAULT_KL},
     "evol-rl": {"reward": "evol_rl", "advantage": "grpo", **DEFAULT_KL},
     "evolmm": {"step_weight_final": 0.0, "length_penalty": 0.1, "target_words": 6},
     "format-only": {"reward": "format"},
     "frozen-proposer": {"train_proposer": False},
+    "intuitor": {"reward": "intuitor", "advantage": "grpo", **DEFAULT_KL},
     "no-density": {"density_exponent": 0.0},
     "no-position-decay": {"position_decay": 0.0},
     "no-warmup": {"step_weight_warmup": 0.0},

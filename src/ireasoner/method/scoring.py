@@ -23,7 +23,16 @@ from ireasoner.method.memory import step_digest
 from ireasoner.method.recipe import PUBLISHED, Recipe
 from ireasoner.method.rewards import FloatArray
 from ireasoner.method.texts import parse_trajectory
-from ireasoner.method.types import FinishReason, Form, Part, ScoredTrajectory, Solution, StepScore, UsageError
+from ireasoner.method.types import (
+    FinishReason,
+    Form,
+    Part,
+    ScoredTrajectory,
+    Solution,
+    StepScore,
+    TokenDistributions,
+    UsageError,
+)
 
 # Parts of a user's own reward cannot be called like these, which metrics and records hold for every reward.
 RESERVED_PARTS = frozenset({"total", "outcome", "step_agreement"})
@@ -70,6 +79,8 @@ class Context:
         recent_steps: digests of the reasoning steps of each of the latest groups of other images, as
             `ireasoner.method.memory.RecentSteps` gives them.
         logprobs: of each text's tokens, under the distribution that was sampled from.
+        distributions: the solver's next-token distributions at each text's tokens. To call it takes a forward pass of
+            the group.
         questions: all readable questions that were asked in the same training step, this one among them.
         true_answer: what is true, for the recipe `oracle`.
         seed: of whatever a reward draws at random; a resumed run passes the same.
@@ -84,6 +95,7 @@ class Context:
     embed: Callable[[Sequence[str]], NDArray[np.floating]] | None = None
     recent_steps: Sequence[frozenset[str]] | None = None
     logprobs: Sequence[Sequence[float]] | None = None
+    distributions: Callable[[], Sequence[TokenDistributions]] | None = None
     questions: Sequence[str] | None = None
     true_answer: str | None = None
     seed: Sequence[int] | None = None
