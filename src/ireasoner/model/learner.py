@@ -1,7 +1,8 @@
 """The update of one role: REINFORCE with exact KL to the backbone, on the sampled token ids.
 
-What it does: the mean log-probability of each trajectory's tokens, weighted by its advantage, plus β times the exact KL
-to the backbone without adapters; one AdamW step on the role's own LoRA tensors; then β moves toward its KL target.
+What it does: the mean log-probability of each trajectory's tokens, or of the most uncertain ones, weighted by its
+advantage, plus β times the exact KL to the backbone without adapters; one AdamW step on the role's own LoRA tensors;
+then β moves toward its KL target.
 
 Where the sampler is not the learner's own model, as with vLLM, a token's log-probability in that mean is weighted by
 how much likelier the learner finds the token (`importance_weights`). The KL is not: it is exact over the vocabulary
@@ -32,6 +33,7 @@ from ireasoner.model.inputs import Prompts
 from ireasoner.model.loss import (
     MovingBaseline,
     adapt_kl_coef,
+    forking_means,
     gap_metrics,
     gap_sums,
     group_normalized_advantages,
@@ -183,7 +185,11 @@ class Learner:
         sampler_logprobs_T = sampler_logprobs_RC[mask_RC]
         weights_T = importance_weights(tokens.logprobs_T, sampler_logprobs_T, self.importance_cap)
         kl_R = trajectory_means(tokens.kl_T, mask_RC)
-        logprobs_R = trajectory_means(weights_T * tokens.logprobs_T, mask_RC)
+        logprobs_T, share = weights_T * tokens.logprobs_T, self.recipe.token_share
+        if share < 1.0:
+            logprobs_R = forking_means(logprobs_T, tokens.token_entropy_T, mask_RC, share)
+        else:
+            logprobs_R = trajectory_means(logprobs_T, mask_RC)
         loss = reinforce_loss(logprobs_R, kl_R, advantages_R.to(self.policy.device), self.kl_coef)
         entropy = trajectory_means(tokens.token_entropy_T, mask_RC).sum()
         gap_T = tokens.logprobs_T.detach() - sampler_logprobs_T

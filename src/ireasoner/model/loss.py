@@ -193,6 +193,20 @@ def trajectory_means(values_T: Tensor, mask_RC: Tensor) -> Tensor:
     return zeros_RC.masked_scatter(mask_RC, values_T).sum(-1) / mask_RC.sum(-1)
 
 
+def forking_means(values_T: Tensor, token_entropy_T: Tensor, mask_RC: Tensor, share: float) -> Tensor:
+    """As `trajectory_means`, over the share of each trajectory's tokens with the largest entropy, rounded up.
+
+    They are where a text may go on in different ways, and the others follow (SPINE, arXiv 2511.17938). Of equal
+    entropies the earlier token comes first.
+    """
+    lowest = torch.finfo(token_entropy_T.dtype).min
+    entropy_RC = torch.full(mask_RC.shape, lowest, dtype=token_entropy_T.dtype, device=mask_RC.device)
+    order_RC = entropy_RC.masked_scatter(mask_RC, token_entropy_T).argsort(dim=-1, descending=True, stable=True)
+    kept_R = (share * mask_RC.sum(-1)).ceil()
+    kept_RC = order_RC.argsort(-1) < kept_R[:, None]
+    return trajectory_means(values_T[kept_RC[mask_RC]], kept_RC)
+
+
 def reinforce_loss(logprobs_R: Tensor, kl_R: Tensor, advantages_R: Tensor, kl_coef: float) -> Tensor:
     """Σ_i [A_i · (−log π)_i + β · KL_i], from per-trajectory token means; divide by the number of trajectories."""
     return (-advantages_R * logprobs_R + kl_coef * kl_R).sum()
