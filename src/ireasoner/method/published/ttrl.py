@@ -1,11 +1,11 @@
 """TTRL: 1 for the majority answer.
 
-Source: Zuo et al. 2025, "TTRL: Test-Time Reinforcement Learning" (arXiv 2504.16084), section 2; compared with the
-authors' code. Wei et al. 2025, "Unsupervised Post-Training for Multi-Modal LLM Reasoning via GRPO" (MM-UPT,
-arXiv 2505.22453) pay the same for questions about images; compared with their code.
+Source: Zuo et al. 2025, "TTRL: Test-Time Reinforcement Learning" (arXiv 2504.16084), and Wei et al. 2025, "Unsupervised
+Post-Training for Multi-Modal LLM Reasoning via GRPO" (MM-UPT, arXiv 2505.22453), which pays the same for questions
+about images; compared with the code of both.
 
-Left out: TTRL votes with 64 trajectories and learns from 32 of them, here all that vote are learned from; MM-UPT's
-synthetic questions, in whose place the proposer asks; clipping, since every batch is used once.
+Left out: TTRL votes with more trajectories than it learns from, here all that vote are learned from; MM-UPT's synthetic
+questions, in whose place the proposer asks; clipping, since every batch is used once.
 """
 
 from __future__ import annotations
