@@ -85,6 +85,19 @@ def test_answers_that_all_differ_or_all_agree():
     assert pay("evol_rl", same).rewards == (1.75,) * 5  # all equally new
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_no_unreadable_trajectory_earns_more_than_a_readable_one(name: str):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        texts = [solution(str(answer), str(rng.choice(["a", "ab", "b"]))) for answer in rng.integers(3, size=5)]
+        texts[rng.integers(5)] = "?"
+        logprobs = [-rng.exponential(size=rng.integers(1, 5)) for _ in texts]
+        distributions = [TokenDistributions(tuple(-each), tuple(rng.exponential(size=len(each)))) for each in logprobs]
+        paid = pay(name, texts, logprobs=logprobs, distributions=lambda found=distributions: found)
+        assert all(t.reward >= 0.0 if t.well_formed else t.reward == 0.0 for t in paid.trajectories)
+        assert paid.proposer_reward >= 0.0
+
+
 def test_restrain_pays_what_makes_the_weighted_losses():
     """The difference from the group's mean is Σ_j w_j A_ij, with the advantages A_ij that GRPO has for each label j."""
     paid = np.array(pay("restrain").rewards)
