@@ -229,7 +229,7 @@ def test_every_shipped_recipe_resolves_with_every_preset(recipe: str, preset: st
         ("save_every", "-1"),
         ("seed", "-1"),
         ("dtype", "float8"),
-        ("advantage", "grpo"),
+        ("advantage", "ppo"),
         ("reward", "accuracy"),
         ("reward", "my_rewards.py"),
         ("reward", "my_rewards.py:no-name"),
