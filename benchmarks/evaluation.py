@@ -3,10 +3,10 @@
     python benchmarks/evaluation.py                                                   # the tiny model
     python benchmarks/evaluation.py --model random-25m --image-tokens 1024 --questions 16 --questions-per-image 2
 
-*In parts* is how it was done before: the greedy reply and the five samples in a call each, every image once for each
-of its questions, and one image at a time in the vision tower. The sides take turns on the same questions. The floor is
-the arithmetic at the rate of a large matrix product on this machine. Completions of a random model have the full
-length.
+*In parts* is how it was done before: the greedy reply and the five samples in a call each, every image and every prompt
+as a whole once for each question, and one image at a time in the vision tower. The sides take turns on the same
+questions. The floor is the arithmetic at the rate of a large matrix product on this machine. Completions of a random
+model have the full length.
 """
 
 from __future__ import annotations

@@ -6,6 +6,10 @@ In turns:
 
 - A small run of the tiny model is killed at random moments and resumed until its end. It must then hold the same files
   as the uninterrupted run, bit by bit but for times: no temporary folder, and no checkpoint that should have gone.
+- A run of it samples on two servers, every second one with --overlap. They are killed and hung at random moments
+  (`soak_servers.py`), one or both, and now and then the run is killed. It may end only because no server answered
+  within --patience, with our sentence (exit code 2), and is resumed then. In the end it must hold the same files as a
+  run whose servers nobody disturbed.
 - Damaged image files are decoded (`soak_images.py`).
 - Run directories are damaged, and every command that reads one is tried on them. It must succeed or say in one sentence
   what is wrong (exit code 2), and no sound checkpoint may be lost.
@@ -41,6 +45,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVI
 
 import numpy as np
 import soak_images
+import soak_servers
 from tqdm import tqdm
 
 from ireasoner.app.cli import main as ireasoner
@@ -72,7 +77,7 @@ OPTIONS: dict[str, Any] = {
     "keep_checkpoints": KEPT_CHECKPOINTS, "watch": False, "probe_every": 2, "probe_images": 1, "eval_questions": 2,
 }  # fmt: skip
 TIMES = {"elapsed", "training_seconds"}  # keys of `state.json` and `summary.json` that depend on the clock
-KINDS = ("kills", "images", "directories", "completions")
+KINDS = ("kills", "servers", "images", "directories", "completions")
 BROKEN = ("wrong", "lost", "slow", "over 600 MB", "tracebacks")
 
 
@@ -121,12 +126,17 @@ class Ended:
         return found
 
 
-def forked(work: Callable[[], int], dies: Callable[[float], bool] = lambda seconds: False) -> Ended:
+def forked(
+    work: Callable[[], int],
+    dies: Callable[[float], bool] = lambda seconds: False,
+    limit: float = LIMIT_SECONDS,
+) -> Ended:
     """Run a function in a process of its own; its result is the exit code.
 
     Args:
         work: the function.
         dies: asked all the time, with the seconds since the start, whether to kill the process now.
+        limit: seconds after which it is killed, and counts as slow.
     """
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         sys.stdout.flush()
@@ -148,7 +158,7 @@ def forked(work: Callable[[], int], dies: Callable[[float], bool] = lambda secon
             if pid:
                 break
             seconds = time.monotonic() - started
-            late = late or seconds > LIMIT_SECONDS
+            late = late or seconds > limit
             if late or dies(seconds):
                 os.kill(child, signal.SIGKILL)
             time.sleep(0.001)
@@ -200,11 +210,11 @@ def options(place: Path) -> dict[str, Any]:
     return {**OPTIONS, "images": str(place / "pool"), "eval_data": str(place / "test" / "test.jsonl")}
 
 
-def train(place: Path, out: Path) -> int:
-    """Begin a run by the command line, or resume it where it has begun; the exit code."""
+def train(place: Path, out: Path, **more: Any) -> int:
+    """Begin a run by the command line, with more options, or resume it where it has begun; the exit code."""
     if (out / "config.yaml").exists():
         return ireasoner(["train", "--resume", str(out)])
-    given = [text for name, value in options(place).items() for text in (f"--{name}", str(value))]
+    given = [f"--{name}={value}" for name, value in (options(place) | more).items()]
     return ireasoner(["train", "--out", str(out), *given])
 
 
@@ -261,6 +271,67 @@ def soak_kills(number: int, place: Path, seconds: float, counts: Counts) -> None
     lost = any(name.startswith("checkpoints/") and name in theirs and name not in ours for name in differing)
     broken += ["wrong"] * bool(differing) + ["lost"] * lost
     counts.add("runs", broken, f"number {number}: {differing} differ\n{ended.printed}")
+
+
+# --- servers that do not answer ---------------------------------------------------------------------------------------
+
+SERVED_LIMIT_SECONDS = 600.0  # for a run on servers, some of which is waiting for them
+
+
+@dataclass(frozen=True)
+class Served:
+    """Two servers, and the patience of the runs that sample on them: several times what a step takes undisturbed."""
+
+    both: list[soak_servers.Server]
+    patience: float
+
+    def options(self, overlap: bool) -> dict[str, Any]:
+        """Of the small run that samples on these servers, during updates or before them."""
+        addresses = ",".join(server.address for server in self.both)
+        given = {"servers": addresses, "patience": self.patience, "overlap": overlap}
+        return {**given, "eval_questions": 1, "probe_every": 0}  # most is sampled while the run learns
+
+    def may_end(self, printed: str) -> bool:
+        """Whether a run may end now with what it printed, as it does where no server answers."""
+        now = time.monotonic()
+        there = [now - server.since if server.since else 0.0 for server in self.both]
+        starts = self.patience  # until a server that was started anew can answer, and is asked
+        if "no server has answered within" in printed:
+            return max(there) < self.patience + starts
+        if "no server answers" in printed:  # when it is resumed
+            return max(there) < starts
+        # When it begins, it needs them all.
+        return min(there) < starts and re.search(r"--servers: \S+ does not answer", printed) is not None
+
+
+def soak_servers_of_a_run(number: int, place: Path, served: Served, counts: Counts) -> None:
+    """Disturb the servers of one run until it ends, and the run itself; compare it with one that nobody disturbed."""
+    rng, out = random.Random(number), place / "disturbed"
+    options, undisturbed = served.options(number % 2 == 1), place / f"served-{number % 2}"
+    shutil.rmtree(out, ignore_errors=True)
+    for _ in range(rng.randint(2, 6)):
+        run_dies_at = rng.uniform(0, 3 * served.patience) if rng.random() < 0.3 else None
+        disturbances = soak_servers.Disturbances(served.both, rng, served.patience, run_dies_at)
+        ended = forked(lambda: train(place, out, **options), disturbances, SERVED_LIMIT_SECONDS)
+        for what in disturbances.done:
+            counts.add(what, [])
+        if ended.code == -signal.SIGKILL and not ended.late:
+            counts.add("run killed", [])
+            continue
+        problems = ended.broken((0, 2))
+        if ended.code == 2 and not served.may_end(ended.printed):
+            problems.append("wrong")
+        counts.add("none answers" if ended.code else "run through", problems, f"number {number}:\n{ended.printed}")
+        if ended.code == 0:
+            break
+    for server in served.both:
+        server.wait()
+    ended = forked(lambda: train(place, out, **options), limit=SERVED_LIMIT_SECONDS)
+    ours, theirs = contents(out), contents(undisturbed)
+    differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name, 0) != theirs.get(name, 0))
+    differing = [name for name in differing if name != "events.jsonl"]  # which tells of servers that did not answer
+    broken = ended.broken((0,)) + ["wrong"] * bool(differing)
+    counts.add("runs served", broken, f"number {number}: {differing} differ\n{ended.printed}")
 
 
 # --- damaged run directories ------------------------------------------------------------------------------------------
@@ -559,13 +630,22 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=Path("soak-images"), help="for images that break a promise")
     arguments = parser.parse_args()
     end, counts = time.monotonic() + arguments.seconds, Counts()
-    run = directory = image = text = arguments.first
-    with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+    run = served_run = directory = image = text = arguments.first
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         seconds = prepare(place)
         answer_key("√2 cm, five"), answer_key("1/√2"), answer_key("5 cm")  # loads what every text would load anew
         print(f"The run that the others are compared with took {seconds:.1f} s.", flush=True)
+        if "servers" in arguments.only:
+            served = Served(stack.enter_context(soak_servers.servers(place / "servers")), max(6.0, 1.5 * seconds))
+            for number in range(2):
+                options = served.options(number == 1)
+                ended = forked(lambda: train(place, place / f"served-{number}", **options))  # noqa: B023
+                assert ended.code == 0, ended.printed
         while True:
+            if "servers" in arguments.only:
+                soak_servers_of_a_run(served_run, place, served, counts)
+                served_run += 1
             if "kills" in arguments.only:
                 soak_kills(run, place, seconds, counts)
                 run += 1

@@ -11,7 +11,16 @@ from PIL import Image
 
 from ireasoner.method.rewards import proposer_reward
 from ireasoner.method.scoring import Context, ScoredGroup, score_group
-from ireasoner.method.types import Episode, Part, ProbeAnswer, Proposal, Question, StepScore, Trajectory
+from ireasoner.method.types import (
+    Episode,
+    Part,
+    ProbeAnswer,
+    Proposal,
+    Question,
+    StepScore,
+    TokenDistributions,
+    Trajectory,
+)
 from ireasoner.playground import dataset, world
 from ireasoner.training.config import dump_config, load_config, resolve
 from ireasoner.training.recorder import Recorder, write_json
@@ -93,13 +102,15 @@ def episode(text: str = "7", step: int = 1, question: str = "How many?", **chang
     return record.model_dump(mode="json") | changes
 
 
-def with_advantages(trajectories: Sequence[Trajectory]) -> tuple[Trajectory, ...]:
-    """Trajectories with what leave-one-out would give them: the reward minus the mean of the others'."""
-    total = sum(t.reward for t in trajectories)
-    means = [(total - t.reward) / (len(trajectories) - 1) for t in trajectories]
-    return tuple(
-        t.model_copy(update={"advantage": t.reward - mean}) for t, mean in zip(trajectories, means, strict=True)
-    )
+def with_advantages(trajectories: Sequence[Trajectory], advantage: str = "rloo") -> tuple[Trajectory, ...]:
+    """Trajectories with what the group's own baseline would give them: the reward minus the mean of the others', or
+    for GRPO minus the group's mean, by its standard deviation."""
+    rewards = np.array([t.reward for t in trajectories])
+    differences = rewards - rewards.mean()
+    found = differences * len(rewards) / (len(rewards) - 1)
+    if advantage == "grpo":
+        found = differences / (rewards.std(ddof=1) + 1e-6)
+    return tuple(t.model_copy(update={"advantage": a}) for t, a in zip(trajectories, found.tolist(), strict=True))
 
 
 def proposal(text: str) -> Proposal:
@@ -143,9 +154,16 @@ def played_run(path: Path, recipe: str = "default", steps: int = 4, images_per_s
                 thumbnail = recorder.thumbnail(image, f"{index:016x}")
             asked = world.sample_question(picture, rng)
             texts = [_solution(asked, rng) for _ in range(config.sampling.group_size)]
-            context = Context(step_weight=0.5, recent_steps=[], embed=_embed, seed=(step,))
+            context = Context(
+                step_weight=0.5,
+                recent_steps=[],
+                embed=_embed,
+                seed=(step,),
+                logprobs=[[-0.5] * len(text.split()) for text in texts],
+                distributions=lambda texts=texts: [TokenDistributions((0.5,) * len(t.split()), (2.0,)) for t in texts],
+            )
             scored = score_group(asked.text, texts, config.recipe, context)
-            recorder.episode(_episode(step, name, thumbnail, asked.text, texts, scored))
+            recorder.episode(_episode(step, name, thumbnail, asked.text, texts, scored, config.recipe.advantage))
         recorder.metrics(step, METRICS)
     for step in range(0, steps + 1, 2):
         for name, picture in pictures[:3]:
@@ -181,14 +199,16 @@ def _embed(texts: Any) -> np.ndarray:
     return counts / np.maximum(1e-9, np.linalg.norm(counts, axis=1, keepdims=True))
 
 
-def _episode(step: int, image: str, thumbnail: str, asked: str, texts: list[str], scored: ScoredGroup) -> Episode:
+def _episode(
+    step: int, image: str, thumbnail: str, asked: str, texts: list[str], scored: ScoredGroup, advantage: str
+) -> Episode:
     vote = scored.vote
     trajectories = with_advantages([
         Trajectory(
             text=text, finish_reason="stop", num_tokens=len(text.split()), mean_sampler_logprob=-0.5, **dict(earned)
         )
         for text, earned in zip(texts, scored.trajectories, strict=True)
-    ])  # fmt: skip
+    ], advantage)  # fmt: skip
     return Episode(
         step=step, image=image, thumbnail=thumbnail, question=Question(asked, "It can be seen.", None),
         proposal=proposal(f"<question>{asked}</question>"), proposer_reward=scored.proposer_reward,

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from ireasoner.model.loss import MovingBaseline, advantage_std, leave_one_out_advantages
+from ireasoner.model.loss import (
+    MovingBaseline,
+    advantage_std,
+    group_normalized_advantages,
+    leave_one_out_advantages,
+)
 
 
 def test_moving_baseline_by_hand():
@@ -78,9 +85,23 @@ def test_leave_one_out_equals_its_definition_in_loops():
         torch.testing.assert_close(leave_one_out_advantages(rewards + 3.0), advantages)  # a shift changes nothing
 
 
-def test_a_group_of_one_has_no_others():
+def test_group_normalized_by_hand():
+    # Mean 0.5, variance (0.25 + 0 + 0.25)/2 = 0.25 with N − 1: (±0.5)/0.5. Groups do not see each other.
+    advantages = group_normalized_advantages(torch.tensor([[1.0, 0.5, 0.0], [4.0, 4.0, 1.0]]))
+    assert advantages[0].tolist() == pytest.approx([1.0, 0.0, -1.0], abs=1e-5)
+    assert advantages[1].tolist() == pytest.approx([0.57735, 0.57735, -1.15470], abs=1e-5)  # mean 3, deviation √3
+
+
+def test_equal_rewards_are_not_normalized_into_a_difference():
+    """Rounding leaves a difference from the mean, which a small standard deviation would blow up."""
+    for reward in (0.1, 0.3, 0.7311, 80.7):
+        assert not group_normalized_advantages(torch.full((3, 5), reward)).any()
+
+
+@pytest.mark.parametrize("of_group", [leave_one_out_advantages, group_normalized_advantages])
+def test_a_group_of_one_has_no_others(of_group: Callable[[torch.Tensor], torch.Tensor]):
     with pytest.raises(ValueError, match="at least 2"):
-        leave_one_out_advantages(torch.tensor([[0.5]]))
+        of_group(torch.tensor([[0.5]]))
 
 
 def test_rewards_are_not_overwritten():

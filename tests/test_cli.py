@@ -142,7 +142,7 @@ def test_the_help_of_train_shows_defaults_choices_and_the_names_of_recipes_and_p
         f"[presets: {', '.join(names('presets'))}] [default: 7b]",
         "[default: 0.03; recipe paper: 0.001]",  # β of the recipe that is taken if none is named
         "[choices: transformers, vllm] [default: transformers]",
-        "[choices: ema, rloo] [default: rloo; recipe paper: ema]",
+        "[choices: ema, rloo, grpo] [default: rloo; recipe paper: ema]",
         "--no-train-proposer",
     ):
         assert expected in text

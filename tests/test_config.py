@@ -158,6 +158,8 @@ def test_a_resumed_run_may_work_elsewhere_and_in_nothing_else_be_another(tmp_pat
         continued(tmp_path, {"seed": 1, "device": "cpu"})
     with pytest.raises(ConfigError, match="patience: input should be greater than 0"):
         continued(tmp_path, {"patience": 0})
+    with pytest.raises(ConfigError, match="patience: input should be less than or equal to"):  # which torch can add up
+        continued(tmp_path, {"patience": 1e20})
 
 
 def test_importance_weights_are_for_samplers_that_are_not_the_learner():
@@ -229,7 +231,7 @@ def test_every_shipped_recipe_resolves_with_every_preset(recipe: str, preset: st
         ("save_every", "-1"),
         ("seed", "-1"),
         ("dtype", "float8"),
-        ("advantage", "grpo"),
+        ("advantage", "ppo"),
         ("reward", "accuracy"),
         ("reward", "my_rewards.py"),
         ("reward", "my_rewards.py:no-name"),

@@ -31,6 +31,7 @@ from ireasoner.model.loading import make_policy
 from ireasoner.model.options import BackboneOptions
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import ModelError
+from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.studies import doctor
 from ireasoner.training.config import resolve
@@ -39,7 +40,7 @@ from ireasoner.training.items import Item
 from ireasoner.training.labelled import LabelledQuestion
 from ireasoner.training.selfplay import SelfPlay
 from ireasoner.training.targets import find_trained
-from models import learner, load, requests, sample, teach
+from models import learner, load, requests, sample, sampler_gap, teach
 from plain import chosen
 from recorded import recorded
 from runs import new_run
@@ -120,6 +121,30 @@ def test_logprobs_are_those_of_the_model_itself(
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert policy.shares_prompts == (family != OWN_STATE)
     assert policy.shares_attention == (family not in (OWN_STATE, WINDOWS))
+
+
+def test_questions_about_one_image_run_it_once(family: str, folder: Path, sized: list[Image.Image]):
+    """Questions of different length about images of different size, in no order; what each sampled token had for a
+    probability is what an update finds, which runs every prompt as a whole."""
+    policy = filled(folder)
+    one, other = encode_images(policy, sized[:2])
+    texts = [*QUESTIONS, "Which bar is the tallest one?", "Which?"]
+    images = [one, other, one, other, one]
+    asked = [
+        Request(image, solver_messages("Look. {question} Go.", text), (i,))
+        for i, (image, text) in enumerate(zip(images, texts, strict=True))
+    ]
+    run = 0
+
+    def count(decoder: torch.nn.Module, args: Any, given: dict[str, Any]) -> None:
+        nonlocal run
+        run += given["inputs_embeds"].shape[:2].numel() if "inputs_embeds" in given else 0  # as prompts with images are
+
+    with policy.decoder.register_forward_pre_hook(count, with_kwargs=True):
+        groups = sample(LiveEngine(policy), asked, "solver", n=2, longest=6)
+    assert sampler_gap(policy, asked, groups, "solver") < 1e-4
+    prompts = build_prompts(policy, images, [r.messages for r in asked])
+    assert (run < prompts.mask_BP.numel() / 2) == policy.shares_attention
 
 
 def test_exports_are_the_trained_solver_to_a_stranger(folder: Path, sized: list[Image.Image], tmp_path: Path):

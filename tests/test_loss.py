@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ireasoner.model.loss import (
     adapt_kl_coef,
+    forking_means,
     gap_metrics,
     gap_sums,
     importance_weights,
@@ -126,6 +127,19 @@ def test_the_reference_gets_no_gradient():
 def test_kl_of_a_policy_to_itself_is_zero():
     case = Case()
     assert token_statistics(case.raw, case.raw, case.tokens, case.layer).kl_T.abs().max() < 1e-6
+
+
+def test_forking_means_by_hand():
+    """The mean over the most uncertain tokens: of five, a third is two, and of two it is one."""
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    entropies = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3, 0.0, 0.0])
+    assert forking_means(values, entropies, mask, 1 / 3).tolist() == [
+        3.0,
+        6.0,
+    ]  # (2 + 4) / 2; the earlier of equal ones
+    assert forking_means(values, entropies, mask, 0.001).tolist() == [2.0, 6.0]  # at least one
+    torch.testing.assert_close(forking_means(values, entropies, mask, 1.0), trajectory_means(values, mask))
 
 
 def test_trajectory_means_by_hand():

@@ -35,7 +35,7 @@ from ireasoner.page.curves import (
 from ireasoner.page.gallery import average_agreement, select, stretches
 from ireasoner.page.page import IN_REPORT, NoSuchEpisodeError, Page, Query
 from ireasoner.page.run import RecordedRun
-from ireasoner.page.terms import proposer_term, reward_terms
+from ireasoner.page.terms import advantage_terms, proposer_term, reward_terms
 from ireasoner.page.verdict import Figure, figures, verdict
 from ireasoner.playground import dataset, world
 from ireasoner.playground.truth import read_truth, truth_beside
@@ -544,6 +544,24 @@ def test_the_proposers_reward_is_computed_again(
     term = proposer_term(Episode.model_validate(episode(**changes)), Recipe(**constants))
     assert shown in term.made_of
     assert term.adds_up == adds_up
+
+
+def test_a_reward_of_the_proposer_that_the_function_gave_is_not_computed_again():
+    given = Episode.model_validate(episode(proposer_reward=0.3))
+    for reward in ("my_rewards.py:fn", "r_zero"):
+        term = proposer_term(given, Recipe(reward=reward))
+        assert (term.made_of, term.adds_up) == (f"as {reward} gave it", True)
+    assert not proposer_term(given, Recipe(reward="discrete")).adds_up
+
+
+def test_a_group_normalized_advantage_is_computed_again():
+    # Mean 0.5 and deviation 0.5: (1 − 0.5) / 0.5.
+    mean, advantage = advantage_terms(1.0, 1.0, [0.5, 0.0], normalized=True)
+    assert (mean.value, mean.made_of) == (0.5, "= mean reward of the group")
+    assert advantage.made_of == "= (1.0000 reward − 0.5000 baseline) / 0.5000 standard deviation of the group"
+    assert advantage.adds_up
+    assert not advantage_terms(0.9, 1.0, [0.5, 0.0], normalized=True)[1].adds_up
+    assert all(term.adds_up for term in advantage_terms(0.0, 0.3, [0.3, 0.3], normalized=True))
 
 
 def test_a_reward_of_the_users_own_is_added_up_and_drawn_under_its_own_names(recorder: HandMade):

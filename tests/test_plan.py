@@ -97,13 +97,34 @@ def test_what_takes_more_and_what_takes_less(small: Policy):
     assert planning.needs(checkpointed, one, 1024).update < planning.needs(small, one, 1024).update / 2
 
 
+def test_the_features_of_the_images_at_hand_count_once(small: Policy):
+    """Those of a process's share of a step or of the questions asked together, the same in the plan and in the fit."""
+    takes = small.footprint
+    for options, processes, images in (
+        ({"images_per_step": 12}, 4, 3),
+        ({"images_per_step": 12, "eval_data": "q.jsonl", "eval_questions": 20}, 4, 5),
+        ({"images_per_step": 12, "eval_data": "q.jsonl", "eval_questions": 10**4}, 4, 64),
+    ):
+        config = config_of(**options)
+        assert planning.needs(small, config, 1024, processes).images == images * 1024 * takes.feature
+        fitting, free = planning.tokens_that_fit(config, takes, 1024, 2 * GB, processes), 0.9 * 2 * GB
+        assert fitting == takes.tokens_in(free - images * 1024 * takes.feature)
+    of_qwen3 = random_models.meta_policy("Qwen/Qwen3-VL-8B-Instruct", BackboneOptions()).footprint
+    assert of_qwen3.feature == 4 * 4096 * 2  # and those of three layers inside of the vision tower
+
+
 def test_layers_are_shared_out_and_two_of_them_are_gathered(small: Policy):
     whole = small.footprint
     for ranks in (2, 4):
-        held = whole.sharded(ranks).weights
-        assert held == whole.weights - whole.layers + whole.layers // ranks + 2 * whole.widest
+        held = whole.sharded(ranks)
+        assert held.weights == whole.weights - whole.layers + whole.layers // ranks
+        assert held.gathered == 2 * whole.widest
+        # The loss is computed when no layer is gathered; the backward pass of a layer, when two are.
+        assert held.update(10, 10**6, True) == whole.update(10, 10**6, True)
+        assert held.update(10**5, 10, True) == whole.update(10**5, 10, True) + 2 * whole.widest
+        assert held.tokens_in(GB) == whole.tokens_in(GB + whole.layers - whole.layers // ranks - 2 * whole.widest)
     assert whole.sharded(1) == whole
-    assert replace(whole.sharded(4), weights=whole.weights) == whole  # nothing else changes
+    assert replace(whole.sharded(4), weights=whole.weights, gathered=0) == whole  # nothing else changes
 
 
 def test_scores_of_attention_that_is_not_fused_count():

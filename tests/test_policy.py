@@ -27,7 +27,7 @@ from ireasoner.model.forward import completion_hidden
 from ireasoner.model.inputs import build_prompts, embed_texts, encode_images
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import ModelError
-from ireasoner.rollouts import live
+from ireasoner.rollouts import distributions, live
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.rollouts.vllm import completion_seeds
@@ -100,6 +100,24 @@ def test_batched_logprobs_equal_plain_ones_one_at_a_time(
         for ids in group:
             expected = plain_logprobs(plain[role], image, solver_messages("{question}", question), ids)
             torch.testing.assert_close(next(found), expected, **TOLERANCE)
+
+
+def test_token_distributions_are_those_of_the_whole_vocabulary(
+    babbler: Policy, sized: list[Image.Image], plain: dict[Role | None, torch.nn.Module], monkeypatch: Any
+):
+    """Entropy and distance from uniform of each token of a group of ragged completions, in chunks of a few logits."""
+    request = asking(babbler, sized)[1]
+    vocabulary = plain[None].get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    monkeypatch.setattr(distributions, "CHUNK_LOGITS", 3 * vocabulary)
+    group = [Completion("", ids, (), "stop") for ids in ((5, 6, 7, 8, 9), (11,), (12, 13, 14))]
+    found = distributions.token_distributions(babbler, request, group, "solver")
+    for completion, of_tokens in zip(group, found, strict=True):
+        logprobs = plain_logprobs(plain["solver"], sized[1], request.messages, completion.token_ids)
+        uniform = torch.full_like(logprobs, 1 / vocabulary)
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+        certainties = (uniform * (uniform.log() - logprobs)).sum(-1)
+        torch.testing.assert_close(torch.tensor(of_tokens.entropies), entropies, **TOLERANCE)
+        torch.testing.assert_close(torch.tensor(of_tokens.certainties), certainties, **TOLERANCE)
 
 
 def test_a_slice_of_prompts_is_those_prompts(babbler: Policy, sized: list[Image.Image]):

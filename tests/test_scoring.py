@@ -15,7 +15,7 @@ import yaml
 from ireasoner.method import rewards
 from ireasoner.method.answers import majority
 from ireasoner.method.memory import RecentSteps, step_digest
-from ireasoner.method.recipe import REWARDS, Recipe
+from ireasoner.method.recipe import PUBLISHED, REWARDS, Recipe
 from ireasoner.method.scoring import (
     BUILT_IN,
     Context,
@@ -27,7 +27,7 @@ from ireasoner.method.scoring import (
     step_weight,
 )
 from ireasoner.method.texts import parse_trajectory
-from ireasoner.method.types import Completion, FinishReason, Solution
+from ireasoner.method.types import Completion, FinishReason, Solution, TokenDistributions
 from ireasoner.model.inputs import embed_texts
 from ireasoner.model.policy import Policy
 from ireasoner.training.config import Config, names, resolve
@@ -79,6 +79,8 @@ def pay(
         "embed": lambda texts: embed_texts(policy, texts, config.recipe.max_step_tokens),
         "recent_steps": [],
         "seed": (config.seed, step),
+        "logprobs": [c.logprobs for c in completions],
+        "distributions": lambda: [TokenDistributions((0.5,), (1.5,))] * len(completions),
         **context,
     }
     return score_group(question, [c.text for c in completions], config.recipe, Context(**given))
@@ -108,6 +110,7 @@ def test_a_hedge_leaves_the_votes_of_the_others_alone(policy: Policy) -> None:
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
+DEFAULT_KL = {"kl_coef": 0.03, "kl_rate": 0.0}
 DIFFERENCES_FROM_PAPER: dict[str, dict[str, Any]] = {
     "default": {
         "advantage": "rloo", "step_measure": "claims", "recurrence_window": 128, "step_weight_initial": 0.5,
@@ -115,16 +118,27 @@ DIFFERENCES_FROM_PAPER: dict[str, dict[str, Any]] = {
     },
     "answers-only": {"advantage": "rloo", "step_weight_final": 0.0, "kl_coef": 0.03, "kl_rate": 0.0},
     "discrete": {"reward": "discrete"},
+    "em-sequence": {"reward": "em_sequence", "advantage": "rloo", **DEFAULT_KL},
+    "em-token": {"reward": "em_token", "advantage": "rloo", **DEFAULT_KL},
+    "empo": {"reward": "empo", "advantage": "grpo", **DEFAULT_KL},
+    "evol-rl": {"reward": "evol_rl", "advantage": "grpo", **DEFAULT_KL},
+    "evolmm": {"step_weight_final": 0.0, "length_penalty": 0.1, "target_words": 6},
     "format-only": {"reward": "format"},
     "frozen-proposer": {"train_proposer": False},
+    "intuitor": {"reward": "intuitor", "advantage": "grpo", **DEFAULT_KL},
     "no-density": {"density_exponent": 0.0},
     "no-position-decay": {"position_decay": 0.0},
     "no-warmup": {"step_weight_warmup": 0.0},
     "oracle": {"reward": "oracle", "advantage": "rloo", "train_proposer": False},
     "outcome-only": {"step_weight_final": 0.0},
     "paper": {},
+    "r-zero": {"reward": "r_zero", "advantage": "grpo", "gate_low": 0.25, "gate_high": 0.75, **DEFAULT_KL},
     "random-reward": {"reward": "random"},
+    "restrain": {"reward": "restrain", "advantage": "rloo", **DEFAULT_KL},
+    "spine": {"reward": "ttrl", "advantage": "grpo", "token_share": 0.2, **DEFAULT_KL},
     "step-only": {"step_weight_initial": 1.0, "step_weight_final": 1.0},
+    "ttrl": {"reward": "ttrl", "advantage": "grpo", **DEFAULT_KL},
+    "ttrv": {"reward": "ttrv", "advantage": "grpo", **DEFAULT_KL},
 }  # fmt: skip
 
 
@@ -214,6 +228,7 @@ SCHEDULES = {
     "step-only": [1.0] * 10,
     "outcome-only": [0.0] * 10,
     "answers-only": [0.0] * 10,
+    "evolmm": [0.0] * 10,
     "default": [0.5] * 10,
 }
 
@@ -604,6 +619,15 @@ def test_a_reward_of_ones_own_is_paid_and_recorded_under_its_own_names():
     assert scored.trajectories[0].parts["outcome"].weight == 0.0  # known, but not paid
 
 
+def test_a_reward_of_ones_own_may_say_what_the_question_earns():
+    scored = pay_by(lambda group, context: {"a": [0.5] * 4, "proposer": 0.25})
+    assert (scored.rewards, scored.proposer_reward) == ((0.5, 0.5, 0.5, 0.0), 0.25)
+    assert set(scored.trajectories[0].parts) == {"a"}
+    # Of fewer than two readable answers nothing can be said about the question, whoever says it.
+    one = pay_by(lambda group, context: {"a": [0.5] * 2, "proposer": 0.25}, [PLAIN[0], "nothing"])
+    assert one.proposer_reward == 0.0
+
+
 def test_a_reward_of_ones_own_may_be_plain_numbers():
     scored = pay_by(lambda group, context: np.arange(len(group.solutions), dtype=np.float64))
     assert scored.rewards == (0.0, 1.0, 2.0, 0.0)
@@ -626,6 +650,10 @@ def test_a_reward_of_ones_own_may_be_plain_numbers():
         ({"outcome": [0.0] * 4}, "none of .*outcome"),
         ({"total": [0.0] * 4}, "total"),
         ({}, "name at least one"),
+        ({"proposer": 0.5}, "name at least one"),
+        ({"a": [0.0] * 4, "proposer": [0.5] * 4}, "as proposer: it must be one number"),
+        ({"a": [0.0] * 4, "proposer": math.nan}, "as proposer: it must be one number"),
+        ({"a": [0.0] * 4, "proposer": 1e7}, "at most a million"),
     ],
 )
 def test_a_reward_of_ones_own_that_cannot_be_is_named(given: Any, named: str):
@@ -664,7 +692,7 @@ def test_a_reward_in_a_file_is_not_opened_by_scoring():
 
 
 def test_every_reward_that_a_recipe_may_name_is_paid(policy: Policy):
-    assert ("agreement", *BUILT_IN) == REWARDS
+    assert ("agreement", *BUILT_IN, *PUBLISHED) == REWARDS
     for reward in REWARDS:
         flags = {"recipe": "oracle"} if reward == "oracle" else {"reward": reward}
         paid = pay(policy, config_of(**flags), PLAIN, true_answer="7")

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
 import torch
 from PIL import Image
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from ireasoner import Observer
 from ireasoner.app import api
 from ireasoner.app.cli import main
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Role, UsageError
+from ireasoner.model.parallel import Processes
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import TINY_MODEL
 from ireasoner.playground import dataset
@@ -34,7 +37,9 @@ from ireasoner.rollouts.vllm import completion_seeds
 from ireasoner.studies.doctor import fill_adapters
 from ireasoner.training.checks import check_start
 from ireasoner.training.config import ConfigError, config_of, dump_config, resolve
+from ireasoner.training.fitting import tell_shortages
 from ireasoner.training.opening import longest_sequence
+from ireasoner.training.recorder import Recorder, read_records
 from models import load, requests, sample, tokens
 from stand_in import StandIn
 
@@ -200,6 +205,18 @@ def test_a_lost_server_is_told_once_and_taken_back_with_the_current_adapters(
             assert told[1:] == [f"The server {one.address} answers again."]
 
 
+def test_a_lost_server_is_tried_again_before_patience_runs_out(policy: Policy):
+    """However many requests it was lost with, and however long it has been away."""
+    engine = ServersEngine(policy, ["http://127.0.0.1:9"], patience=100)
+    (server,) = engine.servers
+    for _ in range(32):
+        engine._lose(server, "it is gone")
+    assert server.failures == 1
+    for _ in range(2000):
+        engine._pause(server, "it is gone")
+    assert 0 < server.retry_at - time.monotonic() <= 10
+
+
 def test_a_server_that_was_started_anew_is_handed_the_adapters(
     policy: Policy, answering: Policy, asked: list[Request], open_engine: Callable[..., ServersEngine]
 ):
@@ -228,8 +245,8 @@ def test_a_request_is_asked_elsewhere_if_it_breaks_off(
         engine = open_engine(one, other)
         for one.change in failing:
             assert tokens(sample(engine, asked, None, 1, 8)) == tokens(live(policy, asked, None, 1, 8))
-            assert engine.servers[0].lost
-            engine.servers[0].lost = False
+            assert engine.servers[0].failures > 0  # it was lost, and may have been taken back since
+            engine.servers[0].lost, engine.servers[0].failures = False, 0
 
 
 def test_patience_runs_out(answering: Policy, asked: list[Request], open_engine: Callable[..., ServersEngine]):
@@ -239,6 +256,21 @@ def test_patience_runs_out(answering: Policy, asked: list[Request], open_engine:
         for work in (lambda: sample(engine, asked, "solver", 2, 8), engine.refresh):
             with pytest.raises(ServerError, match=r"within 0\.5 seconds \(--patience\): http.*resume"):
                 work()
+
+
+def test_a_reply_without_end_is_not_waited_for(
+    answering: Policy, asked: list[Request], open_engine: Callable[..., ServersEngine]
+):
+    async def drops() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.05)
+
+    with StandIn(answering) as server:
+        engine = open_engine(server, patience=1)
+        server.change = lambda reply: StreamingResponse(drops())
+        with pytest.raises(ServerError, match=r"within 1 seconds .*no reply within 0\.5 seconds"):
+            sample(engine, asked[:1], "solver", 1, 8)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -444,6 +476,23 @@ def test_a_run_goes_on_when_a_server_ends_and_is_resumed_when_all_do(
     metrics = [json.loads(line) for line in (tmp_path / "ended" / "metrics.jsonl").read_text().splitlines()]
     assert all(row.get("sampler_gap/solver", 0) < 1e-4 for row in metrics)
     assert any("sampler_gap/solver" in row for row in metrics)
+    events = list(read_records(tmp_path / "ended" / "events.jsonl"))
+    assert [row["step"] for row in events if f"{one.address} does not answer" in row["text"]] == [2, 3]
+
+
+def test_what_each_process_tells_of_servers_is_recorded_once(tmp_path: Path):
+    class Two(Processes):
+        def gather(self, items: Sequence[Any], total: int) -> list[Any]:
+            return [*items, ([], ["a is lost", "b is lost"])]
+
+    said, recorder = list[str](), Recorder.open(tmp_path)
+    run: Any = SimpleNamespace(news=["a is lost"], shortages=[], step=4, processes=Two(0, 2), recorder=recorder)
+    run.observer = Observer(on_message=said.append)
+    tell_shortages(run)
+    events = [(row["step"], row["text"]) for row in read_records(tmp_path / "events.jsonl")]
+    assert events == [(4, "a is lost"), (4, "b is lost")]
+    assert said == ["b is lost"]  # the other one was told at once
+    assert run.news == []
 
 
 # --- the part that takes adapters -------------------------------------------------------------------------------------

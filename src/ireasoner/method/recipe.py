@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -12,9 +13,11 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
-# What `reward` may name beside a file: agreement, and the keys of `ireasoner.method.scoring.BUILT_IN`, which cannot be
-# imported here because it reads recipes.
-REWARDS = ("agreement", "discrete", "random", "format", "oracle")
+# What `reward` may name beside a file: agreement and the keys of `ireasoner.method.scoring.BUILT_IN`, which cannot be
+# imported here because it reads recipes; and the modules of `ireasoner.method.published`.
+OWN = ("agreement", "discrete", "random", "format", "oracle")
+PUBLISHED = tuple(sorted(path.stem for path in Path(__file__).with_name("published").glob("[a-z]*.py")))
+REWARDS = (*OWN, *PUBLISHED)
 IN_PYTHON = "python:"  # what stands before the name of a function that was handed over in Python
 
 
@@ -33,7 +36,8 @@ class Recipe(Options):
     reward: str = "agreement"
     """What a readable trajectory earns: agreement on answers and reasoning steps (agreement, the paper's), 1 for the
     majority answer (discrete), a random number (random, a control), 1 for being readable (format, a control), 1 for
-    the true answer (oracle, a ceiling; needs --labels), or your own function, as my_rewards.py:function."""
+    the true answer (oracle, a ceiling; needs --labels), a published reward by its name, such as ttrl (the page 'Add a
+    reward' lists them), or your own function, as my_rewards.py:function."""
     outcome_exponent: NonNegative = 0.7
     """γ: the outcome reward is the answer's share to this power."""
     length_penalty: Share = 0.05
@@ -64,8 +68,11 @@ class Recipe(Options):
     """μ: answer entropy, in nats, of the question that earns most."""
     entropy_width: Positive = 0.35
     """σ: how fast the proposer's reward falls off around μ."""
-    advantage: Literal["ema", "rloo"] = "ema"
-    """Solver's baseline: a moving average (the paper) or the mean of the group's others (RLOO)."""
+    advantage: Literal["ema", "rloo", "grpo"] = "ema"
+    """Solver's baseline: a moving average (the paper), the mean of the group's others (RLOO), or the group's mean, with
+    the difference divided by the group's standard deviation (GRPO)."""
+    token_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of a trajectory's tokens, those with the largest entropy, that learn from its advantage (1: all)."""
     baseline_momentum: Share = 0.9
     """Momentum of the moving-average baseline."""
     kl_coef: Annotated[float, Field(ge=1e-8, le=1e2)] = 1e-3

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,23 @@ from numpy.typing import NDArray
 from ireasoner.method import claims, rewards
 from ireasoner.method.answers import Vote, answer_key, majority
 from ireasoner.method.memory import step_digest
-from ireasoner.method.recipe import Recipe
+from ireasoner.method.recipe import PUBLISHED, Recipe
 from ireasoner.method.rewards import FloatArray
 from ireasoner.method.texts import parse_trajectory
-from ireasoner.method.types import FinishReason, Form, Part, ScoredTrajectory, Solution, StepScore, UsageError
+from ireasoner.method.types import (
+    FinishReason,
+    Form,
+    Part,
+    ScoredTrajectory,
+    Solution,
+    StepScore,
+    TokenDistributions,
+    UsageError,
+)
 
 # Parts of a user's own reward cannot be called like these, which metrics and records hold for every reward.
 RESERVED_PARTS = frozenset({"total", "outcome", "step_agreement"})
+LARGEST_REWARD = 1e6
 NO_COMMITMENT = "the answer does not commit itself"  # the problem of a readable text whose answer has no key
 
 
@@ -51,9 +62,10 @@ class Group:
 
 
 # What a reward function gives: numbers [N], or several parts by name, whose sum is the reward. None stands for a part
-# that does not apply to a trajectory.
-Numbers = Sequence[float | None] | FloatArray
-RewardFunction = Callable[[Group, "Context"], Numbers | Mapping[str, Numbers]]
+# that does not apply to a trajectory. `proposer` is no such part, but one number: what the question earns.
+Numbers = Sequence[float | None] | NDArray[np.floating]
+Parts = Mapping[str, Numbers | float]
+RewardFunction = Callable[[Group, "Context"], Numbers | Parts]
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,9 @@ class Context:
         recent_steps: digests of the reasoning steps of each of the latest groups of other images, as
             `ireasoner.method.memory.RecentSteps` gives them.
         logprobs: of each text's tokens, under the distribution that was sampled from.
+        distributions: the solver's next-token distributions at each text's tokens. To call it takes a forward pass of
+            the group.
+        questions: all readable questions that were asked in the same training step, this one among them.
         true_answer: what is true, for the recipe `oracle`: an answer is right if it has the same key.
         judge: how right an answer is, from 0 to 1, where a label says so. The truth then takes the place of the vote.
         seed: of whatever a reward draws at random; a resumed run passes the same.
@@ -84,6 +99,8 @@ class Context:
     embed: Callable[[Sequence[str]], NDArray[np.floating]] | None = None
     recent_steps: Sequence[frozenset[str]] | None = None
     logprobs: Sequence[Sequence[float]] | None = None
+    distributions: Callable[[], Sequence[TokenDistributions]] | None = None
+    questions: Sequence[str] | None = None
     true_answer: str | None = None
     judge: Callable[[str], float] | None = None
     seed: Sequence[int] | None = None
@@ -154,10 +171,12 @@ def score_solutions(
     # Beside other rewards, agreement is recorded where it can be known, but nothing is paid for it.
     agreement = None if lacking else _agreement(group, recipe, context)
     other: dict[str, FloatArray] = {}
+    worth = rewards.proposer_reward(group.vote.entropy, target=recipe.target_entropy, width=recipe.entropy_width)
     if agreement and recipe.reward == "agreement":
         paid = rewards.solver_rewards(agreement.outcome, agreement.steps, agreement.weight)
     else:
-        other = _other_reward(group, recipe, context)
+        other, own_worth = _other_reward(group, recipe, context)
+        worth = worth if own_worth is None else own_worth
         paid = sum(other.values(), np.zeros(len(keys)))
     parts = _agreement_parts(agreement, group, recipe) if agreement else [{} for _ in keys]
     trajectories = tuple(
@@ -172,7 +191,6 @@ def score_solutions(
         )
         for i, solution in enumerate(solutions)
     )
-    worth = rewards.proposer_reward(vote.entropy, target=recipe.target_entropy, width=recipe.entropy_width)
     # Of fewer than two readable answers nothing can be said about the question.
     return ScoredGroup(vote, trajectories, worth if vote.readable >= 2 else 0.0)
 
@@ -368,8 +386,18 @@ BUILT_IN: dict[str, RewardFunction] = {
 }
 
 
-def _other_reward(group: Group, recipe: Recipe, context: Context) -> dict[str, FloatArray]:
-    """The parts [N] of a reward other than agreement."""
+def published_reward(name: str) -> RewardFunction:
+    """The published reward of a name in `ireasoner.method.recipe.PUBLISHED`.
+
+    Its module is imported when it is first paid, by its name, so that one more paper is one more file.
+    """
+    return import_module(f"ireasoner.method.published.{name}").reward
+
+
+def _other_reward(group: Group, recipe: Recipe, context: Context) -> tuple[dict[str, FloatArray], float | None]:
+    """The parts [N] of a reward other than agreement, and what it gives the proposer, if it says so."""
+    if recipe.reward in PUBLISHED:
+        return _checked(group, recipe.reward, published_reward(recipe.reward)(group, context))
     if built_in := BUILT_IN.get(recipe.reward):
         return _checked(group, recipe.reward, built_in(group, context))
     if context.reward is None:
@@ -383,9 +411,13 @@ def _other_reward(group: Group, recipe: Recipe, context: Context) -> dict[str, F
     return _checked(group, recipe.reward, given)
 
 
-def _checked(group: Group, name: str, given: Any) -> dict[str, FloatArray]:
-    """The parts that a function gave, checked; an unreadable trajectory earns nothing, whatever it was given."""
-    parts = given if isinstance(given, Mapping) else {"reward": given}
+def _checked(group: Group, name: str, given: Any) -> tuple[dict[str, FloatArray], float | None]:
+    """What a function gave, checked: the parts of the trajectories, and what the proposer earns (None: not said).
+
+    An unreadable trajectory earns nothing, whatever it was given.
+    """
+    parts = dict(given) if isinstance(given, Mapping) else {"reward": given}
+    worth = _checked_worth(name, parts.pop("proposer")) if "proposer" in parts else None
     if not parts or RESERVED_PARTS.intersection(parts):
         raise RewardError(
             f"{name} gave parts called {list(parts)}: name at least one, and none of {sorted(RESERVED_PARTS)}"
@@ -400,7 +432,14 @@ def _checked(group: Group, name: str, given: Any) -> dict[str, FloatArray]:
             raise RewardError(f"{name} gave {values!r:.100} as {part}: it must give a number for each text") from None
         if len(numbers) != len(group.answer_keys):
             raise RewardError(f"{name} gave {len(numbers)} numbers as {part} for {len(group.answer_keys)} texts")
-        if not np.isfinite(numbers).all() or np.abs(numbers).max(initial=0) > 1e6:
+        if not np.isfinite(numbers).all() or np.abs(numbers).max(initial=0) > LARGEST_REWARD:
             raise RewardError(f"{name} gave {numbers} as {part}: rewards must be finite, and at most a million")
         checked[str(part)] = rewards.readable_rewards(group.answer_keys) * numbers
-    return checked
+    return checked, worth
+
+
+def _checked_worth(name: str, given: Any) -> float:
+    """What a function gave as `proposer`, checked."""
+    if not isinstance(given, int | float | np.number) or not abs(given) <= LARGEST_REWARD:
+        raise RewardError(f"{name} gave {given!r:.100} as proposer: it must be one number, and at most a million")
+    return float(given)

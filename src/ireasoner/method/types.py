@@ -52,6 +52,17 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenDistributions:
+    """The policy's next-token distributions π at the tokens of a completion, in nats; one number for each token.
+
+    `entropies` are H(π); `certainties` are KL(U ‖ π), how far π is from the uniform distribution U over the vocabulary.
+    """
+
+    entropies: tuple[float, ...]
+    certainties: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """A proposer's text, read. `problem` says why it could not be read (None: it could)."""
 

@@ -114,6 +114,7 @@ def count(policy: Policy) -> Footprint:
         adapters=sum(adapters),
         layers=sum(frozen),
         widest=max(frozen),
+        gathered=0,
         optimizer=2 * sum(adapters) + 2 * max(adapters),
         kept=round(running.sum(kept)),
         layer=round(max(kept)),
@@ -124,8 +125,14 @@ def count(policy: Policy) -> Footprint:
         shared=max(keys, keys * 4 // itemsize) + values,
         state=round(running.sum(cached.keys) + running.sum(cached.values)) - TRIAL * (keys + values),
         logits=4 * vocabulary,
-        feature=width * itemsize,
+        feature=(1 + _inner_features(policy)) * width * itemsize,
     )
+
+
+def _inner_features(policy: Policy) -> int:
+    """How many layers of the vision tower have their features go to layers of the language model, beside the last."""
+    vision = policy.backbone.config.to_dict().get("vision_config") or {}
+    return len(vision.get("deepstack_visual_indexes") or ())
 
 
 def forward_flops(policy: Policy) -> int:

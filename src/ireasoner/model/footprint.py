@@ -21,6 +21,7 @@ class Footprint:
         adapters: both adapters, which are part of `weights`.
         layers: the frozen weights of all layers of the language model, which are part of `weights`.
         widest: the frozen weights of the largest of these layers.
+        gathered: the frozen weights of the layers that a sharded run holds whole during a pass, beside `weights`.
         optimizer: AdamW's state of both adapters, and one adapter's gradients twice: their sum so far, and those that
             are being computed.
         kept: a token, what the backward pass needs of all layers.
@@ -32,13 +33,14 @@ class Footprint:
         shared: a token, keys and values in a `SharedCache`, whose keys are in float32.
         state: a sequence, what a cache holds beside keys and values (linear attention).
         logits: a token, over the vocabulary, in float32.
-        feature: an image token, as the vision tower returns it.
+        feature: an image token, as the vision tower returns it, with what Qwen3-VL takes from inside the tower.
     """
 
     weights: int
     adapters: int
     layers: int
     widest: int
+    gathered: int
     optimizer: int
     kept: int
     layer: int
@@ -54,7 +56,7 @@ class Footprint:
     @property
     def fixed(self) -> int:
         """What training takes whatever it trains on."""
-        return self.weights + self.optimizer + self._loss(CHUNK_LOGITS)
+        return self.weights + self.gathered + self.optimizer + self._loss(CHUNK_LOGITS)
 
     def update_per_token(self, recomputed: bool) -> int:
         """At most what an update takes for each token on top of `fixed`, without or with gradient checkpointing."""
@@ -68,14 +70,16 @@ class Footprint:
             written: tokens of the completions among them.
             recomputed: whether with gradient checkpointing.
         """
-        # First the loss, and then one layer after another, run backward while what the others need is there.
-        return tokens * self._kept(recomputed) + max(self._loss(written), int(BACKWARD_PEAK * self.layer) * tokens)
+        # First the loss, when no layer is gathered, and then one layer after another, run backward while what the
+        # others need is there.
+        backward = int(BACKWARD_PEAK * self.layer) * tokens + self.gathered
+        return tokens * self._kept(recomputed) + max(self._loss(written), backward)
 
     def tokens_in(self, free: float) -> int:
         """How many tokens, written ones or others, an update may run in so many bytes, without checkpointing."""
         each = self.update_per_token(False)
         # Logits grow with the tokens, up to a limit.
-        growing = (free - self.weights - self.optimizer) / (each + LOSS_PEAK * self.logits)
+        growing = (free - self.weights - self.gathered - self.optimizer) / (each + LOSS_PEAK * self.logits)
         return int(max(growing, (free - self.fixed) / each))
 
     def sampling(self, prompts: int, prompt: int, room: int, count: int, *, at_a_time: int, shares: bool) -> int:
@@ -85,7 +89,7 @@ class Footprint:
         """
         # The images' features are put together for the prompts that are computed together.
         prefill = prompt * (prompts * self.cache + at_a_time * (self.passing + self.feature))
-        return max(prefill, prompts * self.caches(prompt, room, count, shares=shares))
+        return max(prefill, prompts * self.caches(prompt, room, count, shares=shares)) + self.gathered
 
     def caches(self, prompt: int, room: int, count: int, *, shares: bool) -> int:
         """What `count` completions of a prompt hold while they are sampled, with drawing their next tokens.
@@ -117,8 +121,8 @@ class Footprint:
         """The same on each of `ranks` processes that have the frozen layers of the language model shared out."""
         if ranks == 1:
             return self
-        gathered = self.layers // ranks + min(GATHERED * self.widest, self.layers)
-        return replace(self, weights=self.weights - self.layers + gathered)
+        share, gathered = self.layers // ranks, min(GATHERED * self.widest, self.layers)
+        return replace(self, weights=self.weights - self.layers + share, gathered=gathered)
 
     def _kept(self, recomputed: bool) -> int:
         # The prompt's part of the cache is there twice: completions put their keys and values behind a copy of it.

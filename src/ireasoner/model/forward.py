@@ -21,11 +21,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ireasoner.method.types import Role
 from ireasoner.model.attention import SharedCache
-from ireasoner.model.inputs import Prompts, join_features
+from ireasoner.model.inputs import Prompts, image_tokens, join_features
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import ModelError
 
@@ -119,8 +118,7 @@ def run_backbone(
 
 def _without_image_tokens(policy: Policy, ids_BC: Tensor) -> Tensor:
     """Completion tokens with padding in place of image tokens, which a model may write: no image belongs there."""
-    image_tokens = [*policy.processor.image_token_ids, policy.backbone.config.to_dict().get("image_token_id", -1)]
-    return ids_BC.masked_fill(torch.isin(ids_BC, torch.tensor(image_tokens, device=policy.device)), policy.pad_token)
+    return ids_BC.masked_fill(torch.isin(ids_BC, image_tokens(policy)), policy.pad_token)
 
 
 @contextmanager
@@ -158,21 +156,6 @@ def prefill_text(policy: Policy, ids_BP: Tensor, mask_BP: Tensor) -> Prefix:
     cache, positions_BP = new_cache(policy), mask_BP.cumsum(1)
     hidden = run_decoder(policy, cache, ids_BP, mask_BP, positions_BP)
     return Prefix(cache, mask_BP, hidden[:, -1], positions_BP[:, -1] + 1)
-
-
-def prefill_in_parts(policy: Policy, prompts: Prompts, size: int) -> Prefix:
-    """As `prefill`, with at most `size` prompts in a pass. For caches of keys and values alone (`shares_prompts`)."""
-    parts = [prefill(policy, prompts.padded(slice(i, i + size))) for i in range(0, len(prompts), size)]
-    first, *others = parts
-    # Layer by layer, so that the parts' caches and their copy are never all there at once.
-    for layer, *rest in zip(*(part.cache.layers for part in parts), strict=True) if others else ():
-        assert isinstance(layer, DynamicLayer)
-        for name in ("keys", "values"):
-            setattr(layer, name, torch.cat([getattr(each, name) for each in (layer, *rest)]))
-            for each in rest:
-                setattr(each, name, None)
-    joined = (torch.cat([getattr(part, name) for part in parts]) for name in ("last_hidden_BD", "next_position_B"))
-    return Prefix(first.cache, prompts.mask_BP, *joined)
 
 
 def run_decoder(policy: Policy, cache: Cache, ids_RC: Tensor, mask: Tensor | None, positions_RC: Tensor) -> Tensor:
@@ -288,22 +271,38 @@ def packed_hidden(policy: Policy, prefix: Prefix, ids_RC: Tensor, mask_RC: Tenso
     real = mask_RC.reshape(prompts, -1)
     place_BT = real.logical_not().sort(dim=1, stable=True).indices[:, : max(1, int(real.sum(1).max()))]
     real_BT = real.gather(1, place_BT)
-    completion_BT, offset_BT = place_BT // longest, place_BT % longest
-    same_BTT = completion_BT[:, :, None] == completion_BT[:, None]
-    earlier_BTT = offset_BT[:, :, None] >= offset_BT[:, None]
-    prompt_BTP = prefix.mask_BP.bool()[:, None].expand(-1, place_BT.shape[1], -1)
-    # Padding at the end of a shorter line is hidden as a key; what it becomes as a query is not used.
-    visible = torch.cat([prompt_BTP, same_BTT & earlier_BTT & real_BT[:, None]], dim=2)[:, None]
-    # Four dimensions and ready to be added to the scores: transformers would make a mask of two causal over the whole
-    # line, and a completion would see those before it.
-    mask = torch.zeros((), dtype=policy.backbone.dtype, device=policy.device)
-    mask = mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
     ids_BT = ids_RC.reshape(prompts, -1).gather(1, place_BT)
-    # Positions count from the prompt's end in each completion, as if it were alone.
-    hidden_BTD = run_decoder(policy, prefix.cache, ids_BT, mask, prefix.next_position_B[:, None] + offset_BT)
+    hidden_BTD = run_packed(policy, prefix, ids_BT, place_BT // longest, place_BT % longest, real_BT)
     hidden_RCD = hidden_BTD.new_zeros(*ids_RC.shape, hidden_BTD.shape[-1])
     hidden_RCD[mask_RC] = hidden_BTD[real_BT]  # both in the same order: prompt, completion, offset
     return hidden_RCD
+
+
+def run_packed(
+    policy: Policy, prefix: Prefix, ids_BT: Tensor, text_BT: Tensor, offset_BT: Tensor, real_BT: Tensor
+) -> Tensor:
+    """Run several texts behind each prompt, one after another in a line, in which none of them sees another one.
+
+    Args:
+        prefix: B prompts, whose cache grows by the lines.
+        ids_BT: the tokens.
+        text_BT: the number of the text that a token belongs to.
+        offset_BT: its place in this text. Positions count from the prompt's end in each text, as if it were alone.
+        real_BT: False at the padding behind a shorter line. It is hidden from the others, and what becomes of it means
+            nothing.
+
+    Returns:
+        Hidden states [B, T, D].
+    """
+    same_BTT = text_BT[:, :, None] == text_BT[:, None]
+    earlier_BTT = offset_BT[:, :, None] >= offset_BT[:, None]
+    prompt_BTP = prefix.mask_BP.bool()[:, None].expand(-1, ids_BT.shape[1], -1)
+    visible = torch.cat([prompt_BTP, same_BTT & earlier_BTT & real_BT[:, None]], dim=2)[:, None]
+    # Four dimensions and ready to be added to the scores: transformers would make a mask of two causal over the whole
+    # line, and a text would see those before it.
+    mask = torch.zeros((), dtype=policy.backbone.dtype, device=policy.device)
+    mask = mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
+    return run_decoder(policy, prefix.cache, ids_BT, mask, prefix.next_position_B[:, None] + offset_BT)
 
 
 def plain_completion_hidden(

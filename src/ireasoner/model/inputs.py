@@ -115,6 +115,10 @@ class Prompts:
             tuple(self.images[i] for i in index),
         )
 
+    def row(self, index: int) -> dict[str, Tensor]:
+        """The tensors [P] of one prompt."""
+        return {name: tensor[index] for name, tensor in self.text.items()}
+
     def padded(self, rows: slice) -> Prompts:
         """Some of the rows, padded like all of them."""
         return Prompts({name: tensor[rows] for name, tensor in self.text.items()}, self.images[rows])
@@ -134,11 +138,15 @@ class Prompts:
 
 @torch.no_grad()
 def encode_images(policy: Policy, images: Sequence[Image.Image]) -> list[EncodedImage]:
-    """Run each image through the processor and the vision tower, once.
+    """Run each image through the processor and the vision tower, once; also one that is there several times.
 
     Small images of one shape go through the tower together, which changes rounding alone. There is no limit of tokens
     as in the update: a large image is alone in the tower, without gradients, and what is kept of it are its features.
     """
+    distinct = {id(image): image for image in images}
+    if len(distinct) < len(images):
+        encoded = dict(zip(distinct, encode_images(policy, [*distinct.values()]), strict=True))
+        return [encoded[id(image)] for image in images]
     seen = [SeenImage(policy.processor, image) for image in images]
     inputs = [each.inputs(policy.processor.image_token) for each in seen]
     of_model = inspect.signature(policy.base.forward).parameters
@@ -191,12 +199,23 @@ def build_prompts(policy: Policy, images: Sequence[EncodedImage], messages: Sequ
             raise ValueError(f"a prompt must hold exactly one image, not {text.count(token)}")
         inputs = image.seen.inputs(text)
         texts.append({name: inputs[name][0] for name in inputs if _is_text(name)})
+    return left_padded(policy, texts, images)
+
+
+def left_padded(policy: Policy, texts: Sequence[Mapping[str, Tensor]], images: Sequence[EncodedImage]) -> Prompts:
+    """Texts as prompts, each given as tensors [length] by their names in the model's forward pass."""
     batch = {}
     for name in texts[0]:
         padding = policy.pad_token if name == "input_ids" else 0
         rows = pad_sequence([text[name] for text in texts], True, padding, padding_side="left")
         batch[name] = rows.to(policy.device)
     return Prompts(batch, tuple(images))
+
+
+def image_tokens(policy: Policy) -> Tensor:
+    """The ids of the tokens that stand for parts of an image."""
+    tokens = [*policy.processor.image_token_ids, policy.backbone.config.to_dict().get("image_token_id", -1)]
+    return torch.tensor(tokens, device=policy.device)
 
 
 def render(processor: Any, chat: list[dict[str, Any]]) -> str:

@@ -1,14 +1,15 @@
 """The update of one role: REINFORCE with exact KL to the backbone, on the sampled token ids.
 
-What it does: the mean log-probability of each trajectory's tokens, weighted by its advantage, plus β times the exact KL
-to the backbone without adapters; one AdamW step on the role's own LoRA tensors; then β moves toward its KL target.
+What it does: the mean log-probability of each trajectory's tokens, or of the most uncertain ones, weighted by its
+advantage, plus β times the exact KL to the backbone without adapters; one AdamW step on the role's own LoRA tensors;
+then β moves toward its KL target.
 
 Where the sampler is not the learner's own model, as with vLLM, a token's log-probability in that mean is weighted by
 how much likelier the learner finds the token (`importance_weights`). The KL is not: it is exact over the vocabulary
 at every position, whichever token was drawn there, so that a weight, whose mean is 1, would only add noise.
 
-What it leaves out: clipping of ratios as in PPO (each batch is used once), value functions, advantage normalisation,
-entropy bonuses, dropout. It does not know how a reward was made.
+What it leaves out: clipping of ratios as in PPO (each batch is used once), value functions, entropy bonuses, dropout.
+It does not know how a reward was made.
 
 Shape suffixes: G groups, N completions of each, R completions of a micro-batch, C completion positions (right-padded).
 """
@@ -32,8 +33,10 @@ from ireasoner.model.inputs import Prompts
 from ireasoner.model.loss import (
     MovingBaseline,
     adapt_kl_coef,
+    forking_means,
     gap_metrics,
     gap_sums,
+    group_normalized_advantages,
     importance_weights,
     leave_one_out_advantages,
     reinforce_loss,
@@ -52,8 +55,8 @@ class Learner:
     Args:
         policy: whose adapter is trained.
         role: which adapter.
-        recipe: how advantages are computed, and the KL. `rloo` is for the solver only: a question has no group, and the
-            proposer is always measured against the moving average.
+        recipe: how advantages are computed, and the KL. `rloo` and `grpo` are for the solver only: a question has no
+            group, and the proposer is always measured against the moving average.
         options: of the optimizer.
         processes: those that update together, each on its own groups.
     """
@@ -77,7 +80,10 @@ class Learner:
     def advantages(self, rewards: Sequence[Sequence[float]]) -> Tensor:
         """Advantages [G, N] of all processes' groups of a step. To read them does not move the baseline."""
         rewards_GN = torch.tensor(rewards, dtype=torch.float32)
-        return self.baseline.advantages(rewards_GN) if self._has_baseline else leave_one_out_advantages(rewards_GN)
+        if self._has_baseline:
+            return self.baseline.advantages(rewards_GN)
+        of_group = group_normalized_advantages if self.recipe.advantage == "grpo" else leave_one_out_advantages
+        return of_group(rewards_GN)
 
     @property
     def _has_baseline(self) -> bool:
@@ -179,7 +185,11 @@ class Learner:
         sampler_logprobs_T = sampler_logprobs_RC[mask_RC]
         weights_T = importance_weights(tokens.logprobs_T, sampler_logprobs_T, self.importance_cap)
         kl_R = trajectory_means(tokens.kl_T, mask_RC)
-        logprobs_R = trajectory_means(weights_T * tokens.logprobs_T, mask_RC)
+        logprobs_T, share = weights_T * tokens.logprobs_T, self.recipe.token_share
+        if share < 1.0:
+            logprobs_R = forking_means(logprobs_T, tokens.token_entropy_T, mask_RC, share)
+        else:
+            logprobs_R = trajectory_means(logprobs_T, mask_RC)
         loss = reinforce_loss(logprobs_R, kl_R, advantages_R.to(self.policy.device), self.kl_coef)
         entropy = trajectory_means(tokens.token_entropy_T, mask_RC).sum()
         gap_T = tokens.logprobs_T.detach() - sampler_logprobs_T

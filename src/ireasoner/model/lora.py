@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from torch import Tensor
+from torch.nn.functional import linear
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -31,13 +32,16 @@ def _product(
 ) -> tuple[Tensor, Tensor | None]:
     """What `linear_in_float32` returns, and x Aᵀ."""
     x_TI, down_TR = x.flatten(0, -2), None
-    result_TO = product_in_float32(x_TI.to(weight.dtype), weight.T)
+    if weight.dtype == torch.float32:  # in one call: with few rows, calls take longer than sums
+        result_TO = linear(x_TI, weight)
+    else:
+        result_TO = product_in_float32(x_TI.to(weight.dtype), weight.T)
     if bias is not None:
         result_TO += bias
     if a is not None and b is not None:
-        down_TR = x_TI.float() @ a.T
+        down_TR = linear(x_TI.float(), a)
         result_TO.addmm_(down_TR, b.T, alpha=scaling)
-    return result_TO.unflatten(0, x.shape[:-1]), down_TR
+    return result_TO.view(*x.shape[:-1], -1), down_TR
 
 
 class _Linear(torch.autograd.Function):

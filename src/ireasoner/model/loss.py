@@ -65,6 +65,25 @@ def leave_one_out_advantages(rewards_GN: Tensor) -> Tensor:
     return (rewards_GN - rewards_GN.mean(-1, keepdim=True)) * count / (count - 1)
 
 
+def group_normalized_advantages(rewards_GN: Tensor) -> Tensor:
+    """GRPO: how many standard deviations of its group a reward is above the group's mean, A_i = (r_i − r̄) / (s + 1e-6).
+
+    s is the standard deviation with N − 1, as in TRL and verl (Shao et al. 2024, arXiv 2402.03300). Equal rewards have
+    the advantage 0, whatever rounding leaves of their differences.
+
+    Args:
+        rewards_GN: [groups, N], N ≥ 2.
+
+    Raises:
+        ValueError: groups of one trajectory, which have no standard deviation.
+    """
+    if rewards_GN.shape[-1] < 2:
+        raise ValueError("group-normalized advantages need at least 2 trajectories in a group")
+    differences_GN = rewards_GN - rewards_GN.mean(-1, keepdim=True)
+    equal_G1 = (rewards_GN == rewards_GN[..., :1]).all(-1, keepdim=True)
+    return torch.where(equal_G1, 0.0, differences_GN / (rewards_GN.std(-1, keepdim=True) + 1e-6))
+
+
 def advantage_std(advantages: Tensor) -> float:
     """Standard deviation of a step's advantages. 0 means that the step teaches nothing."""
     return advantages.double().std(correction=0).item()
@@ -172,6 +191,20 @@ def trajectory_means(values_T: Tensor, mask_RC: Tensor) -> Tensor:
     """The mean [R] over each trajectory's own tokens, of values that stand row by row at True positions of the mask."""
     zeros_RC = torch.zeros(mask_RC.shape, dtype=values_T.dtype, device=values_T.device)
     return zeros_RC.masked_scatter(mask_RC, values_T).sum(-1) / mask_RC.sum(-1)
+
+
+def forking_means(values_T: Tensor, token_entropy_T: Tensor, mask_RC: Tensor, share: float) -> Tensor:
+    """As `trajectory_means`, over the share of each trajectory's tokens with the largest entropy, rounded up.
+
+    They are where a text may go on in different ways, and the others follow (SPINE, arXiv 2511.17938). Of equal
+    entropies the earlier token comes first.
+    """
+    lowest = torch.finfo(token_entropy_T.dtype).min
+    entropy_RC = torch.full(mask_RC.shape, lowest, dtype=token_entropy_T.dtype, device=mask_RC.device)
+    order_RC = entropy_RC.masked_scatter(mask_RC, token_entropy_T).argsort(dim=-1, descending=True, stable=True)
+    kept_R = (share * mask_RC.sum(-1)).ceil()
+    kept_RC = order_RC.argsort(-1) < kept_R[:, None]
+    return trajectory_means(values_T[kept_RC[mask_RC]], kept_RC)
 
 
 def reinforce_loss(logprobs_R: Tensor, kl_R: Tensor, advantages_R: Tensor, kl_coef: float) -> Tensor:

@@ -64,8 +64,8 @@ def by_answer(episode: Episode) -> list[list[Trajectory]]:
 
 
 def others(episode: Episode, trajectory: Trajectory, recipe: Recipe) -> list[float] | None:
-    """The rewards that a trajectory's baseline is the mean of; None where the baseline is a moving average."""
-    return [t.reward for t in episode.trajectories if t is not trajectory] if recipe.advantage == "rloo" else None
+    """The rewards that a trajectory's is compared with; None where the baseline is a moving average."""
+    return [t.reward for t in episode.trajectories if t is not trajectory] if recipe.advantage != "ema" else None
 
 
 def any_compared(episode: Episode) -> bool:

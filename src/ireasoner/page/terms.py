@@ -1,7 +1,7 @@
 """Recorded rewards as sums and products that a reader can check.
 
 A trajectory's reward is shown from its record alone, without knowing any equation, so that a reward of the user's own
-is shown like one of ours. The proposer's reward is the same in every recipe.
+is shown like one of ours. The proposer's reward is computed again, unless the reward function gave it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
-from ireasoner.method.recipe import Recipe
+from ireasoner.method.recipe import OWN, Recipe
 from ireasoner.method.rewards import proposer_reward
 from ireasoner.method.types import Episode, Part, Trajectory
 
@@ -38,21 +39,38 @@ def reward_terms(trajectory: Trajectory) -> list[Term]:
     return [reward, *(_part_term(name, part) for name, part in trajectory.parts.items())]
 
 
-def advantage_terms(advantage: float | None, reward: float, others: Sequence[float] | None = None) -> list[Term]:
+def advantage_terms(
+    advantage: float | None, reward: float, others: Sequence[float] | None = None, normalized: bool = False
+) -> list[Term]:
     """The baseline and the advantage, A = r − b, of a text that was trained on; empty for one that was not.
 
     Args:
         advantage: as it was recorded.
         reward: that it was computed from.
-        others: the rewards whose mean is the baseline; None: it is a moving average, which is not recorded.
+        others: the rewards of the rest of the group, whose mean is the baseline; None: it is a moving average, which is
+            not recorded.
+        normalized: the baseline is the mean of the whole group, and A = (r − b) / s with its standard deviation.
     """
     if advantage is None:
         return []
+    if normalized and others:
+        return _normalized_terms(advantage, reward, [reward, *others])
     baseline = reward - advantage
     told = "= mean reward of the group's others" if others else "= moving average of earlier rewards"
     adds_up = not others or math.isclose(baseline, sum(others) / len(others), abs_tol=FLOAT32 * max(1.0, abs(reward)))
     taken = f"= {reward:.4f} reward − {baseline:.4f} baseline"
     return [Term("baseline", baseline, told, adds_up), Term("advantage", advantage, taken, adds_up=True)]
+
+
+def _normalized_terms(advantage: float, reward: float, group: Sequence[float]) -> list[Term]:
+    """The group's mean as the baseline, and the advantage as a number of its standard deviations."""
+    baseline, deviation = fmean(group), stdev(group)
+    # Of nearly equal rewards, rounding decides how far they are apart; those of equal ones are 0.
+    tolerance = FLOAT32 * max(1.0, abs(reward)) / max(deviation, FLOAT32)
+    adds_up = math.isclose(advantage, (reward - baseline) / (deviation + 1e-6), abs_tol=tolerance)
+    taken = f"= ({reward:.4f} reward − {baseline:.4f} baseline) / {deviation:.4f} standard deviation of the group"
+    mean = Term("baseline", baseline, "= mean reward of the group", adds_up=True)
+    return [mean, Term("advantage", advantage, taken, adds_up)]
 
 
 def proposer_term(episode: Episode, recipe: Recipe) -> Term:
@@ -66,7 +84,10 @@ def proposer_term(episode: Episode, recipe: Recipe) -> Term:
             worth = proposer_reward(entropy, target=target, width=width)
         except ArithmeticError:  # with constants that no run could have used
             worth = math.nan
-    return Term("proposer's reward", episode.proposer_reward, made_of, _close(episode.proposer_reward, worth))
+    adds_up = _close(episode.proposer_reward, worth)
+    if not adds_up and recipe.reward not in OWN:  # others may say themselves what a question earns
+        return Term("proposer's reward", episode.proposer_reward, f"as {recipe.reward} gave it", adds_up=True)
+    return Term("proposer's reward", episode.proposer_reward, made_of, adds_up)
 
 
 def _part_term(name: str, part: Part) -> Term:

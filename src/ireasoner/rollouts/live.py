@@ -1,5 +1,7 @@
 """Sampling from the live policy: every completion of a call in one batched decode, each prompt computed once.
 
+What prompts about the same image begin with is computed once for all of them (`ireasoner.model.prefilling`).
+
 Where memory does not allow that, there are several batches, and prompts are computed in several parts.
 
 A token is drawn by inverting the cumulative distribution at a uniform number that comes from the request's own seed. So
@@ -29,10 +31,11 @@ from torch import Tensor
 from ireasoner.method.seeds import uniforms
 from ireasoner.method.types import Completion, Role
 from ireasoner.model.attention import attending
-from ireasoner.model.forward import Prefix, decode, prefill_in_parts
+from ireasoner.model.forward import Prefix, decode
 from ireasoner.model.inputs import Prompts, build_prompts
 from ireasoner.model.pieces import Piece, cut, gathered, halved, in_pieces
 from ireasoner.model.policy import Policy
+from ireasoner.model.prefilling import prefill_in_parts
 from ireasoner.model.sharding import equal_passes
 from ireasoner.rollouts.capture import CudaGraph, host_waits
 from ireasoner.rollouts.engine import Request, temperatures
@@ -95,18 +98,21 @@ class LiveEngine:
             return halved(policy, piece, what)
 
         found: dict[int, list[Completion]] = defaultdict(list)
-        for piece, groups in in_pieces(self._pieces(lengths, n, max_tokens), complete, smaller):
+        pieces = self._pieces(lengths, [id(image) for image in prompts.images], n, max_tokens)
+        for piece, groups in in_pieces(pieces, complete, smaller):
             for row, group in zip(piece.rows, groups, strict=True):
                 found[row] += group
         return [found[row] for row in range(len(requests))]
 
-    def _pieces(self, lengths: Sequence[int], n: int, room: int) -> list[Piece]:
+    def _pieces(self, lengths: Sequence[int], images: Sequence[int], n: int, room: int) -> list[Piece]:
         """Requests in batches whose caches take at most half of the memory; prefill and drawing have the other half.
 
-        The fewer batches the better: a step of a large batch takes hardly longer than one of a small batch.
+        The fewer batches the better: a step of a large batch takes hardly longer than one of a small batch. Neighbours
+        that are about the same image stay neighbours, because what their prompts begin with is run once.
 
         Args:
             lengths: of the prompts.
+            images: tells which of them are about the same image.
             n: completions of each.
             room: longest completion.
         """
@@ -117,7 +123,10 @@ class LiveEngine:
         def fits(piece: Piece) -> bool:
             return self._takes(lengths, piece, room) <= limit // 2
 
-        order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+        longest: dict[int, int] = defaultdict(int)
+        for image, length in zip(images, lengths, strict=True):
+            longest[image] = max(longest[image], length)
+        order = sorted(range(len(lengths)), key=lambda row: longest[images[row]])
         batches = gathered(order, lambda rows: fits(Piece(rows, columns)))
         return [part for rows in batches for part in cut(Piece(sorted(rows), columns), fits)]
 

@@ -113,7 +113,7 @@ async def ask(
         client: from `connections`.
         address: of the server.
         method, path: such as GET and /v1/models.
-        seconds: in which the next part of the reply has to come.
+        seconds: in which the reply has to be there; of something that is sent in parts, in which the next part goes.
         content: `json` or `content`, as `httpx2.AsyncClient.stream` takes them.
 
     Raises:
@@ -121,12 +121,15 @@ async def ask(
         ServerError: it does not accept the key, it is not trusted, or it replies without end.
     """
     timeout, body = httpx2.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS)), bytearray()
+    url, in_all = http_address(address, path), None if "content" in content else seconds
     try:
-        async with client.stream(method, http_address(address, path), timeout=timeout, **content) as response:
+        async with asyncio.timeout(in_all), client.stream(method, url, timeout=timeout, **content) as response:
             async for part in response.aiter_bytes():
                 body += part
                 if len(body) > LARGEST_REPLY:
                     raise ServerError(f"{address} replies more than {LARGEST_REPLY:,} bytes: it is no vLLM server")
+    except (TimeoutError, httpx2.ReadTimeout):
+        raise LostServerError(f"no reply within {seconds:g} seconds") from None
     except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
         reason = _printable(f"{type(error).__name__} {error}".removesuffix(" "))
         if "CERTIFICATE_VERIFY_FAILED" in reason:
@@ -169,21 +172,21 @@ def read_reply(address: str, body: bytes, kind: type[Model]) -> Model:
         raise ServerError(f"{address} replies what no vLLM server does: {place or 'it'}: {first['msg']}") from None
 
 
-async def look(client: httpx2.AsyncClient, address: str) -> Models:
-    """Ask a server what it is and what it serves.
+async def look(client: httpx2.AsyncClient, address: str, seconds: float = LOOK_SECONDS) -> Models:
+    """Ask a server what it is and what it serves; each of its two replies may take so many seconds.
 
     Raises:
         LostServerError: it does not answer now.
         ServerError: it is no vLLM server or too old a one, it does not accept the key, or it serves no model.
     """
-    status, body = await ask(client, address, "GET", "/version", seconds=LOOK_SECONDS)
+    status, body = await ask(client, address, "GET", "/version", seconds=seconds)
     if status != 200:
         raise ServerError(f"{address} is no vLLM server: it replies HTTP {status} to GET /version")
     version = read_reply(address, body, Version).version
     numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if len(numbers) == 2 and numbers < OLDEST and "dev" not in version:
         raise ServerError(f"{address} is vLLM {_printable(version)}: at least {'.'.join(map(str, OLDEST))} is needed")
-    status, body = await ask(client, address, "GET", "/v1/models", seconds=LOOK_SECONDS)
+    status, body = await ask(client, address, "GET", "/v1/models", seconds=seconds)
     if status != 200:
         raise ServerError(f"{address} is no vLLM server: it replies HTTP {status} to GET /v1/models: {said(body)}")
     models = read_reply(address, body, Models)

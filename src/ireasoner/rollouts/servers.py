@@ -27,12 +27,23 @@ from ireasoner.model.policy import Policy
 from ireasoner.rollouts.adapters import Adapters
 from ireasoner.rollouts.chat import Reply, chat_body, completion_of
 from ireasoner.rollouts.engine import Request, temperatures
-from ireasoner.rollouts.server import LostServerError, ServerError, ask, connections, look, read_reply, run_async, said
+from ireasoner.rollouts.server import (
+    LOOK_SECONDS,
+    LostServerError,
+    ServerError,
+    ask,
+    connections,
+    look,
+    read_reply,
+    run_async,
+    said,
+)
 from ireasoner.rollouts.vllm import completion_seeds, prompt_ids, takes_features
 
 IN_FLIGHT = (
     32  # requests of one process that a server has at a time: vLLM batches them, and more would only queue there
 )
+LONGEST_PAUSE = 60.0  # seconds until a lost server is tried again
 # Tokens that each server samples at the start, and how far their log-probabilities may be from the learner's on
 # average. On a CPU, rounding makes 1e-5 of that where both see the same features, and 4e-3 where the server reads the
 # picture with code of its own.
@@ -164,10 +175,10 @@ class ServersEngine:
             await self._hand_over(client, server)
             server.lost = False
         except (LostServerError, ServerError) as error:
-            self._lose(server, str(error))
+            self._pause(server, str(error))
 
     async def _hand_over(self, client: httpx2.AsyncClient, server: Server) -> None:
-        models = await look(client, server.address)
+        models = await look(client, server.address, min(LOOK_SECONDS, self.patience / 2))
         if server.serves not in ("", models.base.id):
             raise LostServerError(f"it serves {models.base.id} now, and not {server.serves}")
         server.serves = models.base.id
@@ -317,11 +328,19 @@ class ServersEngine:
             run_async(every_one())
 
     def _lose(self, server: Server, reason: str) -> None:
-        """Do not ask a server for a while, which doubles with every failure; tell so if it served until now."""
+        """Do not ask a server until it is taken back; tell so if it served until now."""
+        if server.lost:
+            return  # by another one of the requests that were under way
         if server.failures == 0:
             self.tell(f"The server {server.address} does not answer ({reason}): the others take its share.")
-        server.failures, server.lost, server.reason = server.failures + 1, True, reason
-        server.retry_at = time.monotonic() + min(2.0 ** (server.failures - 2), 60)
+        server.lost = True
+        self._pause(server, reason)
+
+    def _pause(self, server: Server, reason: str) -> None:
+        """Try a lost server again after a while, which doubles with every failure, and is over before patience is."""
+        server.failures, server.reason = server.failures + 1, reason
+        pause = 2.0 ** min(server.failures - 2, 10)
+        server.retry_at = time.monotonic() + min(pause, LONGEST_PAUSE, self.patience / 10)
 
     def _none_answers(self) -> ServerError:
         return ServerError(

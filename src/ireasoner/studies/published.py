@@ -1,7 +1,15 @@
 """The published architectures of some models, to plan with where the hub is out of reach.
 
 The numbers are those of each model's config.json on the hub, as far as they decide on sizes. They say nothing about
-weights, tokenizers or token ids.
+weights, tokenizers or token ids. They were compared, in November 2026 and each of them, with copies in public code:
+
+- Qwen2.5-VL 3B, 7B, 32B and 72B: `examples/qwen2.5vl/model_*.json` of Ascend/MindSpeed-MM.
+- Qwen3-VL 2B, 8B, 30B-A3B and 235B-A22B: `torchtitan/experiments/qwen3_vl/__init__.py` of pytorch/torchtitan; the
+  mixtures also with `scripts/models/qwen3-vl-*.sh` of THUDM/slime.
+- Qwen3-VL 4B: the copy of its config.json in kohya-ss's training scripts for Krea 2, and
+  `xtuner/v1/model/compose/qwen3_vl/qwen3_vl_config.py` of InternLM/xtuner.
+- Qwen3-VL 32B: no copy under its own name was found. The language model is that of Qwen3-32B, as copies of that
+  config.json have it; the vision tower is that of the 8B.
 """
 
 from __future__ import annotations

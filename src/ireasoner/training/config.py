@@ -196,7 +196,7 @@ class Config(Options):
     """Addresses of vLLM servers that sample, such as http://gpu2:8000; ireasoner serve says how to start one (none)."""
     adapters_folder: Path | None = None
     """Folder that this machine and the servers share, through which adapters reach them (they are sent over HTTP)."""
-    patience: Positive = 600
+    patience: Annotated[Positive, Field(le=1e7)] = 600
     """Seconds to wait for another process, or for a server, before the run gives up; it can then be resumed."""
     report_to: Annotated[tuple[TrackerName, ...], BeforeValidator(_separated)] = ()
     """Trackers that are told every number of metrics.jsonl and the verdict, where installed (none)."""

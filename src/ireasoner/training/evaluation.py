@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -168,8 +169,13 @@ def evaluate(
     """
     options = options or EvaluationOptions()
     engine = engine or LiveEngine(policy)
-    own = processes.share(len(questions))
-    found: list[tuple[dict[str, float], str]] = []
+    image = numbered(question.image for question in questions)
+    # Questions about one image are asked together, and by one process as far as equal shares allow: what they have in
+    # common is then run once. The shares follow one another, and the first ones may be longer by one.
+    by_image, (each, longer) = image.argsort(kind="stable").tolist(), divmod(len(questions), processes.count)
+    start = processes.index * each + min(processes.index, longer)
+    own = by_image[start : start + len(processes.share(len(questions)))]
+    found: list[tuple[int, dict[str, float], str]] = []
     for first in range(0, math.ceil(len(questions) / processes.count), options.batch_size):
         if processes.any(stop_asked()):  # all processes do equally many batches, so that they stop at the same one
             raise Stopped
@@ -178,7 +184,7 @@ def evaluate(
         # Several questions may be about one image.
         images = {q.image: load_image(q.image, options.max_image_pixels) for q in batch}
         if options.blank:
-            images = {path: Image.new("RGB", image.size, GRAY) for path, image in images.items()}
+            images = dict(zip(images, blanked([*images.values()]), strict=True))
         encoded = dict(zip(images, encode_images(policy, [*images.values()]), strict=True))
         requests = [
             Request(encoded[q.image], solver_messages(sampling.solver_prompt, q.question), (options.seed, i))
@@ -189,19 +195,25 @@ def evaluate(
         heats = [*[options.temperature] * SAMPLES, 0.0]
         longest = sampling.max_solution_tokens
         drawn = engine.sample(requests, role, n=len(heats), max_tokens=longest, temperature=heats)
-        for question, request, (*group, single) in zip(batch, requests, drawn, strict=True):
+        for i, question, request, (*group, single) in zip(numbers, batch, requests, drawn, strict=True):
             read = [
                 parse_trajectory(c.text, c.finish_reason, sampling.solution_form, request.prompt)
                 for c in (single, *group)
             ]
             tokens = float(np.mean([len(c.token_ids) for c in group]))
-            found.append((_score(question, read, options.match, truth) | {"tokens": tokens}, single.text))
+            found.append((i, _score(question, read, options.match, truth) | {"tokens": tokens}, single.text))
         on_progress(min((first + options.batch_size) * processes.count, len(questions)), len(questions))
-    rows, texts = zip(*processes.gather(found, len(questions)), strict=True)
+    _, rows, texts = zip(*sorted(processes.gather(found, len(questions)), key=itemgetter(0)), strict=True)
     names = rows[0].keys() if all(row.keys() == rows[0].keys() for row in rows) else rows[0].keys() - TRUTH
     columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in names}
-    image = numbered(question.image for question in questions)
     return Scores({name: columns.pop(name) for name in ACCURACIES}, greedy_texts=texts, image=image, **columns)
+
+
+def blanked(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """A uniformly gray image of the same size instead of each image. Images of one size get one and the same, which is
+    then encoded once."""
+    gray = {image.size: Image.new("RGB", image.size, GRAY) for image in images}
+    return [gray[image.size] for image in images]
 
 
 def _score(

@@ -126,9 +126,16 @@ def within_memory(run: Run) -> Iterator[None]:
 
 
 def tell_shortages(run: Run) -> None:
-    """Record where memory did not suffice in any process since the last call. Every process must call this."""
-    for told in run.processes.gather([run.shortages], run.processes.count):
-        for text in told:
+    """Record what any process has lacked since the last call: memory, or a server. Every process must call this."""
+    own = list(run.news)  # a thread that samples may add to them meanwhile
+    found = run.processes.gather([(run.shortages, own)], run.processes.count)
+    for shortages, _ in found:
+        for text in shortages:
             tokens = run.config.fitted_optimizer().tokens_per_batch
             run.tell(f"{text} With a lower --tokens-per-batch ({tokens} here), less is tried at a time.")
+    for text in dict.fromkeys(text for _, news in found for text in news):
+        run.recorder.event(run.step, text)
+        if text not in own:  # which the observer has been told at once
+            run.observer.on_message(text)
     run.shortages.clear()
+    del run.news[: len(own)]

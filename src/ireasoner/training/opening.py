@@ -54,8 +54,14 @@ def prepare(
     model = inputs.model if commit == inputs.model.commit else find_model(config.model, commit)
     pool = inputs.pool
     pool.share(processes)
+    news: list[str] = []
+
+    def hear(text: str) -> None:
+        observer.on_message(text)
+        news.append(text)
+
     examples = [question for questions in inputs.labels.values() for question in questions]
-    selfplay = open_selfplay(config, model, examples, inputs.reward, processes, observer.on_message)
+    selfplay = open_selfplay(config, model, examples, inputs.reward, processes, observer.on_message, hear)
     policy = selfplay.policy
     observer.on_message(policy.describe() + ".")
     if config.shard and processes.count == 1:
@@ -84,6 +90,7 @@ def prepare(
         signals=Signals(config.watch.watch_window * config.schedule.images_per_step, config.labelled_alone),
         questions=draw_questions(inputs.questions, config.schedule.eval_questions),
         truth=truth,
+        news=news,
     )
     policy.on_shortage = run.shortages.append
     processes.wait()  # where one of them cannot load the model, the main one must not have begun to write
@@ -163,6 +170,7 @@ def open_selfplay(
     reward: RewardFunction | None = None,
     processes: Processes = ALONE,
     tell: Callable[[str], None] = lambda line: None,
+    tell_of_servers: Callable[[str], None] = lambda line: None,
 ) -> SelfPlay:
     """Load the model with new adapters, and make the self-play of a run on it.
 
@@ -173,6 +181,7 @@ def open_selfplay(
         reward: the reward function if it is the user's own.
         processes: those that play together.
         tell: as for `load_policy`.
+        tell_of_servers: as `tell` of `open_engine`.
 
     Raises:
         UsageError: the model or the engine cannot be used.
@@ -185,7 +194,7 @@ def open_selfplay(
     sharded_over = processes if config.shard else ALONE
     policy = load_policy(model, config.backbone, device=device, seed=config.seed, tell=tell, sharded_over=sharded_over)
     limit_sampling(policy, config.fitted_optimizer().tokens_per_batch)
-    engine = open_engine(config, policy, processes, tell)
+    engine = open_engine(config, policy, processes, tell_of_servers)
     return SelfPlay(policy, engine, config, examples, reward, processes)
 
 

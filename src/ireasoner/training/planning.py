@@ -13,7 +13,7 @@ from ireasoner.model.backbone import most_image_tokens, scales_by_area
 from ireasoner.model.batching import Batching
 from ireasoner.model.counting import SPARE
 from ireasoner.model.footprint import Footprint
-from ireasoner.model.pieces import DoesNotFitError
+from ireasoner.model.pieces import DoesNotFitError, Piece
 from ireasoner.model.policy import Policy
 from ireasoner.training.config import Config
 from ireasoner.training.evaluation import EvaluationOptions
@@ -66,6 +66,17 @@ def footprint(policy: Policy, config: Config, image_tokens: int, processes: int)
     return takes.sharded(processes) if config.shard else takes
 
 
+def images_at_a_time(config: Config, processes: int) -> tuple[int, int]:
+    """How many images a process has at hand: of a step, and of the questions that an evaluation asks together."""
+    asked = min(EvaluationOptions.batch_size, math.ceil(config.schedule.eval_questions / processes))
+    return math.ceil(config.schedule.images_per_step / processes), asked if config.eval_data else 0
+
+
+def features(config: Config, takes: Footprint, image_tokens: int, processes: int) -> int:
+    """Bytes of the features of the images that a process has at hand at most."""
+    return max(images_at_a_time(config, processes)) * image_tokens * takes.feature
+
+
 def needs(policy: Policy, config: Config, image_tokens: int, processes: int = 1) -> Needs:
     """What a process of a run takes on its device, where every text is as long as it may be.
 
@@ -78,14 +89,14 @@ def needs(policy: Policy, config: Config, image_tokens: int, processes: int = 1)
     takes, sampling = footprint(policy, config, image_tokens, processes), config.sampling
     prompt, n, solution = longest_prompt(config, image_tokens), sampling.group_size, sampling.max_solution_tokens
     tokens = config.fitted_optimizer().tokens_per_batch
-    images = math.ceil(config.schedule.images_per_step / processes)
-    asked = min(EvaluationOptions.batch_size, math.ceil(config.schedule.eval_questions / processes))
-    asked = asked if config.eval_data else 0
+    images, asked = images_at_a_time(config, processes)
     batching, lengths = Batching(policy, tokens), [(prompt, solution)] * images
-    update = max(
-        takes.update(batching.tokens(lengths, piece), piece.size * solution, piece.recomputed)
-        for piece in batching.pieces(lengths, n)
-    )
+
+    def update(piece: Piece) -> int:
+        written, group = piece.size * solution, prompt + (piece.columns.stop - piece.columns.start) * solution
+        # Of completions that share a prompt, each token has a mask of what it sees in its group.
+        mask = written * group * policy.backbone.dtype.itemsize if policy.shares_prompts else 0
+        return takes.update(batching.tokens(lengths, piece), written, piece.recomputed) + mask
 
     def sampled(prompts: int, count: int, room: int) -> int:
         if not prompts or config.engine != "transformers" or config.servers:
@@ -100,14 +111,14 @@ def needs(policy: Policy, config: Config, image_tokens: int, processes: int = 1)
     return Needs(
         weights=takes.weights,
         optimizer=takes.optimizer,
-        images=max(images, asked) * image_tokens * takes.feature,
-        update=update,
+        images=features(config, takes, image_tokens, processes),
+        update=max(map(update, batching.pieces(lengths, n))),
         sampling=max(sampled(images, n, solution), sampled(images, 1, sampling.max_question_tokens)),
         evaluation=sampled(asked, SAMPLES + 1, solution),  # and the greedy reply, which is drawn with them
     )
 
 
-def tokens_that_fit(config: Config, takes: Footprint, image_tokens: int, free: float) -> int:
+def tokens_that_fit(config: Config, takes: Footprint, image_tokens: int, free: float, processes: int = 1) -> int:
     """How many tokens an update may keep the activations of.
 
     Args:
@@ -115,15 +126,15 @@ def tokens_that_fit(config: Config, takes: Footprint, image_tokens: int, free: f
         takes: what the model takes on the device.
         image_tokens: the most that an image takes in a prompt.
         free: bytes of the device that are free.
+        processes: how many there are.
 
     Raises:
         DoesNotFitError: it does not hold a single completion, even with gradient checkpointing.
     """
-    images = EvaluationOptions.batch_size if config.eval_data else config.schedule.images_per_step
-    features = images * image_tokens * takes.feature
+    of_images = features(config, takes, image_tokens, processes)
     solution = config.sampling.max_solution_tokens
     longest = longest_prompt(config, image_tokens) + solution
-    least = takes.weights + takes.optimizer + features + takes.update(longest, solution, recomputed=True)
+    least = takes.weights + takes.optimizer + of_images + takes.update(longest, solution, recomputed=True)
     usable = (1 - SPARE) * free
     if usable < least:
         raise DoesNotFitError(
@@ -132,7 +143,7 @@ def tokens_that_fit(config: Config, takes: Footprint, image_tokens: int, free: f
             f"memory can be used: lower --max-image-tokens (an image takes up to {image_tokens}), share it out among "
             "more processes with --shard, use a smaller model or a larger device, or go on regardless with --force"
         )
-    return max(1, takes.tokens_in(usable - features))
+    return max(1, takes.tokens_in(usable - of_images))
 
 
 def fit(policy: Policy, config: Config, image_tokens: int, free: float, processes: int = 1) -> Config:
@@ -141,7 +152,8 @@ def fit(policy: Policy, config: Config, image_tokens: int, free: float, processe
     Raises:
         DoesNotFitError: as for `tokens_that_fit`.
     """
-    tokens = tokens_that_fit(config, footprint(policy, config, image_tokens, processes), image_tokens, free)
+    takes = footprint(policy, config, image_tokens, processes)
+    tokens = tokens_that_fit(config, takes, image_tokens, free, processes)
     if tokens >= config.optimizer.tokens_per_batch:
         return config
     return config.model_copy(update={"fitted_tokens_per_batch": tokens})

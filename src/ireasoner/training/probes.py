@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from PIL import Image
-
 from ireasoner.method.answers import answer_key
 from ireasoner.method.texts import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.method.types import Completion, Episode, ProbeAnswer, Solution
 from ireasoner.model.inputs import EncodedImage, encode_images
 from ireasoner.rollouts.engine import Request
-from ireasoner.training.evaluation import GRAY
+from ireasoner.training.evaluation import blanked
 from ireasoner.training.items import Item
 from ireasoner.training.recorder import read_records
 from ireasoner.training.state import Run
@@ -68,7 +66,7 @@ def blank_survival(run: Run, episodes: Sequence[Episode], items: Sequence[Item])
     if not rows or not run.due(run.config.watch.blank_every):
         return {}
     own = [rows[n] for n in run.processes.share(len(rows))]
-    encoded = encode_images(run.policy, [Image.new("RGB", items[i].image.size, GRAY) for i in own])
+    encoded = encode_images(run.policy, blanked([items[i].image for i in own]))
     questions = [episodes[i].question.text for i in own]
     survived = [
         solution.answer is not None and answer_key(solution.answer, question) == episodes[i].majority_answer

@@ -1,8 +1,8 @@
 """The run directory: records of what happened at each step, for people and reports to read.
 
 Each `.jsonl` file holds one JSON object a line, in ASCII, with its `step`. JSON has no NaN and no infinities: they are
-written as null. No record depends on the time or the process, except for the measured seconds in `metrics.jsonl`: a
-resumed run writes what an uninterrupted one would have written.
+written as null. No record depends on the time or the process, except for the measured seconds in `metrics.jsonl` and
+what `events.jsonl` tells of servers and of memory: a resumed run writes what an uninterrupted one would have written.
 """
 
 from __future__ import annotations

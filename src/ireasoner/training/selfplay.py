@@ -18,6 +18,8 @@ from ireasoner.method.types import Completion, Episode, Proposal, Question, Samp
 from ireasoner.model.inputs import EncodedImage, embed_texts, encode_images, render
 from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
+from ireasoner.model.sharding import equal_passes
+from ireasoner.rollouts.distributions import token_distributions
 from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.training.config import Config
 from ireasoner.training.items import Item
@@ -160,8 +162,13 @@ class SelfPlay:
         # Completions were exchanged before they are scored, so that every process remembers the steps of every group.
         for item, group in zip(draft.items, solutions, strict=True):
             self.memory.add(item.name, group)
-        episodes = [self._episode(batch, i, asked[i], prompts[i], draft.groups[i], solutions[i]) for i in images]
+        questions = [a.question.text for a in asked if a.question.well_formed]
         solving = self._solver_requests(batch, images, {i: asked[i].question for i in images})
+        with equal_passes(self.policy):  # which a reward may ask for
+            episodes = [
+                self._episode(batch, i, asked[i], questions, prompts[i], solving.get(i), draft.groups[i], solutions[i])
+                for i in images
+            ]
         solver = [Sample(i, request, draft.groups[i]) for i, request in solving.items()]
         proposing = self._proposer_requests(batch, images)
         proposer = [Sample(i, request, draft.proposals[i]) for i, request in proposing.items()]
@@ -242,11 +249,16 @@ class SelfPlay:
         batch: _Batch,
         i: int,
         asked: _Asked,
+        questions: Sequence[str],
         prompt: str,
+        request: Request | None,
         completions: Sequence[Completion],
         solutions: Sequence[Solution],
     ) -> Episode:
-        """Score the group of item i, which are the solver's replies to `prompt`, and make its record."""
+        """Score the group of item i, which are the solver's replies to `prompt`, and make its record.
+
+        `questions` are all readable ones of the step; `request` is None where this one was not asked.
+        """
         recipe = self.config.recipe
         planned = self.config.planned_steps or self.config.schedule.steps
         weight = step_weight(recipe, min(batch.step, planned), planned)
@@ -257,6 +269,8 @@ class SelfPlay:
             prompt=prompt,
             finish_reasons=[c.finish_reason for c in completions],
             logprobs=[c.logprobs for c in completions],
+            distributions=request and partial(token_distributions, self.policy, request, completions, "solver"),
+            questions=questions,
             step_weight=weight,
             embed=lambda texts: embed_texts(self.policy, texts, recipe.max_step_tokens),
             recent_steps=self.memory.of_others(name),

@@ -83,6 +83,7 @@ class Run:
     draft: Draft | None = None
     elapsed: float = 0.0
     shortages: list[str] = field(default_factory=list)  # of memory, in this process, that are still to be told
+    news: list[str] = field(default_factory=list)  # of servers, told by this process, that are still to be recorded
 
     @property
     def alarm(self) -> Alarm | None:
