@@ -134,7 +134,7 @@ def test_an_image_that_is_gone_is_left_out_of_what_was_sampled_ahead(
         loop.start(resolve(options), out, stop_after(3))
     drafted = json.loads((out / "checkpoints/step-000002/draft.json").read_text())
     assert drafted["step"] == 3
-    gone, left = drafted["names"]
+    gone, left = [item["name"] for item in drafted["items"]]
     (tmp_path / "images" / gone).unlink()
     assert loop.resume(load_config(out / "config.yaml"), out).complete
     played = [row for row in records(out, "episodes.jsonl") if row["step"] == 3]

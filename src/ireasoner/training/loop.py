@@ -14,17 +14,17 @@ from ireasoner.method.scoring import RewardFunction
 from ireasoner.method.types import Episode
 from ireasoner.model.distributed import joined
 from ireasoner.training.checks import Inputs, check_out, check_resume, check_start, finished
-from ireasoner.training.closing import Outcome, finish, scores_before, versions
-from ireasoner.training.config import Config, dump_config
+from ireasoner.training.closing import Outcome, finish, scores_before
+from ireasoner.training.config import Config
 from ireasoner.training.fitting import fitted, within_memory
 from ireasoner.training.floors import common_problem, floor_signals
 from ireasoner.training.items import Item
 from ireasoner.training.labelled import StepTruth
 from ireasoner.training.metrics import play_metrics, timed
-from ireasoner.training.opening import open_directory, prepare
+from ireasoner.training.opening import begin_directory, open_directory, prepare
 from ireasoner.training.overlap import draft_of_step, next_step_sampled
 from ireasoner.training.probes import blank_survival, probe
-from ireasoner.training.recorder import VERSIONS, write_json, writer_lock
+from ireasoner.training.recorder import writer_lock
 from ireasoner.training.reporting import named_trackers, tracking
 from ireasoner.training.state import (
     Observer,
@@ -132,10 +132,7 @@ def _run(
         if open_directory(run):
             record_extension(run)
         else:
-            run.recorder.write_text(VERSIONS, write_json(versions(run)))
-            run.recorder.write_text("config.yaml", dump_config(run.config))  # which makes the directory a run
-            for note in inputs.notes:
-                run.tell(note)
+            begin_directory(run, inputs.notes)
             probe(run)
             save(run)
         observer.on_start(run.config, run.step + 1)

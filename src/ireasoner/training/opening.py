@@ -21,10 +21,11 @@ from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.advice import drowned_in_rounding
 from ireasoner.training.checkpoints import newest_checkpoint
 from ireasoner.training.checks import Inputs
-from ireasoner.training.config import Config
+from ireasoner.training.closing import versions
+from ireasoner.training.config import Config, dump_config
 from ireasoner.training.items import LISTING, set_aside_line
 from ireasoner.training.labelled import LabelledQuestion, StepTruth, draw_questions
-from ireasoner.training.recorder import Recorder, RunError
+from ireasoner.training.recorder import VERSIONS, Recorder, RunError, write_json
 from ireasoner.training.selfplay import SelfPlay
 from ireasoner.training.state import Observer, Run, check_config, notes, read_listing, read_state, record_skips, restore
 from ireasoner.training.watch import Signals, Watch
@@ -161,6 +162,14 @@ def open_directory(run: Run) -> bool:
     if read_listing(run.out) != run.pool.names.text:
         run.recorder.write_text(LISTING, run.pool.names.text.decode())
     return checkpoint is not None
+
+
+def begin_directory(run: Run, notes: Sequence[str]) -> None:
+    """Write what the directory of a new run begins with, and tell these sentences about what was read."""
+    run.recorder.write_text(VERSIONS, write_json(versions(run)))
+    run.recorder.write_text("config.yaml", dump_config(run.config))  # which makes the directory a run
+    for note in notes:
+        run.tell(note)
 
 
 def open_selfplay(
