@@ -29,6 +29,7 @@ from ireasoner.app.cli import build_app, main
 from ireasoner.app.display import Display, print_table
 from ireasoner.app.paths import absolute
 from ireasoner.app.targets import evaluate_target
+from ireasoner.method.recipe import PUBLISHED
 from ireasoner.method.types import Episode, Proposal, Question, UsageError
 from ireasoner.playground import dataset, world
 from ireasoner.studies import ablate, ablation_jobs
@@ -778,3 +779,19 @@ def test_arms_of_one_reward_have_one_file(tmp_path: Path):
     (tmp_path / "own.py").write_text("def fn(group, context):\n    return [1.0] * len(group.texts)\n")
     with pytest.raises(UsageError, match=r"own\.py:fn has changed"):
         _check_run(tmp_path / "own-0", config)
+
+
+# --- the field --------------------------------------------------------------------------------------------------------
+
+
+def test_the_field_has_every_published_reward_between_its_controls(tmp_path: Path, capsys: Any):
+    settings = ablate.settle(tmp_path / "out", ablate.field_suite({}))
+    arms = {name: ablate.arm_config(tmp_path / "out", settings, name, 0) for name in settings.recipes}
+    assert {config.recipe.reward for config in arms.values()} == {"agreement", "random", "oracle", *PUBLISHED}
+    assert (settings.seeds, settings.cooled) == (3, True)
+    assert {name for name, config in arms.items() if config.labels} == {"oracle"}
+    own = ablate.field_suite({"images": "photos"})
+    assert "oracle" not in own["recipes"]
+    assert not own["cooled"]
+    assert main(["ablate", str(tmp_path / "both"), "--suite", "field", "--recipes", "paper"]) == 2
+    assert "leave out --recipes" in capsys.readouterr().err

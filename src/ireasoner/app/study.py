@@ -35,6 +35,7 @@ def ablate(
     /,
     *,
     recipes: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    suite: Literal["field"] | None = None,
     seeds: Count | None = None,
     quick: bool = False,
     cooled: bool | None = None,
@@ -56,6 +57,8 @@ def ablate(
     Args:
         out: Folder to write, or to go on in.
         recipes: Names or YAML files (paper outcome-only answers-only random-reward default).
+        suite: Instead of recipes, field: the published rewards, paper, default, random rewards and the oracle, beside
+            the base and the cooled base; 3 seeds.
         seeds: Runs of each recipe, seeds 0 to N - 1 (5).
         quick: 2 seeds, 256 questions, 24 steps and 2 jobs: a first look.
         cooled: Add a control: the base at the temperature at which its answer entropy equals the first recipe's.
@@ -88,9 +91,11 @@ def ablate(
         "labels": labels,
     }
     given = absolute({name: value for name, value in named.items() if value is not None}) | {"training": training}
+    if suite and recipes:
+        raise UsageError("--suite names the recipes: leave out --recipes")
     jobs = jobs or (study.QUICK_JOBS if quick else 1)
-    if quick:
-        given = {**study.QUICK, **given, "training": {**study.QUICK["training"], **given["training"]}}
+    assumed = {**(study.field_suite(given) if suite else {}), **(study.QUICK if quick else {})}
+    given = {**assumed, **given, "training": {**assumed.get("training", {}), **given["training"]}}
     for number in (signal.SIGTERM,) if sys.platform == "win32" else (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup, SIGHUP stays ignored
             signal.signal(number, signal.default_int_handler)  # interrupt as Ctrl-C does

@@ -21,6 +21,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ireasoner.method.recipe import PUBLISHED
 from ireasoner.method.types import Match, UsageError
 from ireasoner.model.backbone import load_processor
 from ireasoner.playground import dataset, world
@@ -28,7 +29,7 @@ from ireasoner.playground.truth import step_truth
 from ireasoner.studies import ablation_tables as report
 from ireasoner.studies.ablation_jobs import ArmsProgress, Columns, Jobs, make_scores
 from ireasoner.training.checks import match_labels
-from ireasoner.training.config import PRESET_OPTIONS, Config, dump_config, load_config, names, resolve
+from ireasoner.training.config import PRESET_OPTIONS, Config, dump_config, load_config, load_recipe, names, resolve
 from ireasoner.training.custom_reward import names_a_file, sha256_of
 from ireasoner.training.items import ImagePool
 from ireasoner.training.labelled import answer_prior, load_questions, prior_line
@@ -109,6 +110,21 @@ def settle(out: Path, given: Mapping[str, Any]) -> Settings:
             own = f"the recipe {recipe} is paid by {config.recipe.reward}"
             raise UsageError(f"{own}, whose code is run only if you say so: name the recipes again with --recipes")
     return settings
+
+
+def field_suite(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The published rewards beside ours, between random rewards and the oracle, and the base when it is cooled.
+
+    Every recipe of the package that pays a published reward takes part. On the user's own images the oracle needs
+    labels, and nothing is cooled.
+
+    Args:
+        given: settings by name; only those that were named on the command line.
+    """
+    published = [name for name in names("recipes") if load_recipe(name).reward in PUBLISHED]
+    oracle = [] if given.get("images") and not given.get("labels") else ["oracle"]
+    recipes = ("paper", "default", "random-reward", *oracle, *published)
+    return {"recipes": recipes, "seeds": 3, "cooled": not given.get("images")}
 
 
 def _fixed(out: Path, settings: Settings) -> dict[str, Any]:
