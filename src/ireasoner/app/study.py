@@ -57,8 +57,7 @@ def ablate(
     Args:
         out: Folder to write, or to go on in.
         recipes: Names or YAML files (paper outcome-only answers-only random-reward default).
-        suite: Instead of recipes, field: the published rewards, paper, default, random rewards and the oracle, beside
-            the base and the cooled base; 3 seeds.
+        suite: Instead of recipes: paper, default and the published rewards, with controls, under 3 seeds (field).
         seeds: Runs of each recipe, seeds 0 to N - 1 (5).
         quick: 2 seeds, 256 questions, 24 steps and 2 jobs: a first look.
         cooled: Add a control: the base at the temperature at which its answer entropy equals the first recipe's.

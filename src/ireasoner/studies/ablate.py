@@ -29,7 +29,7 @@ from ireasoner.playground.truth import step_truth
 from ireasoner.studies import ablation_tables as report
 from ireasoner.studies.ablation_jobs import ArmsProgress, Columns, Jobs, make_scores
 from ireasoner.training.checks import match_labels
-from ireasoner.training.config import PRESET_OPTIONS, Config, dump_config, load_config, load_recipe, names, resolve
+from ireasoner.training.config import PRESET_OPTIONS, Config, dump_config, load_config, names, options_in, resolve
 from ireasoner.training.custom_reward import names_a_file, sha256_of
 from ireasoner.training.items import ImagePool
 from ireasoner.training.labelled import answer_prior, load_questions, prior_line
@@ -121,7 +121,7 @@ def field_suite(given: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         given: settings by name; only those that were named on the command line.
     """
-    published = [name for name in names("recipes") if load_recipe(name).reward in PUBLISHED]
+    published = [name for name in names("recipes") if options_in("recipes", name).get("reward") in PUBLISHED]
     oracle = [] if given.get("images") and not given.get("labels") else ["oracle"]
     recipes = ("paper", "default", "random-reward", *oracle, *published)
     return {"recipes": recipes, "seeds": 3, "cooled": not given.get("images")}
