@@ -74,7 +74,9 @@ def images_at_a_time(config: Config, processes: int) -> tuple[int, int]:
 
 def features(config: Config, takes: Footprint, image_tokens: int, processes: int) -> int:
     """Bytes of the features of the images that a process has at hand at most."""
-    return max(images_at_a_time(config, processes)) * image_tokens * takes.feature
+    of_step, asked = images_at_a_time(config, processes)
+    steps = 1 + config.schedule.overlap  # the next step's are there already
+    return max(steps * of_step, asked) * image_tokens * takes.feature
 
 
 def needs(policy: Policy, config: Config, image_tokens: int, processes: int = 1) -> Needs:
