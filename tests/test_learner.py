@@ -164,7 +164,8 @@ def test_update_equals_a_naive_one(make_policy: MakePolicy, pictures: list[Image
         scene.groups = [[scene.groups[0][1]], [scene.groups[1][2]]]
     assert {c.finish_reason for group in scene.groups for c in group} == {"stop", "length"}
     expected, numbers = naive_update(scene, role, advantages, 0.5, tmp_path)
-    learner = scene.learner(role, advantage=advantage, kl_coef=0.5)
+    # All tokens of a question learn, whatever share of a solver's do.
+    learner = scene.learner(role, advantage=advantage, kl_coef=0.5, token_share=0.4 if role == "proposer" else 1.0)
     found, metrics = descend(learner, scene.prompts, scene.groups, rewards)
     assert_same_gradient(found, expected)
     for name, value in numbers.items():

@@ -72,7 +72,7 @@ class Recipe(Options):
     """Solver's baseline: a moving average (the paper), the mean of the group's others (RLOO), or the group's mean, with
     the difference divided by the group's standard deviation (GRPO)."""
     token_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of a trajectory's tokens, those with the largest entropy, that learn from its advantage (1: all)."""
+    """Share of a solver's tokens, those with the largest entropy, that learn from the advantage (1: all)."""
     baseline_momentum: Share = 0.9
     """Momentum of the moving-average baseline."""
     kl_coef: Annotated[float, Field(ge=1e-8, le=1e2)] = 1e-3

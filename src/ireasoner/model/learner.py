@@ -72,6 +72,7 @@ class Learner:
             self.parameters.values(), lr=options.learning_rate, weight_decay=options.weight_decay, foreach=True
         )
         self.baseline = MovingBaseline(recipe.baseline_momentum)
+        self.token_share = recipe.token_share if role == "solver" else 1.0
         self.kl_coef = recipe.kl_coef
         self.importance_cap = options.importance_cap or 0.0
         self.batching = Batching(policy, options.tokens_per_batch)
@@ -185,9 +186,9 @@ class Learner:
         sampler_logprobs_T = sampler_logprobs_RC[mask_RC]
         weights_T = importance_weights(tokens.logprobs_T, sampler_logprobs_T, self.importance_cap)
         kl_R = trajectory_means(tokens.kl_T, mask_RC)
-        logprobs_T, share = weights_T * tokens.logprobs_T, self.recipe.token_share
-        if share < 1.0:
-            logprobs_R = forking_means(logprobs_T, tokens.token_entropy_T, mask_RC, share)
+        logprobs_T = weights_T * tokens.logprobs_T
+        if self.token_share < 1.0:
+            logprobs_R = forking_means(logprobs_T, tokens.token_entropy_T, mask_RC, self.token_share)
         else:
             logprobs_R = trajectory_means(logprobs_T, mask_RC)
         loss = reinforce_loss(logprobs_R, kl_R, advantages_R.to(self.policy.device), self.kl_coef)
