@@ -480,18 +480,21 @@ def test_a_run_goes_on_when_a_server_ends_and_is_resumed_when_all_do(
     assert [row["step"] for row in events if f"{one.address} does not answer" in row["text"]] == [2, 3]
 
 
-def test_what_each_process_tells_of_servers_is_recorded_once(tmp_path: Path):
+def test_what_processes_tell_of_a_server_is_recorded_once(tmp_path: Path):
+    lost = "The server a does not answer ({}): the others take its share."
+    back, other = "The server a answers again.", "The server b does not answer (x): the others take its share."
+
     class Two(Processes):
         def gather(self, items: Sequence[Any], total: int) -> list[Any]:
-            return [*items, ([], ["a is lost", "b is lost"])]
+            return [*items, ([], [lost.format("z"), other])]
 
-    said, recorder = list[str](), Recorder.open(tmp_path)
-    run: Any = SimpleNamespace(news=["a is lost"], shortages=[], step=4, processes=Two(0, 2), recorder=recorder)
+    said, recorder, own = list[str](), Recorder.open(tmp_path), [lost.format("x"), back, lost.format("y")]
+    run: Any = SimpleNamespace(news=own[:], shortages=[], step=4, processes=Two(0, 2), recorder=recorder)
     run.observer = Observer(on_message=said.append)
     tell_shortages(run)
     events = [(row["step"], row["text"]) for row in read_records(tmp_path / "events.jsonl")]
-    assert events == [(4, "a is lost"), (4, "b is lost")]
-    assert said == ["b is lost"]  # the other one was told at once
+    assert events == [(4, text) for text in (*own, other)]
+    assert said == [other]  # the others were told at once
     assert run.news == []
 
 

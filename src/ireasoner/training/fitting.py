@@ -133,7 +133,11 @@ def tell_shortages(run: Run) -> None:
         for text in shortages:
             tokens = run.config.fitted_optimizer().tokens_per_batch
             run.tell(f"{text} With a lower --tokens-per-batch ({tokens} here), less is tried at a time.")
-    for text in dict.fromkeys(text for _, news in found for text in news):
+    told: list[str] = []
+    for _, news in found:
+        known = {text.partition(" (")[0] for text in told}  # several processes lose a server, each for its own reason
+        told += [text for text in news if text.partition(" (")[0] not in known]
+    for text in told:
         run.recorder.event(run.step, text)
         if text not in own:  # which the observer has been told at once
             run.observer.on_message(text)
