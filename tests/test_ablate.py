@@ -788,6 +788,7 @@ def test_the_field_has_every_published_reward_between_its_controls(tmp_path: Pat
     settings = ablate.settle(tmp_path / "out", ablate.field_suite({}))
     arms = {name: ablate.arm_config(tmp_path / "out", settings, name, 0) for name in settings.recipes}
     assert {config.recipe.reward for config in arms.values()} == {"agreement", "random", "oracle", *PUBLISHED}
+    assert "evolmm" in arms  # which pays agreement, by its own constants
     assert (settings.seeds, settings.cooled) == (3, True)
     assert {name for name, config in arms.items() if config.labels} == {"oracle"}
     own = ablate.field_suite({"images": "photos"})

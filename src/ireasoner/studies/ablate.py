@@ -115,15 +115,15 @@ def settle(out: Path, given: Mapping[str, Any]) -> Settings:
 def field_suite(given: Mapping[str, Any]) -> dict[str, Any]:
     """The published rewards beside ours, between random rewards and the oracle, and the base when it is cooled.
 
-    Every recipe of the package that pays a published reward takes part. On the user's own images the oracle needs
-    labels, and nothing is cooled.
+    Every recipe of the package that pays a published reward takes part, and EvoLMM, whose reward is the paper's with
+    other constants. On the user's own images the oracle needs labels, and nothing is cooled.
 
     Args:
         given: settings by name; only those that were named on the command line.
     """
     published = [name for name in names("recipes") if options_in("recipes", name).get("reward") in PUBLISHED]
     oracle = [] if given.get("images") and not given.get("labels") else ["oracle"]
-    recipes = ("paper", "default", "random-reward", *oracle, *published)
+    recipes = ("paper", "default", "random-reward", *oracle, "evolmm", *published)
     return {"recipes": recipes, "seeds": 3, "cooled": not given.get("images")}
 
 
