@@ -52,10 +52,10 @@ from ireasoner.app.cli import main as ireasoner
 from ireasoner.method.answers import answer_key
 from ireasoner.method.matching import match_value
 from ireasoner.method.memory import step_digest
-from ireasoner.method.recipe import Recipe
+from ireasoner.method.recipe import PUBLISHED, Recipe
 from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.texts import parse_question, parse_trajectory
-from ireasoner.method.types import FinishReason, Form, UsageError
+from ireasoner.method.types import FinishReason, Form, TokenDistributions, UsageError
 from ireasoner.model.loading import load_policy
 from ireasoner.model.options import BackboneOptions
 from ireasoner.page.gallery import FILTERS
@@ -556,15 +556,20 @@ def broken_by_rewards(
     rng: random.Random,
 ) -> list[str]:
     """The promises that the rewards of a group under one recipe break."""
+    nats = [tuple(rng.expovariate(1.0) for _ in range(rng.randint(1, 5))) for _ in texts]
     context = Context(
         form=form, finish_reasons=ends, step_weight=rng.random(), embed=letters, recent_steps=memory,
+        logprobs=[[-value for value in each] for each in nats],
+        distributions=lambda: [TokenDistributions(each, each) for each in nats],
+        questions=[question, *rng.choices(QUESTIONS, k=2)],
         true_answer=rng.choice(("7", hostile(rng))), seed=(rng.randrange(100),),
     )  # fmt: skip
     started = time.process_time()
     scored = score_group(question, texts, recipe, context)
     seconds = time.process_time() - started
     malformed = [t.reward for t in scored.trajectories if not t.well_formed]
-    in_bounds = all(math.isfinite(r) and 0 <= r <= 1 for r in (*scored.rewards, scored.proposer_reward))
+    earned, bounded = (*scored.rewards, scored.proposer_reward), recipe.reward not in PUBLISHED
+    in_bounds = all(math.isfinite(r) and (0 <= r <= 1 or not bounded) for r in earned)
     found = ["slow"] * (seconds > len(texts) * SPARED + PER_CHARACTER * sum(map(len, (*texts, question))))
     return found + ["wrong"] * (not in_bounds or any(malformed))
 
