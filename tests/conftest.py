@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,6 +22,31 @@ if TYPE_CHECKING:
 quiet_libraries()  # as the command line does, before any test imports transformers
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Imported modules and collected tests are no garbage: the collector would look through them in vain."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def earlier_modules_are_no_garbage() -> None:
+    """The collector leaves alone what was there before a module of tests; to look through it would take a second."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nobody_waits_for_the_disk() -> Iterator[None]:
+    """What is written need not reach the disk before a test goes on: none of them cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def pictures() -> list[Image.Image]:
     """Six pictures of the world in the demo's style, all different."""
@@ -32,6 +58,14 @@ def pictures() -> list[Image.Image]:
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that are finished in this test write no report, whose curves take as long as some steps of training."""
     monkeypatch.setattr("ireasoner.page.write_report", lambda *_, **__: None)
+
+
+@pytest.fixture(scope="module")
+def no_reports() -> Iterator[None]:
+    """The same for all tests and fixtures of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ireasoner.page.write_report", lambda *_, **__: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -95,6 +95,7 @@ def test_a_function_is_the_reward(run: ireasoner.SavedRun):
     assert (run.path / "report.html").is_file()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_its_run_goes_on_with_the_same_function_alone(run: ireasoner.SavedRun, capsys: pytest.CaptureFixture[str]):
     (run.path / "summary.json").unlink()  # as if it had been killed
     with pytest.raises(ireasoner.UsageError, match=r"go on in Python, with ireasoner\.resume"):
@@ -113,6 +114,7 @@ def test_its_run_goes_on_with_the_same_function_alone(run: ireasoner.SavedRun, c
     assert "step 3/3  reward" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_without_a_function_takes_none(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     told: list[int] = []

@@ -54,6 +54,7 @@ def imports(place: Path) -> int:
     return len((place / "imported").read_text()) if (place / "imported").exists() else 0
 
 
+@pytest.mark.usefixtures("no_report")
 def test_it_trains_and_is_recorded_under_its_own_names(place: Path, capsys: pytest.CaptureFixture[str]):
     assert train("--out", "run", "--reward", "my_rewards.py:fn") == 0, capsys.readouterr()
     episodes = [e for e in read_episodes(place / "run") if e.trajectories]

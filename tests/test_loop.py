@@ -410,6 +410,7 @@ def test_images_of_the_evaluation_data_are_set_aside_and_a_resumed_run_is_the_sa
     assert {"a.png", "sub/e.png"} <= skipped
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_whose_folder_grew_goes_on_with_what_it_began_with(
     data: Path, dead: Path, reference: Path, tmp_path: Path
 ):
