@@ -148,7 +148,8 @@ def serving() -> Iterator[Hub]:
             self.wfile.write(body[: len(body) // 2] if cut else body)
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        poll_seconds = 0.01  # between two looks at whether it is to end
+        threading.Thread(target=server.serve_forever, args=(poll_seconds,), daemon=True).start()
         hub.address = f"http://127.0.0.1:{server.server_port}"
         try:
             yield hub
