@@ -17,7 +17,9 @@ from ireasoner.app.display import quiet_libraries
 from ireasoner.playground import world
 
 if TYPE_CHECKING:
+    from ireasoner.model.options import BackboneOptions
     from ireasoner.model.policy import Policy
+    from ireasoner.model.source import Source
 
 quiet_libraries()  # as the command line does, before any test imports transformers
 
@@ -65,6 +67,25 @@ def no_reports() -> Iterator[None]:
     """The same for all tests and fixtures of a module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ireasoner.page.write_report", lambda *_, **__: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def copied_models() -> Iterator[None]:
+    """Runs in the processes of the tests begin with a copy of the shipped model, where they would load it."""
+    from ireasoner.model.source import TINY_MODEL
+    from ireasoner.training import opening
+    from models import load
+
+    load_policy = opening.load_policy
+
+    def copy(model: Source, options: BackboneOptions, *, device: str, seed: int, **others: Any) -> Policy:
+        if (model.folder, device) != (TINY_MODEL, "cpu"):
+            return load_policy(model, options, device=device, seed=seed, **others)
+        return load(seed=seed, **dict(options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "load_policy", copy)
         yield
 
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from forked import Forked
 from ireasoner.app.cli import main
@@ -69,6 +70,7 @@ class Hub:
 def in_this_environment(function: Callable[[], int]) -> int:
     """Call a function in a process where `huggingface_hub` was imported in another environment than there is now."""
     importlib.reload(constants)  # which the library reads whenever it needs them
+    file_download.time = SimpleNamespace(sleep=lambda seconds: None)  # after which a download that broke off goes on
     return function()
 
 

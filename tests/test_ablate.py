@@ -54,6 +54,8 @@ from ireasoner.training.recorder import read_episodes, writer_lock
 from ireasoner.training.statistics import half_width
 from ireasoner.training.targets import find_target
 
+pytestmark = pytest.mark.usefixtures("copied_models")
+
 # --- the numbers ------------------------------------------------------------------------------------------------------
 
 MEASURES = ("greedy", "mean@1", "maj@5", "pass@5")

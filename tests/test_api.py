@@ -18,6 +18,8 @@ from ireasoner.app.display import Display
 from ireasoner.playground import world
 from ireasoner.training.config import resolve
 
+pytestmark = pytest.mark.usefixtures("copied_models")
+
 OPTIONS = {
     "images_per_step": 2, "group_size": 3, "max_question_tokens": 40, "max_solution_tokens": 48, "probe_every": 0,
     "save_every": 1, "device": "cpu",

@@ -15,6 +15,8 @@ from ireasoner.training.config import load_config, resolve
 from ireasoner.training.custom_reward import load_reward
 from ireasoner.training.recorder import read_episodes, read_records
 
+pytestmark = pytest.mark.usefixtures("copied_models")
+
 # Pays short answers, and what the group says too; whoever imports the file leaves a mark beside it.
 REWARD = """
 from pathlib import Path

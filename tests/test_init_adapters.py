@@ -20,7 +20,7 @@ from ireasoner.training.config import load_config
 from ireasoner.training.recorder import read_records
 from ireasoner.training.watch import ENDED_ITSELF
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("copied_models", "no_reports")
 
 WEIGHTS = "adapter_model.safetensors"
 SHORT = {

@@ -50,6 +50,8 @@ from ireasoner.training.state import Observer, Run
 from ireasoner.training.teaching import update
 from ireasoner.training.watch import ENDED_ITSELF
 
+pytestmark = pytest.mark.usefixtures("copied_models")
+
 # Long enough that most trajectories are readable, and a rate at which every step moves what the next one samples.
 OPTIONS = {
     "model": "tiny", "recipe": "paper", "seed": "5", "device": "cpu", "steps": "4", "images_per_step": "2",

@@ -40,6 +40,8 @@ from ireasoner.training.state import Observer
 from models import load, requests, sample
 from test_learner import REWARDS, MakePolicy, Scene, assert_same_gradient, descend, make_scene, weights
 
+pytestmark = pytest.mark.usefixtures("copied_models")
+
 QUESTIONS = ("Which bar is the tallest?", "Is red more than blue, or is there no telling which of them is?", "Where?")
 GB = 10**9
 TINY = find_model("tiny")
