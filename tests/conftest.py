@@ -72,20 +72,24 @@ def no_reports() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def copied_models() -> Iterator[None]:
-    """Runs in the processes of the tests begin with a copy of the shipped model, where they would load it."""
-    from ireasoner.model.source import TINY_MODEL
+    """Runs and evaluations in the processes of the tests work on copies of the shipped model, and do not load it."""
+    from ireasoner.model import loading
+    from ireasoner.model.backbone import resolve_device
     from ireasoner.training import opening
     from models import load
 
-    load_policy = opening.load_policy
+    load_policy = loading.load_policy
 
-    def copy(model: Source, options: BackboneOptions, *, device: str, seed: int, **others: Any) -> Policy:
-        if (model.folder, device) != (TINY_MODEL, "cpu"):
+    def copy(
+        model: str | Source, options: BackboneOptions, *, device: str = "auto", seed: int = 0, **others: Any
+    ) -> Policy:
+        if str(model) != "tiny" or others.get("revision") or resolve_device(device) != "cpu":
             return load_policy(model, options, device=device, seed=seed, **others)
         return load(seed=seed, **dict(options))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "load_policy", copy)
+        for module in (opening, loading):
+            patch.setattr(module, "load_policy", copy)
         yield
 
 

@@ -366,6 +366,7 @@ def test_what_vllm_is_told(family: str, tmp_path: Path, monkeypatch: pytest.Monk
     policy = load(folder, max_image_tokens=40)
     policy.device = torch.device("cuda")
     flags = {"images": ".", "model": folder, "engine": "vllm", "vllm_share": 0.3, "max_image_tokens": 40}
+    flags |= {"max_image_pixels": 10**6}  # images of the default size take seconds to be cut
     config = resolve(flags)
     open_engine(config, policy, ALONE)
     assert told["gpu_memory_utilization"] == 0.3
