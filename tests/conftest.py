@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,9 +17,36 @@ from ireasoner.app.display import quiet_libraries
 from ireasoner.playground import world
 
 if TYPE_CHECKING:
+    from ireasoner.model.options import BackboneOptions
     from ireasoner.model.policy import Policy
+    from ireasoner.model.source import Source
 
 quiet_libraries()  # as the command line does, before any test imports transformers
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Imported modules and collected tests are no garbage: the collector would look through them in vain."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def earlier_modules_are_no_garbage() -> None:
+    """The collector leaves alone what was there before a module of tests; to look through it would take a second."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nobody_waits_for_the_disk() -> Iterator[None]:
+    """What is written need not reach the disk before a test goes on: none of them cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +60,37 @@ def pictures() -> list[Image.Image]:
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that are finished in this test write no report, whose curves take as long as some steps of training."""
     monkeypatch.setattr("ireasoner.page.write_report", lambda *_, **__: None)
+
+
+@pytest.fixture(scope="module")
+def no_reports() -> Iterator[None]:
+    """The same for all tests and fixtures of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ireasoner.page.write_report", lambda *_, **__: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def copied_models() -> Iterator[None]:
+    """Runs and evaluations in the processes of the tests work on copies of the shipped model, and do not load it."""
+    from ireasoner.model import loading
+    from ireasoner.model.backbone import resolve_device
+    from ireasoner.training import opening
+    from models import load
+
+    load_policy = loading.load_policy
+
+    def copy(
+        model: str | Source, options: BackboneOptions, *, device: str = "auto", seed: int = 0, **others: Any
+    ) -> Policy:
+        if str(model) != "tiny" or others.get("revision") or resolve_device(device) != "cpu":
+            return load_policy(model, options, device=device, seed=seed, **others)
+        return load(seed=seed, **dict(options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (opening, loading):
+            patch.setattr(module, "load_policy", copy)
+        yield
 
 
 @pytest.fixture(scope="session")

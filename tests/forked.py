@@ -6,6 +6,7 @@ output of its own, as `python -m ireasoner` has. Only what is about the launcher
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -122,6 +123,7 @@ def _call(function: Callable[[], int], stdout: Path, stderr: Path, environment: 
         os.dup2(file, number)
         os.close(file)
     os.environ.update({"CUDA_VISIBLE_DEVICES": "", **environment})
+    gc.freeze()  # what was imported is there to stay, and to look through it would copy it into this process
     sys.exit(function())
 
 

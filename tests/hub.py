@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from forked import Forked
 from ireasoner.app.cli import main
@@ -69,6 +70,7 @@ class Hub:
 def in_this_environment(function: Callable[[], int]) -> int:
     """Call a function in a process where `huggingface_hub` was imported in another environment than there is now."""
     importlib.reload(constants)  # which the library reads whenever it needs them
+    file_download.time = SimpleNamespace(sleep=lambda seconds: None)  # after which a download that broke off goes on
     return function()
 
 
@@ -148,7 +150,8 @@ def serving() -> Iterator[Hub]:
             self.wfile.write(body[: len(body) // 2] if cut else body)
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        poll_seconds = 0.01  # between two looks at whether it is to end
+        threading.Thread(target=server.serve_forever, args=(poll_seconds,), daemon=True).start()
         hub.address = f"http://127.0.0.1:{server.server_port}"
         try:
             yield hub

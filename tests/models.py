@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,8 +25,22 @@ from ireasoner.rollouts.engine import Engine, Request
 
 
 def load(model: str = "tiny", *, seed: int = 0, **options: Any) -> Policy:
-    """A policy in float32 on the CPU; `options` are those of `BackboneOptions`."""
-    return load_policy(model, BackboneOptions(**{"dtype": "float32", **options}), device="cpu", seed=seed)
+    """A policy in float32 on the CPU; `options` are those of `BackboneOptions`.
+
+    It is a copy, which is made in a fraction of the time that loading takes: each model is loaded once.
+    """
+    torch.manual_seed(seed)  # as loading does
+    return copy.deepcopy(_loaded(model, BackboneOptions(**{"dtype": "float32", **options}), seed))
+
+
+def load_anew(model: str = "tiny", **options: Any) -> Policy:
+    """The same by way of its files, for tests of what happens while a model is loaded."""
+    return load_policy(model, BackboneOptions(**{"dtype": "float32", **options}), device="cpu")
+
+
+@lru_cache(maxsize=16)
+def _loaded(model: str, options: BackboneOptions, seed: int) -> Policy:
+    return load_policy(model, options, device="cpu", seed=seed)
 
 
 def learner(policy: Policy, role: Role, processes: Processes = ALONE, **options: Any) -> Learner:

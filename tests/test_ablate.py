@@ -54,6 +54,8 @@ from ireasoner.training.recorder import read_episodes, writer_lock
 from ireasoner.training.statistics import half_width
 from ireasoner.training.targets import find_target
 
+pytestmark = pytest.mark.usefixtures("copied_models")
+
 # --- the numbers ------------------------------------------------------------------------------------------------------
 
 MEASURES = ("greedy", "mean@1", "maj@5", "pass@5")
@@ -521,6 +523,7 @@ def test_an_ablation_stopped_moved_resumed_and_extended(
     assert (out / "paper-0" / "report.html").exists()
     assert "| paper |" in (out / "ablation.md").read_text()
 
+    monkeypatch.setattr("ireasoner.page.write_report", lambda *_, **__: None)  # of the further runs
     more = ["--recipes", "paper", "oracle", "--seeds", "2", "--cooled"]
     assert main(["ablate", str(out), *more, "--steps", "3"]) == 0
     extended = files(out)
@@ -607,7 +610,7 @@ def scores_of(out: Path, name: str) -> dict[str, list[Any]]:
     return json.loads((out / f"{name}.json").read_text())["per_question"]
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("at_once", "no_report")
 def test_an_ablation_of_ones_own(own: Path, capsys: pytest.CaptureFixture[str]):
     mine = ["--images", str(own / "pool"), "--data", str(own / "own.jsonl"), "--recipes", str(own / "mine.yaml")]
     out, scale = own / "out", [*SMALL[4:], "--steps", "1", "--max-solution-tokens", "9"]
@@ -655,9 +658,11 @@ def test_eval_writes_its_scores_question_by_question(own: Path, capsys: pytest.C
 
 def own_arms(own: Path, steps: int) -> list[str]:
     mine = ["--images", str(own / "pool"), "--data", str(own / "own.jsonl"), "--recipes", "discrete", "paper"]
-    return [*mine, "--seeds", "1", "--model", "tiny", *SMALL[4:], "--steps", str(steps)]
+    scale = [*SMALL[4:], "--steps", str(steps), "--max-solution-tokens", "48"]
+    return [*mine, "--seeds", "1", "--model", "tiny", *scale]
 
 
+@pytest.mark.usefixtures("no_report")
 def test_two_jobs_make_what_one_makes(own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(1)  # each of two processes gets half of the threads, and rounding may depend on how many
     outs, printed = (own / "one", own / "two"), []

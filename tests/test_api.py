@@ -18,6 +18,8 @@ from ireasoner.app.display import Display
 from ireasoner.playground import world
 from ireasoner.training.config import resolve
 
+pytestmark = pytest.mark.usefixtures("copied_models")
+
 OPTIONS = {
     "images_per_step": 2, "group_size": 3, "max_question_tokens": 40, "max_solution_tokens": 48, "probe_every": 0,
     "save_every": 1, "device": "cpu",
@@ -95,6 +97,7 @@ def test_a_function_is_the_reward(run: ireasoner.SavedRun):
     assert (run.path / "report.html").is_file()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_its_run_goes_on_with_the_same_function_alone(run: ireasoner.SavedRun, capsys: pytest.CaptureFixture[str]):
     (run.path / "summary.json").unlink()  # as if it had been killed
     with pytest.raises(ireasoner.UsageError, match=r"go on in Python, with ireasoner\.resume"):
@@ -113,6 +116,7 @@ def test_its_run_goes_on_with_the_same_function_alone(run: ireasoner.SavedRun, c
     assert "step 3/3  reward" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_without_a_function_takes_none(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     told: list[int] = []

@@ -15,6 +15,8 @@ from ireasoner.training.config import load_config, resolve
 from ireasoner.training.custom_reward import load_reward
 from ireasoner.training.recorder import read_episodes, read_records
 
+pytestmark = pytest.mark.usefixtures("copied_models")
+
 # Pays short answers, and what the group says too; whoever imports the file leaves a mark beside it.
 REWARD = """
 from pathlib import Path
@@ -54,6 +56,7 @@ def imports(place: Path) -> int:
     return len((place / "imported").read_text()) if (place / "imported").exists() else 0
 
 
+@pytest.mark.usefixtures("no_report")
 def test_it_trains_and_is_recorded_under_its_own_names(place: Path, capsys: pytest.CaptureFixture[str]):
     assert train("--out", "run", "--reward", "my_rewards.py:fn") == 0, capsys.readouterr()
     episodes = [e for e in read_episodes(place / "run") if e.trajectories]

@@ -40,7 +40,7 @@ from ireasoner.training.items import Item
 from ireasoner.training.labelled import LabelledQuestion
 from ireasoner.training.selfplay import SelfPlay
 from ireasoner.training.targets import find_trained
-from models import learner, load, requests, sample, sampler_gap, teach
+from models import learner, load, load_anew, requests, sample, sampler_gap, teach
 from plain import chosen
 from recorded import recorded
 from runs import new_run
@@ -328,4 +328,4 @@ def test_a_local_model_makes_no_network_call(folder: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    load(str(folder))
+    load_anew(str(folder))

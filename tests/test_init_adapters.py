@@ -20,10 +20,12 @@ from ireasoner.training.config import load_config
 from ireasoner.training.recorder import read_records
 from ireasoner.training.watch import ENDED_ITSELF
 
+pytestmark = pytest.mark.usefixtures("copied_models", "no_reports")
+
 WEIGHTS = "adapter_model.safetensors"
 SHORT = {
     "model": "tiny", "device": "cpu", "recipe": "paper", "images-per-step": 3, "group-size": 3, "steps": 2,
-    "max-solution-tokens": 112, "save-every": 1, "keep-checkpoints": 0, "proposer-every": 1, "probe-every": 0,
+    "max-solution-tokens": 64, "save-every": 1, "keep-checkpoints": 0, "proposer-every": 1, "probe-every": 0,
     "learning-rate": "1e-3", "blank-every": 0,
 }  # fmt: skip
 

@@ -126,6 +126,7 @@ def test_a_run_keeps_the_commit_that_it_began_with(hub: Hub, folder: Path, tmp_p
     home, run = tmp_path / "home", tmp_path / "run"
     start = ["train", "--model", "org/model", "--images", str(tmp_path / "images"), "--preset", "tiny"]
     start += ["--device", "cpu", "--steps", "1", "--images-per-step", "2", "--probe-every", "0"]
+    start += ["--max-solution-tokens", "64"]
     done = hub.ireasoner(home, *start, "--out", str(run))
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "versions.json").read_text())["model"] == f"org/model@{COMMIT}"
@@ -277,7 +278,8 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("no_report")
 def test_a_run_in_float16(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    more = ["--steps", "2", "--images-per-step", "2", "--dtype", "float16", "--device", "cpu", "--attention", "eager"]
+    more = ["--steps", "2", "--images-per-step", "2", "--group-size", "3", "--max-solution-tokens", "64"]
+    more += ["--probe-every", "0", "--dtype", "float16", "--device", "cpu", "--attention", "eager"]
     assert main(["train", "--images", str(images), "--model", "tiny", "--out", str(tmp_path / "run"), *more]) == 0
     config = load_config(tmp_path / "run" / "config.yaml").backbone
     assert (config.dtype, config.attention) == ("float16", "eager")
@@ -364,6 +366,7 @@ def test_what_vllm_is_told(family: str, tmp_path: Path, monkeypatch: pytest.Monk
     policy = load(folder, max_image_tokens=40)
     policy.device = torch.device("cuda")
     flags = {"images": ".", "model": folder, "engine": "vllm", "vllm_share": 0.3, "max_image_tokens": 40}
+    flags |= {"max_image_pixels": 10**6}  # images of the default size take seconds to be cut
     config = resolve(flags)
     open_engine(config, policy, ALONE)
     assert told["gpu_memory_utilization"] == 0.3

@@ -50,6 +50,8 @@ from ireasoner.training.state import Observer, Run
 from ireasoner.training.teaching import update
 from ireasoner.training.watch import ENDED_ITSELF
 
+pytestmark = pytest.mark.usefixtures("copied_models")
+
 # Long enough that most trajectories are readable, and a rate at which every step moves what the next one samples.
 OPTIONS = {
     "model": "tiny", "recipe": "paper", "seed": "5", "device": "cpu", "steps": "4", "images_per_step": "2",
@@ -410,6 +412,7 @@ def test_images_of_the_evaluation_data_are_set_aside_and_a_resumed_run_is_the_sa
     assert {"a.png", "sub/e.png"} <= skipped
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_whose_folder_grew_goes_on_with_what_it_began_with(
     data: Path, dead: Path, reference: Path, tmp_path: Path
 ):

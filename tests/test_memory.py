@@ -40,6 +40,8 @@ from ireasoner.training.state import Observer
 from models import load, requests, sample
 from test_learner import REWARDS, MakePolicy, Scene, assert_same_gradient, descend, make_scene, weights
 
+pytestmark = pytest.mark.usefixtures("copied_models")
+
 QUESTIONS = ("Which bar is the tallest?", "Is red more than blue, or is there no telling which of them is?", "Where?")
 GB = 10**9
 TINY = find_model("tiny")
@@ -383,7 +385,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configured(data: Path) -> Config:
     options = {"images_per_step": 3, "steps": 3, "proposer_every": 2, "probe_every": 3, "probe_images": 2}
-    options |= {"blank_every": 2, "save_every": 0, "watch": False, "eval_questions": 2}
+    options |= {"blank_every": 2, "save_every": 0, "watch": False, "eval_questions": 2, "max_solution_tokens": 64}
     return resolve({"images": data / "unlabeled", "eval_data": data / "test/test.jsonl", "model": "tiny", **options})
 
 

@@ -35,6 +35,8 @@ from ireasoner.training.state import Observer
 from models import load
 from stand_in import StandIn, free_port
 
+pytestmark = pytest.mark.usefixtures("copied_models")
+
 OPTIONS: dict[str, Any] = {
     "model": "tiny", "recipe": "paper", "device": "cpu", "steps": 4, "images_per_step": 2, "group_size": 3,
     "proposer_every": 2, "save_every": 1, "keep_checkpoints": 0, "gate_low": 0, "gate_high": 1, "learning_rate": 3e-3,

@@ -59,7 +59,8 @@ def options(place: Path, **more: Any) -> list[str]:
     given = {
         **{"images": place / "unlabeled", "eval-data": place / "test/test.jsonl", "model": "tiny", "device": "cpu"},
         **{"steps": 4, "images-per-step": 3, "proposer-every": 2, "blank-every": 2, "save-every": 1},
-        **{"watch-window": 2, "probe-images": 2, "keep-checkpoints": 0, "group-size": 3, "eval-questions": 3, **more},
+        **{"watch-window": 2, "probe-images": 2, "keep-checkpoints": 0, "group-size": 3, "eval-questions": 3},
+        **{"max-solution-tokens": 80, **more},
     }
     return ["train", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
 
@@ -129,7 +130,7 @@ def test_two_processes_and_one_make_the_same_run(place: Path, together: Path):
 
 
 def test_a_process_without_images_takes_the_same_steps(place: Path):
-    few = options(place, **{"images-per-step": 1, "steps": 2, "recipe": "paper", "device": "auto"})
+    few = options(place, **{"images-per-step": 1, "steps": 2, "recipe": "paper", "device": "auto", "eval-questions": 1})
     first, other = finish_together(place, "few-together", *few, "--out", place / "few-together")
     alone = finish_alone(place, "few-alone", *few, "--out", place / "few-alone")
     said = ["1 of 2 processes have nothing to play" in printed for printed in (first, other, alone)]
@@ -157,9 +158,7 @@ def test_a_killed_process_ends_the_launched_run_with_a_message_and_nothing_is_lo
         said = launcher.communicate(timeout=120)[1]
     assert launcher.returncode != 0
     assert_lost(said, out)
-    command = [*LAUNCH, "train", "--resume", str(out)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    finish_together(place, "resumed-0", "train", "--resume", out)
     assert_bitwise(out, together)
 
 
@@ -462,15 +461,12 @@ def test_a_process_that_fails_ends_the_run_with_its_own_reason(place: Path):
     assert (out / "checkpoints" / "step-000001").is_dir()
 
 
-LOST_IMAGE = "00/00005.png"
-
-
-def lose_an_image() -> None:
+def lose(image: str) -> None:
     """The second process, or the only one, cannot read one of the images."""
     read = folder.read_file
 
     def fail(path: Path, max_bytes: int) -> bytes:
-        if str(path).endswith(LOST_IMAGE):
+        if str(path).endswith(image):
             raise OSError(5, "Input/output error")
         return read(path, max_bytes)
 
@@ -478,12 +474,14 @@ def lose_an_image() -> None:
         folder.read_file = fail
 
 
-def test_an_image_that_one_process_cannot_read_is_skipped_by_both(place: Path):
+def test_an_image_that_one_process_cannot_read_is_skipped_by_both(place: Path, together: Path):
+    lost = records(together, "episodes.jsonl")[1]["image"]  # the second of the first step: the second process reads it
+    few = options(place, **{"steps": 2, "eval-questions": 1})
     for carry_out, name in ((finish_together, "lost-together"), (finish_alone, "lost-alone")):
-        carry_out(place, name, *options(place), "--out", place / name, before=lose_an_image)
+        carry_out(place, name, *few, "--out", place / name, before=partial(lose, lost))
         (skipped,) = read_records(place / name / "skipped.jsonl")
-        assert (skipped["image"], skipped["reason"]) == (LOST_IMAGE, "Input/output error")
-    assert LOST_IMAGE not in {episode["image"] for episode in read_records(place / "lost-together" / "episodes.jsonl")}
+        assert (skipped["image"], skipped["reason"]) == (lost, "Input/output error")
+    assert lost not in {episode["image"] for episode in read_records(place / "lost-together" / "episodes.jsonl")}
     assert_same_run(place / "lost-alone", place / "lost-together")
 
 

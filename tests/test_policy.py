@@ -31,7 +31,7 @@ from ireasoner.rollouts import distributions, live
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.rollouts.vllm import completion_seeds
-from models import load, padded, requests, sample
+from models import load, load_anew, padded, requests, sample
 from plain import chosen, load_apart, plain_logprobs
 from recorded import recorded
 
@@ -190,10 +190,10 @@ def test_embed_texts_is_the_normalised_mean_of_input_embeddings(babbler: Policy)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_prompts_are_shared_only_where_that_changes_nothing(monkeypatch: pytest.MonkeyPatch, dtype: str):
     """Scores a tenth too large move the hidden states by 4 %, bfloat16's own rounding by 1 %."""
-    assert load(dtype=dtype).shares_attention
+    assert load_anew(dtype=dtype).shares_attention
     to_grid = SharedCache.to_grid
     monkeypatch.setattr(SharedCache, "to_grid", lambda self, rows: to_grid(self, rows) * 1.1)
-    assert not load(dtype=dtype).shares_attention
+    assert not load_anew(dtype=dtype).shares_attention
 
 
 def test_memory_that_runs_out_is_no_sign_of_another_attention(monkeypatch: pytest.MonkeyPatch):
@@ -202,7 +202,7 @@ def test_memory_that_runs_out_is_no_sign_of_another_attention(monkeypatch: pytes
 
     monkeypatch.setattr(loading, "packed_hidden", full)
     with pytest.raises(torch.OutOfMemoryError):
-        load()
+        load_anew()
 
 
 @pytest.mark.parametrize("backward", [False, True])

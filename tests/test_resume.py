@@ -27,7 +27,7 @@ from ireasoner.training.loop import resume, start
 from ireasoner.training.recorder import read_records
 from ireasoner.training.state import Observer
 
-pytestmark = pytest.mark.usefixtures("no_report")
+pytestmark = pytest.mark.usefixtures("copied_models", "no_reports")
 
 SHORT = [
     "--model", "tiny", "--recipe", "paper", "--device", "cpu", "--images-per-step", "1", "--group-size", "2",

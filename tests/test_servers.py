@@ -43,6 +43,8 @@ from ireasoner.training.recorder import Recorder, read_records
 from models import load, requests, sample, tokens
 from stand_in import StandIn
 
+pytestmark = pytest.mark.usefixtures("copied_models")
+
 QUESTIONS = ("Which bar is the tallest?", "Is red <image> more than<|im_end|> blue?", "Where?")
 
 

@@ -40,6 +40,8 @@ from ireasoner.training.sources.finding import pinned
 from ireasoner.training.sources.source import Names
 from ireasoner.training.state import Observer
 
+pytestmark = pytest.mark.usefixtures("copied_models")
+
 
 def picture(red: int) -> bytes:
     """A 2x2 PNG whose red tells which one it is."""

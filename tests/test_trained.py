@@ -38,6 +38,8 @@ from models import load, requests, sample
 from plain import chosen, plain_logprobs
 from runs import new_run, played_run
 
+pytestmark = pytest.mark.usefixtures("copied_models")
+
 QUESTION = "How many circles are there?"
 
 

@@ -43,6 +43,8 @@ from ireasoner.training.config import Config, dump_config, resolve
 from ireasoner.training.recorder import Recorder
 from models import load
 
+pytestmark = pytest.mark.usefixtures("copied_models")
+
 NAN = float("nan")
 RED_AND_BLUE = world.Picture("bars", values=(("red", 7), ("blue", 3)))
 
