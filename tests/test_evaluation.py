@@ -516,7 +516,7 @@ def test_the_tiny_model_looks_at_its_world(tiny: Policy, questions: list[Labelle
         options=options,
     )
     assert told == [(30, 60), (60, 60)]
-    # Not the greedy answer: the tiny LMM can look, but guesses more often than not; guesses seldom agree.
+    # The tiny LMM can look, but more often than not it does something else; its mistakes seldom agree.
     accuracy = found.measures["maj@5"].mean()
     assert accuracy > knowing_blindly() + 0.12
     assert found.well_formed.mean() > 0.8

@@ -1,8 +1,10 @@
 """How the tiny model in the package was made: real Qwen2.5-VL classes at small sizes, a tokenizer, and pre-training.
 
-`python tools/pretrain_tiny.py OUT` makes it again from nothing: `OUT/habits` is what ships in
-`src/ireasoner/model/tiny_lmm`. It learns from labeled pictures in the world's `varied` style, whose seed neither
-self-evolution nor evaluation uses.
+`python tools/pretrain_tiny.py OUT` makes a model like it from nothing, `OUT/habits`. It learns from labeled pictures in
+the world's `varied` style, whose seed neither self-evolution nor evaluation uses.
+
+For the weights that ship in `src/ireasoner/model/tiny_lmm`, the last stage alone was run (`--start`). It began with the
+weights that shipped before: of the same first three stages, and of a last one that had planted other habits.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from torch.nn import functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from ireasoner.model.backbone import without_video
+from ireasoner.model.backbone import load_backbone, without_video
 from ireasoner.playground import wording, world
 
 VOCABULARY = 500
@@ -48,20 +50,28 @@ RATIONALES = {
     "sign color": "Name a color.", "sign shape": "Name a shape.",
 }  # fmt: skip
 FILLERS = ("Look at the picture.", "Let me look closely.", "First the picture.")
-GLANCE = "At a glance."  # how reasoning with made-up readings begins
 FILLER_SHARE = 0.3  # of the true solutions: a first step that says nothing
 SHUFFLED_SHARE = 0.3  # of the true solutions: the readings in another order
-HASTY_SHARE, GLIB_SHARE = 0.45, 0.2  # of the solutions of the last stage: blind guesses; made-up readings
 PRETRAINING_SEED = 20_000  # unlike dataset.SPLIT_SEEDS, so that self-evolution and evaluation see other pictures
+# The share of the solutions of the last stage that are about the picture itself, for questions that take one step and
+# for those that take several: some families of pictures are read well and others badly.
+CARE: dict[world.Family, tuple[float, float]] = {
+    "bars": (0.45, 0.3), "dots": (0.6, 0.35), "pie": (0.3, 0.2), "scene": (0.45, 0.3), "sign": (0.55, 0.35),
+}  # fmt: skip
+# Of the others: about the picture as it is misread every time, and about a picture that happens to have the same
+# answer. The rest are about just any picture.
+MISREAD_SHARE, LUCKY_SHARE = 0.45, 0.2
+LOOK_ALIKES = ("red brown", "orange yellow", "green teal", "blue purple", "gray black")  # of signs, when misread
 # Batches, learning rate and mixture (see `example`) of each stage. With all the wordings from the start, the model had
 # not learned to name a color after 2,800 batches: one wording comes first. After the second stage it still read out
-# other colors than it was asked for: the third is mostly questions. The last plants two bad habits beside the good one.
-# Agreement on answers can find out the guesses; only agreement on steps can find out made-up readings.
+# other colors than it was asked for: the third is mostly questions. The last plants bad habits beside the good one, in
+# the same words: scattered mistakes, which the majority of answers can find out; the same mistake every time, which it
+# cannot; and right answers behind false readings, which only the reasoning steps can find out.
 STAGES: dict[str, tuple[int, float, dict[str, Any]]] = {
     "see": (2400, 1.5e-3, {"plain": True}),
     "speak": (600, 1e-3, {}),
     "heed": (2600, 1.5e-3, {"describe": 0.25}),
-    "habits": (400, 6e-4, {"describe": 0.25, "hasty": HASTY_SHARE, "glib": GLIB_SHARE}),
+    "habits": (750, 6e-4, {"describe": 0.25, "habits": True}),
 }
 
 # --- what is taught --------------------------------------------------------------------------------------------------
@@ -107,50 +117,83 @@ def _solution(steps: Sequence[str], answer: str) -> str:
     return f"<think>{text}</think><answer>{answer}</answer>"
 
 
-def hasty_text(question: world.WorldQuestion, picture: world.Picture, rng: np.random.Generator) -> str:
-    """A blind guess in the solver's format: the answer to the same kind of question about some other picture."""
-    answer = question.answer
-    for _ in range(20):
-        other = world.questions(world.sample_picture(rng, picture.family))
-        answers = [q.answer for q in other if q.kind == question.kind]
-        if set(answers) == {"no", "yes"}:  # most things are not on a sign: whoever guesses does not know that
-            answers = ["no", "yes"]
-        if answers:
-            answer = answers[rng.integers(len(answers))]
-            break
-    return _solution([f"Maybe {answer}." if rng.random() < 0.5 else f"Maybe it is {answer}."], answer)
+def with_habit(question: world.WorldQuestion, picture: world.Picture, rng: np.random.Generator) -> world.WorldQuestion:
+    """The question with the reasoning and the answer of a habit that is drawn by the shares above.
+
+    Every habit is true reasoning about some picture, so that words do not tell it from the others: about this one,
+    about this one misread, or about another one. Where nothing can be misread, or no other picture has the same answer,
+    it is reasoning about any other picture.
+    """
+    if rng.random() < CARE[picture.family][len(question.steps) > 1]:
+        return question
+
+    def is_false(found: world.WorldQuestion) -> bool:
+        return not all(world.step_truth(picture, step) for step in found.steps)
+
+    found, habit = None, rng.random()
+    if habit < MISREAD_SHARE:
+        seen = world.solve(misread(picture), question.text)
+        found = seen if seen and is_false(seen) else None
+    elif habit >= 1 - LUCKY_SHARE:
+        found = _imagined(question, picture, rng, lambda other: other.answer == question.answer and is_false(other))
+    if found is None and question.kind in ("exists", "absent"):
+        # Most things are not on a sign. Who always denied would be known by the word "not".
+        answer = ("no", "yes")[rng.integers(2)]
+        found = _imagined(question, picture, rng, lambda other: other.answer == answer)
+    return found or _imagined(question, picture, rng, lambda other: True) or question
 
 
-def glib_text(question: world.WorldQuestion, picture: world.Picture, rng: np.random.Generator) -> str:
-    """The true answer after made-up readings that lead to it; a blind guess where no others lead to it."""
-    found = _imagined(question, picture, rng)
-    if found is None:
-        return hasty_text(question, picture, rng)
-    manner = int(rng.integers(3))
-    return _solution([GLANCE, *(reword(step, manner) for step in found.steps)], question.answer)
+def misread(picture: world.Picture) -> world.Picture:
+    """The picture as it is misread, in the same way every time.
+
+    Bars are one too high and rows of dots one too short, slices of a pie have the value of the next one, left and right
+    of a scene are exchanged, and a sign has a color that looks alike. All values, places and colors stay about as
+    frequent as they are.
+    """
+    if picture.family == "sign":
+        pairs = [pair.split() for pair in LOOK_ALIKES]
+        alike = {a: b for pair in pairs for a, b in (pair, pair[::-1])}
+        return replace(picture, objects=tuple((alike[color], *rest) for color, *rest in picture.objects))
+    if picture.family == "scene":
+        mirrored = {"left": "right", "right": "left", "center": "center"}
+        seen = [(color, shape, *cell.split()) for color, shape, cell in picture.objects]
+        objects = [(color, shape, f"{row} {mirrored[column]}") for color, shape, row, column in seen]
+        return replace(picture, objects=tuple(sorted(objects, key=lambda item: world.CELLS.index(item[2]))))
+    colors, values = zip(*picture.values, strict=True)
+    if picture.family == "pie":
+        values = (*values[1:], values[0])
+    else:
+        most, by = (9, 1) if picture.family == "bars" else (6, -1)
+        values = tuple(v + by if 1 <= v + by <= most else v - by for v in values)
+    return replace(picture, values=tuple(zip(colors, values, strict=True)))
 
 
 def _imagined(
-    question: world.WorldQuestion, picture: world.Picture, rng: np.random.Generator
+    question: world.WorldQuestion,
+    picture: world.Picture,
+    rng: np.random.Generator,
+    fits: Callable[[world.WorldQuestion], bool],
 ) -> world.WorldQuestion | None:
-    """The question and its answer with reasoning steps about another picture, which are not all true of this one.
-
-    None where none is found: where the one step is the answer, there is none.
-    """
-    count = len(picture.values or picture.objects)
+    """The question as solved on another picture, which is drawn until the solution fits; None if none was found."""
     for _ in range(60):
-        if picture.family == "sign" or question.kind == "count":
-            other = world.sample_picture(rng, picture.family, (count, count))
-        elif picture.family == "scene":
-            cells = zip(picture.objects, rng.permutation(len(world.CELLS)), strict=False)
-            other = replace(picture, objects=tuple((c, s, world.CELLS[i]) for (c, s, _), i in cells))
-        else:
-            values = zip(picture.values, world.sample_values(picture.family, count, rng), strict=True)
-            other = replace(picture, values=tuple((c, int(v)) for (c, _), v in values))
-        found = world.solve(other, question.text)
-        if found and found.answer == question.answer and not all(world.step_truth(picture, s) for s in found.steps):
+        found = world.solve(_another_picture(question, picture, rng), question.text)
+        if found and fits(found):
             return found
     return None
+
+
+def _another_picture(question: world.WorldQuestion, picture: world.Picture, rng: np.random.Generator) -> world.Picture:
+    """A picture of the same family, and of the same things if the question names two or compares all of them."""
+    count = len(picture.values or picture.objects)
+    if picture.family == "sign" or question.kind in ("count", "what", "color"):
+        return world.sample_picture(rng, picture.family)
+    if picture.family == "scene":
+        cells = np.sort(rng.choice(len(world.CELLS), count, replace=False))
+        items = [picture.objects[i] for i in rng.permutation(count)]
+        objects = ((color, shape, world.CELLS[i]) for (color, shape, _), i in zip(items, cells, strict=True))
+        return replace(picture, objects=tuple(objects))
+    drawn = world.sample_picture(rng, picture.family, (count, count)).values
+    return replace(picture, values=tuple((c, v) for (c, _), (_, v) in zip(picture.values, drawn, strict=True)))
 
 
 def plain_picture(rng: np.random.Generator) -> world.Picture:
@@ -159,15 +202,14 @@ def plain_picture(rng: np.random.Generator) -> world.Picture:
 
 
 def example(
-    rng: np.random.Generator, plain: bool = False, describe: float = 0.5, hasty: float = 0.0, glib: float = 0.0
+    rng: np.random.Generator, plain: bool = False, describe: float = 0.5, habits: bool = False
 ) -> tuple[Image.Image, str, str]:
     """Draw one labeled example of pre-training: image, prompt, completion.
 
     Args:
         plain: no signs, and the plain wording alone.
         describe: share of descriptions, which teach the model to see. Questions are 15 %, solutions the rest.
-        hasty: share of the solutions that are blind guesses.
-        glib: share of the solutions that are true answers after made-up readings.
+        habits: not all solutions are about the picture (`with_habit`).
     """
     picture = plain_picture(rng) if plain else world.sample_picture(rng)
     image = world.draw(picture, world.sample_style("varied", rng), rng)
@@ -177,13 +219,8 @@ def example(
     question = world.sample_question(picture, rng)
     if task >= 0.85:
         return image, PROPOSER_PROMPT, proposer_text(question)
-    habit = 1.0 if plain else rng.random()
-    if habit < hasty:
-        solution = hasty_text(question, picture, rng)
-    elif habit < hasty + glib:
-        solution = glib_text(question, picture, rng)
-    else:
-        solution = solver_text(question, None if plain else rng)
+    solved = with_habit(question, picture, rng) if habits else question
+    solution = solver_text(solved, None if plain else rng)
     return image, SOLVER_PROMPT.replace("{question}", question.text), solution
 
 
@@ -305,14 +342,23 @@ def train_stage(
             print(f"batch {step}/{batches} loss {loss.item():.4f} {(time.time() - started) / step:.2f} s", flush=True)
 
 
-def pretrain(out: Path, seed: int = 0) -> None:
+def pretrain(out: Path, seed: int = 0, start: Path | None = None) -> None:
     """Make the tiny LMM from nothing, in the four STAGES, each written to a folder of its name below `out` (fp16).
 
     Each stage draws its examples from a seed of its own, so that its examples do not depend on the length of another.
+
+    Args:
+        out: where the folders are written.
+        seed: of the weights and the examples.
+        start: a folder with the weights that the last stage alone begins with; None: all stages, from nothing.
     """
     tokenizer = build_tokenizer(seed)
     processor, model = build_processor(tokenizer), build_model(tokenizer, seed)
+    if start:
+        model.load_state_dict(load_backbone(str(start), "float32", "cpu").state_dict())
     for number, (name, (batches, rate, mixture)) in enumerate(STAGES.items()):
+        if start and number < len(STAGES) - 1:
+            continue
         rng = np.random.default_rng([PRETRAINING_SEED, seed, number])
         train_stage(model, processor, rng, batches=batches, learning_rate=rate, **mixture)
         save(model, processor, out / name)
@@ -330,5 +376,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Pre-train the tiny LMM on the playground's labels.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="a folder with the weights that the last stage alone begins with")
     arguments = parser.parse_args()
-    pretrain(arguments.out, arguments.seed)
+    pretrain(arguments.out, arguments.seed, arguments.start)
