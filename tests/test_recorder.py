@@ -386,6 +386,7 @@ def test_an_episode_explains_every_reward_and_reads_back_as_it_was(tmp_path: Pat
         "problem": None,
         "answer_key": "k",
         "in_majority": True,
+        "rightness": None,
         "reward": 2 / 7,
         "parts": {"outcome": {"value": 2 / 7, "weight": 1.0, "factors": {"share": 2 / 7}, "notes": {}}},
         "step_scores": [{"similarity": None, "recurrence": 0.25, "score": None}],
