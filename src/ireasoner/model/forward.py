@@ -271,38 +271,22 @@ def packed_hidden(policy: Policy, prefix: Prefix, ids_RC: Tensor, mask_RC: Tenso
     real = mask_RC.reshape(prompts, -1)
     place_BT = real.logical_not().sort(dim=1, stable=True).indices[:, : max(1, int(real.sum(1).max()))]
     real_BT = real.gather(1, place_BT)
+    completion_BT, offset_BT = place_BT // longest, place_BT % longest
+    same_BTT = completion_BT[:, :, None] == completion_BT[:, None]
+    earlier_BTT = offset_BT[:, :, None] >= offset_BT[:, None]
+    prompt_BTP = prefix.mask_BP.bool()[:, None].expand(-1, place_BT.shape[1], -1)
+    # Padding at the end of a shorter line is hidden as a key; what it becomes as a query is not used.
+    visible = torch.cat([prompt_BTP, same_BTT & earlier_BTT & real_BT[:, None]], dim=2)[:, None]
+    # Four dimensions and ready to be added to the scores: transformers would make a mask of two causal over the whole
+    # line, and a completion would see those before it.
+    mask = torch.zeros((), dtype=policy.backbone.dtype, device=policy.device)
+    mask = mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
     ids_BT = ids_RC.reshape(prompts, -1).gather(1, place_BT)
-    hidden_BTD = run_packed(policy, prefix, ids_BT, place_BT // longest, place_BT % longest, real_BT)
+    # Positions count from the prompt's end in each completion, as if it were alone.
+    hidden_BTD = run_decoder(policy, prefix.cache, ids_BT, mask, prefix.next_position_B[:, None] + offset_BT)
     hidden_RCD = hidden_BTD.new_zeros(*ids_RC.shape, hidden_BTD.shape[-1])
     hidden_RCD[mask_RC] = hidden_BTD[real_BT]  # both in the same order: prompt, completion, offset
     return hidden_RCD
-
-
-def run_packed(
-    policy: Policy, prefix: Prefix, ids_BT: Tensor, text_BT: Tensor, offset_BT: Tensor, real_BT: Tensor
-) -> Tensor:
-    """Run several texts behind each prompt, one after another in a line, in which none of them sees another one.
-
-    Args:
-        prefix: B prompts, whose cache grows by the lines.
-        ids_BT: the tokens.
-        text_BT: the number of the text that a token belongs to.
-        offset_BT: its place in this text. Positions count from the prompt's end in each text, as if it were alone.
-        real_BT: False at the padding behind a shorter line. It is hidden from the others, and what becomes of it means
-            nothing.
-
-    Returns:
-        Hidden states [B, T, D].
-    """
-    same_BTT = text_BT[:, :, None] == text_BT[:, None]
-    earlier_BTT = offset_BT[:, :, None] >= offset_BT[:, None]
-    prompt_BTP = prefix.mask_BP.bool()[:, None].expand(-1, ids_BT.shape[1], -1)
-    visible = torch.cat([prompt_BTP, same_BTT & earlier_BTT & real_BT[:, None]], dim=2)[:, None]
-    # Four dimensions and ready to be added to the scores: transformers would make a mask of two causal over the whole
-    # line, and a text would see those before it.
-    mask = torch.zeros((), dtype=policy.backbone.dtype, device=policy.device)
-    mask = mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
-    return run_decoder(policy, prefix.cache, ids_BT, mask, prefix.next_position_B[:, None] + offset_BT)
 
 
 def plain_completion_hidden(

@@ -2,11 +2,11 @@
 image begin with once for all of them.
 
 The questions of an evaluation come several to an image. Their prompts begin alike, with the image and the words before
-the question, which is nearly all of them. This beginning is run once, and what is left of each prompt behind it, as the
-completions of a prompt are in an update. Then each prompt gets a cache of its own, as if it had been run alone.
+the question, which is most of them. This beginning is run once, and what is left of each prompt behind a copy of its
+cache, as if each had been run alone.
 
-Shape suffixes: B prompts, P prompt positions (left-padded), A images, T positions of a line, which holds what is left
-of the prompts about an image, one after another (right-padded); D width of the model.
+Shape suffixes: B prompts, P prompt positions (padding on the left and, where the beginning was run apart, behind the
+end as well), C positions of what is left of a prompt (right-padded), D width of the model.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 import torch
-from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers.cache_utils import DynamicLayer
 
-from ireasoner.model.forward import Prefix, prefill, run_packed
+from ireasoner.model.forward import Prefix, prefill, run_decoder
 from ireasoner.model.inputs import Prompts, image_tokens, left_padded
 from ireasoner.model.policy import Policy
 
@@ -31,15 +30,21 @@ def prefill_in_parts(policy: Policy, prompts: Prompts, size: int) -> Prefix:
     """
     parts = [_prefill_by_image(policy, prompts.padded(slice(i, i + size))) for i in range(0, len(prompts), size)]
     first, *others = parts
-    # Layer by layer, so that the parts' caches and their copy are never all there at once.
-    for layer, *rest in zip(*(part.cache.layers for part in parts), strict=True) if others else ():
-        assert isinstance(layer, DynamicLayer)
+    if not others:
+        return first
+    # A part that shares beginnings may be longer than one that does not, which then gets more padding. All of this
+    # happens layer by layer, so that the parts' caches and their copy are never all there at once.
+    for layers in zip(*(part.cache.layers for part in parts), strict=True):
         for name in ("keys", "values"):
-            setattr(layer, name, torch.cat([getattr(each, name) for each in (layer, *rest)]))
-            for each in rest:
-                setattr(each, name, None)
-    joined = (torch.cat([getattr(part, name) for part in parts]) for name in ("last_hidden_BD", "next_position_B"))
-    return Prefix(first.cache, prompts.mask_BP, *joined)
+            of_parts = [getattr(layer, name) for layer in layers]
+            longest = max(each.shape[2] for each in of_parts)  # a sliding window keeps less than the prompt
+            joined = torch.cat([pad(each, (0, 0, longest - each.shape[2], 0)) for each in of_parts])
+            for layer in layers:
+                setattr(layer, name, joined if layer is layers[0] else None)
+    width = max(part.mask_BP.shape[1] for part in parts)
+    mask_BP = torch.cat([pad(part.mask_BP, (width - part.mask_BP.shape[1], 0)) for part in parts])
+    rest = (torch.cat([getattr(part, name) for part in parts]) for name in ("last_hidden_BD", "next_position_B"))
+    return Prefix(first.cache, mask_BP, *rest)
 
 
 def _prefill_by_image(policy: Policy, prompts: Prompts) -> Prefix:
@@ -54,42 +59,19 @@ def _prefill_by_image(policy: Policy, prompts: Prompts) -> Prefix:
         [{name: row[:shared] for name, row in texts[rows[0]].items()} for rows, shared in images],
         [prompts.images[rows[0]] for rows, _ in images],
     )
-    ends = [[texts[row]["input_ids"][shared:] for row in rows] for rows, shared in images]
-    number_AT = _lines([[torch.full_like(end, number) for number, end in enumerate(line)] for line in ends])
-    offset_AT = _lines([[torch.arange(len(end), device=end.device) for end in line] for line in ends])
-    real_AT = _lines([[torch.ones_like(end, dtype=torch.bool) for end in line] for line in ends])
-    prefix = prefill(policy, starts)
-    hidden_ATD = run_packed(policy, prefix, _lines(ends), number_AT, offset_AT, real_AT)
+    image_of = {row: image for image, (rows, _) in enumerate(images) for row in rows}
+    image_B = torch.tensor([image_of[row] for row in range(len(prompts))], device=policy.device)
+    ends = [text["input_ids"][images[image_of[row]][1] :] for row, text in enumerate(texts)]
+    ids_BC = pad_sequence(ends, batch_first=True, padding_value=policy.pad_token)
+    length_B = torch.tensor([len(end) for end in ends], device=policy.device)
+    place_C = torch.arange(ids_BC.shape[1], device=policy.device)
 
-    width = starts.mask_BP.shape[1]
-    image_B, column_BP = (each.to(policy.device) for each in _places(prompts, images, lengths, width))
-    for layer in prefix.cache.layers:  # one after another, so that both caches are never there as a whole
-        assert isinstance(layer, DynamicLayer)
-        for name in ("keys", "values"):
-            of_images: Tensor = getattr(layer, name).transpose(1, 2)
-            setattr(layer, name, of_images[image_B[:, None], column_BP].transpose(1, 2).contiguous())
-    last_B = column_BP[:, -1] - width
-    next_position_B = prefix.next_position_B[image_B] + offset_AT[image_B, last_B] + 1
-    return Prefix(prefix.cache, prompts.mask_BP, hidden_ATD[image_B, last_B], next_position_B)
-
-
-def _places(
-    prompts: Prompts, images: Sequence[tuple[list[int], int]], lengths: Sequence[int], width: int
-) -> tuple[Tensor, Tensor]:
-    """Where the images' cache, of beginnings that are padded to `width` and lines behind them, has the prompts.
-
-    Returns:
-        The image of each prompt [B], and the columns of its tokens [B, P]; any column where it has padding.
-    """
-    image_B = torch.zeros(len(prompts), dtype=torch.long)
-    column_BP = torch.zeros(prompts.mask_BP.shape, dtype=torch.long)
-    for image, (rows, shared) in enumerate(images):
-        end = width
-        for row in rows:
-            begin, end = end, end + lengths[row] - shared  # of what is left of this prompt
-            image_B[row] = image
-            column_BP[row, -lengths[row] :] = torch.tensor([*range(width - shared, width), *range(begin, end)])
-    return image_B, column_BP
+    prefix = prefill(policy, starts).select(image_B)
+    mask_BP = torch.cat([prefix.mask_BP, (place_C < length_B[:, None]).to(prefix.mask_BP.dtype)], dim=1)
+    positions_BC = prefix.next_position_B[:, None] + place_C
+    hidden_BCD = run_decoder(policy, prefix.cache, ids_BC, mask_BP, positions_BC)
+    last_hidden_BD = hidden_BCD[torch.arange(len(prompts), device=policy.device), length_B - 1]
+    return Prefix(prefix.cache, mask_BP, last_hidden_BD, prefix.next_position_B + length_B)
 
 
 def _beginnings(policy: Policy, prompts: Prompts, lengths: Sequence[int]) -> list[tuple[list[int], int]]:
@@ -97,8 +79,8 @@ def _beginnings(policy: Policy, prompts: Prompts, lengths: Sequence[int]) -> lis
 
     Empty where the prompts are to be run as they are, because that is less work or the only way that is right.
     """
-    # What may be packed behind a prompt in an update may be so here. Models that are told by token types which words
-    # of a prompt see later ones (PaliGemma) need prompts whole. Where the types say what is an image
+    # Where completions may follow a prompt that is run once, ends of prompts may as well. Models that are told by token
+    # types which words of a prompt see later ones (PaliGemma) need prompts whole. Where the types say what is an image
     # (`mm_token_type_ids`), such words are parts of an image, and an image is never divided.
     if not policy.shares_attention or "token_type_ids" in prompts.text:
         return []
@@ -115,16 +97,11 @@ def _beginnings(policy: Policy, prompts: Prompts, lengths: Sequence[int]) -> lis
     if any(not tokens.isdisjoint(ids[row][shared - 1 :]) for rows, shared in images for row in rows):
         return []
     longest = max(shared for _, shared in images)
-    line = max(sum(lengths[row] - shared for row in rows) for rows, shared in images)
-    return images if len(images) * (longest + line) < prompts.mask_BP.numel() else []
+    end = max(lengths[row] - shared for rows, shared in images for row in rows)
+    return images if len(images) * longest + len(prompts) * end < prompts.mask_BP.numel() else []
 
 
 def _in_common(texts: Sequence[Sequence[int]]) -> int:
     """How many tokens the texts begin with in common; less than all of any, because something must be left."""
     alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*texts, strict=False))
     return min(sum(1 for _ in alike), min(map(len, texts)) - 1)
-
-
-def _lines(ends: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The ends [length] of each image in a line [A, T]."""
-    return pad_sequence([torch.cat([*line]) for line in ends], batch_first=True)
