@@ -26,7 +26,7 @@ WEIGHTS = "adapter_model.safetensors"
 SHORT = {
     "model": "tiny", "device": "cpu", "recipe": "paper", "images-per-step": 3, "group-size": 3, "steps": 2,
     "max-solution-tokens": 64, "save-every": 1, "keep-checkpoints": 0, "proposer-every": 1, "probe-every": 0,
-    "learning-rate": "1e-3", "blank-every": 0,
+    "learning-rate": "1e-2", "blank-every": 0,
 }  # fmt: skip
 
 

@@ -367,9 +367,9 @@ def test_a_captured_step_of_decoding_is_right_at_every_step(
 
         return counted
 
-    expected_ids, expected_logprobs = ids_and_logprobs(sample(engine, asked, role, 5, 40, **options))
+    expected_ids, expected_logprobs = ids_and_logprobs(sample(engine, asked, role, 5, 112, **options))
     engine.capture = capture
-    ids, logprobs = ids_and_logprobs(sample(engine, asked, role, 5, 40, **options))
+    ids, logprobs = ids_and_logprobs(sample(engine, asked, role, 5, 112, **options))
     assert ids == expected_ids
     torch.testing.assert_close(logprobs, expected_logprobs, atol=1e-5, rtol=0.0)
     assert len({len(each) for each in ids}) > 1
