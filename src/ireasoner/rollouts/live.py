@@ -175,7 +175,7 @@ class LiveEngine:
             if unfinished <= (0.5 if captures else 0.75) * len(decoding.rows):
                 step, first = decoding.step, captures  # the memory of a captured step is returned first
                 decoding.drop_finished()
-            if first:
+            if first and drawn < max_tokens - 2:  # the last step is not repeated
                 step, first = self._captured(step), False
             else:
                 step()
