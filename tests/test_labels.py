@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ireasoner.playground import dataset
 from ireasoner.training import loop
 from ireasoner.training.checks import check_start, match_labels
 from ireasoner.training.config import ConfigError, load_config, resolve
+from ireasoner.training.images import ImageError
 from ireasoner.training.items import ImagePool, labelled_items
 from ireasoner.training.labelled import LabelledQuestion, judged, load_questions
 from ireasoner.training.recorder import RunError, read_records
@@ -172,3 +174,17 @@ def test_the_watch_sees_a_wrong_consensus(world: Path):
     assert watch.alarm is not None
     assert "the group agrees on what the labels say is wrong" in watch.alarm.reason
     assert watch.alarm.healthy_step < 30
+
+
+def test_labels_about_unreadable_images_alone_end_the_run_where_they_are_drawn(world: Path, tmp_path: Path):
+    """And not the next time: a pool in which nothing can be read is no missing one."""
+    shutil.copytree(world / "images", tmp_path / "images")
+    broken = next((tmp_path / "images").rglob("*.png"))
+    broken.write_bytes(b"no picture")
+    line = json.dumps({"image": str(broken), "question": "How many?", "answer": "3"})
+    (tmp_path / "labels.jsonl").write_text(line)
+    config = config_of(tmp_path)
+    with pytest.raises(ImageError, match="None of the 1 images"):
+        loop.start(config, tmp_path / "run")
+    with pytest.raises(ImageError, match="None of the 1 images"):
+        loop.resume(config, tmp_path / "run")

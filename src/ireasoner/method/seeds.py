@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-PROPOSE, SOLVE, RANDOM_REWARD, PICK_LABEL, PICK_EXAMPLES = range(
-    5
-)  # purposes; their numbers are part of every stored run
+# Purposes; their numbers are part of every stored run.
+PROPOSE, SOLVE, RANDOM_REWARD, PICK_LABEL, PICK_EXAMPLES = range(5)
 
 
 def draw_seed(run_seed: int, step: int, image: str, occurrence: int, purpose: int) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ireasoner.method.answers import answer_key
 from ireasoner.method.scoring import RewardFunction
 from ireasoner.method.types import ROLES, Role, UsageError
 from ireasoner.model.options import BackboneOptions
@@ -23,7 +22,7 @@ from ireasoner.model.source import Source, check_processor, find_model, with_wei
 from ireasoner.training.config import Config
 from ireasoner.training.custom_reward import reward_to_resume, reward_to_start
 from ireasoner.training.items import ImagePool, Labels
-from ireasoner.training.labelled import LabelledQuestion, StepTruth, load_questions
+from ireasoner.training.labelled import LabelledQuestion, StepTruth, load_questions, true_key
 from ireasoner.training.recorder import LARGEST, RunError, is_locked, read_json, refuse_links
 from ireasoner.training.sources.finding import pinned
 from ireasoner.training.sources.folder import Folder
@@ -243,28 +242,21 @@ def match_labels(config: Config, labelled: Sequence[LabelledQuestion], pool: Ima
     by_question: dict[tuple[Path, str], list[LabelledQuestion]] = {}
     for row in about:
         by_question.setdefault((row.image, " ".join(row.question.casefold().split())), []).append(row)
-    agreeing = [rows for rows in by_question.values() if len({_true_key(row) for row in rows}) == 1]
-    if not agreeing:
-        raise RunError(f"--labels: every question in {config.labels} has two answers that differ")
     labels: dict[str, list[LabelledQuestion]] = {}
-    for rows in agreeing:
-        labels.setdefault(names[rows[0].image], []).append(rows[0])
     notes = []
     if left := len(labelled) - len(about):
         notes.append(
             f"{left} of {len(labelled)} labelled questions are about images that are not trained on, and are left out."
         )
-    for rows in by_question.values():
-        if rows not in agreeing:
+    for (image, _), rows in by_question.items():
+        if len({true_key(row) for row in rows}) == 1:
+            labels.setdefault(names[image], []).append(rows[0])
+        else:
             answers = " and ".join(sorted({repr(row.answer) for row in rows}))
-            notes.append(
-                f"{rows[0].question!r:.200} about {names[rows[0].image]} is left out: its labels say {answers:.200}."
-            )
+            notes.append(f"{rows[0].question!r:.200} about {names[image]} is left out: its labels say {answers:.200}.")
+    if not labels:
+        raise RunError(f"--labels: every question in {config.labels} has two answers that differ")
     return labels, notes
-
-
-def _true_key(label: LabelledQuestion) -> str:
-    return answer_key(label.answer, label.question) or label.answer
 
 
 def initial_adapters(config: Config, model: Source) -> dict[Role, Path]:

@@ -171,10 +171,8 @@ def evaluate(
     engine = engine or LiveEngine(policy)
     image = numbered(question.image for question in questions)
     # Questions about one image are asked together, and by one process as far as equal shares allow: what they have in
-    # common is then run once. The shares follow one another, and the first ones may be longer by one.
-    by_image, (each, longer) = image.argsort(kind="stable").tolist(), divmod(len(questions), processes.count)
-    start = processes.index * each + min(processes.index, longer)
-    own = by_image[start : start + len(processes.share(len(questions)))]
+    # common is then run once.
+    own = np.array_split(image.argsort(kind="stable"), processes.count)[processes.index].tolist()
     found: list[tuple[int, dict[str, float], str]] = []
     for first in range(0, math.ceil(len(questions) / processes.count), options.batch_size):
         if processes.any(stop_asked()):  # all processes do equally many batches, so that they stop at the same one

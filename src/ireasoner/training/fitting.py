@@ -106,7 +106,7 @@ def within_memory(run: Run) -> Iterator[None]:
         DoesNotFitError: as above; the message says what was saved.
     """
     step, memory = run.step, run.selfplay.memory.state()
-    pools = [(pool, pool.state()) for pool in (run.pool, run.labelled) if pool]
+    pools = [(pool, pool.state()) for pool in run.pools]
     updates = [learner.updates for learner in run.learners.values()]
     try:
         with out_of_memory_is_told():

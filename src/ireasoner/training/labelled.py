@@ -66,6 +66,11 @@ class LabelledQuestion:
     match: Match | None = None
 
 
+def true_key(label: LabelledQuestion) -> str:
+    """The key of the true answer; an answer without a key stands for itself."""
+    return answer_key(label.answer, label.question) or label.answer
+
+
 def judged(label: LabelledQuestion, match: Match, answer: str) -> float:
     """How right an answer to a labelled question is, in [0, 1]; `match` is the metric where the question names none."""
     return match_value(answer, (label.answer, *label.others), label.question, label.match or match, label.choices)
@@ -262,7 +267,7 @@ def answer_prior(questions: Sequence[LabelledQuestion]) -> dict[str, float]:
     """
     every, by_words = Counter[str](), defaultdict[tuple[str, ...], Counter[str]](Counter)
     for q in questions:
-        key = answer_key(q.answer, q.question) or q.answer
+        key = true_key(q)
         every[key] += 1
         by_words[tuple(q.question.lower().split()[:2])][key] += 1
     right = {"overall": max(every.values()), "by_first_words": sum(max(c.values()) for c in by_words.values())}

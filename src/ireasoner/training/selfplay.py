@@ -202,8 +202,10 @@ class SelfPlay:
     def _proposer_messages(self, batch: _Batch, i: int) -> list[dict[str, Any]]:
         """What the proposer is told about item i, with examples of questions if it is shown any."""
         sampling, count = self.config.sampling, min(self.config.label_examples, len(self.examples))
-        rng = np.random.default_rng(list(batch.seed(i, seeds.PICK_EXAMPLES)))
-        shown = rng.choice(len(self.examples), count, replace=False).tolist() if count else []
+        shown: list[int] = []
+        if count:
+            rng = np.random.default_rng(list(batch.seed(i, seeds.PICK_EXAMPLES)))
+            shown = rng.choice(len(self.examples), count, replace=False).tolist()
         return proposer_messages(sampling.proposer_prompt, sampling.domain, [self.examples[n].question for n in shown])
 
     def _asked(self, batch: _Batch, i: int, proposal: Sequence[Completion]) -> _Asked:

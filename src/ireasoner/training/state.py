@@ -90,12 +90,18 @@ class Run:
         """Why the run ends early, or None."""
         return self.watch.alarm
 
+    @property
+    def pools(self) -> list[ImagePool]:
+        """Where images are drawn from. A pool without a readable image has the length 0, and is one nevertheless."""
+        return [pool for pool in (self.pool, self.labelled) if pool is not None]
+
     def draw(self, step: int) -> list[Item]:
         """The items of a step, in the order of the steps: first those about which a labelled question is asked."""
         count = self.config.schedule.images_per_step
-        asked = labelled_items(step, count, self.config.label_share) if self.labelled else 0
-        labelled = self.labelled.take(asked) if self.labelled else []
-        return [*labelled, *self.pool.take(count - asked)]
+        if self.labelled is None:
+            return self.pool.take(count)
+        asked = labelled_items(step, count, self.config.label_share)
+        return [*self.labelled.take(asked), *self.pool.take(count - asked)]
 
     def due(self, every: int) -> bool:
         """Whether something that happens every `every` steps (0: never) is due after this step."""
@@ -135,7 +141,7 @@ def record_extension(run: Run) -> None:
 
 def record_skips(run: Run) -> None:
     """Record the images that could not be used so far, except those that are recorded already."""
-    for pool in filter(None, (run.pool, run.labelled)):
+    for pool in run.pools:
         for name, reason in pool.skipped.items():
             run.recorder.skip(run.step, name, reason)
 
@@ -206,7 +212,8 @@ def _write_state(run: Run, folder: Path) -> None:
         card = model_card(run.config, {"best_step": run.step, "images": len(run.pool)}, base, role)
         (folder / role / "README.md").write_text(card, "utf-8")
     state: dict[str, Any] = {"step": run.step, "elapsed": run.elapsed, "pool": run.pool.state()}
-    state |= {"labelled": run.labelled.state()} if run.labelled else {}
+    if run.labelled is not None:
+        state["labelled"] = run.labelled.state()
     state |= {"memory": run.selfplay.memory.state(), "learners": {}}
     for role, learner in run.learners.items():
         tensors, state["learners"][role] = learner.state()
@@ -257,13 +264,12 @@ def restore(run: Run, checkpoint: Path, state: Mapping[str, Any]) -> None:
     for role, learner in run.learners.items():
         learner.restore(load_file(checkpoint / f"optimizer-{role}.safetensors"), state["learners"][role])
     changes = run.pool.restore(state["pool"], read_listing(run.out))
-    if run.labelled:
+    if run.labelled is not None:
         run.labelled.restore(state["labelled"])
     run.selfplay.memory.restore(state["memory"])
     if (checkpoint / DRAFT).exists():
         draft = json.loads((checkpoint / DRAFT).read_text("utf-8"))
-        pools = {True: run.labelled or run.pool, False: run.pool}
-        run.draft = run.selfplay.restored(draft, [pools[i["labelled"]].again(i["name"]) for i in draft["items"]])
+        run.draft = run.selfplay.restored(draft, [run.pools[i["labelled"]].again(i["name"]) for i in draft["items"]])
     for episode in read_episodes(run.out):
         run.signals.remember(episode)
     for record in read_records(run.out / "metrics.jsonl"):
