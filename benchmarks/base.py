@@ -169,10 +169,10 @@ def truer_is_higher(asked: Sequence[Asked], seed: int = 0) -> Interval | None:
         margins = [(agreement[i] - agreement[j]) * np.sign(truth[i] - truth[j]) for i, j in pairs_ij]
         won.append(sum(1.0 if m > 1e-9 else 0.5 if m > -1e-9 else 0.0 for m in margins))
         pairs.append(len(margins))
-    return _share_of_pairs(np.array(won), np.array(pairs), np.random.default_rng(seed))
+    return share_of_pairs(np.array(won), np.array(pairs), np.random.default_rng(seed))
 
 
-def _share_of_pairs(won: NDArray[np.float64], pairs: NDArray[np.int64], rng: np.random.Generator) -> Interval | None:
+def share_of_pairs(won: NDArray[np.float64], pairs: NDArray[np.int64], rng: np.random.Generator) -> Interval | None:
     """The share of the pairs that are won, with an interval from resampled questions."""
     if not pairs.sum():
         return None
@@ -229,7 +229,7 @@ def habit_auc(asked: Sequence[Asked], habits: Sequence[str], mask: str, seed: in
             margins = (value[labels[i] == 1][:, None] - value[labels[i] == 0][None]).flatten()
             won[i] = float((margins > 1e-6).sum() + 0.5 * (margins.abs() <= 1e-6).sum())
             pairs[i] = len(margins)
-    return _share_of_pairs(won, pairs, rng)
+    return share_of_pairs(won, pairs, rng)
 
 
 def _fitted(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -105,14 +105,17 @@ def test_batched_logprobs_equal_plain_ones_one_at_a_time(
 def test_token_distributions_are_those_of_the_whole_vocabulary(
     babbler: Policy, sized: list[Image.Image], plain: dict[Role | None, torch.nn.Module], monkeypatch: Any
 ):
-    """Entropy and distance from uniform of each token of a group of ragged completions, in chunks of a few logits."""
+    """Entropy and distance from uniform of each token of a group of ragged completions, in chunks of a few logits; and
+    how likely these tokens are."""
     request = asking(babbler, sized)[1]
     vocabulary = plain[None].get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     monkeypatch.setattr(distributions, "CHUNK_LOGITS", 3 * vocabulary)
     group = [Completion("", ids, (), "stop") for ids in ((5, 6, 7, 8, 9), (11,), (12, 13, 14))]
     found = distributions.token_distributions(babbler, request, group, "solver")
-    for completion, of_tokens in zip(group, found, strict=True):
+    likely = distributions.token_logprobs(babbler, request, group, "solver")
+    for completion, of_tokens, own in zip(group, found, likely, strict=True):
         logprobs = plain_logprobs(plain["solver"], sized[1], request.messages, completion.token_ids)
+        torch.testing.assert_close(torch.tensor(own), chosen(logprobs, completion.token_ids), **TOLERANCE)
         uniform = torch.full_like(logprobs, 1 / vocabulary)
         entropies = -(logprobs.exp() * logprobs).sum(-1)
         certainties = (uniform * (uniform.log() - logprobs)).sum(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from ireasoner.method.memory import step_digest
 from ireasoner.method.scoring import Context, Group
 from ireasoner.method.texts import parse_question, solver_messages
 from ireasoner.method.types import Completion, Episode
-from ireasoner.model.inputs import build_prompts, render
+from ireasoner.model.inputs import build_prompts, encode_images, render
 from ireasoner.model.policy import Policy
+from ireasoner.rollouts.distributions import token_logprobs
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import Config, resolve
 from ireasoner.training.items import Item
@@ -296,6 +298,14 @@ def test_a_reward_of_ones_own_gets_what_self_play_knows(policy: Policy, pictures
         assert group.texts == tuple(t.text for t in episode.trajectories)
         assert context.finish_reasons == [t.finish_reason for t in episode.trajectories]
         assert context.logprobs == [c.logprobs for c in sample.completions]
+        assert context.tokens is not None
+        written = policy.processor.tokenizer.decode(sample.completions[0].token_ids)
+        assert "".join(context.tokens[0]) == written  # the end token has a text too
+        assert context.blank_logprobs is not None
+        gray = encode_images(policy, [Image.new("RGB", pictures[sample.episode].size, (128, 128, 128))])[0]
+        blind = token_logprobs(policy, replace(sample.request, image=gray), sample.completions, "solver")
+        assert context.blank_logprobs() == blind
+        assert blind != [list(c.logprobs) for c in sample.completions]
         assert context.seed is not None
         assert episode.rewards == tuple(0.25 * t.well_formed for t in episode.trajectories)
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ireasoner.method import claims, rewards
 from ireasoner.method.answers import Vote, answer_key, majority
+from ireasoner.method.likelihood import step_grounding, step_likelihoods
 from ireasoner.method.memory import step_digest
 from ireasoner.method.recipe import PUBLISHED, Recipe
 from ireasoner.method.rewards import FloatArray
@@ -82,6 +83,9 @@ class Context:
         recent_steps: digests of the reasoning steps of each of the latest groups of other images, as
             `ireasoner.method.memory.RecentSteps` gives them.
         logprobs: of each text's tokens, under the distribution that was sampled from.
+        tokens: the text of each of these tokens, as `ireasoner.method.likelihood.step_tokens` takes them.
+        blank_logprobs: of the same tokens, if the image were uniformly gray. To call it takes a forward pass of the
+            group.
         distributions: the solver's next-token distributions at each text's tokens. To call it takes a forward pass of
             the group.
         questions: all readable questions that were asked in the same training step, this one among them.
@@ -99,6 +103,8 @@ class Context:
     embed: Callable[[Sequence[str]], NDArray[np.floating]] | None = None
     recent_steps: Sequence[frozenset[str]] | None = None
     logprobs: Sequence[Sequence[float]] | None = None
+    tokens: Sequence[Sequence[str]] | None = None
+    blank_logprobs: Callable[[], Sequence[Sequence[float]]] | None = None
     distributions: Callable[[], Sequence[TokenDistributions]] | None = None
     questions: Sequence[str] | None = None
     true_answer: str | None = None
@@ -225,7 +231,8 @@ def _lacking(recipe: Recipe, context: Context) -> str | None:
         return "recent_steps"
     if recipe.step_measure == "embedding" and context.embed is None:
         return "embed"
-    return None
+    needed = {"likelihood": ["logprobs", "tokens"], "grounding": ["logprobs", "tokens", "blank_logprobs"]}
+    return next((name for name in needed.get(recipe.step_measure, ()) if getattr(context, name) is None), None)
 
 
 # --- agreement: first its numbers, then how the record explains them --------------------------------------------------
@@ -263,8 +270,11 @@ def _agreement(group: Group, recipe: Recipe, context: Context) -> _Agreement:
         outcome = np.array(group.rightness) * rewards.length_factors(words, **penalty)
     if recipe.recurrence_window:
         outcome = outcome * rewards.novelty_factors(recurrences)
-    if recipe.step_measure == "claims":
-        support = _claim_support(group, compared)
+    if recipe.step_measure != "embedding":
+        if recipe.step_measure == "claims":
+            support = _claim_support(group, compared)
+        else:
+            support = _likelihoods(compared, recipe, context)
         steps = rewards.claim_agreement_rewards(support, recurrences)
         return _Agreement(weight, outcome, steps, support, recurrences, rewards.claim_scores(support, recurrences))
     assert context.embed is not None
@@ -298,6 +308,18 @@ def _claim_support(group: Group, compared: Sequence[Sequence[str]]) -> list[Floa
         remaining = iter(values)  # of the steps that claim something, in order
         support.append(np.array([next(remaining) if step in kept else np.nan for step in steps]))
     return support
+
+
+def _likelihoods(compared: Sequence[Sequence[str]], recipe: Recipe, context: Context) -> list[FloatArray]:
+    """How likely each compared step was when it was sampled, or how much of that is owed to the image; NaN where that
+    is not known."""
+    assert context.logprobs is not None
+    assert context.tokens is not None
+    if recipe.step_measure == "likelihood":
+        return [step_likelihoods(*each) for each in zip(compared, context.tokens, context.logprobs, strict=True)]
+    assert context.blank_logprobs is not None
+    blank = context.blank_logprobs()
+    return [step_grounding(*each) for each in zip(compared, context.tokens, context.logprobs, blank, strict=True)]
 
 
 def _agreement_parts(agreement: _Agreement, group: Group, recipe: Recipe) -> list[dict[str, Part]]:

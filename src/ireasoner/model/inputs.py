@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
@@ -260,6 +261,14 @@ def embed_texts(policy: Policy, texts: Sequence[str], max_tokens: int) -> NDArra
             mean = table[torch.tensor(ids, device=policy.device)].detach().double().mean(0)
             row[:] = (mean / mean.norm()).cpu().numpy()
     return rows
+
+
+def token_texts(policy: Policy, ids: Sequence[int]) -> list[str]:
+    """The text of each token, which together are that of all. A token that ends within a character has none; the next
+    one has the character.
+    """
+    stream = DecodeStream(skip_special_tokens=False)
+    return [stream.step(policy.processor.tokenizer.backend_tokenizer, token) or "" for token in ids]
 
 
 def join_features(features: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The policy's next-token distributions at the tokens of texts that have been sampled, for rewards that read them.
+"""The policy's next-token distributions at the tokens of texts that have been sampled, and how likely these tokens are
+to it, for rewards that read them.
 
 No engine is asked for them: a server would have to send a number for every word of its vocabulary. They are computed
 by one forward pass of the group, as the update computes them, whoever has sampled.
@@ -7,7 +8,7 @@ by one forward pass of the group, as the update computes them, whoever has sampl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +28,39 @@ def token_distributions(
 ) -> list[TokenDistributions]:
     """Entropy and self-certainty at every token of a request's completions, under a role's adapter as it is now.
 
-    All completions go through the model together. Logits are held in chunks, whatever the size of the vocabulary.
+    All completions go through the model together.
+    """
+    entropies, certainties = _of_tokens(policy, request, completions, role, lambda logits, _: _statistics(logits))
+    pairs = zip(entropies, certainties, strict=True)
+    return [TokenDistributions(tuple(h.tolist()), tuple(c.tolist())) for h, c in pairs]
+
+
+@torch.no_grad()
+def token_logprobs(
+    policy: Policy, request: Request, completions: Sequence[Completion], role: Role | None
+) -> list[list[float]]:
+    """The log-probability of every token of some completions behind a request's prompt, at temperature 1.
+
+    The prompt need not be the one that they were sampled for: it may show another image.
+    """
+
+    def chosen(logits_TV: Tensor, ids_T: Tensor) -> tuple[Tensor]:
+        return (logits_TV.log_softmax(-1).gather(-1, ids_T[:, None])[:, 0],)
+
+    (found,) = _of_tokens(policy, request, completions, role, chosen)
+    return [each.tolist() for each in found]
+
+
+def _of_tokens(
+    policy: Policy,
+    request: Request,
+    completions: Sequence[Completion],
+    role: Role | None,
+    read: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+) -> list[tuple[Tensor, ...]]:
+    """What is read from the logits [T, V] at tokens [T]: for each column of it, a tensor for each completion.
+
+    Logits are held in chunks, whatever the size of the vocabulary.
     """
     prompts = build_prompts(policy, [request.image], [request.messages])
     lengths = [len(completion.token_ids) for completion in completions]
@@ -35,11 +68,10 @@ def token_distributions(
     mask_RC = pad_sequence([torch.ones(length, dtype=torch.bool) for length in lengths], True)
     ids_RC, mask_RC = ids_RC.to(policy.device), mask_RC.to(policy.device)
     hidden_TD = completion_hidden(policy, prompts, ids_RC, mask_RC, role)
-    vocabulary = policy.output_layer(hidden_TD[:1]).shape[-1]
-    parts = [_statistics(policy.output_layer(each)) for each in hidden_TD.split(max(1, CHUNK_LOGITS // vocabulary))]
-    entropies, certainties = (torch.cat(column).split(lengths) for column in zip(*parts, strict=True))
-    pairs = zip(entropies, certainties, strict=True)
-    return [TokenDistributions(tuple(h.tolist()), tuple(c.tolist())) for h, c in pairs]
+    size = max(1, CHUNK_LOGITS // policy.output_layer(hidden_TD[:1]).shape[-1])
+    chunks = zip(hidden_TD.split(size), ids_RC[mask_RC].split(size), strict=True)
+    parts = [read(policy.output_layer(hidden), ids) for hidden, ids in chunks]
+    return [torch.cat(column).split(lengths) for column in zip(*parts, strict=True)]
 
 
 def _statistics(logits_TV: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from ireasoner.method import seeds
 from ireasoner.method.memory import RecentSteps
 from ireasoner.method.scoring import Context, RewardFunction, score_solutions, step_weight
 from ireasoner.method.texts import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.method.types import Completion, Episode, Proposal, Question, Sampled, Solution, Trajectory
-from ireasoner.model.inputs import EncodedImage, embed_texts, encode_images, render
+from ireasoner.model.inputs import EncodedImage, embed_texts, encode_images, render, token_texts
 from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 from ireasoner.model.sharding import equal_passes
-from ireasoner.rollouts.distributions import token_distributions
+from ireasoner.rollouts.distributions import token_distributions, token_logprobs
 from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.training.config import Config
+from ireasoner.training.evaluation import blanked
 from ireasoner.training.items import Item
 from ireasoner.training.labelled import LabelledQuestion, judged
 
@@ -271,6 +273,8 @@ class SelfPlay:
             prompt=prompt,
             finish_reasons=[c.finish_reason for c in completions],
             logprobs=[c.logprobs for c in completions],
+            tokens=[token_texts(self.policy, c.token_ids) for c in completions],
+            blank_logprobs=request and partial(self._blank_logprobs, request, batch.items[i].image, completions),
             distributions=request and partial(token_distributions, self.policy, request, completions, "solver"),
             questions=questions,
             step_weight=weight,
@@ -302,6 +306,13 @@ class SelfPlay:
             step_weight=weight,
             true_answer=label.answer if label else None,
         )
+
+    def _blank_logprobs(
+        self, request: Request, image: Image.Image, completions: Sequence[Completion]
+    ) -> list[list[float]]:
+        """How likely the solver finds the tokens of completions of a request if it is shown a gray image instead."""
+        encoded = encode_images(self.policy, blanked([image]))
+        return token_logprobs(self.policy, replace(request, image=encoded[0]), completions, "solver")
 
 
 def at_once(function: Callable[[], T]) -> Callable[[], T]:
