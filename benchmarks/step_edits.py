@@ -6,9 +6,9 @@
 
 Solutions are edited, and scored before and after by what their group claims too (`claims`), by how likely their steps
 are to the model (`likelihood`), by the least likely token of each step (`least likely token`), and by the likelihood
-less that behind a gray image (`grounding`). With --groups, the solutions come from a file and the image is gray, so that
-the last score is 0. A score that rises is an offer to cheat. Repeated steps count once
-and steps that are said of other images are discounted in training; here they are not, so that the score itself is seen.
+less that behind a gray image (`grounding`). With --groups, the solutions come from a file and the image is gray, so
+that the last score is 0. A score that rises is an offer to cheat. Repeated steps count once, and steps that are said of
+other images are discounted in training; here they are not, so that the score itself is seen.
 """
 
 from __future__ import annotations
