@@ -166,7 +166,7 @@ def test_the_answer_prior_by_hand():
 def scores(values: np.ndarray, image: np.ndarray | None = None) -> Scores:
     values = np.asarray(values, dtype=np.float64)
     ones, image = np.ones(len(values)), np.arange(len(values)) if image is None else image
-    return Scores(dict.fromkeys(ACCURACIES, values), 0 * ones, ones, ones, 20 * ones, ("",) * len(values), image)
+    return Scores(dict.fromkeys(ACCURACIES, values), 0 * ones, ones, ones, 20 * ones, ones, ("",) * len(values), image)
 
 
 def one(before: np.ndarray, after: np.ndarray, image: np.ndarray | None = None) -> dict[str, float]:
