@@ -652,7 +652,7 @@ def test_an_ablation_stopped_moved_resumed_and_extended(
     completed = files(out)
     changed = {name for name in completed if completed[name] != extended[name]}
     assert changed == {"paper-0.json", "oracle-1/summary.json"}
-    again, before = (json.loads(made["paper-0.json"][1])["per_question"] for made in (completed, extended))
+    again, before = (json.loads(kept["paper-0.json"][1])["per_question"] for kept in (completed, extended))
     assert again == before
     result = json.loads((out / "ablation.json").read_text())
     assert {"other_style", "blank_survival", "trained_tokens"} <= set(result["arms"]["paper"]["mean"])

@@ -108,7 +108,7 @@ def run_numbers(run: Path) -> RunNumbers:
       has 1.
     - `seconds`: the median time of a step, which evaluation and loading are no part of.
     - `sampled_tokens`: what the proposer and the solver wrote in a step, in tokens.
-    - `trained_tokens`: how many of these had an advantage, so that both roles were run forward and back on them.
+    - `trained_tokens`: how many of these had an advantage: on them, the update runs the model forward and back.
     """
     steps, episodes = list(read_records(run / "metrics.jsonl")), list(read_episodes(run))
     if not steps:
