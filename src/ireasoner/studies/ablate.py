@@ -303,7 +303,8 @@ def ablate(out: Path, settings: Settings, jobs: int = 1) -> dict[str, Any]:
             cooled = make({f"base-{s}-at-{heat:.3f}": [score("base", s, f"--temperature={heat}")] for s in seeds})
             found = {"base": found.pop("base"), report.COOLED: [*cooled.values()], **found}
             scores |= cooled
-        elsewhere = _ask_elsewhere(out, settings, ("base", *arms), make)
+        # An answer to a request for a description is right or wrong in no way: its share is told in the tables.
+        elsewhere = _ask_elsewhere(out, settings, ("base", *arms), partial(make, tell_accuracy=False))
         blank_arms = [arm for arm in found if arm in ("base", "default")]
         blank = make({f"{arm}-0-blank": [score(arm, 0, "--blank")] for arm in blank_arms})
     if early := [run for run in runs if _ended_early(out / run)]:

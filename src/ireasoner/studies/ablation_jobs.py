@@ -67,7 +67,9 @@ class ArmsProgress(Progress):
             print(f"{doing}, {self.left.render(task)} left", flush=True)
 
 
-def make_scores(out: Path, jobs: Jobs, at_a_time: int, progress: ArmsProgress) -> dict[str, Columns]:
+def make_scores(
+    out: Path, jobs: Jobs, at_a_time: int, progress: ArmsProgress, *, tell_accuracy: bool = True
+) -> dict[str, Columns]:
     """Make the scores that OUT does not hold yet, at most so many at a time; return all of them by name.
 
     Scores of an earlier version, which lack a measure, are made again, without training anew.
@@ -104,7 +106,8 @@ def make_scores(out: Path, jobs: Jobs, at_a_time: int, progress: ArmsProgress) -
                     continue
                 (out / f".{name}.json").rename(out / f"{name}.json")
                 scores = read_scores(out / f"{name}.json")
-                print(f"{name}: " + "  ".join(f"{m} {100 * scores[m].mean():.1f}" for m in MEASURES), flush=True)
+                if tell_accuracy:
+                    print(f"{name}: " + "  ".join(f"{m} {100 * scores[m].mean():.1f}" for m in MEASURES), flush=True)
     finally:
         if running:
             print(f"Stopping {', '.join(name for name, _ in running.values())}.", flush=True)
