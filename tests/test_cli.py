@@ -826,7 +826,7 @@ def scores(accuracy: float, questions: int = 64) -> Scores:
     values = (np.arange(questions) < accuracy * questions).astype(float)
     entropy = np.full(questions, 1.2345)
     ones, image = np.ones(questions), np.arange(questions) // 2
-    return Scores(dict.fromkeys(ACCURACIES, values), entropy, ones, ones, ones, ("",) * questions, image)
+    return Scores(dict.fromkeys(ACCURACIES, values), entropy, ones, ones, ones, ones, ("",) * questions, image)
 
 
 def table_rows(

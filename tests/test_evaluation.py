@@ -166,7 +166,7 @@ def test_the_answer_prior_by_hand():
 def scores(values: np.ndarray, image: np.ndarray | None = None) -> Scores:
     values = np.asarray(values, dtype=np.float64)
     ones, image = np.ones(len(values)), np.arange(len(values)) if image is None else image
-    return Scores(dict.fromkeys(ACCURACIES, values), 0 * ones, ones, ones, 20 * ones, ("",) * len(values), image)
+    return Scores(dict.fromkeys(ACCURACIES, values), 0 * ones, ones, ones, 20 * ones, ones, ("",) * len(values), image)
 
 
 def one(before: np.ndarray, after: np.ndarray, image: np.ndarray | None = None) -> dict[str, float]:
@@ -567,6 +567,8 @@ def test_the_truth_of_steps_is_that_of_the_sampled_steps(tiny: Policy, questions
     assert found.summary()["step_truth"] == found.step_truth
     assert found.image.tolist() == list(range(8))
     assert found.tokens == pytest.approx([np.mean([len(c.token_ids) for c in group]) for group in groups])
+    assert found.distinct_solutions.tolist() == [len({c.text for c in group}) / 5 for group in groups]
+    assert len(set(found.distinct_solutions.tolist())) > 1
 
 
 def test_without_every_picture_there_is_no_truth(tiny: Policy, questions: list[LabelledQuestion]):
@@ -600,6 +602,7 @@ def test_a_cold_sample_is_the_greedy_answer(tiny: Policy, questions: list[Labell
     assert np.array_equal(found.measures["greedy"], found.measures["mean@1"])
     assert np.array_equal(found.measures["greedy"], found.measures["maj@5"])
     assert not found.answer_entropy.any()
+    assert found.distinct_solutions.tolist() == [1 / 5] * 4
 
 
 def test_an_answer_that_is_the_same_in_other_words_is_right(tiny: Policy, questions: list[LabelledQuestion]):

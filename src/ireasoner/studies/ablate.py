@@ -27,7 +27,9 @@ from ireasoner.model.backbone import load_processor
 from ireasoner.playground import dataset, world
 from ireasoner.playground.truth import step_truth
 from ireasoner.studies import ablation_tables as report
-from ireasoner.studies.ablation_jobs import ArmsProgress, Columns, Jobs, make_scores
+from ireasoner.studies.ablation_jobs import ArmsProgress, Columns, Jobs, make_scores, read_texts
+from ireasoner.studies.ablation_numbers import run_numbers, summarize
+from ireasoner.studies.forgetting import forgetting_columns, write_elsewhere
 from ireasoner.training.checks import match_labels
 from ireasoner.training.config import PRESET_OPTIONS, Config, dump_config, load_config, names, options_in, resolve
 from ireasoner.training.custom_reward import names_a_file, sha256_of
@@ -203,6 +205,11 @@ def prepare(out: Path, settings: Settings) -> None:
     if not settings.images and not (out / "data").exists():
         print(f"Drawing {UNLABELED} unlabeled pictures and the questions into {out / 'data'}.")
         draw_world(out, settings)
+    if not settings.images and not elsewhere_file(out, settings).exists():
+        # An ablation that was begun by an earlier version has no such questions yet.
+        shutil.rmtree(draft := out / ".elsewhere", ignore_errors=True)
+        write_elsewhere(draft, settings.questions, settings.style, settings.split)
+        draft.rename(elsewhere_file(out, settings).parent)
 
 
 def _check_run(run: Path, config: Config) -> None:
@@ -225,6 +232,11 @@ def _check_run(run: Path, config: Config) -> None:
 def questions_file(out: Path, settings: Settings) -> Path:
     """The held-out questions: the user's own, or those of the embedded world."""
     return Path(settings.data or out / "data" / settings.split / f"{settings.split}.jsonl")
+
+
+def elsewhere_file(out: Path, settings: Settings) -> Path:
+    """The questions about pictures of the embedded world that are drawn otherwise than those of the training."""
+    return out / "data" / "elsewhere" / f"{settings.split}.jsonl"
 
 
 def train_command(out: Path, settings: Settings, recipe: str, run: Path, seed: int) -> list[str]:
@@ -291,6 +303,8 @@ def ablate(out: Path, settings: Settings, jobs: int = 1) -> dict[str, Any]:
             cooled = make({f"base-{s}-at-{heat:.3f}": [score("base", s, f"--temperature={heat}")] for s in seeds})
             found = {"base": found.pop("base"), report.COOLED: [*cooled.values()], **found}
             scores |= cooled
+        # An answer to a request for a description is right or wrong in no way: its share is told in the tables.
+        elsewhere = _ask_elsewhere(out, settings, ("base", *arms), partial(make, tell_accuracy=False))
         blank_arms = [arm for arm in found if arm in ("base", "default")]
         blank = make({f"{arm}-0-blank": [score(arm, 0, "--blank")] for arm in blank_arms})
     if early := [run for run in runs if _ended_early(out / run)]:
@@ -300,20 +314,53 @@ def ablate(out: Path, settings: Settings, jobs: int = 1) -> dict[str, Any]:
     for name, of_run in scores.items():
         if not np.array_equal(of_run.get("image", ()), image):
             raise UsageError(f"{out / name}.json holds scores on other questions: remove it, and it is made again")
-    columns = {arm: {name: np.stack([s[name] for s in of_arm]) for name in of_arm[0]} for arm, of_arm in found.items()}
-    distinct = {arm: [report.distinct_questions(out / f"{arm}-{seed}") for seed in seeds] for arm in arms}
+    columns = {
+        arm: {name: np.stack([s[name] for s in of_arm]) for name in of_arm[0]} | elsewhere.get(arm, {})
+        for arm, of_arm in found.items()
+    }
+    runs_of = {arm: [run_numbers(out / f"{arm}-{seed}") for seed in seeds] for arm in arms}
     result = {
         "settings": settings.model_dump(),
         "questions": len(questions),
         "images": len(set(image.tolist())),
         "seeds": settings.seeds,
-        **report.summarize(columns, distinct),
+        **summarize(columns, runs_of),
         "blank": {arm: {m: float(blank[f"{arm}-0-blank"][m].mean()) for m in MEASURES} for arm in blank_arms},
         "answer_prior": answer_prior(questions),
         "note": note,
     }
     _write(out, result, columns)
     return result
+
+
+def _ask_elsewhere(
+    out: Path, settings: Settings, arms: Sequence[str], make: Callable[[Jobs], dict[str, Columns]]
+) -> dict[str, Columns]:
+    """What is left of what training did not ask about, by arm; empty on the user's own images.
+
+    Where the base describes nothing, as a model that was not pre-trained on the embedded world, descriptions are left
+    out.
+    """
+    if settings.images:
+        return {}
+    data, seeds = elsewhere_file(out, settings), range(settings.seeds)
+    asked = load_questions(data, truth=step_truth)
+    options = f"--data={data}", f"--limit={len(asked)}"
+    names = {arm: [f"{arm}-{seed}-elsewhere" for seed in seeds] for arm in arms}
+    scores = make({
+        name: [eval_command(out, settings, arm, seed, *options)]
+        for arm, of_arm in names.items()
+        for seed, name in zip(seeds, of_arm, strict=True)
+    })  # fmt: skip
+    found = {}
+    for arm, of_arm in names.items():
+        texts = [read_texts(out / f"{name}.json") for name in of_arm]
+        if any(len(of_seed) != len(asked) for of_seed in texts):
+            raise UsageError(f"{out} holds scores of {arm} on other questions: remove {arm}-*-elsewhere.json")
+        found[arm] = forgetting_columns(np.stack([scores[name]["mean@1"] for name in of_arm]), texts, asked)
+    if not found["base"]["described"].any():
+        found = {arm: {n: v for n, v in of_arm.items() if "described" not in n} for arm, of_arm in found.items()}
+    return found
 
 
 def _ended_early(run: Path) -> bool:
@@ -329,7 +376,7 @@ def _write(out: Path, result: Mapping[str, Any], columns: Mapping[str, Columns])
     replace_file(out / "ablation.json", write_json(result).encode())
     replace_file(out / "ablation.md", report.markdown(result, prior_line(result["answer_prior"])).encode())
     replace_file(out / "ablation.csv", report.csv_text(result).encode())
-    report.draw_differences(result, out / "ablation.png")
+    report.draw_gains(result, out / "ablation.png")
 
 
 def matching_temperature(out: Path, settings: Settings, arm: str, make: Callable[[Jobs], dict[str, Columns]]) -> float:

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ireasoner.method.types import UsageError
+from ireasoner.studies.ablation_numbers import repeated_texts
 from ireasoner.training.statistics import MEASURES, STRICT
 from ireasoner.training.watch import ENDED_ITSELF
 
 POLL_SECONDS, QUIET_SECONDS = 0.25, 30.0
+COMPLETE = {*MEASURES, *STRICT, "distinct_solutions", "image", "greedy_texts"}  # what scores of this version hold
 Columns = dict[str, NDArray[np.float64]]  # by measure, a value for each question
 Jobs = Mapping[str, Sequence[list[str]]]  # by the name of scores in OUT, the commands that make them, an eval last
 
@@ -65,8 +67,12 @@ class ArmsProgress(Progress):
             print(f"{doing}, {self.left.render(task)} left", flush=True)
 
 
-def make_scores(out: Path, jobs: Jobs, at_a_time: int, progress: ArmsProgress) -> dict[str, Columns]:
+def make_scores(
+    out: Path, jobs: Jobs, at_a_time: int, progress: ArmsProgress, *, tell_accuracy: bool = True
+) -> dict[str, Columns]:
     """Make the scores that OUT does not hold yet, at most so many at a time; return all of them by name.
+
+    Scores of an earlier version, which lack a measure, are made again, without training anew.
 
     Each command is a process in a session of its own, so that Ctrl-C in a terminal does not reach it: this process asks
     it to stop, once. If this process is killed with SIGKILL, the commands at work run to their end; while one of them
@@ -77,6 +83,7 @@ def make_scores(out: Path, jobs: Jobs, at_a_time: int, progress: ArmsProgress) -
         KeyboardInterrupt: Ctrl-C. In both cases the other commands have been stopped, and training was saved.
     """
     waiting = [(name, list(commands)) for name, commands in jobs.items() if not (out / f"{name}.json").exists()]
+    waiting += [(name, list(commands[-1:])) for name, commands in jobs.items() if _is_outdated(out / f"{name}.json")]
     running: dict[subprocess.Popen[bytes], tuple[str, list[list[str]]]] = {}
     threads = max(1, torch.get_num_threads() // at_a_time)
     try:
@@ -99,7 +106,8 @@ def make_scores(out: Path, jobs: Jobs, at_a_time: int, progress: ArmsProgress) -
                     continue
                 (out / f".{name}.json").rename(out / f"{name}.json")
                 scores = read_scores(out / f"{name}.json")
-                print(f"{name}: " + "  ".join(f"{m} {100 * scores[m].mean():.1f}" for m in MEASURES), flush=True)
+                if tell_accuracy:
+                    print(f"{name}: " + "  ".join(f"{m} {100 * scores[m].mean():.1f}" for m in MEASURES), flush=True)
     finally:
         if running:
             print(f"Stopping {', '.join(name for name, _ in running.values())}.", flush=True)
@@ -128,16 +136,40 @@ def _failure(code: int, log: Path) -> str:
     return f"failed: {last.removeprefix('ireasoner: ')} (its output is in {log})"
 
 
+def _is_outdated(path: Path) -> bool:
+    """Whether these are scores of an earlier version. Damaged ones are not: `read_scores` says so."""
+    try:
+        return not json.loads(path.read_text("utf-8"))["per_question"].keys() >= COMPLETE
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def read_scores(path: Path) -> Columns:
-    """Scores that OUT holds.
+    """Scores that OUT holds, with `repeated_texts` of the greedy texts.
 
     Raises:
-        UsageError: the file is damaged, or of a version that judged answers in one way alone.
+        UsageError: the file is damaged.
     """
+    columns, texts = _read(path)
+    return {**columns, "repeated_texts": np.array(repeated_texts(texts, columns["image"].tolist()))}
+
+
+def read_texts(path: Path) -> list[str]:
+    """The greedy texts of scores that OUT holds, by question.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[Columns, list[str]]:
     try:
         columns = json.loads(path.read_text("utf-8"))["per_question"]
-        if not columns.keys() >= {*MEASURES, *STRICT}:
-            raise UsageError(f"{path} holds scores of an earlier version: remove it, and it is made again")
-        return {n: np.array(values, dtype=np.float64) for n, values in columns.items() if n != "greedy_texts"}
+        texts = list(map(str, columns.pop("greedy_texts")))
+        arrays = {name: np.array(values, dtype=np.float64) for name, values in columns.items()}
+        if any(values.shape != (len(texts),) for values in arrays.values()) or "image" not in arrays:
+            raise ValueError
+        return arrays, texts
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{path} cannot be read: remove it, and it is made again") from None

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ireasoner.training.recorder import read_episodes
-from ireasoner.training.statistics import half_width
+from ireasoner.studies.ablation_numbers import COSTS, ELSEWHERE
 
 # By measure: how it is headed, what it is multiplied by, its decimals.
 COLUMNS = {
@@ -28,96 +26,31 @@ COLUMNS = {
     "mean@1_of_readable": ("mean@1 of these", 100, 1),
     "tokens": ("tokens", 1, 1),
     "distinct_questions": ("distinct questions", 100, 1),
+    "distinct_solutions": ("distinct solutions", 100, 1),
+    "effective_answers": ("answers of 5", 1, 2),
+    "repeated_texts": ("repeated texts", 100, 1),
+    "blank_survival": ("same when gray", 100, 1),
+    "other_style": ("other style", 100, 1),
+    "described": ("described", 100, 1),
+    "seconds": ("seconds", 1, 2),
+    "sampled_tokens": ("tokens sampled", 1, 0),
+    "trained_tokens": ("tokens trained on", 1, 0),
 }
+SCORES = (
+    *("greedy", "mean@1", "maj@5", "pass@5", "strict_greedy", "strict_mean@1", "step_truth", "checkable_steps"),
+    *("well_formed", "mean@1_of_readable", "tokens"),
+)
+VARIETY = ("distinct_questions", "distinct_solutions", "effective_answers", "repeated_texts", "blank_survival")
 DIFFERENCES = ("greedy", "mean@1", "maj@5", "pass@5", "step_truth")
-REFERENCES = ("base", "paper", "outcome-only", "answers-only")
+GAINS = ("mean@1", "step_truth", "other_style")  # of the figure; arms are sorted by the first
 COOLED = "base, cooled"
-FALLEN = 0.9  # step truth is void where less than this share of the base's checkable steps is left
+CONTROLS = ("random-reward", "oracle", COOLED)
 Rows = list[list[str]]
-Columns = Mapping[str, NDArray[np.float64]]
 
 
-def summarize(arms: Mapping[str, Columns], distinct: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
-    """Every arm's means over seeds, and its paired differences from the REFERENCES among them, with 95 % intervals.
-
-    Args:
-        arms: by arm and measure, values [seeds, questions], as in `ablation.npz`; one arm is called base. `image` is
-            no measure, but the number of the image that a question is about, which is the same for all.
-        distinct: by arm, the share of distinct questions of each seed.
-    """
-    checked = all("true_steps" in columns for columns in arms.values())
-    hidden = {"image", "true_steps"} if checked else {"image", "true_steps", "checkable_steps"}
-    readable = all("well_formed" in c and c["well_formed"].any(1).all() for c in arms.values())  # under every seed
-    shown = [name for name in arms["base"] if name not in hidden]
-    shown += ["step_truth"] * checked + ["mean@1_of_readable"] * readable
-    image = arms["base"]["image"][0].astype(np.int64)
-    all_values = {arm: _with_shares(columns) for arm, columns in arms.items()}
-    void = {arm: checked and steps_fell(columns, arms["base"]) for arm, columns in arms.items()}
-
-    def change(arm: str, reference: str, name: str) -> list[float] | None:
-        if name == "step_truth" and (void[arm] or void[reference]):
-            return None
-        difference = all_values[arm][name] - all_values[reference][name]
-        mean, half = float(difference.mean()), half_width(difference, image)
-        return [mean, mean - half, mean + half]
-
-    found = {}
-    for arm in arms:
-        values = {name: (all_values[arm][name], image) for name in shown}
-        if asked := [share for share in distinct.get(arm, ()) if share is not None]:
-            values["distinct_questions"] = np.array(asked)[:, None], np.zeros(1, dtype=np.int64)  # one for each seed
-        sure = [name for name in values if not (void[arm] and name == "step_truth")]
-        found[arm] = {
-            "mean": {name: float(values[name][0].mean()) for name in sure},
-            "plus_minus": {name: half_width(*values[name]) for name in sure},
-            "by_seed": {name: of_arm.mean(1).tolist() for name, (of_arm, _) in values.items()},
-            "void": void[arm],
-            "minus": {r: {name: change(arm, r, name) for name in shown} for r in REFERENCES if r in arms and r != arm},
-        }
-    references = [reference for reference in REFERENCES if reference in arms]
-    return {"references": references, "measures": [*shown, "distinct_questions"], "arms": found}
-
-
-def distinct_questions(run: Path) -> float | None:
-    """Different readable question texts for each question that was proposed in the last quarter of a run."""
-    asked = [(episode.step, episode.question) for episode in read_episodes(run) if episode.proposal]
-    late = [question for step, question in asked if step > 0.75 * asked[-1][0]]
-    texts = {" ".join(question.text.lower().split()) for question in late if question.well_formed}
-    return len(texts) / len(late) if late else None
-
-
-def steps_fell(columns: Columns, base: Columns) -> bool:
-    """Whether an arm says so much less that can be checked that the true share of it means nothing."""
-    kept = columns["checkable_steps"].mean()
-    return bool(kept < FALLEN * base["checkable_steps"].mean() or kept == 0)
-
-
-def _with_shares(columns: Columns) -> Columns:
-    """The columns with `mean@1_of_readable`, the share of all readable samples that are right, and with `step_truth`,
-    the share of all checkable steps that are true."""
-    found = dict(columns)
-    if "well_formed" in columns:
-        found["mean@1_of_readable"] = _share(columns["mean@1"], columns["well_formed"])
-    if "true_steps" in columns:
-        found["step_truth"] = _share(columns["true_steps"], columns["checkable_steps"])
-    return found
-
-
-def _share(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The sum of one column over that of another one, as a mean [seeds, questions]; nan where the latter is 0.
-
-    Such a share is no mean over questions, but has the same intervals as the mean of its linearization, which adds to
-    the share what each question contributes to it (Taylor's series, as in surveys).
-    """
-    whole_S1 = whole.mean(1, keepdims=True)
-    whole_S1[whole_S1 == 0] = np.nan
-    share_S1 = part.mean(1, keepdims=True) / whole_S1
-    return share_S1 + (part - share_S1 * whole) / whole_S1
-
-
-def score_rows(result: Mapping[str, Any]) -> Rows:
+def score_rows(result: Mapping[str, Any], names: Sequence[str] = SCORES) -> Rows:
     """Every arm's measures, mean ± half of the 95 % interval; heads first."""
-    shown = [name for name in COLUMNS if name in result["measures"]]
+    shown = [name for name in names if name in result["measures"]]
     rows = [["", *(COLUMNS[name][0] for name in shown)]]
     return rows + [[arm, *(_score(found, name) for name in shown)] for arm, found in result["arms"].items()]
 
@@ -159,9 +92,36 @@ def blank_rows(result: Mapping[str, Any]) -> Rows:
     return rows + [[arm, *(f"{100 * m[name]:.1f}" for name in DIFFERENCES[:4])] for arm, m in result["blank"].items()]
 
 
+def forgetting_rows(result: Mapping[str, Any]) -> Rows:
+    """What is left of what the base knew and training did not ask about, and by how much it changed; heads first."""
+    shown = [name for name in ELSEWHERE if name in result["measures"]]
+    rows = [["", *(head for name in shown for head in (COLUMNS[name][0], "minus base"))]]
+    for arm, found in result["arms"].items():
+        if arm != COOLED:
+            minus = found["minus"].get("base", {})
+            changes = {name: _change(minus[name]) if name in minus else "" for name in shown}
+            rows.append([arm, *(cell for name in shown for cell in (_score(found, name), changes[name]))])
+    return rows
+
+
+def cost_rows(result: Mapping[str, Any]) -> Rows:
+    """What a step of each arm takes, and as a multiple of what it takes the arm of `cost_reference`; heads first."""
+    reference = result["cost_reference"]
+    rows = [["", *(head for name in COSTS for head in (COLUMNS[name][0], f"x {reference}"))]]
+    for arm, found in result["arms"].items():
+        if relative := found["relative"]:
+            times = {name: _times(*relative[name]) if name in relative else "" for name in COSTS}
+            rows.append([arm, *(cell for name in COSTS for cell in (_score(found, name), times[name]))])
+    return rows
+
+
+def _times(ratio: float, half: float) -> str:
+    return f"{ratio:.2f}" + (f" ±{half:.2f}" if np.isfinite(half) else "")
+
+
 def legend(result: Mapping[str, Any]) -> str:
     """What the numbers are, for whoever sees the tables without their makers."""
-    settings, seeds = result["settings"], result["seeds"]
+    settings, seeds, measures = result["settings"], result["seeds"], result["measures"]
     where = settings["data"] or f"the embedded world ({settings['split']} split, style {settings['style']})"
     text = (
         f"{result['questions']} questions about {result['images']} images of {where}; model {settings['model']}; seeds "
@@ -170,25 +130,46 @@ def legend(result: Mapping[str, Any]) -> str:
         f"question names, or else {settings['match']}. Strict: only the same answer, with the same unit, as the first "
         "accepted one. Well-formed: samples that could be read, and mean@1 of these. "
     )
-    if "step_truth" in result["measures"]:
+    if "step_truth" in measures:
         text += (
             "Step truth: share of the checkable reasoning steps of readable samples that are true of the picture; "
             "checked steps: how many of these a sample has; where they fall by over 10 % against base, step truth is "
             "void. "
         )
-    return text + (
+    text += (
         "Tokens: mean length of a sample. Distinct questions: different texts per question asked in the last quarter "
-        "of the run (base asks none here: the recipe frozen-proposer shows what the untrained proposer asks)."
-        + result["note"]
+        "of the run (base asks none here: the recipe frozen-proposer shows what the untrained proposer asks). Distinct "
+        "solutions: different texts among the 5 samples of a question. Answers of 5: how many different answers these "
+        "amount to (e to the power of their entropy): 1 where all agree. Repeated texts: greedy solutions that are "
+        "word for word the same as one about another image. Same when gray: majority answers of the run's second half "
+        "that the solver also gave to a gray image. "
     )
+    if "other_style" in measures:
+        text += (
+            "Other style: mean@1 on new pictures in a style that was not trained on, which the base knows. Described: "
+            "share of what there is to see in such a picture that the greedy answer to a request for a description "
+            "says; nothing like it was asked in training. "
+        )
+    if result["cost_reference"]:
+        text += (
+            "Costs are those of one training step, seconds the median; they depend on what else the machine did, and "
+            "jobs that ran at the same time shared its cores. Tokens are counted: those that both roles sampled, and "
+            "those of them with an advantage."
+        )
+    return text + result["note"]
 
 
 def tables(result: Mapping[str, Any]) -> list[tuple[str, Rows]]:
     """Every table with its title, in reading order."""
     what = "percentage points, paired 95 % interval over seeds and images"
-    minus = [(f"Minus {r}: {what}", difference_rows(result, r)) for r in result["references"] if _others(result, r)]
-    blank = ("Without looking: every image gray, seed 0", blank_rows(result))
-    return [("Scores", score_rows(result)), *minus, blank]
+    found = [("Scores", score_rows(result))]
+    found += [(f"Minus {r}: {what}", difference_rows(result, r)) for r in result["references"] if _others(result, r)]
+    found.append(("Variety and collapse", score_rows(result, VARIETY)))
+    if "other_style" in result["measures"]:
+        found.append(("Forgetting: other pictures and another request", forgetting_rows(result)))
+    if result["cost_reference"]:
+        found.append(("Cost of a training step", cost_rows(result)))
+    return [*found, ("Without looking: every image gray, seed 0", blank_rows(result))]
 
 
 def markdown(result: Mapping[str, Any], prior: str) -> str:
@@ -215,29 +196,34 @@ def csv_text(result: Mapping[str, Any]) -> str:
     return target.getvalue()
 
 
-def draw_differences(result: Mapping[str, Any], target: Path) -> None:
-    """`ablation.png`: each arm's difference from each reference with its interval, a panel for each measure."""
+def draw_gains(result: Mapping[str, Any], target: Path) -> None:
+    """`ablation.png`: what each arm gained on the base with its interval, a panel for each measure in GAINS.
+
+    The arm that gained most in accuracy comes first. The names of controls are gray.
+    """
     from matplotlib.figure import Figure
 
-    shown, blocks = _compared(result), {r: arms for r in result["references"] if (arms := _others(result, r))}
-    if not blocks:
+    shown = [name for name in GAINS if name in result["measures"]]
+    gains = {arm: result["arms"][arm]["minus"]["base"] for arm in _others(result, "base")}
+    if not gains:
         return
-    heights = [len(arms) + 2.2 for arms in blocks.values()]
-    figure = Figure(figsize=(1.6 + 2.1 * len(shown), 0.34 * sum(heights)), layout="constrained")
-    parts = figure.subfigures(len(blocks), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for part, (reference, arms) in zip(parts, blocks.items(), strict=True):
-        part.suptitle(f"minus {reference}, percentage points with 95 % intervals (logarithmic beyond ±10)", fontsize=11)
-        axes = part.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
-        for axis, name in zip(axes, shown, strict=True):
-            axis.set_title(COLUMNS[name][0], fontsize=10)
-            _draw_panel(axis, {arm: result["arms"][arm]["minus"][reference][name] for arm in arms})
+    arms = sorted(gains, key=lambda arm: gains[arm]["mean@1"][0], reverse=True)
+    figure = Figure(figsize=(1.8 + 2.8 * len(shown), 1.1 + 0.3 * len(arms)), layout="constrained")
+    figure.suptitle("minus base, percentage points with 95 % intervals (logarithmic beyond ±10)", fontsize=11)
+    axes = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, name in zip(axes, shown, strict=True):
+        axis.set_title(COLUMNS[name][0], fontsize=10)
+        _draw_panel(axis, arms, {arm: gains[arm][name] for arm in arms if name in gains[arm]})
+    for label in axes[0].get_yticklabels():
+        label.set_color("0.5" if label.get_text() in CONTROLS else "black")
     figure.savefig(target, dpi=130)
 
 
-def _draw_panel(axis: Any, changes: Mapping[str, Sequence[float] | None]) -> None:
+def _draw_panel(axis: Any, arms: Sequence[str], changes: Mapping[str, Sequence[float] | None]) -> None:
     """One measure: a row for each arm, green where it is surely better, red where it is surely worse."""
     axis.axvline(0, color="0.6", linewidth=1)
-    for row, change in enumerate(changes.values()):
+    for arm, change in changes.items():
+        row = arms.index(arm)
         if change is None:
             axis.text(0, row, " void", color="0.4", va="center", fontsize=9)
             continue
@@ -246,9 +232,9 @@ def _draw_panel(axis: Any, changes: Mapping[str, Sequence[float] | None]) -> Non
         axis.plot([low, high], [row, row], color=color, linewidth=2, solid_capstyle="butt")
         axis.plot(mean, row, "o", color=color, markersize=5)
     axis.set_xscale("symlog", linthresh=10, linscale=1.2)  # beside the controls, the rest would be one dot
-    axis.set_xticks([-40, -5, 0, 5, 40], ["−40", "−5", "0", "5", "40"])
-    axis.set_yticks(range(len(changes)), list(changes))
-    axis.set_ylim(len(changes) - 0.4, -0.6)
+    axis.set_xticks([-40, -10, 0, 10, 40], ["−40", "−10", "0", "10", "40"])
+    axis.set_yticks(range(len(arms)), arms)
+    axis.set_ylim(len(arms) - 0.4, -0.6)
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
     axis.tick_params(labelsize=9, length=0)

@@ -66,10 +66,11 @@ class Scores:
 
     `image` is the number of the image that a question is about. `measures` lie in [0, 1], both those judged as the
     benchmark would and the strict ones; `answer_entropy` is in nats. `greedy_well_formed` is 1 where the greedy text
-    could be read. The others are means over the sampled trajectories of a question: the share that could be read
-    (`well_formed`), their `tokens`, and how many of their reasoning steps can be checked (`checkable_steps`) and are
-    true (`true_steps`). The last two are None unless every question has a picture; unreadable trajectories count for
-    nothing in them.
+    could be read. `distinct_solutions` is the number of different texts among the sampled trajectories of a question,
+    as a share of them; case and spacing make no difference. The others are means over these trajectories: the share
+    that could be read (`well_formed`), their `tokens`, and how many of their reasoning steps can be checked
+    (`checkable_steps`) and are true (`true_steps`). The last two are None unless every question has a picture;
+    unreadable trajectories count for nothing in them.
     """
 
     measures: dict[str, NDArray[np.float64]]
@@ -77,6 +78,7 @@ class Scores:
     greedy_well_formed: NDArray[np.float64]
     well_formed: NDArray[np.float64]
     tokens: NDArray[np.float64]
+    distinct_solutions: NDArray[np.float64]
     greedy_texts: tuple[str, ...]
     image: NDArray[np.int64]
     checkable_steps: NDArray[np.float64] | None = None
@@ -198,8 +200,10 @@ def evaluate(
                 parse_trajectory(c.text, c.finish_reason, sampling.solution_form, request.prompt)
                 for c in (single, *group)
             ]
-            tokens = float(np.mean([len(c.token_ids) for c in group]))
-            found.append((i, _score(question, read, options.match, truth) | {"tokens": tokens}, single.text))
+            row = _score(question, read, options.match, truth)
+            row["tokens"] = float(np.mean([len(c.token_ids) for c in group]))
+            row["distinct_solutions"] = len({" ".join(c.text.lower().split()) for c in group}) / len(group)
+            found.append((i, row, single.text))
         on_progress(min((first + options.batch_size) * processes.count, len(questions)), len(questions))
     _, rows, texts = zip(*sorted(processes.gather(found, len(questions)), key=itemgetter(0)), strict=True)
     names = rows[0].keys() if all(row.keys() == rows[0].keys() for row in rows) else rows[0].keys() - TRUTH
