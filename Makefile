@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Two processes that spin on both cores slow each other down many times over.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-torchvision test-vllm test-ecosystem test-gpu soak lint docs bench clean
+.PHONY: demo test test-torchvision test-quantization test-vllm test-ecosystem test-gpu soak lint docs bench clean
 
 demo: .venv/installed
 	$(BIN)/ireasoner demo
@@ -17,6 +17,11 @@ test: .venv/installed-dev
 test-torchvision: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/torchvision torchvision==0.28.0
 	PYTHONPATH=.venv/torchvision:tests/torchvision_shim OMP_NUM_THREADS=1 $(BIN)/python -W default -m pytest -W default tests/test_families.py tests/test_policy.py
+
+# bitsandbytes, with which --quantization holds weights, has a wheel of 60 MB for CPUs and GPUs alike.
+test-quantization: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/bitsandbytes bitsandbytes==0.50.2
+	PYTHONPATH=.venv/bitsandbytes OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_quantization.py
 
 # vLLM pins a torch and a transformers of its own: an environment apart, 3.5 GB.
 test-vllm: .venv-vllm/installed

@@ -53,7 +53,14 @@ def load_policy(
     device = resolve_device(device)
     tell(waiting_line(source))
     in_parts = sharded_over.count > 1
-    backbone = load_backbone(source, options.dtype, device, attention=options.attention, stays_in_files=in_parts)
+    backbone = load_backbone(
+        source,
+        options.dtype,
+        device,
+        attention=options.attention,
+        quantization=options.quantization,
+        stays_in_files=in_parts,
+    )
     processor = load_processor(source, options.max_image_tokens)
     policy = make_policy(backbone, processor, options, seed=seed, sharded_over=sharded_over)
     policy.commit = source.commit
@@ -77,7 +84,11 @@ def make_policy(
         ModelError: an architecture that is not supported, or a LoRA target that matches nothing.
     """
     policy = _with_adapters(backbone, processor, options, seed)
-    policy.footprint = count(policy).sharded(sharded_over.count)
+    if options.quantization:
+        # Counted without weights, for here their copies at full size would hide what grows with the tokens.
+        policy.footprint = meta_policy_of(backbone.config, processor, options).footprint
+    else:
+        policy.footprint = count(policy).sharded(sharded_over.count)
     if sharded_over.count > 1:
         shard(policy, sharded_over)
     _check_output_layer(policy)
@@ -137,7 +148,7 @@ def _with_adapters(backbone: Any, processor: Any, options: BackboneOptions, seed
         model: PeftModel = get_peft_model(backbone, config, adapter_name=ROLES[0], low_cpu_mem_usage=on_meta)  # type: ignore[assignment]
         model.add_adapter(ROLES[1], config, low_cpu_mem_usage=on_meta)
     model.eval()  # no dropout anywhere, in sampling or in the update
-    policy = Policy(backbone, model, processor, options.gradient_checkpointing)
+    policy = Policy(backbone, model, processor, options.gradient_checkpointing, options.quantization)
     # A cache that is only ever appended to may be shared by a prompt's completions with gradients; states that are
     # overwritten (linear attention, convolutions) may not.
     policy.shares_prompts = all(isinstance(layer, DynamicLayer) for layer in new_cache(policy).layers)
