@@ -43,7 +43,9 @@ def measured(folder: Path, way: str, asked: argparse.Namespace) -> dict[str, Any
     process = psutil.Process()
     before = process.memory_info().rss
     quantization = config.backbone.quantization
+    reset_peak(torch.device("cpu"))
     loaded = backbone.load_backbone(folder, config.backbone.dtype, "cpu", quantization=quantization)
+    loading = peak_bytes(torch.device("cpu"))
     processor = random_models.load_processor("random-25m", config.backbone.max_image_tokens)
     bench = Bench(make_policy(loaded, processor, config.backbone), config, asked.tokens, asked.image_tokens)
     images = bench.pictures(1)
@@ -55,11 +57,12 @@ def measured(folder: Path, way: str, asked: argparse.Namespace) -> dict[str, Any
         steps.append(phases)
     peak = peak_bytes(bench.policy.device)
     assert peak is not None
+    assert loading is not None
     seconds = {phase: statistics.median(step.took[phase] for step in steps) for phase in steps[0].took}
     total = statistics.median(step.total for step in steps)
     takes = bench.policy.footprint
     return {
-        "held": held, "peak": peak - before, "weights": takes.weights - takes.adapters,
+        "weights": takes.weights - takes.adapters, "loading": loading - before, "held": held, "peak": peak - before,
         "seconds": {**seconds, "step": total},
     }  # fmt: skip
 
@@ -91,11 +94,12 @@ def main() -> int:
             done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             found[way] = json.loads(done.stdout.splitlines()[-1])
     plain = found["none"]
-    print(f"{asked.model}, {asked.dtype}: MB of weights as planned, held, at the peak of a step; seconds")
+    print(
+        f"{asked.model}, {asked.dtype}: MB of weights as planned, at the peak of loading, held, and at the peak of a "
+        "step; seconds"
+    )
     for way, values in found.items():
-        megabytes = ", ".join(
-            f"{values[n] / 1e6:.0f} ({values[n] / plain[n]:.2f}x)" for n in ("weights", "held", "peak")
-        )
+        megabytes = ", ".join(f"{values[n] / 1e6:.0f} ({values[n] / plain[n]:.2f}x)" for n in values if n != "seconds")
         seconds = ", ".join(
             f"{phase} {values['seconds'][phase]:.3f} ({values['seconds'][phase] / plain['seconds'][phase]:.2f}x)"
             for phase in [*PHASES, "step"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -84,11 +85,11 @@ def make_policy(
         ModelError: an architecture that is not supported, or a LoRA target that matches nothing.
     """
     policy = _with_adapters(backbone, processor, options, seed)
+    policy.footprint = count(policy).sharded(sharded_over.count)
     if options.quantization:
-        # Counted without weights, for here their copies at full size would hide what grows with the tokens.
-        policy.footprint = meta_policy_of(backbone.config, processor, options).footprint
-    else:
-        policy.footprint = count(policy).sharded(sharded_over.count)
+        # Copies of weights at full size hide there what grows with the tokens, which is counted without weights.
+        with suppress(CountError):
+            policy.footprint = meta_policy_of(backbone.config, processor, options).footprint
     if sharded_over.count > 1:
         shard(policy, sharded_over)
     _check_output_layer(policy)
