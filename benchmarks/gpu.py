@@ -33,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PARTS = {"tests": 170, "doctor": 110, "bench": 300}  # the most seconds that each may take
 AIMS = {"decode": 2.5, "update": 0.4, "published": 25.0}
+TOLD = ("gradient in bfloat16", "memory of the loss", "quantisation")  # in lines of the tests that hold figures
 NEEDED = {  # what is imported, and the name to install it by
     "torch": "torch", "transformers": "transformers", "peft": "peft",
     "accelerate": "accelerate", "pydantic": "pydantic", "pydantic_core": "pydantic-core", "numpy": "numpy",
@@ -189,9 +190,7 @@ def tests_found(log: str) -> dict[str, Any]:
     return {
         **{name: sum(o == name for o in outcomes.values()) for name in ("passed", "failed", "error", "skipped")},
         "outcomes": outcomes,
-        "figures": [
-            line for line in log.splitlines() if "gradient in bfloat16" in line or "memory of the loss" in line
-        ],
+        "figures": [line for line in log.splitlines() if any(words in line for words in TOLD)],
     }
 
 

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -76,6 +77,16 @@ def no_reports() -> Iterator[None]:
     """The same for all tests and fixtures of a module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ireasoner.page.write_report", lambda *_, **__: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def energy_is_not_measured() -> Iterator[None]:
+    """What a machine's counters say is different in every run, and runs are compared."""
+    from ireasoner.training import energy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(energy, "POWERCAP", Path("nowhere"))
         yield
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ from ireasoner.model.inputs import build_prompts
 from ireasoner.model.loading import load_policy
 from ireasoner.model.loss import token_statistics
 from ireasoner.model.options import BackboneOptions
+from ireasoner.model.pieces import release_memory
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts import live
 from ireasoner.rollouts.capture import CudaGraph
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
-from ireasoner.studies import doctor
+from ireasoner.studies import doctor, random_models
 from ireasoner.training.config import resolve
 from ireasoner.training.loop import resume, start
 from ireasoner.training.state import Observer
@@ -41,6 +44,7 @@ pytestmark = pytest.mark.skipif(
     DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs a GPU that torch can use"
 )
 needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="is about CUDA itself")
+quantises = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 QUESTIONS = ("Which bar is the tallest?", "Is red more than blue, or is there no telling which of them is?", "Where?")
 CHATS = [solver_messages("{question}", question) for question in QUESTIONS]
 
@@ -59,9 +63,9 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def filled(folder: Path, dtype: str = "float32") -> Policy:
+def filled(folder: Path, dtype: str = "float32", quantization: str | None = None) -> Policy:
     """A policy on the device whose adapters do something."""
-    options = BackboneOptions.model_validate({"dtype": dtype})
+    options = BackboneOptions.model_validate({"dtype": dtype, "quantization": quantization})
     policy = load_policy(str(folder), options, device=str(DEVICE))
     doctor.fill_adapters(policy, 0.1, seed=1)
     return policy
@@ -266,6 +270,55 @@ def test_the_doctor_finds_nothing_wrong(folder: Path, dtype: Any):
     assert [(f.name, f.figure) for f in findings if not f.passed] == []
 
 
+@quantises
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_doctor_finds_nothing_wrong_with_a_quantised_model(qwen: Path, dtype: Any, how: Any):
+    options = BackboneOptions(dtype=dtype, quantization=how)
+    findings = list(doctor.examine(str(qwen), options, device=str(DEVICE)))
+    print(f"quantisation, {dtype}: {findings[-1].figure}")
+    assert [(f.name, f.figure) for f in findings if not f.passed] == []
+
+
+@quantises
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_a_quantised_model_takes_less_memory(how: Any, pictures: list[Image.Image]):
+    """Of 200 million parameters in bfloat16, with the memory and the time of sampling and of an update."""
+
+    def measured(quantization: Any) -> int:
+        options = BackboneOptions(dtype="bfloat16", quantization=quantization)
+        policy = random_models.load_policy("random-200m", options, str(DEVICE))
+        policy.end_tokens = ()
+        asked = asking(policy, pictures)
+        sample(LiveEngine(policy), asked, "solver", 4, 32)
+        began = time.perf_counter()
+        groups = sample(LiveEngine(policy), asked, "solver", 4, 32)
+        sampled = time.perf_counter()
+        gradient(policy, asked, groups).norm().item()  # waits for the GPU
+        ended = time.perf_counter()
+        held = torch.cuda.memory_allocated(DEVICE) if DEVICE.type == "cuda" else policy.footprint.weights
+        took = f"sampling {sampled - began:.2f} s, update {ended - sampled:.2f} s"
+        print(f"quantisation {quantization}: {held / 2**20:.0f} MiB, {took}")
+        return held
+
+    whole = measured(None)
+    release_memory()
+    assert measured(how) < {"nf4": 0.55, "int8": 0.72}[how] * whole
+
+
+@quantises
+@needs_cuda
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_a_quantised_model_is_captured(qwen: Path, pictures: list[Image.Image], how: str):
+    policy, replays = filled(qwen, quantization=how), []
+    eager, engine = LiveEngine(policy), LiveEngine(policy)
+    eager.capture = None
+    asked = asking(policy, pictures)
+    counting_replays(engine, replays)
+    assert ids_of(sample(engine, asked, "solver", 4, 64)) == ids_of(sample(eager, asked, "solver", 4, 64))
+    assert sum(replays) > 10
+
+
 @needs_cuda
 def test_the_memory_of_the_loss_does_not_grow_with_the_tokens_times_the_vocabulary():
     """All logits of 3,000 tokens would take 1.7 GiB a copy in float32, and the loss several copies."""
@@ -298,7 +351,10 @@ def adapters(out: Path) -> dict[str, Tensor]:
     }
 
 
-def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path: Path, pictures: list[Image.Image]):
+@pytest.mark.parametrize("quantization", [None, pytest.param("nf4", marks=quantises)])
+def test_a_resumed_run_equals_one_that_was_not_stopped(
+    tmp_path: Path, pictures: list[Image.Image], quantization: str | None
+):
     """Bit by bit, where this GPU repeats itself bit by bit at all."""
     (tmp_path / "pool").mkdir()
     for index, picture in enumerate(pictures):
@@ -307,6 +363,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path: Path, pictures:
         "model": "tiny", "images": str(tmp_path / "pool"), "recipe": "paper", "device": str(DEVICE), "steps": 4,
         "images_per_step": 2, "group_size": 3, "max_solution_tokens": 48, "save_every": 1, "learning_rate": 3e-3,
         "probe_every": 0, "blank_every": 0, "proposer_every": 2, "watch": False,
+        **({"quantization": quantization} if quantization else {}),
     })  # fmt: skip
     for name in ("one", "other"):
         start(config, tmp_path / name)

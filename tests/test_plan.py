@@ -314,7 +314,7 @@ def test_a_plan_of_what_does_not_fit_says_what_would_do(tmp_path: Path, capsys: 
     assert main(["plan", "random-7b", "--gpu-memory", "14"]) == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert "Nothing fits: random-7b does not fit: it takes" in printed
-    assert "What would do, each by itself: 4 GPUs with --shard." in printed
+    assert "What would do, each by itself: 4 GPUs with --shard, or --quantization nf4." in printed
 
 
 def test_a_plan_says_what_will_be_slow_and_what_idle(capsys: pytest.CaptureFixture[str]):

@@ -11,7 +11,7 @@ from cyclopts import Group
 from ireasoner.app.options import Device, JsonFile, Revision, keep
 from ireasoner.app.training_options import with_training_options
 from ireasoner.method.types import UsageError
-from ireasoner.model.options import Dtype
+from ireasoner.model.options import Dtype, Quantization
 from ireasoner.training import config as configs
 
 if TYPE_CHECKING:  # these import torch, or other packages that take long
@@ -34,6 +34,7 @@ def doctor(
     images: str | None = None,
     device: Device = "auto",
     dtype: Dtype | None = None,
+    quantization: Quantization | None = None,
     revision: Revision = None,
     json: JsonFile = None,
     **flags: Any,
@@ -50,6 +51,7 @@ def doctor(
         model: A folder, a hub id, or 'tiny'.
         images: Your unlabeled images, as train takes them: read what the model asks and answers about some of them.
         dtype: Of the backbone (with --images the preset's; else float32 on a CPU, bfloat16 or float16 on a GPU).
+        quantization: As train takes it; then what it does to log-probabilities and to an update is measured too.
     """
     if images is None and flags:
         raise UsageError(f"{', '.join(map(configs.as_flag, flags))}: only with --images FOLDER")
@@ -57,20 +59,26 @@ def doctor(
 
     inputs = None
     if images is not None:  # the config that train would have
-        flags |= {name: value for name, value in {"dtype": dtype, "revision": revision}.items() if value}
+        given = {"dtype": dtype, "quantization": quantization, "revision": revision}
+        flags |= {name: value for name, value in given.items() if value}
         config = configs.resolve({**flags, "model": model, "images": images, "device": device})
         inputs = check_reading(config)  # now, so that a mistake need not wait for imports and checks
     from ireasoner.model.pieces import out_of_memory_is_told
 
     with out_of_memory_is_told():
-        result = _examine(model, inputs, device, dtype, revision)
+        result = _examine(model, inputs, device, dtype, quantization, revision)
     keep(json, result)
     healthy = all(check["passed"] for check in result["checks"]) and result.get("can_learn", True)
     return 0 if healthy else 1
 
 
 def _examine(
-    model: str, inputs: Inputs | None, device: str, dtype: Dtype | None, revision: str | None
+    model: str,
+    inputs: Inputs | None,
+    device: str,
+    dtype: Dtype | None,
+    quantization: Quantization | None,
+    revision: str | None,
 ) -> dict[str, Any]:
     """Make the checks, and read what the model writes about images if there are any; the results, for JSON."""
     from ireasoner.app.display import print_wait
@@ -84,15 +92,17 @@ def _examine(
     config = inputs.config if inputs else None
     device = resolve_device(device)
     of_device: Dtype = "float32" if device == "cpu" else "float16" if lacks_bfloat16(device) else "bfloat16"
-    backbone = config.backbone if config else BackboneOptions(dtype=dtype or of_device)
-    print(f"{model} in {backbone.dtype} on {device}")
+    backbone = config.backbone if config else BackboneOptions(dtype=dtype or of_device, quantization=quantization)
+    held = f", its language model in {backbone.quantization}," if backbone.quantization else ""
+    print(f"{model} in {backbone.dtype}{held} on {device}")
     if model not in SIZES:
         print_wait(waiting_line(find_model(model, revision)))
     rate = {"learning_rate": config.optimizer.learning_rate} if config else {}
     checks = _shown(examine(model, backbone, device=device, revision=revision, **rate))
     failed = sum(not finding.passed for finding in checks)
     print(f"{failed} of the checks failed: do not train on this." if failed else "All checks passed.")
-    result: dict[str, Any] = {"model": model, "dtype": backbone.dtype, "checks": [asdict(check) for check in checks]}
+    result: dict[str, Any] = {"model": model, "dtype": backbone.dtype, "quantization": backbone.quantization}
+    result["checks"] = [asdict(check) for check in checks]
     if inputs is None:
         print("What this model would write about your images was not looked at: name some with --images FOLDER.")
         return result

@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # these import torch
 PLANNED_WITH = (
     "preset", "group_size", "max_question_tokens", "max_solution_tokens", "max_image_tokens", "steps",
     "images_per_step", "proposer_every", "eval_data", "eval_questions", "save_every", "keep_checkpoints", "watch",
-    "lora_rank", "lora_targets", "dtype", "attention", "gradient_checkpointing", "tokens_per_batch", "engine",
-    "vllm_share", "shard",
+    "lora_rank", "lora_targets", "dtype", "quantization", "attention", "gradient_checkpointing",
+    "tokens_per_batch", "engine", "vllm_share", "shard",
 )  # fmt: skip
 GPUS_OF_A_MACHINE = 8
 PARTS = {
@@ -96,8 +96,10 @@ def plan(
 
 
 def _model(planned: Plan) -> str:
-    takes, options = planned.policy.footprint, planned.config.backbone
-    parameters = (takes.weights - takes.adapters) / planned.policy.backbone.dtype.itemsize
+    from ireasoner.training.planning import whole_weights
+
+    options = planned.config.backbone
+    parameters = whole_weights(planned.policy) / planned.policy.backbone.dtype.itemsize
     return (
         f"{planned.config.model} in {options.dtype}: {parameters / 1e6:,.0f} million parameters. "
         f"{planned.policy.describe()}."

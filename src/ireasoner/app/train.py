@@ -75,6 +75,7 @@ def follow(
     """Run or resume with a display, and say what came of it; the exit code."""
     from ireasoner.app import api, display
     from ireasoner.training.advice import advice
+    from ireasoner.training.energy import energy_line
     from ireasoner.training.watch import ENDED_ITSELF
 
     outcome = api.follow(
@@ -94,6 +95,7 @@ def follow(
     summary = outcome.summary or {}
     if summary.get("before") and summary.get("after"):
         display.results_table(summary)
+    print(energy_line(summary.get("energy")))
     trained = summary.get("trained_roles", [])
     print(f"Run directory: {out}   adapters: {', '.join(f'{out}/{role}' for role in trained) or 'none'}")
     if "solver" not in trained:

@@ -23,6 +23,8 @@ from transformers import (
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from ireasoner.method.types import UsageError
+from ireasoner.model.options import Quantization
+from ireasoner.model.quantization import settings_for
 from ireasoner.model.source import ModelError, Source, brief, find_model, with_weights
 
 SHAPES = (1, 4 / 3, 3 / 2, 2, 3, 4, 6, 12)  # widths of images over their heights, or the other way round
@@ -50,6 +52,7 @@ def load_backbone(
     *,
     revision: str | None = None,
     attention: str | None = None,
+    quantization: Quantization | None = None,
     stays_in_files: bool = False,
 ) -> PreTrainedModel:
     """Load a model without adapters, frozen, in eval mode; from safetensors only, and without running code it brings.
@@ -62,17 +65,24 @@ def load_backbone(
         device: 'cpu', 'cuda' or 'cuda:N'.
         revision: a branch, tag or commit of a model on the hub; None: the newest.
         attention: transformers' name of a way to compute attention; None: its own choice.
+        quantization: hold the linear layers of the language model in 4 or 8 bits.
         stays_in_files: leave the weights on the CPU, mapped from their files, for someone who moves them to the device
             in parts.
 
     Raises:
         ModelError: no such model, files that are damaged or incomplete, no vision, an architecture that does not
-            continue its prompt, or attention that is not to be had here.
+            continue its prompt, or attention or quantization that is not to be had here.
     """
     check_attention(attention, dtype, device)
     source = find_model(model, revision)
     config = read_config(source)
     with_weights(source)
+    more: dict[str, Any] = {}
+    if quantization:  # with a device map, or a GPU would be taken wherever there is one
+        more = {"quantization_config": settings_for(quantization, dtype, config), "device_map": device}
+    elif device != "cpu" and not stays_in_files:
+        # On the CPU they are mapped from the file, and PEFT would take a device map as a wish to offload.
+        more = {"device_map": device}
     with _told(f"cannot load the model {str(model)!r}", device):
         backbone, found = AutoModelForImageTextToText.from_pretrained(  # type: ignore[call-arg]
             str(source.folder),
@@ -82,8 +92,7 @@ def load_backbone(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told below
             attn_implementation=attention,
-            # On the CPU they are mapped from the file, and PEFT would take a device map as a wish to offload.
-            device_map=None if device == "cpu" or stays_in_files else device,
+            **more,
         )
     # What is missing or of another shape, transformers would have drawn at random.
     unfit = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})

@@ -26,6 +26,7 @@ from ireasoner.model.footprint import Footprint
 from ireasoner.model.forward import new_cache
 from ireasoner.model.pieces import release_memory
 from ireasoner.model.policy import Policy
+from ireasoner.model.quantization import quantised_bytes
 from ireasoner.model.source import ModelError
 
 NAME = "ireasoner_counting"
@@ -94,10 +95,15 @@ def count(policy: Policy) -> Footprint:
     """What a policy takes, from running a few tokens of text."""
     vocabulary, width = policy.backbone.get_output_embeddings().weight.shape
     itemsize = policy.backbone.dtype.itemsize
-    weights = sum(tensor.nbytes for tensor in [*policy.model.parameters(), *policy.model.buffers()])
+    held, largest = _quantised(policy)
+
+    def size(tensor: Tensor) -> int:
+        return held.get(tensor) or tensor.nbytes
+
+    weights = sum(map(size, [*policy.model.parameters(), *policy.model.buffers()]))
     adapters = [sum(p.nbytes for p in policy.parameters(role).values()) for role in ROLES]
     layers = [dict(layer.named_parameters()) for layer in policy.decoder.layers]
-    frozen = [sum(p.nbytes for name, p in layer.items() if ".lora_" not in name) for layer in layers]
+    frozen = [sum(size(p) for name, p in layer.items() if ".lora_" not in name) for layer in layers]
     with _Countable(policy) as running:
         once, twice = _saved(policy, TRIAL), _saved(policy, 2 * TRIAL)
         cached, cached_twice = _cached(policy, TRIAL), _cached(policy, 2 * TRIAL)
@@ -114,7 +120,7 @@ def count(policy: Policy) -> Footprint:
         adapters=sum(adapters),
         layers=sum(frozen),
         widest=max(frozen),
-        gathered=0,
+        gathered=largest,
         optimizer=2 * sum(adapters) + 2 * max(adapters),
         kept=round(running.sum(kept)),
         layer=round(max(kept)),
@@ -127,6 +133,20 @@ def count(policy: Policy) -> Footprint:
         logits=4 * vocabulary,
         feature=(1 + _inner_features(policy)) * width * itemsize,
     )
+
+
+def _quantised(policy: Policy) -> tuple[dict[Tensor, int], int]:
+    """The bytes of each quantised weight, and those of the largest one while it is whole; a policy on the meta device
+    has whole weights in place of those that it stands for."""
+    if policy.quantization is None:
+        return {}, 0
+    linear = [
+        (module.weight, module.out_features, module.in_features)
+        for name, module in policy.decoder.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".lora_" not in name
+    ]
+    held = {weight: quantised_bytes(policy.quantization, outputs, inputs) for weight, outputs, inputs in linear}
+    return held, max(outputs * inputs for _, outputs, inputs in linear) * policy.backbone.dtype.itemsize
 
 
 def _inner_features(policy: Policy) -> int:

@@ -21,7 +21,8 @@ class Footprint:
         adapters: both adapters, which are part of `weights`.
         layers: the frozen weights of all layers of the language model, which are part of `weights`.
         widest: the frozen weights of the largest of these layers.
-        gathered: the frozen weights of the layers that a sharded run holds whole during a pass, beside `weights`.
+        gathered: the frozen weights that are whole during a pass, beside `weights`: of layers of a sharded run, or
+            the largest weight of a quantised one.
         optimizer: AdamW's state of both adapters, and one adapter's gradients twice: their sum so far, and those that
             are being computed.
         kept: a token, what the backward pass needs of all layers.

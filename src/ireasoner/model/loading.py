@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -53,7 +54,14 @@ def load_policy(
     device = resolve_device(device)
     tell(waiting_line(source))
     in_parts = sharded_over.count > 1
-    backbone = load_backbone(source, options.dtype, device, attention=options.attention, stays_in_files=in_parts)
+    backbone = load_backbone(
+        source,
+        options.dtype,
+        device,
+        attention=options.attention,
+        quantization=options.quantization,
+        stays_in_files=in_parts,
+    )
     processor = load_processor(source, options.max_image_tokens)
     policy = make_policy(backbone, processor, options, seed=seed, sharded_over=sharded_over)
     policy.commit = source.commit
@@ -78,6 +86,10 @@ def make_policy(
     """
     policy = _with_adapters(backbone, processor, options, seed)
     policy.footprint = count(policy).sharded(sharded_over.count)
+    if options.quantization:
+        # Copies of weights at full size hide there what grows with the tokens, which is counted without weights.
+        with suppress(CountError):
+            policy.footprint = meta_policy_of(backbone.config, processor, options).footprint
     if sharded_over.count > 1:
         shard(policy, sharded_over)
     _check_output_layer(policy)
@@ -137,7 +149,7 @@ def _with_adapters(backbone: Any, processor: Any, options: BackboneOptions, seed
         model: PeftModel = get_peft_model(backbone, config, adapter_name=ROLES[0], low_cpu_mem_usage=on_meta)  # type: ignore[assignment]
         model.add_adapter(ROLES[1], config, low_cpu_mem_usage=on_meta)
     model.eval()  # no dropout anywhere, in sampling or in the update
-    policy = Policy(backbone, model, processor, options.gradient_checkpointing)
+    policy = Policy(backbone, model, processor, options.gradient_checkpointing, options.quantization)
     # A cache that is only ever appended to may be shared by a prompt's completions with gradients; states that are
     # overwritten (linear attention, convolutions) may not.
     policy.shares_prompts = all(isinstance(layer, DynamicLayer) for layer in new_cache(policy).layers)

@@ -17,6 +17,8 @@ from peft.tuners import lora
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ireasoner.model.quantization import dense
+
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -32,6 +34,7 @@ def _product(
 ) -> tuple[Tensor, Tensor | None]:
     """What `linear_in_float32` returns, and x Aᵀ."""
     x_TI, down_TR = x.flatten(0, -2), None
+    weight = dense(weight, x.dtype)
     if weight.dtype == torch.float32:  # in one call: with few rows, calls take longer than sums
         result_TO = linear(x_TI, weight)
     else:
@@ -48,7 +51,7 @@ class _Linear(torch.autograd.Function):
     """x Wᵀ + b + s · (x Aᵀ) Bᵀ in float32, for a frozen W and b, with or without A and B.
 
     For the backward pass only x is kept, as it is, and x Aᵀ. PEFT keeps a copy of x in float32 for each layer, although
-    several layers share one x (queries, keys and values do).
+    several layers share one x (queries, keys and values do). A quantised W is brought to full size once more.
     """
 
     @staticmethod
@@ -74,6 +77,7 @@ class _Linear(torch.autograd.Function):
         if of_b:
             grad_b = ctx.scaling * (grad_TO.T @ down_TR)
         if of_x:
+            weight = dense(weight, x.dtype)
             grad_x_TI = product_in_float32(grad_TO.to(weight.dtype), weight)
             if a is not None and grad_down_TR is not None:
                 grad_x_TI.addmm_(grad_down_TR, a)
@@ -93,7 +97,7 @@ def linear_in_float32(
 
     Args:
         x: [..., I], in the dtype of the weight or in float32.
-        weight: [O, I], in any dtype; gets no gradient.
+        weight: [O, I], in any dtype or quantised; gets no gradient.
         bias: [O]; gets no gradient.
         a: LoRA's matrix A, [R, I], in float32; None: no LoRA.
         b: LoRA's matrix B, [O, R], in float32.

@@ -9,6 +9,7 @@ from pydantic import AfterValidator
 from ireasoner.method.recipe import Count, NonNegative, Options, Positive
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["nf4", "int8"]
 
 
 def _none_or_from_one(cap: float) -> float:
@@ -39,6 +40,9 @@ class BackboneOptions(Options):
     dtype: Dtype = "bfloat16"
     """Backbone weights; adapters stay in float32. float16 is for GPUs without bfloat16 (V100, T4): large activations
     overflow in it."""
+    quantization: Quantization | None = None
+    """Hold the linear layers of the frozen language model in 4 bits a weight (nf4) or 8 (int8), with bitsandbytes: less
+    memory, more time (as dtype says)."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """How attention is computed; with flash_attention_2, completions do not share their prompt's cache, and eager takes
     memory that is not counted beforehand (as transformers chooses)."""

@@ -25,6 +25,7 @@ from ireasoner.method.types import ROLES, Role
 from ireasoner.model.backbone import module_name, scales_by_area
 from ireasoner.model.footprint import Footprint
 from ireasoner.model.lora import linear_in_float32
+from ireasoner.model.options import Quantization
 from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.source import ModelError
 
@@ -37,6 +38,7 @@ class Policy:
         model: PEFT's model, with both adapters.
         processor: the one that belongs to the backbone.
         gradient_checkpointing: keep only each layer's input for the backward pass, and compute the rest again.
+        quantization: how the linear layers of the language model are held; None: as all other weights.
 
     Attributes:
         shares_prompts: whether a prompt is run once for all of its completions in an update. README.md in this folder
@@ -51,9 +53,16 @@ class Policy:
         on_shortage: is told in a sentence where memory did not suffice and what was done instead.
     """
 
-    def __init__(self, backbone: Any, model: PeftModel, processor: Any, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: Any,
+        model: PeftModel,
+        processor: Any,
+        gradient_checkpointing: bool = False,
+        quantization: Quantization | None = None,
+    ) -> None:
         self.backbone, self.model, self.processor = backbone, model, processor
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.quantization = gradient_checkpointing, quantization
         self.base: Any = backbone.base_model  # all but the output layer
         self.decoder: Any = backbone.get_decoder()  # the language model
         self.device: torch.device = backbone.device
@@ -122,7 +131,8 @@ class Policy:
         )
 
     def describe(self) -> str:
-        """A sentence on what is trained, on experts that are not, and on a limit of image tokens without effect.
+        """A sentence on what is trained, on experts that are not, on weights that are quantised, and on a limit of
+        image tokens without effect.
 
         transformers keeps the experts of a mixture in one tensor for each product, and LoRA adapts linear layers. PEFT
         can adapt such tensors too (`target_parameters`), but adds the update to a copy of all weights in their own
@@ -141,6 +151,8 @@ class Policy:
             sentence += (
                 f"; the experts ({sum(p.numel() for p in frozen):,} parameters) stay frozen, out of LoRA's reach"
             )
+        if self.quantization:
+            sentence += f"; the language model's linear layers are held in {self.quantization}"
         if not scales_by_area(self.processor):
             sentence += "; max_image_tokens has no effect: the model's processor decides how many tokens an image takes"
         return sentence

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 
 from ireasoner.method.recipe import Recipe
@@ -26,10 +29,13 @@ from ireasoner.model.inputs import Prompts, build_prompts, encode_images, render
 from ireasoner.model.learner import Learner
 from ireasoner.model.loss import token_statistics
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
+from ireasoner.model.pieces import release_memory
 from ireasoner.model.policy import Policy
+from ireasoner.model.source import ModelError, brief
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.studies.precision import UPDATES, measure_precision
+from ireasoner.studies.quantised import View, difference, view
 from ireasoner.studies.random_models import find_commit, load_backbone, load_policy, load_processor
 
 QUESTIONS = ("Which bar is the tallest?", "Is the red bar taller than the blue one, or can that not be told?")
@@ -45,6 +51,7 @@ EXACT = 1e-4  # nats: what is computed from the same logits, whatever the precis
 LOGPROB_LIMITS = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 KL_LIMITS = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
 IN_FLOAT32 = BackboneOptions(dtype="float32")
+LEAST_COSINE = 0.5  # of a quantised model's gradient with the whole one's
 LEAST_SLOPE = 0.9  # of what updates change in float32, this much must be seen in the backbone's precision
 
 
@@ -77,7 +84,8 @@ def examine(
     revision: str | None = None,
     learning_rate: float = OptimizerOptions().learning_rate,
 ) -> Iterator[Finding]:
-    """Check a model, one finding after another. It is loaded twice, one after the other, and nothing is written.
+    """Check a model, one finding after another. It is loaded twice, one after the other (three times if it is to be
+    quantised), and nothing is written.
 
     Args:
         model: 'tiny', a size of `random_models`, a folder or a hub id.
@@ -93,7 +101,9 @@ def examine(
     processor = load_processor(model, options.max_image_tokens, revision)
     ids = processor.tokenizer(COMPLETION, add_special_tokens=False)["input_ids"]
     images = pictures()
-    alone = load_backbone(model, dtype, device, revision)
+    alone = load_backbone(model, dtype, device, revision, options.quantization)
+    if options.quantization:
+        compute_plainly(alone)
     frozen = plain_logprobs(alone, processor, images[0], QUESTIONS[0], ids)
     del alone  # before the model is loaded again
     policy = load_policy(model, options, device, revision)
@@ -102,6 +112,10 @@ def examine(
     requests = [Request(encoded[i], CHATS[i], (i,)) for i in range(2)]
     yield what_is_trainable(policy)
     yield equal_to_the_model(policy, prompts[:1], ids, frozen, LOGPROB_LIMITS[dtype])
+    chats = build_prompts(policy, encoded, CHATS)
+    # While the adapters are new, as those of the whole model will be.
+    groups = sampled(policy, requests) if options.quantization else []
+    seen = view(policy, chats, groups) if groups else None
     if dtype != "float32":
         yield from survives_rounding(policy, requests, learning_rate)  # while the adapters are new, and add nothing
     yield reference(policy, prompts[:1], ids, frozen, KL_LIMITS[dtype])
@@ -109,6 +123,22 @@ def examine(
     yield sampler_and_learner(policy, requests, LOGPROB_LIMITS[dtype])
     for role in ROLES:
         yield training_of(policy, role, requests)
+    if seen is not None:
+        del policy  # before the model is loaded again
+        release_memory()
+        yield against_the_whole_model(seen, model, options, device, revision, chats, groups)
+
+
+def compute_plainly(quantised: Any) -> None:
+    """Let a quantised model multiply with its weights as PEFT brings them back to full size, one layer after another.
+    bitsandbytes' own layers of 8 bits would round what goes into them as well."""
+    for module in quantised.modules():
+        if type(module).__module__.startswith("bitsandbytes"):
+            module.forward = partial(_plain_product, module)
+
+
+def _plain_product(layer: Any, x: Tensor) -> Tensor:
+    return linear(x, dequantize_module_weight(layer).to(x.dtype), layer.bias)
 
 
 @torch.no_grad()
@@ -256,10 +286,41 @@ def _off_softmax(policy: Policy, request: Request) -> float:
     return (expected - torch.tensor(completion.logprobs)).abs().max().item()
 
 
+def sampled(policy: Policy, requests: Sequence[Request]) -> list[list[Completion]]:
+    """Enough completions of the solver to measure small differences on."""
+    return LiveEngine(policy).sample(requests, "solver", n=8, max_tokens=2 * TOKENS)
+
+
+def against_the_whole_model(
+    seen: View,
+    model: str,
+    options: BackboneOptions,
+    device: str,
+    revision: str | None,
+    prompts: Prompts,
+    groups: Sequence[Sequence[Completion]],
+) -> Finding:
+    """A quantised model writes nearly what the whole one would, and learns in nearly the same direction."""
+    name = "a quantised model learns as the whole one"
+    try:
+        whole = load_policy(model, options.model_copy(update={"quantization": None}), device, revision)
+        found = difference(seen, view(whole, prompts, groups))
+    except (ModelError, torch.OutOfMemoryError) as error:
+        return Finding(name, True, f"not measured, as the whole model cannot be loaded beside it ({brief(error)})")
+    figure = (
+        f"in {options.quantization} the log-probabilities of {len(seen.logprobs_T)} sampled tokens differ by "
+        f"{found.gap:.2g} nats a token, a KL of {found.kl:.2g} to the whole model; the gradient of an update has a "
+        f"cosine of {found.cosine:.3f} with the whole model's (at least {LEAST_COSINE:g} is needed) and "
+        f"{found.length:.2f} times its length"
+    )
+    learns = found.cosine >= LEAST_COSINE
+    return Finding(name, learns, figure, "" if learns else "Take --quantization int8, or leave it out.")
+
+
 def survives_rounding(policy: Policy, requests: Sequence[Request], learning_rate: float) -> Iterator[Finding]:
     """Updates of this size change in the backbone's precision what they change in float32, and the KL shows them."""
     prompts = build_prompts(policy, [request.image for request in requests], CHATS)
-    groups = LiveEngine(policy).sample(requests, "solver", n=8, max_tokens=2 * TOKENS)
+    groups = sampled(policy, requests)
     found, target = measure_precision(policy, prompts, groups, learning_rate), Recipe().kl_target
     figure = (
         f"{UPDATES} updates at a learning rate of {learning_rate:g} change log-probabilities by {found.moved:.1e} "
@@ -293,5 +354,6 @@ def _fingerprints(policy: Policy) -> dict[str, tuple[float, float]]:
     """Sum and norm of every tensor: an update that changes a tensor changes these."""
     return {
         name: (p.sum(dtype=torch.float64).item(), torch.linalg.vector_norm(p, dtype=torch.float64).item())
-        for name, p in policy.model.named_parameters()
+        for name, parameter in policy.model.named_parameters()
+        for p in [parameter if parameter.is_floating_point() else parameter.float()]  # quantised weights are integers
     }

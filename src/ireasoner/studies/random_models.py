@@ -7,13 +7,15 @@ part of their vocabularies. So do the models of `published`, of which nothing bu
 
 from __future__ import annotations
 
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from ireasoner.model import backbone, loading
-from ireasoner.model.options import BackboneOptions, Dtype
+from ireasoner.model.options import BackboneOptions, Dtype, Quantization
+from ireasoner.model.pieces import release_memory
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import TINY_MODEL, find_model
 from ireasoner.studies.published import PUBLISHED
@@ -98,11 +100,21 @@ def find_commit(model: str, revision: str | None) -> str | None:
     return None if model in SIZES else find_model(model, revision).commit
 
 
-def load_backbone(model: str, dtype: Dtype, device: str, revision: str | None = None) -> Any:
-    """As `ireasoner.model.backbone.load_backbone`; a size of `SIZES` has the same random weights every time."""
-    if model in SIZES:
+def load_backbone(
+    model: str, dtype: Dtype, device: str, revision: str | None = None, quantization: Quantization | None = None
+) -> Any:
+    """As `ireasoner.model.backbone.load_backbone`; a size of `SIZES` has the same random weights every time.
+
+    Weights are quantised while they are read from files, so that random ones are written to a temporary folder first.
+    """
+    if model not in SIZES:
+        return backbone.load_backbone(model, dtype, device, revision=revision, quantization=quantization)
+    if quantization is None:
         return build(model, getattr(torch, dtype), device)
-    return backbone.load_backbone(model, dtype, device, revision=revision)
+    with TemporaryDirectory() as folder:
+        build(model, getattr(torch, dtype), device).save_pretrained(folder)
+        release_memory()
+        return backbone.load_backbone(folder, dtype, device, quantization=quantization)
 
 
 def load_processor(model: str, max_image_tokens: int, revision: str | None = None) -> Any:
@@ -120,7 +132,8 @@ def load_policy(model: str, options: BackboneOptions, device: str, revision: str
     if model not in SIZES:
         return loading.load_policy(model, options, revision=revision, device=device)
     processor = load_processor(model, options.max_image_tokens)
-    return loading.make_policy(load_backbone(model, options.dtype, device), processor, options)
+    loaded = load_backbone(model, options.dtype, device, quantization=options.quantization)
+    return loading.make_policy(loaded, processor, options)
 
 
 def meta_policy(model: str, options: BackboneOptions, revision: str | None = None) -> Policy:

@@ -127,6 +127,8 @@ def _training(config: Config, summary: Mapping[str, Any], role: Role) -> str:
         f"learning rate: {config.optimizer.learning_rate:g}",
         f"seed: {config.seed}",
     ]
+    if how := config.backbone.quantization:
+        rows.append(f"trained and measured on a backbone whose language model is held in {how}")
     if began := config.init_adapters_sha256.get(role):
         rows.insert(0, f"began with: an adapter that was trained before, of SHA-256 `{began}`")
     return "\n".join(f"- {row}" for row in rows)

@@ -182,6 +182,10 @@ def check_packages(config: Config) -> None:
     """Raises `UsageError` if a package that the config asks for is not installed."""
     if config.engine == "vllm" and not config.servers and not installed("vllm"):
         raise UsageError("--engine vllm needs vLLM: pip install 'ireasoner[vllm]', or leave it out")
+    if (how := config.backbone.quantization) and not installed("bitsandbytes"):
+        raise UsageError(
+            f"--quantization {how} needs bitsandbytes: pip install 'ireasoner[quant]', or leave the option out"
+        )
     for name in config.report_to:
         if not installed(name):
             raise UsageError(

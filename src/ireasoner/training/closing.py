@@ -17,9 +17,10 @@ from ireasoner import __version__
 from ireasoner.method.types import ROLES, Role
 from ireasoner.training.card import find_base, model_card
 from ireasoner.training.checkpoints import apply_umask
+from ireasoner.training.energy import energy_of
 from ireasoner.training.evaluation import EvaluationOptions, Scores, compare, evaluate
 from ireasoner.training.fitting import tell_shortages
-from ireasoner.training.recorder import LARGEST, RunDirectoryError, read_json, write_json
+from ireasoner.training.recorder import LARGEST, RunDirectoryError, read_json, read_records, write_json
 from ireasoner.training.state import Run, go_back, tidy_checkpoints
 
 BEFORE = "before.json"
@@ -51,6 +52,7 @@ def finish(run: Run, before: Scores | None) -> dict[str, Any]:
         _publish_adapters(run, published)
         tidy_checkpoints(run)
     after = evaluate_role(run, "after", "solver") if before is not None and "solver" in published else None
+    difference = compare(before, after) if before and after else None
     summary: dict[str, Any] = {
         "steps": run.step,
         "stopped_early": run.alarm is not None,
@@ -61,8 +63,9 @@ def finish(run: Run, before: Scores | None) -> dict[str, Any]:
         "skipped_images": len(run.pool.skipped),
         "before": before.summary() if before else None,
         "after": after.summary() if after else None,
-        "difference": compare(before, after) if before and after else None,
+        "difference": difference,
         "training_seconds": run.elapsed,
+        "energy": _energy(run, 100 * difference["greedy"]["mean"] if difference else None),
         "versions": versions(run),
     }
     run.recorder.sync()
@@ -72,6 +75,12 @@ def finish(run: Run, before: Scores | None) -> dict[str, Any]:
     run.recorder.write_text("summary.json", write_json(summary))
     run.trackers.summarise(run.step, summary, lambda: run.observer.verdict(run.out))
     return summary
+
+
+def _energy(run: Run, points: float | None) -> dict[str, Any] | None:
+    """The energy of all steps that are recorded, from points of accuracy that were gained."""
+    trajectories = run.config.schedule.images_per_step * run.config.sampling.group_size
+    return energy_of(read_records(run.out / "metrics.jsonl"), trajectories, points)
 
 
 def scores_before(run: Run) -> Scores | None:

@@ -232,6 +232,8 @@ class Config(Options):
             raise ValueError("--label-share and --label-examples need --labels FILE.jsonl")
         if self.label_examples and self.label_share == 1:
             raise ValueError("--label-examples are for the proposer, which asks nothing with a --label-share of 1")
+        if self.backbone.quantization and self.shard:
+            raise ValueError("--shard cannot share out weights that --quantization holds: leave one of them out")
         if self.schedule.overlap and not self.servers:
             raise ValueError("--overlap needs --servers, which sample while this machine learns")
         if problem := next(filter(None, map(_problem_with_server, self.servers)), None):

@@ -63,7 +63,7 @@ def export(
         target: a run or checkpoint with adapters, as `find_trained` found it.
         folder: where to; missing or empty.
         merge: write a whole model, with the adapter merged into its weights in float32, each then rounded once to the
-            dtype of the base; otherwise only the adapter, as PEFT and vLLM load it.
+            dtype of the base, and none of them quantised; otherwise only the adapter, as PEFT and vLLM load it.
         name: what the card says that it is loaded by.
         tell: is told what is waited for.
 
@@ -130,7 +130,7 @@ def _write_merged(target: Target, folder: Path, tell: Callable[[str], None]) -> 
     config = target.config
     stored = str(read_config(target.model).dtype).removeprefix("torch.")
     dtype = stored if stored in get_args(Dtype) else config.backbone.dtype
-    policy, _ = load_target(replace(target, config=config.changed(dtype=dtype)), "cpu", tell)
+    policy, _ = load_target(replace(target, config=config.changed(dtype=dtype, quantization=None)), "cpu", tell)
     for module in policy.model.modules():
         if isinstance(module, lora.Linear):
             layer: Any = module.get_base_layer()

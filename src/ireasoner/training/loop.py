@@ -20,20 +20,13 @@ from ireasoner.training.fitting import fitted, within_memory
 from ireasoner.training.floors import common_problem, floor_signals
 from ireasoner.training.items import Item
 from ireasoner.training.labelled import StepTruth
-from ireasoner.training.metrics import play_metrics, timed
+from ireasoner.training.metrics import energy_metrics, play_metrics, timed
 from ireasoner.training.opening import begin_directory, open_directory, prepare
 from ireasoner.training.overlap import draft_of_step, next_step_sampled
 from ireasoner.training.probes import blank_survival, probe
 from ireasoner.training.recorder import writer_lock
 from ireasoner.training.reporting import named_trackers, tracking
-from ireasoner.training.state import (
-    Observer,
-    Run,
-    record_extension,
-    record_skips,
-    regular_step,
-    save,
-)
+from ireasoner.training.state import Observer, Run, record_extension, record_skips, regular_step, save
 from ireasoner.training.stopping import Stopped, stop_requests
 from ireasoner.training.teaching import update
 
@@ -154,6 +147,7 @@ def advance(run: Run) -> None:
     """Take one step: play, update and record; then answer the probes and save if that is due."""
     run.step += 1
     schedule, seconds = run.config.schedule, dict[str, float]()
+    run.meter.read()  # what was used between the steps is not counted
     with timed(seconds, "step"):
         with timed(seconds, "play"):
             draft = draft_of_step(run)
@@ -169,6 +163,7 @@ def advance(run: Run) -> None:
     metrics = {**play_metrics(episodes), **learned}
     metrics |= {f"watch/{name}": value for name, value in signals.items()}
     metrics |= {f"time/{name}_seconds": value for name, value in seconds.items()}
+    metrics |= energy_metrics(run.processes.gather([run.meter.read()], run.processes.count))
     run.elapsed += seconds["step"]
     run.report(metrics, episodes)
 

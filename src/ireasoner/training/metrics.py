@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
 
@@ -50,6 +50,12 @@ def label_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
         "labels/right": fmean(t.rightness or 0.0 for e in labelled for t in e.trajectories),
         "labels/majority_right": fmean(e.majority_rightness or 0.0 for e in labelled),
     }
+
+
+def energy_metrics(readings: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Joules that each part of the machines took since the processes' counters were read before, all together."""
+    parts = {part for reading in readings for part in reading}
+    return {f"energy/{part}_joules": sum(r.get(part, 0.0) for r in readings) for part in sorted(parts)}
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from ireasoner.training.checkpoints import newest_checkpoint
 from ireasoner.training.checks import Inputs
 from ireasoner.training.closing import versions
 from ireasoner.training.config import Config, dump_config
+from ireasoner.training.energy import open_meter
 from ireasoner.training.items import LISTING, set_aside_line
 from ireasoner.training.labelled import LabelledQuestion, StepTruth, draw_questions
 from ireasoner.training.recorder import VERSIONS, Recorder, RunError, write_json
@@ -91,6 +92,7 @@ def prepare(
         signals=Signals(config.watch.watch_window * config.schedule.images_per_step, config.labelled_alone),
         questions=draw_questions(inputs.questions, config.schedule.eval_questions),
         truth=truth,
+        meter=open_meter(policy.device),
         news=news,
     )
     policy.on_shortage = run.shortages.append

@@ -7,12 +7,14 @@ The model is built on the meta device, where a tensor has a shape and no memory,
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
 
 from ireasoner.model.backbone import most_image_tokens, scales_by_area
 from ireasoner.model.batching import Batching
-from ireasoner.model.counting import SPARE
+from ireasoner.model.counting import SPARE, count
 from ireasoner.model.footprint import Footprint
+from ireasoner.model.options import Quantization
 from ireasoner.model.pieces import DoesNotFitError, Piece
 from ireasoner.model.policy import Policy
 from ireasoner.training.config import Config
@@ -64,6 +66,12 @@ def footprint(policy: Policy, config: Config, image_tokens: int, processes: int)
     """What the model takes on the device of each of a run's processes."""
     takes = policy.footprint.among(group_tokens(policy, config, image_tokens))
     return takes.sharded(processes) if config.shard else takes
+
+
+def whole_weights(policy: Policy) -> int:
+    """Bytes of a backbone whose weights are not quantised, as vLLM loads it, of a policy without weights."""
+    tensors = [*policy.model.parameters(), *policy.model.buffers()]
+    return sum(tensor.nbytes for tensor in tensors) - policy.footprint.adapters
 
 
 def images_at_a_time(config: Config, processes: int) -> tuple[int, int]:
@@ -143,7 +151,8 @@ def tokens_that_fit(config: Config, takes: Footprint, image_tokens: int, free: f
             f"{config.model} does not fit: it takes {least / 1e9:.1f} GB to train ({takes.weights / 1e9:.1f} of them "
             f"weights) on one completion of {longest} tokens at a time, and {usable / 1e9:.1f} GB of the device's "
             f"memory can be used: lower --max-image-tokens (an image takes up to {image_tokens}), share it out among "
-            "more processes with --shard, use a smaller model or a larger device, or go on regardless with --force"
+            "more processes with --shard, hold it in fewer bits with --quantization, use a smaller model or a larger "
+            "device, or go on regardless with --force"
         )
     return max(1, takes.tokens_in(usable - of_images))
 
@@ -182,17 +191,17 @@ class Variant:
 
 
 def variants(policy: Policy, config: Config, image_tokens: int, devices: int, memory: float) -> list[Variant]:
-    """The run on so many devices of `memory` bytes, whole and, on several, sharded."""
+    """The run on so many devices of `memory` bytes, whole and, on several, sharded unless it is quantised."""
     return [
         variant(policy, config.model_copy(update={"shard": shard}), image_tokens, devices, memory)
-        for shard in ((False, True) if devices > 1 else (False,))
+        for shard in ((False, True) if devices > 1 and policy.quantization is None else (False,))
     ]
 
 
 def variant(policy: Policy, config: Config, image_tokens: int, devices: int, memory: float) -> Variant:
     """The run as the config says, on so many devices of `memory` bytes."""
     own_vllm = config.engine == "vllm" and not config.servers
-    for_vllm, weights = config.vllm_share * memory * own_vllm, policy.footprint.weights - policy.footprint.adapters
+    for_vllm, weights = config.vllm_share * memory * own_vllm, whole_weights(policy)
     problem = None
     try:
         config = fit(policy, config, image_tokens, memory - for_vllm, devices)
@@ -210,7 +219,7 @@ def what_would_help(policy: Policy, config: Config, image_tokens: int, devices: 
     """What to change about a run that does not fit, each by itself."""
     found = []
     sharded = config.model_copy(update={"shard": True})
-    for more in (2, 4, 8, 16, 32, 64, 128):
+    for more in (2, 4, 8, 16, 32, 64, 128) if policy.quantization is None else ():
         if more > devices and variant(policy, sharded, image_tokens, more, memory).problem is None:
             found.append(f"{more} GPUs with --shard")
             break
@@ -218,6 +227,14 @@ def what_would_help(policy: Policy, config: Config, image_tokens: int, devices: 
         images = max(v.problem is None for v in variants(policy, config, fewer, devices, memory))
         if fewer < image_tokens and images and scales_by_area(policy.processor):
             found.append(f"--max-image-tokens {fewer}")
+            break
+    smaller: tuple[Quantization, ...] = ("int8", "nf4")
+    for quantization in smaller if policy.quantization is None else ():
+        held = copy(policy)
+        held.quantization = quantization
+        held.footprint = count(held)
+        if variant(held, config.model_copy(update={"shard": False}), image_tokens, devices, memory).problem is None:
+            found.append(f"--quantization {quantization}")
             break
     return found
 
@@ -247,7 +264,7 @@ def smallest_server(policy: Policy, config: Config, image_tokens: int, memory: f
     takes, heads, sampling = policy.footprint, policy.decoder.config.num_attention_heads, config.sampling
     # The prompt is kept once for its group.
     group = longest_prompt(config, image_tokens) + sampling.group_size * sampling.max_solution_tokens
-    weights = takes.weights - takes.adapters
+    weights = whole_weights(policy)
     for gpus in (gpus for gpus in (1, 2, 4, 8, 16) if heads % gpus == 0):
         cached = int((gpus * (VLLM_SHARE * memory - VLLM_OWN) - weights) / takes.cache)
         if cached >= config.schedule.images_per_step * group:

@@ -25,6 +25,7 @@ from ireasoner.rollouts.engine import Engine
 from ireasoner.training.card import find_base, model_card
 from ireasoner.training.checkpoints import clear_remains, newest_checkpoint, prune, save_checkpoint
 from ireasoner.training.config import MACHINE_OPTIONS, Config, dump_config, load_config
+from ireasoner.training.energy import Meter
 from ireasoner.training.items import LISTING, ImagePool, Item, labelled_items
 from ireasoner.training.labelled import LabelledQuestion, StepTruth
 from ireasoner.training.recorder import Recorder, RunError, read_episodes, read_records
@@ -77,6 +78,7 @@ class Run:
     signals: Signals
     questions: list[LabelledQuestion]
     truth: StepTruth | None
+    meter: Meter = field(default_factory=Meter)
     trackers: Trackers = field(default_factory=Trackers)
     stop_asked: Callable[[], bool] = lambda: False
     step: int = 0
