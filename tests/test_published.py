@@ -12,9 +12,10 @@ import pytest
 
 from ireasoner.method.published import evol_rl, r_zero
 from ireasoner.method.recipe import PUBLISHED, Recipe
-from ireasoner.method.scoring import Context, RewardError, ScoredGroup, published_reward, score_group
+from ireasoner.method.scoring import Context, RewardError, ScoredGroup, published_reward, read_group, score_group
+from ireasoner.method.texts import parse_trajectory
 from ireasoner.method.types import TokenDistributions
-from ireasoner.training.config import load_recipe, names, resolve
+from ireasoner.training.config import ConfigError, load_recipe, names, resolve
 from ireasoner.training.custom_reward import load_reward
 
 QUESTION = "How tall is the red bar?"
@@ -39,8 +40,11 @@ def embed(texts: Any) -> np.ndarray:
     return np.array([DIRECTIONS[text] for text in texts]).reshape(-1, 2)
 
 
+# About another view of the image, three say 3.
+OTHER_VIEW = read_group(QUESTION, [parse_trajectory(solution(answer)) for answer in ("7", "3", "3", "I say 7", "3")])
 GIVEN: dict[str, Any] = {
     "logprobs": LOGPROBS, "embed": embed, "questions": [QUESTION], "distributions": lambda: DISTRIBUTIONS,
+    "other_view": OTHER_VIEW,
 }  # fmt: skip
 
 
@@ -58,6 +62,7 @@ def pay(name: str, texts: list[str] = GROUP, **context: Any) -> ScoredGroup:
 # 0.35, 0.25 and 0.4. From 0.25 to 0.4: ũ = 2/3, 0, 1. Earned: 1.5 + ũ/2. The 3 is alone on its side: 0.25.
 EARNED = {
     "ttrl": (1.0, 0.0, 0.0, 1.0, 1.0),
+    "co_rewarding": (0.0, 1.0, 0.0, 0.0, 0.0),
     "r_zero": (1.0, 0.0, 0.0, 1.0, 1.0),
     "empo": (0.6, 0.2, 0.0, 0.6, 0.6),
     "ttrv": (0.741541, 0.341541, 0.0, 0.741541, 0.741541),
@@ -112,6 +117,21 @@ def test_novelty_is_ranked_on_its_own_side():
     # Majority: a, a, b: mean similarity 0.5, 0.5, 0, largest 1, 1, 0.8 (to ab): u = 0.25, 0.25, 0.6.
     # Others: a, ab: mean 0.6 and 0.6, largest 1 and 0.8: u = 0.2 and 0.3.
     assert evol_rl.novelty(texts, majority) == pytest.approx([0.0, 0.0, 1.0, 0.0, 1.0])
+
+
+def test_a_label_takes_the_place_of_the_other_views_vote():
+    paid = pay("co_rewarding", judge=lambda answer: float(answer == "seven"))
+    assert paid.rewards == (0.0, 0.0, 0.0, 0.0, 1.0)
+
+
+def test_where_nobody_can_be_read_about_the_other_view_nothing_is_earned():
+    unread = read_group(QUESTION, [parse_trajectory("?")] * 5)
+    assert pay("co_rewarding", other_view=unread).rewards == (0.0,) * 5
+
+
+def test_the_vote_on_another_view_cannot_be_paid_for_without_asking_about_it():
+    with pytest.raises(ConfigError, match="add --other-view"):
+        resolve({"images": "pool", "model": "tiny", "reward": "co_rewarding"})
 
 
 # --- the proposer of R-Zero -------------------------------------------------------------------------------------------
@@ -185,7 +205,10 @@ def test_evolmm_is_the_outcome_reward_with_its_own_constants():
     assert "evolmm" in names("recipes")
 
 
-LACKING = {"em_sequence": "logprobs", "em_token": "distributions", "intuitor": "distributions", "evol_rl": "embed"}
+LACKING = {
+    "em_sequence": "logprobs", "em_token": "distributions", "intuitor": "distributions", "evol_rl": "embed",
+    "co_rewarding": "other_view",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "field"), LACKING.items())

@@ -23,6 +23,7 @@ from ireasoner.method.scoring import (
     RewardError,
     RewardFunction,
     ScoredGroup,
+    read_group,
     score_group,
     step_weight,
 )
@@ -83,6 +84,9 @@ def pay(
         "distributions": lambda: [TokenDistributions((0.5,), (1.5,))] * len(completions),
         **context,
     }
+    if config.recipe.other_view:  # in which all answer as they do here
+        solutions = [parse_trajectory(c.text, c.finish_reason) for c in completions]
+        given.setdefault("other_view", read_group(question, solutions))
     return score_group(question, [c.text for c in completions], config.recipe, Context(**given))
 
 
@@ -117,6 +121,7 @@ DIFFERENCES_FROM_PAPER: dict[str, dict[str, Any]] = {
         "step_weight_final": 0.5, "kl_coef": 0.03, "kl_rate": 0.0,
     },
     "answers-only": {"advantage": "rloo", "step_weight_final": 0.0, "kl_coef": 0.03, "kl_rate": 0.0},
+    "co-rewarding": {"reward": "co_rewarding", "other_view": True, "advantage": "grpo", **DEFAULT_KL},
     "discrete": {"reward": "discrete"},
     "em-sequence": {"reward": "em_sequence", "advantage": "rloo", **DEFAULT_KL},
     "em-token": {"reward": "em_token", "advantage": "rloo", **DEFAULT_KL},
@@ -694,7 +699,8 @@ def test_a_reward_in_a_file_is_not_opened_by_scoring():
 def test_every_reward_that_a_recipe_may_name_is_paid(policy: Policy):
     assert ("agreement", *BUILT_IN, *PUBLISHED) == REWARDS
     for reward in REWARDS:
-        flags = {"recipe": "oracle"} if reward == "oracle" else {"reward": reward}
+        flags: dict[str, Any] = {"recipe": "oracle"} if reward == "oracle" else {"reward": reward}
+        flags |= {"other_view": True} if reward == "co_rewarding" else {}
         paid = pay(policy, config_of(**flags), PLAIN, true_answer="7")
         assert len(paid.rewards) == len(PLAIN)
         assert any(paid.rewards)
