@@ -82,6 +82,8 @@ def pay(
         "seed": (config.seed, step),
         "logprobs": [c.logprobs for c in completions],
         "distributions": lambda: [TokenDistributions((0.5,), (1.5,))] * len(completions),
+        # The later a text comes, the likelier it is, and masked images make all less likely.
+        "likelihoods": lambda texts, view="same": [(-1.0 / (1 + i) - (view == "masked"),) for i in range(len(texts))],
         **context,
     }
     if config.recipe.other_view:  # in which all answer as they do here
@@ -116,6 +118,7 @@ def test_a_hedge_leaves_the_votes_of_the_others_alone(policy: Policy) -> None:
 
 DEFAULT_KL = {"kl_coef": 0.03, "kl_rate": 0.0}
 DIFFERENCES_FROM_PAPER: dict[str, dict[str, Any]] = {
+    "covo": {"reward": "covo", "advantage": "rloo", **DEFAULT_KL},
     "default": {
         "advantage": "rloo", "step_measure": "claims", "recurrence_window": 128, "step_weight_initial": 0.5,
         "step_weight_final": 0.5, "kl_coef": 0.03, "kl_rate": 0.0,
@@ -137,6 +140,7 @@ DIFFERENCES_FROM_PAPER: dict[str, dict[str, Any]] = {
     "oracle": {"reward": "oracle", "advantage": "rloo", "train_proposer": False},
     "outcome-only": {"step_weight_final": 0.0},
     "paper": {},
+    "papo": {"reward": "papo", "advantage": "rloo", **DEFAULT_KL},
     "r-zero": {"reward": "r_zero", "advantage": "grpo", "gate_low": 0.25, "gate_high": 0.75, **DEFAULT_KL},
     "random-reward": {"reward": "random"},
     "restrain": {"reward": "restrain", "advantage": "rloo", **DEFAULT_KL},

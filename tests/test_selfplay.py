@@ -311,6 +311,28 @@ def test_a_reward_of_ones_own_gets_what_self_play_knows(policy: Policy, pictures
         assert episode.rewards == tuple(0.25 * t.well_formed for t in episode.trajectories)
 
 
+def test_a_reward_may_ask_how_likely_a_text_is_about_another_view(policy: Policy, pictures: list[Image.Image]):
+    """About the image as it is, as likely as when it was sampled; about a masked one, less likely."""
+    gains: list[float] = []
+
+    def fn(group: Group, context: Context) -> list[float]:
+        assert context.likelihoods is not None
+        assert context.logprobs is not None
+        texts = [("", text) for text in group.texts]
+        seen, masked = context.likelihoods(texts), context.likelihoods(texts, "masked")
+        assert masked == context.likelihoods(texts, "masked")  # the same squares again
+        for text, sampled, again, blind in zip(group.texts, context.logprobs, seen, masked, strict=True):
+            ended = len(sampled) - 1  # the end token is not in the text
+            assert len(again) == len(blind) == ended, text
+            assert again == pytest.approx(sampled[:ended], abs=1e-4)
+            gains.append(sum(again) - sum(blind))
+        return [0.0] * len(texts)
+
+    config = config_of(reward="mine.py:fn", max_solution_tokens=80)
+    SelfPlay(policy, LiveEngine(policy), config, reward=fn).play(3, named(pictures[:2]))
+    assert np.mean(gains) > 0.1
+
+
 def test_another_view_is_asked_about_and_only_votes(policy: Policy, pictures: list[Image.Image]):
     """The solver answers as ever, and as often about a changed image, whose answers a reward may read."""
     heard: list[tuple[Group, Context]] = []

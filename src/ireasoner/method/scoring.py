@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from ireasoner.method.types import (
     StepScore,
     TokenDistributions,
     UsageError,
+    View,
 )
 
 # Parts of a user's own reward cannot be called like these, which metrics and records hold for every reward.
@@ -69,6 +70,19 @@ Parts = Mapping[str, Numbers | float]
 RewardFunction = Callable[[Group, "Context"], Numbers | Parts]
 
 
+class Likelihoods(Protocol):
+    """How likely the solver finds texts."""
+
+    def __call__(self, texts: Sequence[tuple[str, str]], view: View = "same") -> Sequence[Sequence[float]]:
+        """The log-probability of each token of a text, in nats. It takes forward passes.
+
+        Args:
+            texts: what the solver has said behind its prompt ("": nothing yet), and the text that follows.
+            view: of the image.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Context:
     """What a reward may need beside the texts.
@@ -88,6 +102,7 @@ class Context:
             group.
         distributions: the solver's next-token distributions at each text's tokens. To call it takes a forward pass of
             the group.
+        likelihoods: tells how likely the solver finds texts of any kind, about the image or another view of it.
         other_view: the group of the same question about a lightly changed view of the image, if it was asked about that
             too, as recipes with `other_view: true` do. Its vote is never that of a label.
         questions: all readable questions that were asked in the same training step, this one among them.
@@ -108,6 +123,7 @@ class Context:
     tokens: Sequence[Sequence[str]] | None = None
     blank_logprobs: Callable[[], Sequence[Sequence[float]]] | None = None
     distributions: Callable[[], Sequence[TokenDistributions]] | None = None
+    likelihoods: Likelihoods | None = None
     other_view: Group | None = None
     questions: Sequence[str] | None = None
     true_answer: str | None = None

@@ -20,7 +20,7 @@ from ireasoner.model.inputs import EncodedImage, embed_texts, encode_images, ren
 from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 from ireasoner.model.sharding import equal_passes
-from ireasoner.rollouts.distributions import token_distributions, token_logprobs
+from ireasoner.rollouts.distributions import text_logprobs, token_distributions, token_logprobs
 from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.training.config import Config
 from ireasoner.training.evaluation import blanked
@@ -295,6 +295,7 @@ class SelfPlay:
             tokens=[token_texts(self.policy, c.token_ids) for c in completions],
             blank_logprobs=request and partial(self._blank_logprobs, request, batch.items[i].image, completions),
             distributions=request and partial(token_distributions, self.policy, request, completions, "solver"),
+            likelihoods=request and partial(self._likelihoods, batch, i, request),
             other_view=self._other_view(asked.question.text, draft.others[i], prompt),
             questions=questions,
             step_weight=weight,
@@ -333,6 +334,14 @@ class SelfPlay:
         """How likely the solver finds the tokens of completions of a request if it is shown a gray image instead."""
         encoded = encode_images(self.policy, blanked([image]))
         return token_logprobs(self.policy, replace(request, image=encoded[0]), completions, "solver")
+
+    def _likelihoods(
+        self, batch: _Batch, i: int, request: Request, texts: Sequence[tuple[str, str]], view: View = "same"
+    ) -> list[list[float]]:
+        """How likely the solver finds texts as replies to the request about item i, or about another view of it."""
+        image = request.image if view == "same" else self._views(batch, [i], view)[i]
+        tokens = self.config.fitted_optimizer().tokens_per_batch
+        return text_logprobs(self.policy, replace(request, image=image), texts, "solver", tokens)
 
     def _other_view(self, question: str, completions: Sequence[Completion], prompt: str) -> Group | None:
         """What was replied about another view of an item; None if that was not asked about."""
