@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ireasoner.method.published import covo, evol_rl, r_zero
+from ireasoner.method.published import covo, evol_rl, r_zero, sarl
 from ireasoner.method.recipe import PUBLISHED, Recipe
 from ireasoner.method.scoring import Context, RewardError, ScoredGroup, published_reward, read_group, score_group
 from ireasoner.method.texts import parse_trajectory
@@ -86,6 +86,7 @@ def pay(name: str, texts: list[str] = GROUP, **context: Any) -> ScoredGroup:
 # and Vol = 0, and one has Con = 0: (1 + 0 + 1)/3. The one who says 3 thinks "a": Con = 0.
 EARNED = {
     "ttrl": (1.0, 0.0, 0.0, 1.0, 1.0),
+    "sarl": (1.0, 1.0, 0.0, 1.0, 1.0),  # each has a single step
     "papo": (1.03, 0.01, 0.0, 1.015, 1.0),
     "covo": (2 / 3, 0.0, 0.0, 2 / 3, 2 / 3),
     "co_rewarding": (0.0, 1.0, 0.0, 0.0, 0.0),
@@ -186,6 +187,31 @@ def test_paths_of_one_answer_are_added_as_vectors():
     ]
 
 
+@pytest.mark.parametrize(
+    ("visited", "expected"),
+    [
+        ([], 0.0),
+        ([0, 0, 0], 0.0),  # one kind
+        ([0, 1], 0.5),  # L = 1
+        ([0, 1, 2], 3 / 7),  # L = (1 + 1 + 2)/3
+        ([0, 1, 2, 0], 1.0),  # a triangle: C = 1 and L = 1
+        ([0, 0, 1, 2, 2, 0, 1], 1.0),  # how often it is walked makes no difference
+        # A triangle with a tail: C = (1/3 + 1 + 1 + 0)/4, L = (4 · 1 + 2 · 2)/6.
+        ([0, 1, 2, 0, 3], 7 / 24 + 3 / 7),
+    ],
+)
+def test_small_worlds_by_hand(visited: list[int], expected: float):
+    assert sarl.small_world(visited) == pytest.approx(expected)
+
+
+def test_steps_that_are_alike_are_of_one_kind():
+    """(0.8, 0.6) has the cosine 0.8 to (1, 0), and their mean 0.822192 to (0.6, 0.8), which has 0.8 to (0, 1)."""
+    steps = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.8, 0.6], [0.6, 0.8], [-1.0, 0.0]])
+    assert sarl.kinds(steps) == [0, 1, 0, 0, 2]
+    text = solution("7").replace("The red bar was read.", "a\nStep 2: b\nStep 3: a")
+    assert pay("sarl", [text] * 2).rewards == (1.5, 1.5)
+
+
 def test_a_label_takes_the_place_of_the_other_views_vote():
     paid = pay("co_rewarding", judge=lambda answer: float(answer == "seven"))
     assert paid.rewards == (0.0, 0.0, 0.0, 0.0, 1.0)
@@ -275,6 +301,7 @@ def test_evolmm_is_the_outcome_reward_with_its_own_constants():
 LACKING = {
     "em_sequence": "logprobs", "em_token": "distributions", "intuitor": "distributions", "evol_rl": "embed",
     "co_rewarding": "other_view", "papo": "likelihoods", "covo": "likelihoods",
+    "sarl": "embed",
 }  # fmt: skip
 
 

@@ -144,6 +144,7 @@ DIFFERENCES_FROM_PAPER: dict[str, dict[str, Any]] = {
     "r-zero": {"reward": "r_zero", "advantage": "grpo", "gate_low": 0.25, "gate_high": 0.75, **DEFAULT_KL},
     "random-reward": {"reward": "random"},
     "restrain": {"reward": "restrain", "advantage": "rloo", **DEFAULT_KL},
+    "sarl": {"reward": "sarl", "advantage": "grpo", **DEFAULT_KL},
     "spine": {"reward": "ttrl", "advantage": "grpo", "token_share": 0.2, **DEFAULT_KL},
     "step-only": {"step_weight_initial": 1.0, "step_weight_final": 1.0},
     "ttrl": {"reward": "ttrl", "advantage": "grpo", **DEFAULT_KL},
