@@ -123,6 +123,23 @@ def test_token_distributions_are_those_of_the_whole_vocabulary(
         torch.testing.assert_close(torch.tensor(of_tokens.certainties), certainties, **TOLERANCE)
 
 
+def test_the_likelihood_of_any_text_behind_any_text(
+    babbler: Policy, sized: list[Image.Image], plain: dict[Role | None, torch.nn.Module], monkeypatch: Any
+):
+    """In several batches and in chunks of a few logits; a text without tokens has none."""
+    request = asking(babbler, sized)[1]
+    monkeypatch.setattr(distributions, "CHUNK_LOGITS", 3 * 500)
+    texts = [("Red is at 5.", "</think><answer>5"), ("", "Blue is"), ("Red", ""), ("The blue bar is at 3", " and 7")]
+    tokenizer = babbler.processor.tokenizer
+    found = distributions.text_logprobs(babbler, request, texts, "solver", 20)
+    assert found[2] == []
+    for (said, follows), logprobs in zip(texts, found, strict=True):
+        before, after = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in (said, follows))
+        whole = plain_logprobs(plain["solver"], sized[1], request.messages, before + after)
+        expected = whole[len(before) :].gather(-1, torch.tensor(after, dtype=torch.long)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logprobs), expected, **TOLERANCE)
+
+
 def test_a_slice_of_prompts_is_those_prompts(babbler: Policy, sized: list[Image.Image]):
     ids = [[[5, 6, 7]], [[8, 9]], [[10]]]
     prompts = ask(babbler, sized)

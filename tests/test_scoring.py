@@ -23,6 +23,7 @@ from ireasoner.method.scoring import (
     RewardError,
     RewardFunction,
     ScoredGroup,
+    read_group,
     score_group,
     step_weight,
 )
@@ -81,8 +82,13 @@ def pay(
         "seed": (config.seed, step),
         "logprobs": [c.logprobs for c in completions],
         "distributions": lambda: [TokenDistributions((0.5,), (1.5,))] * len(completions),
+        # The later a text comes, the likelier it is, and masked images make all less likely.
+        "likelihoods": lambda texts, view="same": [(-1.0 / (1 + i) - (view == "masked"),) for i in range(len(texts))],
         **context,
     }
+    if config.recipe.other_view:  # in which all answer as they do here
+        solutions = [parse_trajectory(c.text, c.finish_reason) for c in completions]
+        given.setdefault("other_view", read_group(question, solutions))
     return score_group(question, [c.text for c in completions], config.recipe, Context(**given))
 
 
@@ -112,11 +118,13 @@ def test_a_hedge_leaves_the_votes_of_the_others_alone(policy: Policy) -> None:
 
 DEFAULT_KL = {"kl_coef": 0.03, "kl_rate": 0.0}
 DIFFERENCES_FROM_PAPER: dict[str, dict[str, Any]] = {
+    "covo": {"reward": "covo", "advantage": "rloo", **DEFAULT_KL},
     "default": {
         "advantage": "rloo", "step_measure": "claims", "recurrence_window": 128, "step_weight_initial": 0.5,
         "step_weight_final": 0.5, "kl_coef": 0.03, "kl_rate": 0.0,
     },
     "answers-only": {"advantage": "rloo", "step_weight_final": 0.0, "kl_coef": 0.03, "kl_rate": 0.0},
+    "co-rewarding": {"reward": "co_rewarding", "other_view": True, "advantage": "grpo", **DEFAULT_KL},
     "discrete": {"reward": "discrete"},
     "em-sequence": {"reward": "em_sequence", "advantage": "rloo", **DEFAULT_KL},
     "em-token": {"reward": "em_token", "advantage": "rloo", **DEFAULT_KL},
@@ -132,9 +140,11 @@ DIFFERENCES_FROM_PAPER: dict[str, dict[str, Any]] = {
     "oracle": {"reward": "oracle", "advantage": "rloo", "train_proposer": False},
     "outcome-only": {"step_weight_final": 0.0},
     "paper": {},
+    "papo": {"reward": "papo", "advantage": "rloo", **DEFAULT_KL},
     "r-zero": {"reward": "r_zero", "advantage": "grpo", "gate_low": 0.25, "gate_high": 0.75, **DEFAULT_KL},
     "random-reward": {"reward": "random"},
     "restrain": {"reward": "restrain", "advantage": "rloo", **DEFAULT_KL},
+    "sarl": {"reward": "sarl", "advantage": "grpo", **DEFAULT_KL},
     "spine": {"reward": "ttrl", "advantage": "grpo", "token_share": 0.2, **DEFAULT_KL},
     "step-only": {"step_weight_initial": 1.0, "step_weight_final": 1.0},
     "ttrl": {"reward": "ttrl", "advantage": "grpo", **DEFAULT_KL},
@@ -694,7 +704,8 @@ def test_a_reward_in_a_file_is_not_opened_by_scoring():
 def test_every_reward_that_a_recipe_may_name_is_paid(policy: Policy):
     assert ("agreement", *BUILT_IN, *PUBLISHED) == REWARDS
     for reward in REWARDS:
-        flags = {"recipe": "oracle"} if reward == "oracle" else {"reward": reward}
+        flags: dict[str, Any] = {"recipe": "oracle"} if reward == "oracle" else {"reward": reward}
+        flags |= {"other_view": True} if reward == "co_rewarding" else {}
         paid = pay(policy, config_of(**flags), PLAIN, true_answer="7")
         assert len(paid.rewards) == len(PLAIN)
         assert any(paid.rewards)

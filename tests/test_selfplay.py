@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import Config, resolve
 from ireasoner.training.items import Item
 from ireasoner.training.labelled import LabelledQuestion
-from ireasoner.training.selfplay import Play, SelfPlay, _Batch
+from ireasoner.training.selfplay import Play, SelfPlay, _Batch, at_once
 from models import learner, load, teach
 
 MakePolicy = Callable[..., Policy]
@@ -308,6 +309,67 @@ def test_a_reward_of_ones_own_gets_what_self_play_knows(policy: Policy, pictures
         assert blind != [list(c.logprobs) for c in sample.completions]
         assert context.seed is not None
         assert episode.rewards == tuple(0.25 * t.well_formed for t in episode.trajectories)
+
+
+def test_a_reward_may_ask_how_likely_a_text_is_about_another_view(policy: Policy, pictures: list[Image.Image]):
+    """About the image as it is, as likely as when it was sampled; about a masked one, less likely."""
+    gains: list[float] = []
+
+    def fn(group: Group, context: Context) -> list[float]:
+        assert context.likelihoods is not None
+        assert context.logprobs is not None
+        texts = [("", text) for text in group.texts]
+        seen, masked = context.likelihoods(texts), context.likelihoods(texts, "masked")
+        assert masked == context.likelihoods(texts, "masked")  # the same squares again
+        for text, sampled, again, blind in zip(group.texts, context.logprobs, seen, masked, strict=True):
+            ended = len(sampled) - 1  # the end token is not in the text
+            assert len(again) == len(blind) == ended, text
+            assert again == pytest.approx(sampled[:ended], abs=1e-4)
+            gains.append(sum(again) - sum(blind))
+        return [0.0] * len(texts)
+
+    config = config_of(reward="mine.py:fn", max_solution_tokens=80)
+    SelfPlay(policy, LiveEngine(policy), config, reward=fn).play(3, named(pictures[:2]))
+    assert np.mean(gains) > 0.1
+
+
+def test_another_view_is_asked_about_and_only_votes(policy: Policy, pictures: list[Image.Image]):
+    """The solver answers as ever, and as often about a changed image, whose answers a reward may read."""
+    heard: list[tuple[Group, Context]] = []
+
+    def fn(group: Group, context: Context) -> list[float]:
+        heard.append((group, context))
+        return [0.25] * len(group.texts)
+
+    items, engine = named(pictures[:2]), Listening(policy)
+    own = config_of(reward="mine.py:fn", max_solution_tokens=80)
+    play = SelfPlay(policy, engine, own.changed(other_view=True), reward=fn).play(3, items)
+    alone = SelfPlay(policy, LiveEngine(policy), own, reward=fn).play(3, items)
+    texts = [[t.text for t in episode.trajectories] for episode in play.episodes]
+    assert texts == [[t.text for t in episode.trajectories] for episode in alone.episodes]
+    assert sum(len(sample.completions) for sample in play.solver) == sum(map(len, texts))
+    count = len(play.solver)
+    as_they_are, changed = engine.asked["solver"][:count], engine.asked["solver"][count:]
+    assert [r.messages for r in changed] == [r.messages for r in as_they_are]
+    assert len({r.seed for r in engine.asked["solver"]}) == 2 * count
+    for (_, context), as_it_is, other in zip(heard[:count], as_they_are, changed, strict=True):
+        one, two = (np.asarray(request.image.seen.image, dtype=float) for request in (as_it_is, other))
+        assert np.abs(one - two).mean() > 0
+        (again,) = LiveEngine(policy).sample([other], "solver", n=3, max_tokens=80)
+        assert context.other_view is not None
+        assert context.other_view.texts == tuple(c.text for c in again)
+        assert context.other_view.vote.readable > 0
+    assert all(context.other_view is None for _, context in heard[count:])
+
+
+def test_a_draft_about_another_view_is_kept_for_a_resumed_run(policy: Policy, pictures: list[Image.Image]):
+    playing, items = selfplay(policy, config_of("co-rewarding")), named(pictures[:3])
+    draft = playing.begin(3, items, at_once)()
+    assert all(len(others) == len(group) for group, others in zip(draft.groups, draft.others, strict=True))
+    restored = playing.restored(json.loads(json.dumps(draft.state())), [None, *items[1:]])
+    assert restored is not None
+    assert (restored.groups, restored.others) == (draft.groups[1:], draft.others[1:])
+    assert any(restored.others)
 
 
 class Scripted:

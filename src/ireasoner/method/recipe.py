@@ -74,6 +74,9 @@ class Recipe(Options):
     the difference divided by the group's standard deviation (GRPO)."""
     token_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of a solver's tokens, those with the largest entropy, that learn from the advantage (1: all)."""
+    other_view: bool = False
+    """Whether the solver also answers N times about a lightly changed view of each image, for rewards that read that
+    vote (co_rewarding). It samples twice as much; only answers about the image itself are rewarded and learned from."""
     baseline_momentum: Share = 0.9
     """Momentum of the moving-average baseline."""
     kl_coef: Annotated[float, Field(ge=1e-8, le=1e2)] = 1e-3

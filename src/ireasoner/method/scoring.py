@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from ireasoner.method.types import (
     StepScore,
     TokenDistributions,
     UsageError,
+    View,
 )
 
 # Parts of a user's own reward cannot be called like these, which metrics and records hold for every reward.
@@ -69,6 +70,19 @@ Parts = Mapping[str, Numbers | float]
 RewardFunction = Callable[[Group, "Context"], Numbers | Parts]
 
 
+class Likelihoods(Protocol):
+    """How likely the solver finds texts."""
+
+    def __call__(self, texts: Sequence[tuple[str, str]], view: View = "same") -> Sequence[Sequence[float]]:
+        """The log-probability of each token of a text, in nats. It takes forward passes.
+
+        Args:
+            texts: what the solver has said behind its prompt ("": nothing yet), and the text that follows.
+            view: of the image.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Context:
     """What a reward may need beside the texts.
@@ -88,6 +102,9 @@ class Context:
             group.
         distributions: the solver's next-token distributions at each text's tokens. To call it takes a forward pass of
             the group.
+        likelihoods: tells how likely the solver finds texts of any kind, about the image or another view of it.
+        other_view: the group of the same question about a lightly changed view of the image, if it was asked about that
+            too, as recipes with `other_view: true` do. Its vote is never that of a label.
         questions: all readable questions that were asked in the same training step, this one among them.
         true_answer: what is true, for the recipe `oracle`: an answer is right if it has the same key.
         judge: how right an answer is, from 0 to 1, where a label says so. The truth then takes the place of the vote.
@@ -106,6 +123,8 @@ class Context:
     tokens: Sequence[Sequence[str]] | None = None
     blank_logprobs: Callable[[], Sequence[Sequence[float]]] | None = None
     distributions: Callable[[], Sequence[TokenDistributions]] | None = None
+    likelihoods: Likelihoods | None = None
+    other_view: Group | None = None
     questions: Sequence[str] | None = None
     true_answer: str | None = None
     judge: Callable[[str], float] | None = None
@@ -155,20 +174,13 @@ def score_solutions(
 ) -> ScoredGroup:
     """Score solutions that have already been read; `texts`, if known, are what they were read from.
 
-    An answer that does not commit itself, such as "A or B", has no vote and earns nothing, as if it were unreadable.
-
     Raises:
         RewardError: as for `score_group`.
     """
-    keys = tuple(answer_key(s.answer, question) if s.answer is not None else None for s in solutions)
-    solutions = [
-        s if key is not None or s.problem else s.model_copy(update={"answer": None, "problem": NO_COMMITMENT})
-        for s, key in zip(solutions, keys, strict=True)
-    ]
-    vote = majority(keys)
+    group = read_group(question, solutions, texts)
+    keys, vote = group.answer_keys, group.vote
     if not solutions:
         return ScoredGroup(vote, (), 0.0)
-    group = Group(question, tuple(texts), tuple(solutions), keys, vote)
     if context.judge is not None:
         group = _with_truth(group, context.judge)
     lacking = _lacking(recipe, context)
@@ -195,10 +207,23 @@ def score_solutions(
             parts=parts[i] | {name: Part(value=float(values[i])) for name, values in other.items()},
             step_scores=_step_scores(agreement, i) if agreement else (),
         )
-        for i, solution in enumerate(solutions)
+        for i, solution in enumerate(group.solutions)
     )
     # Of fewer than two readable answers nothing can be said about the question.
     return ScoredGroup(vote, trajectories, worth if vote.readable >= 2 else 0.0)
+
+
+def read_group(question: str, solutions: Sequence[Solution], texts: Sequence[str] = ()) -> Group:
+    """Solutions of one question as a group, with the vote on their answers; `texts`, if known, are what they say.
+
+    An answer that does not commit itself, such as "A or B", has no vote and earns nothing, as if it were unreadable.
+    """
+    keys = tuple(answer_key(s.answer, question) if s.answer is not None else None for s in solutions)
+    committed = tuple(
+        s if key is not None or s.problem else s.model_copy(update={"answer": None, "problem": NO_COMMITMENT})
+        for s, key in zip(solutions, keys, strict=True)
+    )
+    return Group(question, tuple(texts), committed, keys, majority(keys))
 
 
 def _with_truth(group: Group, judge: Callable[[str], float]) -> Group:

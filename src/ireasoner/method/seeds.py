@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Purposes; their numbers are part of every stored run.
-PROPOSE, SOLVE, RANDOM_REWARD, PICK_LABEL, PICK_EXAMPLES = range(5)
+PROPOSE, SOLVE, RANDOM_REWARD, PICK_LABEL, PICK_EXAMPLES, CHANGE_VIEW, SOLVE_VIEW = range(7)
 
 
 def draw_seed(run_seed: int, step: int, image: str, occurrence: int, purpose: int) -> tuple[int, ...]:

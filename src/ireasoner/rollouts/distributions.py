@@ -18,6 +18,7 @@ from ireasoner.method.types import Completion, Role, TokenDistributions
 from ireasoner.model.forward import completion_hidden
 from ireasoner.model.inputs import build_prompts
 from ireasoner.model.loss import CHUNK_LOGITS
+from ireasoner.model.pieces import gathered
 from ireasoner.model.policy import Policy
 from ireasoner.rollouts.engine import Request
 
@@ -49,6 +50,33 @@ def token_logprobs(
 
     (found,) = _of_tokens(policy, request, completions, role, chosen)
     return [each.tolist() for each in found]
+
+
+def text_logprobs(
+    policy: Policy, request: Request, texts: Sequence[tuple[str, str]], role: Role | None, tokens_per_batch: int
+) -> list[list[float]]:
+    """The log-probability of every token of some texts, under a role's adapter as it is now and at temperature 1.
+
+    Args:
+        policy: the model.
+        request: the prompt, with the image that is looked at.
+        texts: what was said behind the prompt, and the text that follows. Each of the two is tokenized by itself.
+        role: whose adapter; None: the backbone alone.
+        tokens_per_batch: most tokens, padding included, that go through the model together, unless one text has more.
+    """
+    tokenizer = policy.processor.tokenizer
+    before, after = (
+        [tokenizer(text, add_special_tokens=False)["input_ids"] for text in column]
+        for column in ([said for said, _ in texts], [follows for _, follows in texts])
+    )
+    whole = [(*said, *follows) for said, follows in zip(before, after, strict=True)]
+    found: list[list[float]] = [[] for _ in texts]
+    by_length = sorted((i for i in range(len(texts)) if after[i]), key=lambda i: len(whole[i]))
+    for batch in gathered(by_length, lambda rows: len(rows) * len(whole[rows[-1]]) <= tokens_per_batch):
+        rows = [Completion("", whole[i], (), "stop") for i in batch]
+        for i, logprobs in zip(batch, token_logprobs(policy, request, rows, role), strict=True):
+            found[i] = logprobs[len(before[i]) :]
+    return found
 
 
 def _of_tokens(

@@ -228,6 +228,8 @@ class Config(Options):
             raise ValueError(f"--gate-low {low} is above --gate-high {high}: no group would be kept")
         if self.recipe.reward == "oracle" and self.labels is None:
             raise ValueError("the oracle recipe needs --labels FILE.jsonl with the true answers")
+        if self.recipe.reward == "co_rewarding" and not self.recipe.other_view:
+            raise ValueError("the reward co_rewarding reads the vote on another view of the image: add --other-view")
         if self.labels is None and (self.label_share < 1 or self.label_examples):
             raise ValueError("--label-share and --label-examples need --labels FILE.jsonl")
         if self.label_examples and self.label_share == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -13,24 +13,25 @@ from PIL import Image
 
 from ireasoner.method import seeds
 from ireasoner.method.memory import RecentSteps
-from ireasoner.method.scoring import Context, RewardFunction, score_solutions, step_weight
+from ireasoner.method.scoring import Context, Group, RewardFunction, read_group, score_solutions, step_weight
 from ireasoner.method.texts import parse_question, parse_trajectory, proposer_messages, solver_messages
-from ireasoner.method.types import Completion, Episode, Proposal, Question, Sampled, Solution, Trajectory
+from ireasoner.method.types import Completion, Episode, Proposal, Question, Sampled, Solution, Trajectory, View
 from ireasoner.model.inputs import EncodedImage, embed_texts, encode_images, render, token_texts
 from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 from ireasoner.model.sharding import equal_passes
-from ireasoner.rollouts.distributions import token_distributions, token_logprobs
+from ireasoner.rollouts.distributions import text_logprobs, token_distributions, token_logprobs
 from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.training.config import Config
 from ireasoner.training.evaluation import blanked
 from ireasoner.training.items import Item
 from ireasoner.training.labelled import LabelledQuestion, judged
+from ireasoner.training.views import view_of
 
 T = TypeVar("T")
 # Calls a function, now or in another thread, and gives back what waits for its result.
 Call = Callable[[Callable[[], T]], Callable[[], T]]
-_Sampled = tuple[list[list[Completion]], list[list[Completion]]]
+_Sampled = tuple[list[list[Completion]], ...]  # proposals, groups, and groups about another view, as in a draft
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Draft:
         images: those of this process's share, by their index in `items`.
         proposals: for each item the proposer's one completion, or none where a labelled question is asked.
         groups: the solver's completions for each item; none for an unreadable question.
+        others: the same about another view of each item; none where the recipe has no other view.
     """
 
     step: int
@@ -59,12 +61,13 @@ class Draft:
     images: Mapping[int, EncodedImage]
     proposals: Sequence[Sequence[Completion]]
     groups: Sequence[Sequence[Completion]]
+    others: Sequence[Sequence[Completion]]
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs of it, for JSON. The images are read again."""
         items = [{"name": item.name, "labelled": bool(item.labels)} for item in self.items]
-        proposals, groups = rows_of(self.proposals), rows_of(self.groups)
-        return {"step": self.step, "items": items, "proposals": proposals, "groups": groups}
+        sampled = {"proposals": self.proposals, "groups": self.groups, "others": self.others}
+        return {"step": self.step, "items": items} | {name: rows_of(groups) for name, groups in sampled.items()}
 
 
 @dataclass(frozen=True)
@@ -124,12 +127,13 @@ class SelfPlay:
             items: what it is about.
             call: calls a function, now or in another thread, and gives back what waits for its result.
         """
-        images = self.encode(items)
-        sampled = call(partial(self._sample, _Batch(self.config.seed, step, items), images))
+        images, batch = self.encode(items), _Batch(self.config.seed, step, items)
+        views = self._views(batch, images, "light") if self.config.recipe.other_view else {}
+        sampled = call(partial(self._sample, batch, images, views))
 
         def end() -> Draft:
-            proposals, groups = (self._exchange(each, len(items)) for each in sampled())
-            return Draft(step, items, images, proposals, groups)
+            proposals, groups, others = (self._exchange(each, len(items)) for each in sampled())
+            return Draft(step, items, images, proposals, groups, others)
 
         return end
 
@@ -137,6 +141,12 @@ class SelfPlay:
         """The images of this process's share of some items, by their index among them."""
         share = self.processes.share(len(items))
         return dict(zip(share, encode_images(self.policy, [items[i].image for i in share]), strict=True))
+
+    def _views(self, batch: _Batch, of: Iterable[int], view: View) -> dict[int, EncodedImage]:
+        """A view of some items' images, by their index in the batch."""
+        chosen = list(of)
+        views = [view_of(batch.items[i].image, view, batch.seed(i, seeds.CHANGE_VIEW)) for i in chosen]
+        return dict(zip(chosen, encode_images(self.policy, views), strict=True))
 
     def restored(self, state: Mapping[str, Any], found: Sequence[Item | None]) -> Draft | None:
         """A draft from its `state` and its items, without those that were not found; None if none was.
@@ -146,21 +156,19 @@ class SelfPlay:
         kept = [(i, item) for i, item in enumerate(found) if item is not None]
         if not kept:
             return None
-        proposals, groups = groups_of(state["proposals"]), groups_of(state["groups"])
         items = [item for _, item in kept]
-        rows = [i for i, _ in kept]
-        return Draft(state["step"], items, self.encode(items), [proposals[i] for i in rows], [groups[i] for i in rows])
+        proposals, groups = groups_of(state["proposals"]), groups_of(state["groups"])
+        others = groups_of(state["others"]) if self.config.recipe.other_view else [[]] * len(found)
+        sampled = [[each[i] for i, _ in kept] for each in (proposals, groups, others)]
+        return Draft(state["step"], items, self.encode(items), *sampled)
 
     def score(self, draft: Draft) -> Play:
         """Read and reward what was sampled. Drafts must be scored in the order of their steps."""
         batch, images = _Batch(self.config.seed, draft.step, draft.items), draft.images
         asked = [self._asked(batch, i, proposal) for i, proposal in enumerate(draft.proposals)]
-        sampling, processor = self.config.sampling, self.policy.processor
-        prompts = [render(processor, solver_messages(sampling.solver_prompt, a.question.text)) for a in asked]
-        solutions = [
-            [parse_trajectory(c.text, c.finish_reason, sampling.solution_form, prompt) for c in group]
-            for group, prompt in zip(draft.groups, prompts, strict=True)
-        ]
+        solver_prompt, processor = self.config.sampling.solver_prompt, self.policy.processor
+        prompts = [render(processor, solver_messages(solver_prompt, a.question.text)) for a in asked]
+        solutions = [self._read(group, prompt) for group, prompt in zip(draft.groups, prompts, strict=True)]
         # Completions were exchanged before they are scored, so that every process remembers the steps of every group.
         for item, group in zip(draft.items, solutions, strict=True):
             self.memory.add(item.name, group)
@@ -168,7 +176,7 @@ class SelfPlay:
         solving = self._solver_requests(batch, images, {i: asked[i].question for i in images})
         with equal_passes(self.policy):  # which a reward may ask for
             episodes = [
-                self._episode(batch, i, asked[i], questions, prompts[i], solving.get(i), draft.groups[i], solutions[i])
+                self._episode(batch, i, draft, asked[i], questions, prompts[i], solving.get(i), solutions[i])
                 for i in images
             ]
         solver = [Sample(i, request, draft.groups[i]) for i, request in solving.items()]
@@ -176,8 +184,13 @@ class SelfPlay:
         proposer = [Sample(i, request, draft.proposals[i]) for i, request in proposing.items()]
         return Play(tuple(self._exchange_episodes(episodes, len(draft.items))), tuple(solver), tuple(proposer))
 
-    def _sample(self, batch: _Batch, images: Mapping[int, EncodedImage]) -> _Sampled:
-        """This process's share of a draft: its proposals and its groups.
+    def _read(self, completions: Sequence[Completion], prompt: str) -> list[Solution]:
+        """What the solver replied to a prompt."""
+        form = self.config.sampling.solution_form
+        return [parse_trajectory(c.text, c.finish_reason, form, prompt) for c in completions]
+
+    def _sample(self, batch: _Batch, images: Mapping[int, EncodedImage], views: Mapping[int, EncodedImage]) -> _Sampled:
+        """This process's share of a draft: its proposals, its groups, and its groups about other views.
 
         Nothing is exchanged here, where another thread may exchange something else.
         """
@@ -188,10 +201,12 @@ class SelfPlay:
         proposals = [written.get(i, []) for i in images]
         asked = {i: self._asked(batch, i, each).question for i, each in zip(images, proposals, strict=True)}
         solving = self._solver_requests(batch, images, asked)
+        again = self._solver_requests(batch, views, {i: asked[i] for i in views}, seeds.SOLVE_VIEW)
         n, longest = sampling.group_size, sampling.max_solution_tokens
-        found = self.engine.sample(list(solving.values()), "solver", n=n, max_tokens=longest)
-        solved = dict(zip(solving, found, strict=True))  # nothing for an unreadable question
-        return proposals, [solved.get(i, []) for i in images]
+        found = self.engine.sample([*solving.values(), *again.values()], "solver", n=n, max_tokens=longest)
+        solved = dict(zip(solving, found[: len(solving)], strict=True))  # nothing for an unreadable question
+        others = dict(zip(again, found[len(solving) :], strict=True))
+        return proposals, [solved.get(i, []) for i in images], [others.get(i, []) for i in images]
 
     def _proposer_requests(self, batch: _Batch, images: Mapping[int, EncodedImage]) -> dict[int, Request]:
         """A request about each image that has no labelled question, by its index in the batch."""
@@ -221,12 +236,16 @@ class SelfPlay:
         return _Asked(parse_question(proposed.text, proposed.finish_reason, prompt), prompt, proposed)
 
     def _solver_requests(
-        self, batch: _Batch, images: Mapping[int, EncodedImage], questions: Mapping[int, Question]
+        self,
+        batch: _Batch,
+        images: Mapping[int, EncodedImage],
+        questions: Mapping[int, Question],
+        purpose: int = seeds.SOLVE,
     ) -> dict[int, Request]:
         """A request for each image whose question is readable, by its index in the batch."""
         prompt = self.config.sampling.solver_prompt
         return {
-            i: Request(images[i], solver_messages(prompt, question.text), batch.seed(i, seeds.SOLVE))
+            i: Request(images[i], solver_messages(prompt, question.text), batch.seed(i, purpose))
             for i, question in questions.items()
             if question.well_formed
         }
@@ -252,18 +271,18 @@ class SelfPlay:
         self,
         batch: _Batch,
         i: int,
+        draft: Draft,
         asked: _Asked,
         questions: Sequence[str],
         prompt: str,
         request: Request | None,
-        completions: Sequence[Completion],
         solutions: Sequence[Solution],
     ) -> Episode:
-        """Score the group of item i, which are the solver's replies to `prompt`, and make its record.
+        """Score the group of item i, in which `solutions` were read, and make its record.
 
         `questions` are all readable ones of the step; `request` is None where this one was not asked.
         """
-        recipe = self.config.recipe
+        recipe, completions = self.config.recipe, draft.groups[i]
         planned = self.config.planned_steps or self.config.schedule.steps
         weight = step_weight(recipe, min(batch.step, planned), planned)
         label, name = asked.label, batch.items[i].name
@@ -276,6 +295,8 @@ class SelfPlay:
             tokens=[token_texts(self.policy, c.token_ids) for c in completions],
             blank_logprobs=request and partial(self._blank_logprobs, request, batch.items[i].image, completions),
             distributions=request and partial(token_distributions, self.policy, request, completions, "solver"),
+            likelihoods=request and partial(self._likelihoods, batch, i, request),
+            other_view=self._other_view(asked.question.text, draft.others[i], prompt),
             questions=questions,
             step_weight=weight,
             embed=lambda texts: embed_texts(self.policy, texts, recipe.max_step_tokens),
@@ -313,6 +334,20 @@ class SelfPlay:
         """How likely the solver finds the tokens of completions of a request if it is shown a gray image instead."""
         encoded = encode_images(self.policy, blanked([image]))
         return token_logprobs(self.policy, replace(request, image=encoded[0]), completions, "solver")
+
+    def _likelihoods(
+        self, batch: _Batch, i: int, request: Request, texts: Sequence[tuple[str, str]], view: View = "same"
+    ) -> list[list[float]]:
+        """How likely the solver finds texts as replies to the request about item i, or about another view of it."""
+        image = request.image if view == "same" else self._views(batch, [i], view)[i]
+        tokens = self.config.fitted_optimizer().tokens_per_batch
+        return text_logprobs(self.policy, replace(request, image=image), texts, "solver", tokens)
+
+    def _other_view(self, question: str, completions: Sequence[Completion], prompt: str) -> Group | None:
+        """What was replied about another view of an item; None if that was not asked about."""
+        if not completions:
+            return None
+        return read_group(question, self._read(completions, prompt), [c.text for c in completions])
 
 
 def at_once(function: Callable[[], T]) -> Callable[[], T]:
