@@ -138,14 +138,15 @@ def count(policy: Policy) -> Footprint:
 def _quantised(policy: Policy) -> tuple[dict[Tensor, int], int]:
     """The bytes of each quantised weight, and those of the largest one while it is whole; a policy on the meta device
     has whole weights in place of those that it stands for."""
-    if policy.quantization is None:
+    how = policy.quantization
+    if how is None:
         return {}, 0
     linear = [
         (module.weight, module.out_features, module.in_features)
         for name, module in policy.decoder.named_modules()
         if isinstance(module, torch.nn.Linear) and ".lora_" not in name
     ]
-    held = {weight: quantised_bytes(policy.quantization, outputs, inputs) for weight, outputs, inputs in linear}
+    held = {weight: quantised_bytes(how, outputs, inputs) for weight, outputs, inputs in linear}
     return held, max(outputs * inputs for _, outputs, inputs in linear) * policy.backbone.dtype.itemsize
 
 

@@ -13,6 +13,7 @@ thoughts, so that steps are of one kind if they are worded alike. Answers are no
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ireasoner.method.rewards import FloatArray
 from ireasoner.method.scoring import Context, Group, Parts, RewardError
@@ -33,7 +34,7 @@ def reward(group: Group, context: Context) -> Parts:
     return {"readable": [1.0] * len(worlds), "small_world": worlds}
 
 
-def kinds(steps: FloatArray) -> list[int]:
+def kinds(steps: NDArray[np.floating]) -> list[int]:
     """The kind of each step, numbered as they come; steps without a word are left out.
 
     Args:
