@@ -82,11 +82,12 @@ def test_the_language_model_alone_is_quantised_and_takes_what_is_counted(how: An
 
 
 @quantises
+@pytest.mark.parametrize("targets", [(), ("q_proj",)])
 @pytest.mark.parametrize("how", HOWS)
 def test_log_probabilities_and_gradients_are_those_of_the_weights_at_full_size(
-    how: Any, pictures: list[Image.Image], tmp_path: Path
+    how: Any, targets: tuple[str, ...], pictures: list[Image.Image], tmp_path: Path
 ):
-    policy = quantised(how)
+    policy = quantised(how, lora_targets=targets)
     policy.save_adapters(tmp_path)
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)

@@ -18,7 +18,7 @@ from ireasoner.model.attention import attending
 from ireasoner.model.backbone import language_targets, load_backbone, load_processor, read_config, resolve_device
 from ireasoner.model.counting import CountError, count
 from ireasoner.model.forward import Prefix, decode, new_cache, packed_hidden, prefill_text, repeated_hidden
-from ireasoner.model.lora import HALF, Float32SumLinear
+from ireasoner.model.lora import HALF, Float32SumLinear, QuantisedLinear
 from ireasoner.model.options import BackboneOptions
 from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
@@ -148,6 +148,10 @@ def _with_adapters(backbone: Any, processor: Any, options: BackboneOptions, seed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         model: PeftModel = get_peft_model(backbone, config, adapter_name=ROLES[0], low_cpu_mem_usage=on_meta)  # type: ignore[assignment]
         model.add_adapter(ROLES[1], config, low_cpu_mem_usage=on_meta)
+    for name, layer in [*backbone.named_modules()] if options.quantization else ():
+        if type(layer).__module__.startswith("bitsandbytes") and not name.endswith(".base_layer"):
+            # Without LoRA. Its own forward pass would round the input too (int8), or fail in the backward pass (nf4).
+            backbone.set_submodule(name, QuantisedLinear(layer))
     model.eval()  # no dropout anywhere, in sampling or in the update
     policy = Policy(backbone, model, processor, options.gradient_checkpointing, options.quantization)
     # A cache that is only ever appended to may be shared by a prompt's completions with gradients; states that are

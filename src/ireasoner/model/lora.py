@@ -128,3 +128,15 @@ class Float32SumLinear(lora.Linear):
             (name,) = self.active_adapters
             a, b, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         return linear_in_float32(x, layer.weight, layer.bias, a, b, scaling).to(x.dtype)
+
+
+class QuantisedLinear(torch.nn.Linear):
+    """A quantised layer of bitsandbytes' that has no LoRA, computed as those that have."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        torch.nn.Module.__init__(self)  # nothing is drawn
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_in_float32(x, self.weight, self.bias).to(x.dtype)
