@@ -34,11 +34,13 @@ def _product(
 ) -> tuple[Tensor, Tensor | None]:
     """What `linear_in_float32` returns, and x Aᵀ."""
     x_TI, down_TR = x.flatten(0, -2), None
-    weight = dense(weight, x.dtype)
+    weight, scale_O = dense(weight, x.dtype)
     if weight.dtype == torch.float32:  # in one call: with few rows, calls take longer than sums
         result_TO = linear(x_TI, weight)
     else:
         result_TO = product_in_float32(x_TI.to(weight.dtype), weight.T)
+    if scale_O is not None:
+        result_TO *= scale_O
     if bias is not None:
         result_TO += bias
     if a is not None and b is not None:
@@ -77,7 +79,9 @@ class _Linear(torch.autograd.Function):
         if of_b:
             grad_b = ctx.scaling * (grad_TO.T @ down_TR)
         if of_x:
-            weight = dense(weight, x.dtype)
+            weight, scale_O = dense(weight, x.dtype)
+            if scale_O is not None:
+                grad_TO = grad_TO * scale_O
             grad_x_TI = product_in_float32(grad_TO.to(weight.dtype), weight)
             if a is not None and grad_down_TR is not None:
                 grad_x_TI.addmm_(grad_down_TR, a)
