@@ -62,7 +62,7 @@ def test_counters_that_cannot_be_read_are_left_out(sockets: list[Path], tmp_path
 
 def test_the_gpus_counter_is_found_by_the_gpus_own_number(monkeypatch: pytest.MonkeyPatch):
     asked, library = [], ModuleType("pynvml")
-    library.NVMLError = type("NVMLError", (Exception,), {"__module__": "pynvml"})  # type: ignore[attr-defined]
+    library.NVMLError = type("NVMLError", (Exception,), {})  # type: ignore[attr-defined]
     library.nvmlInit = lambda: None  # type: ignore[attr-defined]
     library.nvmlDeviceGetHandleByUUID = lambda uuid: asked.append(uuid) or 7  # type: ignore[attr-defined]
     read = iter([1_000_000, 1_002_500])

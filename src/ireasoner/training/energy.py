@@ -50,17 +50,12 @@ def _of_gpu(device: Any) -> list[Counter]:
         return []
     try:
         import pynvml  # pyright: ignore[reportMissingImports]  # an optional dependency
-
-        pynvml.nvmlInit()
-    except (ImportError, OSError):
-        return []
-    except Exception as error:  # of the library's own kinds, which cannot be named where it is missing
-        if type(error).__module__ != "pynvml":
-            raise
+    except ImportError:
         return []
     import torch
 
     try:
+        pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         return [_since(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)]  # of millijoules
     except pynvml.NVMLError:
