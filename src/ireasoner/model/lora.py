@@ -142,5 +142,5 @@ class QuantisedLinear(torch.nn.Linear):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return linear_in_float32(x, self.weight, self.bias).to(x.dtype)

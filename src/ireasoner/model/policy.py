@@ -62,7 +62,8 @@ class Policy:
         quantization: Quantization | None = None,
     ) -> None:
         self.backbone, self.model, self.processor = backbone, model, processor
-        self.gradient_checkpointing, self.quantization = gradient_checkpointing, quantization
+        self.gradient_checkpointing = gradient_checkpointing
+        self.quantization: Quantization | None = quantization
         self.base: Any = backbone.base_model  # all but the output layer
         self.decoder: Any = backbone.get_decoder()  # the language model
         self.device: torch.device = backbone.device
