@@ -156,7 +156,10 @@ class SelfPlay:
         batch, images = _Batch(self.config.seed, draft.step, draft.items), draft.images
         asked = [self._asked(batch, i, proposal) for i, proposal in enumerate(draft.proposals)]
         sampling, processor = self.config.sampling, self.policy.processor
-        prompts = [render(processor, solver_messages(sampling.solver_prompt, a.question.text)) for a in asked]
+        prompts = [
+            render(processor, solver_messages(sampling.solver_prompt, a.question.text), item.image)
+            for a, item in zip(asked, draft.items, strict=True)
+        ]
         solutions = [
             [parse_trajectory(c.text, c.finish_reason, sampling.solution_form, prompt) for c in group]
             for group, prompt in zip(draft.groups, prompts, strict=True)
@@ -217,7 +220,7 @@ class SelfPlay:
             label = labels[int(rng.integers(len(labels)))]
             return _Asked(Question(label.question, "", None), label=label)
         (proposed,) = proposal
-        prompt = render(self.policy.processor, self._proposer_messages(batch, i))
+        prompt = render(self.policy.processor, self._proposer_messages(batch, i), batch.items[i].image)
         return _Asked(parse_question(proposed.text, proposed.finish_reason, prompt), prompt, proposed)
 
     def _solver_requests(
