@@ -21,7 +21,7 @@ from ireasoner.model.views import Pictures, filmstrip, images_of, is_clip
 from ireasoner.training.checks import check_clips, match_labels, open_pool
 from ireasoner.training.clips import ItemFiles, Limits, load_view
 from ireasoner.training.config import ConfigError, load_config, resolve
-from ireasoner.training.images import ImageError, UnreadableImageError
+from ireasoner.training.images import ImageError, UnreadableImageError, load_image
 from ireasoner.training.items import ImagePool
 from ireasoner.training.labelled import load_questions
 from ireasoner.training.loop import resume, start
@@ -364,7 +364,7 @@ def test_a_filmstrip_has_four_images_a_row():
 @pytest.mark.usefixtures("copied_models", "no_report")
 def test_a_run_on_items_of_every_kind_resumes_exactly(pairs: Path, tmp_path: Path):
     """With held-out questions about several images and about a clip, whose thumbnails are filmstrips."""
-    save_all(tmp_path / "frames", moving(5))
+    save_all(tmp_path / "frames", moving(5, (0, 0, 0)))
     animated(tmp_path / "a.gif", moving(6, (30, 30, 200)))
     rows: list[Any] = [{"images": [f"pairs/pair-{i}/0.png", f"pairs/pair-{i}/1.png"]} for i in range(3)]
     rows += [{"image": "pairs/alone.png"}, {"clip": "a.gif"}, {"images": ["gone.png", "pairs/alone.png"]}]
@@ -374,11 +374,14 @@ def test_a_run_on_items_of_every_kind_resumes_exactly(pairs: Path, tmp_path: Pat
         {"clip": "frames", "question": "Which way did it go?", "answer": "right"},
     ]
     (tmp_path / "eval.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    told = [{**row, "question": "How many?", "answer": "3"} for row in (*rows[:2], rows[4])]
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, told)))
     config = resolve({
         "images": str(tmp_path / "items.jsonl"), "model": "tiny", "recipe": "random-reward", "device": "cpu",
         "steps": 2, "images_per_item": 3, "images_per_step": 5, "group_size": 2, "max_solution_tokens": 24,
         "probe_images": 1, "max_question_tokens": 24, "proposer_every": 1, "save_every": 1, "probe_every": 2,
-        "learning_rate": 3e-3, "eval_data": tmp_path / "eval.jsonl",
+        "learning_rate": 3e-3, "eval_data": tmp_path / "eval.jsonl", "labels": tmp_path / "labels.jsonl",
+        "label_share": 0.4,
     })  # fmt: skip
 
     def die(step: int, metrics: object, episodes: object) -> None:
@@ -391,10 +394,11 @@ def test_a_run_on_items_of_every_kind_resumes_exactly(pairs: Path, tmp_path: Pat
     with pytest.raises(RuntimeError, match="as if killed"):
         start(config, tmp_path / "killed", Observer(on_step=die))
     resume(load_config(tmp_path / "killed" / "config.yaml"), tmp_path / "killed")
-    for name in ("episodes.jsonl", "probes.jsonl", "skipped.jsonl", "solver/adapter_model.safetensors"):
+    for name in ("episodes.jsonl", "skipped.jsonl", "solver/adapter_model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
-    assert read_records(tmp_path / "whole" / "skipped.jsonl")[0]["image"] == "gone.png + pairs/alone.png"
-    strips = {e.image: Image.open(tmp_path / "whole" / e.thumbnail).size for e in read_episodes(tmp_path / "whole")}
+    skipped = [record["image"] for record in read_records(tmp_path / "whole" / "skipped.jsonl")]
+    assert skipped == ["gone.png + pairs/alone.png"]
+    strips = {e.image: load_image(tmp_path / "whole" / e.thumbnail).size for e in read_episodes(tmp_path / "whole")}
     assert strips == {
         "a.gif": (3 * 84 + 2 * 4, 84),
         "pairs/alone.png": (84, 84),

@@ -254,9 +254,9 @@ def _video(file: IO[bytes], limits: Limits) -> Pictures:
 
 def _shown(container: Any, limits: Limits) -> Pictures:
     """Frames of an open video."""
-    if not container.streams.video:
-        raise ValueError("the clip is damaged or ends early: the file holds no video")
-    stream = container.streams.video[0]
+    stream = next((each for each in container.streams.video if each.codec_context), None)
+    if stream is None:
+        raise ValueError("the clip is damaged or ends early: the file holds no video that can be decoded")
     if (size := stream.codec_context.width * stream.codec_context.height) > limits.max_pixels:
         raise ValueError(f"frames of {size} pixels are over the limit of {limits.max_pixels} (--max-image-pixels)")
     times = _times(container, stream)
