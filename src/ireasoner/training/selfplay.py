@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from ireasoner.method import seeds
 from ireasoner.method.memory import RecentSteps
@@ -20,6 +19,7 @@ from ireasoner.model.inputs import EncodedImage, embed_texts, encode_images, ren
 from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 from ireasoner.model.sharding import equal_passes
+from ireasoner.model.views import View
 from ireasoner.rollouts.distributions import token_distributions, token_logprobs
 from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.training.config import Config
@@ -310,9 +310,7 @@ class SelfPlay:
             true_answer=label.answer if label else None,
         )
 
-    def _blank_logprobs(
-        self, request: Request, image: Image.Image, completions: Sequence[Completion]
-    ) -> list[list[float]]:
+    def _blank_logprobs(self, request: Request, image: View, completions: Sequence[Completion]) -> list[list[float]]:
         """How likely the solver finds the tokens of completions of a request if it is shown a gray image instead."""
         encoded = encode_images(self.policy, blanked([image]))
         return token_logprobs(self.policy, replace(request, image=encoded[0]), completions, "solver")
