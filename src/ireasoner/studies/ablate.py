@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ireasoner.method.recipe import PUBLISHED
 from ireasoner.method.types import Match, UsageError
 from ireasoner.model.backbone import load_processor
-from ireasoner.playground import dataset, world
+from ireasoner.playground import dataset, several
 from ireasoner.playground.truth import step_truth
 from ireasoner.studies import ablation_tables as report
 from ireasoner.studies.ablation_jobs import ArmsProgress, Columns, Jobs, make_scores, read_texts
@@ -169,7 +169,7 @@ def draw_world(out: Path, settings: Settings) -> None:
     rows = [
         {"image": f"{folder.name}/{name}", "question": question.text, "answer": question.answer}
         for name, picture in dataset.load_truth(folder).items()
-        for question in (world.sample_question(picture, rng) for _ in range(LABELS_PER_IMAGE))
+        for question in (several.sample_question(picture, rng) for _ in range(LABELS_PER_IMAGE))
     ]
     dataset.write_rows(draft / "labels.jsonl", rows)
     for split, count in {"validation": VALIDATION, settings.split: settings.questions}.items():
