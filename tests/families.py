@@ -31,9 +31,10 @@ from ireasoner.model.source import TINY_MODEL
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-    "IMAGE{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "IMAGE{% elif c['type'] == 'video' %}VIDEO{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
 TEXT = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -78,7 +79,7 @@ def _save(
 
 def qwen2_5_vl(out: Path) -> str:
     special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    template = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    template = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>").replace("VIDEO", CLIP)
     words = tokenizer(special, "<|im_end|>", template)
     config = Qwen2_5_VLConfig(
         text_config={
@@ -120,7 +121,7 @@ def _qwen_tokens(words: Any) -> dict[str, int]:
 def qwen3_vl(out: Path, config_class: Any = Qwen3VLConfig, **text: Any) -> str:
     """Features of several vision layers are added within the language model (deepstack)."""
     special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    template = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    template = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>").replace("VIDEO", CLIP)
     words = tokenizer(special, "<|im_end|>", template)
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     config = config_class(

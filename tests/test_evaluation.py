@@ -424,7 +424,7 @@ def test_rows_of_the_public_sets_are_read(tmp_path: Path, row: dict[str, object]
         ({"question": None}, "has no question: it may be named question, problem, query, prompt"),
         ({"answer": None}, "has no answer: it may be named answer, answers, solution"),
         ({"image": None}, "has no image: it may be named image_path, image, images"),
-        ({"image": None, "images": ["a.png", "a.png"]}, "images must name one image, not 2"),
+        ({"image": None, "images": ["a.png", "b.png"]}, "images names no image: 'b.png'"),
         ({"image": "b.png"}, "image names no image: 'b.png'"),
         ({"image": None, "image_path": {"path": 7}}, "image_path must be the path of an image"),
         ({"choices": ["one"]}, "choices must be 2 to 26 options, not 1"),

@@ -20,17 +20,20 @@ from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
+from transformers.utils import is_torchvision_available
+from transformers.video_utils import VideoMetadata
 
 from families import FAMILIES
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
 from ireasoner.model.backbone import load_backbone, load_processor
 from ireasoner.model.forward import completion_hidden, plain_completion_hidden
-from ireasoner.model.inputs import build_prompts, encode_images
+from ireasoner.model.inputs import SeenImage, build_prompts, encode_images, render
 from ireasoner.model.loading import make_policy
 from ireasoner.model.options import BackboneOptions
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import ModelError
+from ireasoner.model.views import Pictures
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.studies import doctor
@@ -329,3 +332,98 @@ def test_a_local_model_makes_no_network_call(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     load_anew(str(folder))
+
+
+def test_several_images_of_a_prompt_are_what_the_model_itself_sees(family: str, folder: Path, sized: list[Image.Image]):
+    """Two prompts of one batch, of three images and of one; and that the last image counts."""
+    policy, model, ids = filled(folder), load_plain(folder, None), [11, 12, 13, 14]
+    three, chat = Pictures(tuple(sized)), solver_messages("{question}", QUESTIONS[0])
+    found = {}
+    for view in (three, Pictures((*sized[:2], sized[0]))):
+        prompts = build_prompts(policy, encode_images(policy, [view, sized[1]]), [chat, chat])
+        with torch.no_grad():
+            hidden = completion_hidden(policy, prompts, torch.tensor([ids] * 2), torch.ones(2, 4).bool(), None)
+        found[view] = policy.output_layer(hidden).log_softmax(-1).unflatten(0, (2, 4))[:, range(4), ids]
+    processor = load_processor(folder)
+    told = [{"role": "user", "content": [{"type": "image"}] * 3 + chat[0]["content"][1:]}]
+    text = processor.tokenizer.apply_chat_template(
+        told, chat_template=processor.chat_template, tokenize=False, add_generation_prompt=True
+    )
+    inputs = processor(images=[sized], text=[text], add_special_tokens=False, return_tensors="pt")
+    expected = continued(model, inputs, ids)
+    torch.testing.assert_close(found[three][0], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        found[three][1], plain_logprobs(model, processor, sized[1], QUESTIONS[0], ids), atol=1e-4, rtol=0
+    )
+    one, other = found.values()
+    assert (one[0] - other[0]).abs().max() > 1e-3
+
+
+def continued(model: Any, inputs: Any, ids: Sequence[int]) -> Tensor:
+    """The log-probabilities of `ids` behind a processor's tensors, by one forward pass of the whole model."""
+    length, added = inputs["input_ids"].shape[1], torch.tensor([list(ids)])
+    for name in [n for n in inputs if n == "attention_mask" or n.endswith("token_type_ids")]:
+        inputs[name] = torch.cat([inputs[name], torch.full_like(added, int(name == "attention_mask"))], 1)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], added], 1)
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, length - 1 : -1]
+    return chosen(logits.log_softmax(-1), ids)
+
+
+def test_a_clip_is_shown_as_the_family_shows_clips(family: str, folder: Path, sized: list[Image.Image]):
+    """Qwen's models have a place for videos: five frames are three pairs, the last frame twice. The others see images.
+
+    Beside a clip there is an image in the batch, and what was sampled has the probabilities that an update finds.
+    """
+    policy, chat = filled(folder), solver_messages("{question}", QUESTIONS[0])
+    frames = [sized[0], *[sized[i].resize((84, 84)) for i in (1, 2)]]
+    clip = Pictures((*frames, frames[0], frames[2]), fps=2.0)
+    asked = [Request(view, chat, (i,)) for i, view in enumerate(encode_images(policy, [clip, sized[1]]))]
+    assert sampler_gap(policy, asked, sample(LiveEngine(policy), asked, "solver", 2, 6), "solver") < 1e-4
+    (first, backward) = encode_images(policy, [clip, Pictures(clip.images[::-1], fps=2.0)])
+    ids = torch.tensor([[11, 12, 13, 14]] * 2)
+    with torch.no_grad():
+        hidden = completion_hidden(policy, build_prompts(policy, [first, backward], [chat] * 2), ids, ids > 0, None)
+    found = policy.output_layer(hidden).log_softmax(-1).unflatten(0, (2, 4))[:, range(4), ids[0]]
+    assert (found[0] - found[1]).abs().max() > 1e-3  # which way it goes
+    assert first.seen.is_video == family.startswith("qwen")
+    if not first.seen.is_video:
+        return
+    # By hand: the patches of two frames behind one another, as the vision tower is made for them.
+    inputs = first.seen.inputs(render(policy.processor, chat, clip))
+    of_image, size = policy.processor.image_processor, policy.processor.image_processor.patch_size
+    own = [of_image(images=[frame], return_tensors="pt")["pixel_values"] for frame in (*clip.images, clip.images[-1])]
+    shaped = [each.view(len(each), 3, 2, size, size) for each in own]
+    pairs = [
+        torch.stack([a[:, :, 0], b[:, :, 1]], 2).flatten(1) for a, b in zip(shaped[::2], shaped[1::2], strict=True)
+    ]
+    inputs["pixel_values_videos"] = torch.cat(pairs)
+    assert inputs["video_grid_thw"].tolist()[0][0] == 3
+    expected = continued(load_plain(folder, None), dict(inputs), ids[0].tolist())
+    torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=0)
+
+
+def test_clips_are_processed_as_the_family_s_own_video_processor_does(folder: Path, family: str):
+    """Up to the rounding of pixels and the way of resizing, which these frames do not need."""
+    if not family.startswith("qwen") or not is_torchvision_available():
+        pytest.skip("needs a family with a video processor, and torchvision")
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    processor, rng = load_processor(folder), np.random.default_rng(0)
+    side = processor.image_processor.patch_size * processor.image_processor.merge_size
+    frames = [Image.fromarray(rng.integers(0, 256, (2 * side, 3 * side, 3), dtype=np.uint8)) for _ in range(5)]
+    seen, chat = SeenImage(processor, Pictures(tuple(frames), fps=2.0)), solver_messages("{question}", QUESTIONS[0])
+    text = render(processor, chat, seen.view)
+    names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+    options = {name: getattr(processor.image_processor, name) for name in names}
+    processor.video_processor = Qwen2VLVideoProcessor(
+        **options, size=dict(processor.image_processor.size), do_sample_frames=False
+    )
+    metadata = [VideoMetadata(5, 2.0, frames_indices=[0, 1, 2, 3, 4])]
+    expected = processor(
+        videos=[frames], text=[text], add_special_tokens=False, return_tensors="pt", video_metadata=metadata
+    )
+    found = seen.inputs(text)
+    assert set(found) == set(expected)
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)

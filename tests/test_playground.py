@@ -14,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ireasoner.app.cli import main
-from ireasoner.playground import dataset, easyvqa, wording, world
+from ireasoner.model.views import images_of, is_clip
+from ireasoner.playground import dataset, easyvqa, several, wording, world
+from ireasoner.playground.truth import step_truth, truth_beside
 from ireasoner.playground.world import Picture
+from ireasoner.training.clips import Limits, load_view
 from ireasoner.training.items import ImagePool
 from ireasoner.training.labelled import load_questions
 from worlds import pictures, some
@@ -437,3 +440,93 @@ def test_easy_vqa_becomes_files_without_its_training_labels(tmp_path: Path, monk
     assert len(found) == 9673
     assert len({question.answer for question in found}) == 13
     assert len({question.image for question in found}) == 1000
+
+
+# --- pairs and clips --------------------------------------------------------------------------------------------------
+
+KINDS: tuple[several.Kind, ...] = ("pairs", "clips")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_said_of_pairs_and_clips_is_true_of_them(kind: several.Kind):
+    """Every step of every answer is true, and the answer of another item's question is found wrong by its own truth."""
+    rng = np.random.default_rng(0)
+    things = [several.sample(kind, rng, world.FAMILIES[i % 5], (2, 4)) for i in range(40)]
+    kinds = set()
+    for thing in things:
+        assert several.from_record(json.loads(json.dumps(several.record(thing)))) == thing
+        for question in several.questions(thing):
+            kinds.add(question.kind)
+            assert several.solve(thing, f"  {question.text} ") == question
+            assert all(several.step_truth(thing, step) is True for step in question.steps), question
+        assert several.sample_question(thing, rng) in several.questions(thing)
+    assert (
+        kinds
+        == {
+            "pairs": {"same", "more", "total", "sum", "color"},
+            "clips": {"way", "goes", "start", "end", "what"},
+        }[kind]
+    )
+    false = [several.step_truth(things[0], step) for step in several.questions(things[1])[0].steps]
+    assert False in false
+
+
+def test_steps_about_pairs_and_clips_that_cannot_be_checked_are_no_truth():
+    motion = several.Motion("red", "circle", "right", "top left", "top right", ("blue", "square", "bottom left"))
+    for step, true in (
+        ("First frame: the red circle is at the top left.", True),
+        ("last frame: the red circle is at the top left", False),
+        ("Last frame: the blue square is at the bottom left.", True),
+        ("The red circle goes right.", True),
+        ("The blue square goes right.", False),
+        ("The red circle is at the top left.", None),  # when?
+        ("Image 1: the red circle is at the top left.", None),
+        ("3 + 4 = 7.", True),
+        ("It is nice.", None),
+    ):
+        assert several.step_truth(motion, step) is true, step
+
+
+@pytest.mark.parametrize(
+    "change", [{"way": "back"}, {"end": "nowhere"}, {"still": ["red", "circle", "x"]}, {"family": "pair"}]
+)
+def test_a_record_of_no_possible_clip_is_refused(change: dict[str, object]):
+    motion = several.Motion("red", "circle", "right", "top left", "top right", ("blue", "square", "bottom left"))
+    with pytest.raises(ValueError, match=r"no such motion|validation error"):
+        several.from_record({**several.record(motion), **change})
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_shape_of_a_clip_goes_where_it_is_said_to_go_and_nothing_else_moves(style: str):
+    rng = np.random.default_rng(1)
+    for _ in range(4):
+        motion = several.sample("clips", rng, None, (2, 4))
+        assert isinstance(motion, several.Motion)
+        frames = several.draw(motion, world.sample_style(style, rng), rng)
+        first, last = (np.asarray(frames[k], dtype=float) for k in (0, -1))
+        changed = np.abs(first - last).max(2) > 40
+        for cell in world.CELLS:
+            row, column = divmod(world.CELLS.index(cell), 3)
+            inside = changed[28 * row + 4 : 28 * row + 24, 28 * column + 4 : 28 * column + 24].mean()
+            assert (inside > 0.05) == (cell in (motion.start, motion.end)), (cell, motion)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_and_clips_become_files_that_train_and_eval_read(kind: several.Kind, tmp_path: Path):
+    folder = dataset.write_unlabeled(tmp_path / "unlabeled", 6, "varied", kind=kind)
+    pool = ImagePool.scan(folder, 0, items="folders" if kind == "pairs" else "clips")
+    items, truth = pool.take(6), truth_beside(folder)
+    assert {item.name for item in items} == set(truth.pictures)
+    assert {len(images_of(item.image)) for item in items} == {2 if kind == "pairs" else several.FRAMES}
+    asked = several.questions(truth.pictures[items[0].name])[0]
+    assert truth.answer(items[0].name, asked.text) == asked.answer
+    assert truth.step(items[0].name, asked.steps[0]) is True
+    found = load_questions(dataset.write_questions(tmp_path / "test", 5, "varied", kind=kind), truth=step_truth)
+    assert len(found) == 5
+    for question in found:
+        view = load_view(question.image, Limits())
+        assert is_clip(view) == (kind == "clips")
+        assert question.picture is not None
+        solved = several.solve(several.from_record(question.picture), question.question)
+        assert solved is not None
+        assert solved.answer == question.answer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -80,8 +80,10 @@ def playground(
     split: Split = "test",
     items: Annotated[tuple[int, int], WHOLE] = (2, 4),
     seed: Seed = 0,
+    kind: Literal["pictures", "pairs", "clips"] = "pictures",
 ) -> int:
-    """Write unlabeled pictures (OUT/unlabeled) and held-out questions (OUT/SPLIT) of the embedded world.
+    """Write unlabeled pictures (OUT/unlabeled) and held-out questions (OUT/SPLIT) of the embedded world; or pairs of
+    pictures to compare (for train --items folders), or clips of a shape that moves (for train --items clips).
 
     Args:
         out: Folder to write.
@@ -91,6 +93,7 @@ def playground(
         split: Which split the questions are of.
         items: Fewest and most items in a picture.
         seed: Seed of the pictures.
+        kind: Pictures, pairs of them, or clips.
     """
     from ireasoner.playground import dataset
 
@@ -98,9 +101,9 @@ def playground(
         raise UsageError("--items takes LEAST and MOST between 2 and 6, FIRST not above LAST")
     try:
         unlabeled = out / "unlabeled"
-        dataset.write_unlabeled(unlabeled, images, style, seed, items)
+        dataset.write_unlabeled(unlabeled, images, style, seed, items, kind)
         folder = out / split
-        path = dataset.write_questions(folder, questions, style, split, seed, items)
+        path = dataset.write_questions(folder, questions, style, split, seed, items, kind)
     except OSError as error:
         raise UsageError(f"cannot write to {out}: {error.strerror}") from None
     print(f"Unlabeled pictures: {unlabeled}   labelled questions: {path}")

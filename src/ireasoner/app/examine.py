@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # these import torch, or other packages that take long
 READ_WITH = (
     "recipe", "preset", "seed", "eval_data", "held_out", "labels", "reward", "group_size", "max_question_tokens",
     "max_solution_tokens", "solution_form", "proposer_prompt", "solver_prompt", "max_image_tokens", "max_image_pixels",
-    "image_column", "learning_rate", "domain",
+    "image_column", "items", "images_per_item", "frame_rate", "learning_rate", "domain",
 )  # fmt: skip
 
 

@@ -18,8 +18,9 @@ from ireasoner.training import config as configs
 
 # What decides on how the model is served.
 SERVED_WITH = (
-    "preset", "revision", "dtype", "lora_rank", "max_image_tokens", "max_image_pixels", "max_question_tokens",
-    "max_solution_tokens", "solution_form", "proposer_prompt", "solver_prompt", "domain",
+    "preset", "revision", "dtype", "lora_rank", "max_image_tokens", "max_image_pixels", "items",
+    "images_per_item", "max_question_tokens", "max_solution_tokens", "solution_form", "proposer_prompt",
+    "solver_prompt", "domain",
 )  # fmt: skip
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM may be told as the largest
 RECEIVER = "ireasoner.rollouts.receiver.AdapterReceiver"
@@ -90,7 +91,13 @@ def _command(options: configs.Config, device: str) -> list[str]:
     words += ["--served-model-name", options.model, "--dtype", backbone.dtype]
     words += ["--max-model-len", str(longest_sequence(options, processor))]
     words += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2", "--middleware", RECEIVER]
-    words += ["--enable-mm-embeds", "--limit-mm-per-prompt", '{"image": 1}', "--generation-config", "vllm"]
+    words += [
+        "--enable-mm-embeds",
+        "--limit-mm-per-prompt",
+        f'{{"image": {options.most_images}}}',
+        "--generation-config",
+        "vllm",
+    ]
     if resolve_device(device) == "cpu":
         # A prompt that is computed in parts ends vLLM's engine for CPUs if the request has a seed.
         words += ["--enforce-eager", "--max-num-batched-tokens", "16384"]

@@ -23,6 +23,9 @@ SCALE_OPTIONS = (
     "device",
     "image_column",
     "max_image_pixels",
+    "items",
+    "images_per_item",
+    "frame_rate",
     *(name for name in PRESET_OPTIONS if name != "eval_questions"),
 )
 

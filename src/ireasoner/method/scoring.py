@@ -25,6 +25,7 @@ from ireasoner.method.recipe import PUBLISHED, Recipe
 from ireasoner.method.rewards import FloatArray
 from ireasoner.method.texts import parse_trajectory
 from ireasoner.method.types import (
+    Alteration,
     FinishReason,
     Form,
     Part,
@@ -33,7 +34,6 @@ from ireasoner.method.types import (
     StepScore,
     TokenDistributions,
     UsageError,
-    View,
 )
 
 # Parts of a user's own reward cannot be called like these, which metrics and records hold for every reward.
@@ -73,7 +73,7 @@ RewardFunction = Callable[[Group, "Context"], Numbers | Parts]
 class Likelihoods(Protocol):
     """How likely the solver finds texts."""
 
-    def __call__(self, texts: Sequence[tuple[str, str]], view: View = "same") -> Sequence[Sequence[float]]:
+    def __call__(self, texts: Sequence[tuple[str, str]], view: Alteration = "same") -> Sequence[Sequence[float]]:
         """The log-probability of each token of a text, in nats. It takes forward passes.
 
         Args:

@@ -22,7 +22,7 @@ ROLES: tuple[Role, ...] = ("proposer", "solver")
 FinishReason = Literal["stop", "length"]
 Form = Literal["tags", "boxed", "answer-line"]
 # Of an image: as it is; lightly changed, which should change no answer; with most of it black; gray all over.
-View = Literal["same", "light", "masked", "blank"]
+Alteration = Literal["same", "light", "masked", "blank"]
 Match = Literal["exact", "relaxed", "anls", "vqa"]  # how answers are judged, as `ireasoner.method.matching` says
 
 

@@ -191,11 +191,12 @@ def scales_by_area(processor: Any) -> bool:
     return "merge_size" in images.to_dict() and "longest_edge" in dict(images.size)
 
 
-def most_image_tokens(processor: Any, max_pixels: int) -> int:
-    """The most tokens that an image of at most `max_pixels` takes in a prompt.
+def most_image_tokens(processor: Any, max_pixels: int, count: int = 1) -> int:
+    """The most tokens that `count` images of at most `max_pixels` each take in a prompt.
 
-    Where the processor cuts tiles, that depends on the image's shape in a way of its own, so it is asked about images
-    of many shapes.
+    Where images are scaled by area, several together take as many as one (`processors.sharing_tokens`). Where the
+    processor cuts tiles, that depends on the image's shape in a way of its own, so it is asked about images of many
+    shapes.
     """
     images = processor.image_processor
     if scales_by_area(processor):
@@ -206,7 +207,7 @@ def most_image_tokens(processor: Any, max_pixels: int) -> int:
         image = Image.new("RGB", (max(1, pixels // height), height))
         read = processor(images=[image], text=[processor.image_token], add_special_tokens=False)
         found = max(found, len(read["input_ids"][0]))
-    return found
+    return found * count
 
 
 def resolve_device(device: str) -> str:

@@ -28,6 +28,10 @@ from ireasoner.model.inputs import Prompts, image_tokens, join_features
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import ModelError
 
+# By whether a prompt shows a video: what the model is given for its pixels, and what it asks for their features.
+_PIXELS = {False: "pixel_values", True: "pixel_values_videos"}
+_METHODS = {False: "get_image_features", True: "get_video_features"}
+
 
 @dataclass
 class Prefix:
@@ -103,10 +107,12 @@ def run_backbone(
     hook = policy.decoder.register_forward_pre_hook(before_decoder, with_kwargs=True)
     try:
         with _features_at_hand(policy, prompts):
+            extras = dict.fromkeys(name for image in prompts.images for name in image.extras)
             output = policy.base(
                 **prompts.text,
-                **{n: torch.cat([image.extras[n] for image in prompts.images]) for n in prompts.images[0].extras},
-                pixel_values=torch.zeros(1, device=policy.device),  # models only look whether there are any
+                **{n: torch.cat([i.extras[n] for i in prompts.images if n in i.extras]) for n in extras},
+                # Models only look whether there are any.
+                **{_PIXELS[i.seen.is_video]: torch.zeros(1, device=policy.device) for i in prompts.images},
                 past_key_values=cache,
                 use_cache=cache is not None,
             )
@@ -125,22 +131,31 @@ def _without_image_tokens(policy: Policy, ids_BC: Tensor) -> Tensor:
 def _features_at_hand(policy: Policy, prompts: Prompts) -> Iterator[None]:
     """Let the model's `get_image_features` return the features of these prompts, so that no image is seen twice.
 
+    Those of videos are returned by `get_video_features`.
+
     Raises:
         ModelError: the model's forward pass did not call it.
     """
-    features = join_features([image.features for image in prompts.images])
-    calls: list[bool] = []
+    calls: list[str] = []
+    methods = {_METHODS[image.seen.is_video]: image.seen.is_video for image in prompts.images}
 
-    def get_image_features(*_: Any, **__: Any) -> SimpleNamespace:
-        calls.append(True)
-        return SimpleNamespace(**features)
+    def at_hand(name: str, is_video: bool) -> Callable[..., SimpleNamespace]:
+        features = join_features([i.features for i in prompts.images if i.seen.is_video == is_video])
 
-    policy.base.get_image_features = get_image_features  # an attribute of the instance hides the class's method
+        def features_at_hand(*_: Any, **__: Any) -> SimpleNamespace:
+            calls.append(name)
+            return SimpleNamespace(**features)
+
+        return features_at_hand
+
+    for name, is_video in methods.items():
+        setattr(policy.base, name, at_hand(name, is_video))  # an attribute of the instance hides the class's method
     try:
         yield
     finally:
-        del policy.base.get_image_features
-    if not calls:
+        for name in methods:
+            delattr(policy.base, name)
+    if set(calls) != set(methods):
         raise ModelError(f"{policy.backbone.config.model_type} models do not ask for their image features by that name")
 
 

@@ -1,5 +1,7 @@
 """What a policy reads: images after the vision tower, and prompts as the tensors of the model's processor.
 
+An image may be several, or a clip (`views`). They are processed together, by one call of the model's own processor.
+
 Shape suffixes: B prompts, P prompt positions (left-padded), C completion positions (right-padded), D width.
 """
 
@@ -22,6 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
 from ireasoner.model.policy import Policy
+from ireasoner.model.processors import ClipProcessor, placeholders, sharing_tokens, shown_by, shows_clips
+from ireasoner.model.source import ModelError, brief
+from ireasoner.model.views import Pictures, View, images_of, is_clip
 
 # For a chat template. Templates call thinking by one of two names (`thinking` in Kimi's, Granite's and DeepSeek's), and
 # pass over the other one.
@@ -35,24 +40,32 @@ class SeenImage:
 
     Args:
         processor: the model's; it is not changed.
-        image: any picture.
+        view: any picture, several, or a clip.
+
+    Attributes:
+        is_video: whether the model is shown this as a video, in a place of its own kind, and not as images.
     """
 
-    def __init__(self, processor: Any, image: Image.Image) -> None:
-        self.image = image
+    def __init__(self, processor: Any, view: View) -> None:
+        self.view, self.images = view, images_of(view)
+        self.is_video = is_clip(view) and shows_clips(processor)
         self._read: dict[str, BatchFeature] = {}
         self.processor = copy.copy(processor)
-        self.processor.image_processor = _Once(processor.image_processor)
+        self.processor.image_processor = _Once(sharing_tokens(processor, view, self.is_video))
+        if isinstance(view, Pictures) and self.is_video:
+            self.processor.video_processor = _Once(ClipProcessor(self.processor.image_processor, view))
 
     def inputs(self, text: str) -> BatchFeature:
-        """The processor's tensors for one text that holds the image once, with batch size 1.
+        """The processor's tensors for one text that holds the places of these images, with batch size 1.
 
         The text is a rendered chat template, so that no special tokens are added. The tensors are kept, because the
         prompt that is sampled from is needed again for the update.
         """
         if text not in self._read:
-            inputs = self.processor(images=[self.image], text=[text], add_special_tokens=False, return_tensors="pt")
-            self._read[text] = inputs
+            # Some families process several images of one prompt otherwise than those of several prompts.
+            images = [list(self.images)] if len(self.images) > 1 else [*self.images]
+            shown = {"videos": images} if self.is_video else {"images": images}
+            self._read[text] = self.processor(**shown, text=[text], add_special_tokens=False, return_tensors="pt")
         return self._read[text]
 
 
@@ -95,7 +108,7 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Left-padded prompts with one image each. They are the same for every adapter.
+    """Left-padded prompts with one image each, or one item of several. They are the same for every adapter.
 
     Attributes:
         text: tensors [B, P] by their names in the model's forward pass.
@@ -138,8 +151,10 @@ class Prompts:
 
 
 @torch.no_grad()
-def encode_images(policy: Policy, images: Sequence[Image.Image]) -> list[EncodedImage]:
+def encode_images(policy: Policy, images: Sequence[View]) -> list[EncodedImage]:
     """Run each image through the processor and the vision tower, once; also one that is there several times.
+
+    Several images of one prompt, or a clip, count as one here, and go through the tower together.
 
     Small images of one shape go through the tower together, which changes rounding alone. There is no limit of tokens
     as in the update: a large image is alone in the tower, without gradients, and what is kept of it are its features.
@@ -149,7 +164,7 @@ def encode_images(policy: Policy, images: Sequence[Image.Image]) -> list[Encoded
         encoded = dict(zip(distinct, encode_images(policy, [*distinct.values()]), strict=True))
         return [encoded[id(image)] for image in images]
     seen = [SeenImage(policy.processor, image) for image in images]
-    inputs = [each.inputs(policy.processor.image_token) for each in seen]
+    inputs = [each.inputs(_places(policy.processor, each.view)) for each in seen]
     of_model = inspect.signature(policy.base.forward).parameters
     # The vision tower has seen the pixels; the image's size may still decide on positions.
     extras = [
@@ -158,15 +173,47 @@ def encode_images(policy: Policy, images: Sequence[Image.Image]) -> list[Encoded
     ]
     features: dict[int, dict[str, Any]] = {}
     for batch in _alike(inputs):
-        features |= zip(batch, _features(policy, [inputs[i] for i in batch]), strict=True)
+        found = _features(policy, [inputs[i] for i in batch], seen[batch[0]].is_video)
+        features |= zip(batch, found, strict=True)
     return [EncodedImage(each, features[i], extras[i]) for i, each in enumerate(seen)]
+
+
+def _places(processor: Any, view: View) -> str:
+    """The shortest text in which a view is shown."""
+    token, count = shown_by(processor, view)
+    return token * count
+
+
+def check_several(processor: Any, model: str) -> None:
+    """Try out whether a model's prompts may show several images.
+
+    Raises:
+        ModelError: they may not.
+    """
+    trial = Pictures((Image.new("RGB", (64, 64)), Image.new("RGB", (96, 64))))
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    try:
+        seen = SeenImage(processor, trial)
+        seen.inputs(_checked(processor, chat, trial))
+    except Exception as error:  # of any family's processor
+        problem = f"{model} cannot be shown several images in one prompt ({brief(error)})"
+        raise ModelError(f"{problem}: give every item one image, or train another model.") from None
+
+
+def _checked(processor: Any, chat: list[dict[str, Any]], view: View) -> str:
+    """The rendered messages. Raises `ValueError` unless they hold each of the images once."""
+    text, (token, count) = render(processor, chat, view), shown_by(processor, view)
+    if text.count(token) != count:
+        held = "exactly one image" if count == 1 else f"exactly {count} images"
+        raise ValueError(f"a prompt must hold {held}, not {text.count(token)}")
+    return text
 
 
 def _alike(inputs: Sequence[BatchFeature]) -> list[list[int]]:
     """The numbers of all images in batches that may go through the vision tower together."""
     batches: dict[Any, list[list[int]]] = {}
     for i, each in enumerate(inputs):
-        pixels = each["pixel_values"]
+        pixels = each["pixel_values"] if "pixel_values" in each else each["pixel_values_videos"]
         sizes = [(name, each[name].tolist()) for name in each if not _is_seen(name)]
         of_this_shape = batches.setdefault(str((pixels.shape, sizes)), [[]])
         if (len(of_this_shape[-1]) + 1) * pixels.numel() > LARGEST_BATCH:
@@ -175,30 +222,28 @@ def _alike(inputs: Sequence[BatchFeature]) -> list[list[int]]:
     return [batch for of_one_shape in batches.values() for batch in of_one_shape if batch]
 
 
-def _features(policy: Policy, inputs: Sequence[BatchFeature]) -> list[dict[str, Any]]:
+def _features(policy: Policy, inputs: Sequence[BatchFeature], is_video: bool) -> list[dict[str, Any]]:
     """What the vision tower makes of each of some images of one shape."""
-    of_tower = inspect.signature(policy.base.get_image_features).parameters
+    see = policy.base.get_video_features if is_video else policy.base.get_image_features
+    of_tower = inspect.signature(see).parameters
     tensors = {n: torch.cat([each[n] for each in inputs]).to(policy.device) for n in inputs[0] if n in of_tower}
-    tensors["pixel_values"] = tensors["pixel_values"].to(policy.backbone.dtype)
-    output = policy.base.get_image_features(**tensors, return_dict=True)
+    pixels = "pixel_values_videos" if is_video else "pixel_values"
+    tensors[pixels] = tensors[pixels].to(policy.backbone.dtype)
+    output = see(**tensors, return_dict=True)
     # Not `items`: in some versions of transformers, a model sets `pooler_output` on an output without such a field.
     features = {name: value for name, value in vars(output).items() if name not in _INNER and value is not None}
     return [split_features(features, i, len(inputs)) for i in range(len(inputs))]
 
 
 def build_prompts(policy: Policy, images: Sequence[EncodedImage], messages: Sequence[list[dict[str, Any]]]) -> Prompts:
-    """Chat messages, with one image each, as left-padded prompts.
+    """Chat messages, with a place for one item each, as left-padded prompts.
 
     Raises:
-        ValueError: messages without an image, or with several.
+        ValueError: messages without such a place, or with several.
     """
-    token = policy.processor.image_token
     texts = []
     for image, chat in zip(images, messages, strict=True):
-        text = render(policy.processor, chat)
-        if text.count(token) != 1:
-            raise ValueError(f"a prompt must hold exactly one image, not {text.count(token)}")
-        inputs = image.seen.inputs(text)
+        inputs = image.seen.inputs(_checked(policy.processor, chat, image.seen.view))
         texts.append({name: inputs[name][0] for name in inputs if _is_text(name)})
     return left_padded(policy, texts, images)
 
@@ -214,18 +259,28 @@ def left_padded(policy: Policy, texts: Sequence[Mapping[str, Tensor]], images: S
 
 
 def image_tokens(policy: Policy) -> Tensor:
-    """The ids of the tokens that stand for parts of an image."""
-    tokens = [*policy.processor.image_token_ids, policy.backbone.config.to_dict().get("image_token_id", -1)]
-    return torch.tensor(tokens, device=policy.device)
+    """The ids of the tokens that stand for parts of an image or of a clip."""
+    processor, config = policy.processor, policy.backbone.config.to_dict()
+    tokens = [*processor.image_token_ids, *processor.video_token_ids]
+    tokens += [config.get("image_token_id"), config.get("video_token_id")]
+    return torch.tensor([-1 if token is None else token for token in tokens], device=policy.device)
 
 
-def render(processor: Any, chat: list[dict[str, Any]]) -> str:
+def render(processor: Any, chat: list[dict[str, Any]], view: View | None = None) -> str:
     """Chat messages as text in the model's template, up to where its answer begins, with one token for each image.
+
+    The place for an image in the messages becomes as many as the view has, or one for a video; without a view, it is
+    for one image.
 
     What the messages say is without special tokens (`without_special_tokens`). Thinking is switched off where the
     template can do so: the prompts of both roles ask for a form of their own. Where it cannot, the text may end with
     `<think>`, which the parsers of replies must be told (`ireasoner.method.texts.opens_thought`).
     """
+    parts = placeholders(processor, view)
+    chat = [
+        {**turn, "content": [p for c in turn["content"] for p in (parts if c.get("type") == "image" else [c])]}
+        for turn in chat
+    ]
     # The tokenizer's method, because that of some processors requires a video processor for the same text.
     return processor.tokenizer.apply_chat_template(
         without_special_tokens(processor, chat),

@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from ireasoner.method.types import UsageError
-from ireasoner.playground import dataset, world
+from ireasoner.playground import dataset, several
 
 
 @dataclass(frozen=True)
 class WorldTruth:
-    """A `Truth` about images whose pictures are known, by image name."""
+    """A `Truth` about items of which is known what they show, by name."""
 
-    pictures: Mapping[str, world.Picture]
+    pictures: Mapping[str, several.Thing]
 
     def answer(self, image: str, question: str) -> str | None:
         """The true answer to a question in the world's own wording; None where it is not known."""
         picture = self.pictures.get(image)
-        solved = world.solve(picture, question) if picture else None
+        solved = several.solve(picture, question) if picture else None
         return solved.answer if solved else None
 
     def step(self, image: str, reasoning_step: str) -> bool | None:
         """Whether a reasoning step is true of its image; None where that is not known."""
         picture = self.pictures.get(image)
-        return world.step_truth(picture, reasoning_step) if picture else None
+        return several.step_truth(picture, reasoning_step) if picture else None
 
 
 def read_truth(path: Path) -> WorldTruth:
@@ -65,4 +65,4 @@ def step_truth(picture: Mapping[str, Any], reasoning_step: str) -> bool | None:
     Raises:
         ValueError: the world cannot draw such a picture.
     """
-    return world.step_truth(world.picture_from_record(picture), reasoning_step)
+    return several.step_truth(several.from_record(picture), reasoning_step)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import permutations
 from typing import Any, Literal, get_args
@@ -169,6 +169,22 @@ def draw(picture: Picture, style: Style, rng: np.random.Generator) -> Image.Imag
     canvas = _Canvas(style, rng)
     drawers = {"bars": _draw_bars, "dots": _draw_dots, "pie": _draw_pie, "scene": _draw_scene, "sign": _draw_sign}
     drawers[picture.family](canvas, picture)
+    return _finished(canvas)
+
+
+def draw_shapes(
+    shapes: Iterable[tuple[str, str, tuple[float, float]]], style: Style, rng: np.random.Generator
+) -> Image.Image:
+    """Draw shapes, given by color, shape and the pixels of their centers, as an image of the same size."""
+    canvas = _Canvas(style, rng)
+    for color, shape, (x, y) in shapes:
+        _draw_shape(canvas.pen, shape, _scaled(x, y, 5 + 8 * style.thickness), canvas.look(color))
+    return _finished(canvas)
+
+
+def _finished(canvas: _Canvas) -> Image.Image:
+    """The drawn image in its size, as blurred and as grainy as its style has it."""
+    style, rng = canvas.style, canvas.rng
     image = canvas.image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     if style.blur > 0.05:
         image = image.filter(ImageFilter.GaussianBlur(style.blur))

@@ -7,6 +7,7 @@ import io
 from typing import Annotated, Any
 
 import torch
+from PIL import Image
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt
 
 from ireasoner.method.types import Completion
@@ -46,9 +47,9 @@ def chat_body(policy: Policy, request: Request, as_features: bool, max_tokens: i
         as_features: whether the image is sent as the learner's features, or as a picture.
         request, max_tokens: as for `Engine.sample`.
     """
-    image = _features(request.image) if as_features else _picture(request.image)
+    images = _features(request.image) if as_features else [*map(_picture, request.image.seen.images)]
     chat = [
-        {**turn, "content": [image if part["type"] == "image" else part for part in turn["content"]]}
+        {**turn, "content": [p for c in turn["content"] for p in (images if c["type"] == "image" else [c])]}
         for turn in without_special_tokens(policy.processor, request.messages)
     ]
     return {
@@ -93,11 +94,15 @@ def completion_of(policy: Policy, address: str, reply: Reply, learner_ids: list[
     return completion(policy, ids, logprobs)
 
 
-def _features(image: EncodedImage) -> dict[str, Any]:
-    """The learner's own features as a part of a message."""
+def _features(image: EncodedImage) -> list[dict[str, Any]]:
+    """The learner's own features as parts of a message, one for each image."""
     # vLLM puts the images of a prompt together: features behind one another, and grids as the rows of a tensor.
-    tensors = {"image_embeds": image.pooled, "image_grid_thw": image.extras["image_grid_thw"][0]}
-    return {"type": "image_embeds", "image_embeds": {name: _encoded(tensor) for name, tensor in tensors.items()}}
+    grids = image.extras["image_grid_thw"]
+    tokens = grids.prod(1) * len(image.pooled) // grids.prod(1).sum()
+    return [
+        {"type": "image_embeds", "image_embeds": {"image_embeds": _encoded(own), "image_grid_thw": _encoded(grid)}}
+        for own, grid in zip(image.pooled.split(tokens.tolist()), grids, strict=True)
+    ]
 
 
 def _encoded(tensor: torch.Tensor) -> str:
@@ -107,9 +112,9 @@ def _encoded(tensor: torch.Tensor) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _picture(image: EncodedImage) -> dict[str, Any]:
+def _picture(image: Image.Image) -> dict[str, Any]:
     """The picture itself, without loss, as a part of a message."""
     file = io.BytesIO()
-    image.seen.image.save(file, "PNG")
+    image.save(file, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}

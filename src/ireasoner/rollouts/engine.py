@@ -12,7 +12,8 @@ from ireasoner.model.inputs import EncodedImage, render
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to complete: an image, chat messages with a place for it, and the seed of the completions."""
+    """One prompt to complete: an image (or several, or a clip), chat messages with a place for it, and the seed of the
+    completions."""
 
     image: EncodedImage
     messages: list[dict[str, Any]]
@@ -21,7 +22,7 @@ class Request:
     @property
     def prompt(self) -> str:
         """The messages as the model reads them, which a parser of what it replies wants to know."""
-        return render(self.image.seen.processor, self.messages)
+        return render(self.image.seen.processor, self.messages, self.image.seen.view)
 
 
 def temperatures(temperature: float | Sequence[float], n: int) -> Sequence[float]:

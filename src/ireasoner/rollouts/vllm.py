@@ -40,7 +40,13 @@ class VllmEngine:
 
     @classmethod
     def load(
-        cls, policy: Policy, model: str, longest: int, gpu_share: float = 0.45, processes: Processes = ALONE
+        cls,
+        policy: Policy,
+        model: str,
+        longest: int,
+        gpu_share: float = 0.45,
+        processes: Processes = ALONE,
+        most_images: int = 1,
     ) -> VllmEngine:
         """Load the backbone into vLLM, in this process, and hand the adapters over.
 
@@ -54,6 +60,7 @@ class VllmEngine:
             gpu_share: the share of a GPU's memory that vLLM takes. The learner's own copy of the weights, activations
                 and logits need the rest.
             processes: those of the run.
+            most_images: that a prompt shows.
 
         Raises:
             VllmError: vLLM is not installed, or does not serve the model, or not on the learner's GPU.
@@ -81,7 +88,7 @@ class VllmEngine:
                 max_loras=len(ROLES),
                 max_lora_rank=max(config.r for config in policy.model.peft_config.values()),  # type: ignore[union-attr]
                 max_model_len=longest,
-                limit_mm_per_prompt={"image": 1},
+                limit_mm_per_prompt={"image": most_images},
                 enable_mm_embeds=True,
                 generation_config="vllm",  # not the checkpoint's, which may ask for top-k or a repetition penalty
                 **options,
@@ -133,7 +140,7 @@ class VllmEngine:
         vllm_prompts: list[Any] = []
         params: list[Any] = []
         for request in requests:
-            # In the prompt, the image is still one token.
+            # In the prompt, each image is still one token.
             ids = self.policy.processor.tokenizer(request.prompt, add_special_tokens=False)["input_ids"]
             prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": _image(request.image)}}
             # One vLLM request for each completion, so that each has its own seed; vLLM caches what they share.
@@ -193,5 +200,5 @@ def takes_features(image: EncodedImage) -> bool:
 
 
 def _image(image: EncodedImage) -> Any:
-    """The image for vLLM: our features, so that both see the same, or else the picture."""
-    return {"image_embeds": image.pooled, **image.extras} if takes_features(image) else image.seen.image
+    """The images of a prompt for vLLM: our features, so that both see the same, or else the pictures."""
+    return {"image_embeds": image.pooled, **image.extras} if takes_features(image) else list(image.seen.images)

@@ -24,16 +24,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ireasoner.method.recipe import PUBLISHED
 from ireasoner.method.types import Match, UsageError
 from ireasoner.model.backbone import load_processor
-from ireasoner.playground import dataset, world
+from ireasoner.playground import dataset, several
 from ireasoner.playground.truth import step_truth
 from ireasoner.studies import ablation_tables as report
 from ireasoner.studies.ablation_jobs import ArmsProgress, Columns, Jobs, make_scores, read_texts
 from ireasoner.studies.ablation_numbers import run_numbers, summarize
 from ireasoner.studies.forgetting import forgetting_columns, write_elsewhere
-from ireasoner.training.checks import match_labels
+from ireasoner.training.checks import match_labels, open_pool
 from ireasoner.training.config import PRESET_OPTIONS, Config, dump_config, load_config, names, options_in, resolve
 from ireasoner.training.custom_reward import names_a_file, sha256_of
-from ireasoner.training.items import ImagePool
 from ireasoner.training.labelled import answer_prior, load_questions, prior_line
 from ireasoner.training.recorder import replace_file, write_json
 from ireasoner.training.sources.finding import pinned
@@ -41,7 +40,7 @@ from ireasoner.training.statistics import MEASURES, numbered
 
 UNLABELED, VALIDATION, LABELS_PER_IMAGE = 512, 128, 4
 BISECTIONS = 6
-IMAGE_OPTIONS = ("image_column", "max_image_pixels")
+IMAGE_OPTIONS = ("image_column", "max_image_pixels", "items", "images_per_item", "frame_rate")
 MAY_CHANGE = ("recipes", "seeds", "cooled")
 MOVABLE = ("images", "labels", "held_out", "model", "device", "recipe")  # options of an arm that another OUT changes
 QUICK_JOBS = 2
@@ -170,7 +169,7 @@ def draw_world(out: Path, settings: Settings) -> None:
     rows = [
         {"image": f"{folder.name}/{name}", "question": question.text, "answer": question.answer}
         for name, picture in dataset.load_truth(folder).items()
-        for question in (world.sample_question(picture, rng) for _ in range(LABELS_PER_IMAGE))
+        for question in (several.sample_question(picture, rng) for _ in range(LABELS_PER_IMAGE))
     ]
     dataset.write_rows(draft / "labels.jsonl", rows)
     for split, count in {"validation": VALIDATION, settings.split: settings.questions}.items():
@@ -190,7 +189,7 @@ def prepare(out: Path, settings: Settings) -> None:
         if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(settings.images)):
             raise UsageError(f"{out} lies inside the image folder {settings.images}: choose another folder")
         load_questions(questions_file(out, settings), settings.questions, step_truth)
-        pool = ImagePool.scan(settings.images, 0, column=settings.training.get("image_column"))
+        pool = open_pool(next(iter(configs.values())), [])
         for config in configs.values():
             if config.labels:
                 match_labels(config, load_questions(config.labels), pool)

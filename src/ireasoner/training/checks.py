@@ -19,6 +19,7 @@ from ireasoner.method.scoring import RewardFunction
 from ireasoner.method.types import ROLES, Role, UsageError
 from ireasoner.model.options import BackboneOptions
 from ireasoner.model.source import Source, check_processor, find_model, with_weights
+from ireasoner.training.clips import ItemFiles, Limits, files_of
 from ireasoner.training.config import Config
 from ireasoner.training.custom_reward import reward_to_resume, reward_to_start
 from ireasoner.training.items import ImagePool, Labels
@@ -26,6 +27,7 @@ from ireasoner.training.labelled import LabelledQuestion, StepTruth, load_questi
 from ireasoner.training.recorder import LARGEST, RunError, is_locked, read_json, refuse_links
 from ireasoner.training.sources.finding import pinned
 from ireasoner.training.sources.folder import Folder
+from ireasoner.training.sources.groups import Groups
 from ireasoner.training.targets import find_adapters, model_revision
 
 
@@ -174,8 +176,18 @@ def _read(config: Config, out: Path | None, truth: StepTruth | None, reward: Rew
     with _naming("--images"):
         pool = open_pool(config, [*questions, *held_out])
         pool.check_readable()
+        check_clips(config, pool, questions)
     labels, notes = match_labels(config, labelled, pool) if config.labels else ({}, [])
     return Inputs(config, model, pool, questions, labels, notes, reward, initial)
+
+
+def check_clips(config: Config, pool: ImagePool, questions: Sequence[LabelledQuestion]) -> None:
+    """Raises `UsageError` for clips where vLLM samples, which is shown pictures alone."""
+    asked = any(isinstance(question.image, ItemFiles) and question.image.is_clip for question in questions)
+    shown = isinstance(pool.source, Groups) and pool.source.has_clips
+    if (asked or shown) and (config.servers or config.engine == "vllm"):
+        flag = "--servers" if config.servers else "--engine vllm"
+        raise UsageError(f"clips are sampled by transformers alone: leave out {flag}, or name items of pictures")
 
 
 def check_packages(config: Config) -> None:
@@ -224,8 +236,16 @@ def open_pool(config: Config, held_out: Sequence[LabelledQuestion]) -> ImagePool
     Raises:
         ImageError: they cannot be used.
     """
-    images, column = {question.image for question in held_out}, config.image_column
-    return ImagePool.scan(config.images, config.seed, config.max_image_pixels, held_out=images, column=column)
+    limits = Limits(config.max_image_pixels, config.images_per_item, config.frame_rate)
+    return ImagePool.scan(
+        config.images,
+        config.seed,
+        config.max_image_pixels,
+        held_out={path for question in held_out for path in files_of(question.image)},
+        column=config.image_column,
+        items=config.items,
+        limits=limits,
+    )
 
 
 def match_labels(config: Config, labelled: Sequence[LabelledQuestion], pool: ImagePool) -> tuple[Labels, list[str]]:
@@ -236,16 +256,16 @@ def match_labels(config: Config, labelled: Sequence[LabelledQuestion], pool: Ima
     Raises:
         RunError: none is left, or the pool's images are not in a folder here.
     """
-    if not isinstance(pool.source, Folder):
+    if not isinstance(pool.source, Folder | Groups):
         raise RunError(f"--labels: its rows name image files, and {pool.source.where} is no folder of them: name one")
-    names = {Path(pool.source.path(name)).resolve(): name for name in pool.names}
-    about = [row for row in labelled if row.image in names]
+    names = {tuple(path.resolve() for path in pool.source.paths(name)): name for name in pool.names}
+    about = [row for row in labelled if files_of(row.image) in names]
     if not about:
         unless = " that is not set aside for evaluation" if config.eval_data or config.held_out else ""
         raise RunError(f"--labels: no question in {config.labels} is about an image in {config.images}{unless}")
-    by_question: dict[tuple[Path, str], list[LabelledQuestion]] = {}
+    by_question: dict[tuple[tuple[Path, ...], str], list[LabelledQuestion]] = {}
     for row in about:
-        by_question.setdefault((row.image, " ".join(row.question.casefold().split())), []).append(row)
+        by_question.setdefault((files_of(row.image), " ".join(row.question.casefold().split())), []).append(row)
     labels: dict[str, list[LabelledQuestion]] = {}
     notes = []
     if left := len(labelled) - len(about):

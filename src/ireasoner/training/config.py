@@ -28,6 +28,7 @@ from ireasoner.model.options import BackboneOptions, OptimizerOptions
 
 _FOLDER = Path(__file__).parent  # with the recipes and the presets
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
+ItemKind = Literal["images", "folders", "clips"]
 ImagePixels = Annotated[int, Field(ge=1, le=178_956_970)]  # Pillow itself refuses more
 
 
@@ -78,6 +79,11 @@ def is_dataset_id(images: str) -> bool:
     """
     is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", images) is not None
     return is_id and ("@" in images or not os.path.exists(images.split("/")[0])) and not os.path.exists(images)
+
+
+def is_manifest(images: str) -> bool:
+    """Whether this is a file of this machine that lists items, each of which may be several images or a clip."""
+    return images.lower().endswith(".jsonl") and "://" not in images
 
 
 def is_elsewhere(images: str) -> bool:
@@ -154,7 +160,16 @@ class Config(Options):
     """Version of the run directory's format."""
     images: Annotated[str, BeforeValidator(_place)]
     """Unlabeled images: a folder with its subfolders; Parquet, Arrow or tar files or a folder of those; a data set of
-    the hub; or an address of any of them, such as s3://..."""
+    the hub; an address of any of them, such as s3://...; or a JSONL file that lists items of several images, and
+    clips."""
+    items: ItemKind = "images"
+    """What one item is in a folder: an image; all images of a subfolder, shown together; or a clip, which is a
+    subfolder of frames, a GIF, an animated WebP or a video (with PyAV)."""
+    images_per_item: Annotated[int, Field(ge=2, le=256)] = 8
+    """Most images that are shown together: an item with more is skipped, and of a clip so many frames are shown, evenly
+    spread. Together they take no more tokens than max_image_tokens, where images are scaled down."""
+    frame_rate: Annotated[Positive, Field(le=1000)] | None = None
+    """Frames of a clip that are shown for each second of it, up to images_per_item (as many as that)."""
     image_column: str | None = None
     """Column of a table's images (the only one that holds images)."""
     max_image_pixels: ImagePixels = 25_000_000
@@ -236,11 +251,23 @@ class Config(Options):
             raise ValueError("--label-examples are for the proposer, which asks nothing with a --label-share of 1")
         if self.backbone.quantization and self.shard:
             raise ValueError("--shard cannot share out weights that --quantization holds: leave one of them out")
+        if self.frame_rate is not None and not self.has_groups:
+            raise ValueError("--frame-rate is for clips: add --items clips, or name a JSONL file that lists some")
         if self.schedule.overlap and not self.servers:
             raise ValueError("--overlap needs --servers, which sample while this machine learns")
         if problem := next(filter(None, map(_problem_with_server, self.servers)), None):
             raise ValueError(f"--servers: {problem}")
         return self
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether an item may be more than one image."""
+        return self.items != "images" or is_manifest(self.images)
+
+    @property
+    def most_images(self) -> int:
+        """The most images that a prompt shows."""
+        return self.images_per_item if self.has_groups else 1
 
     @property
     def labelled_alone(self) -> bool:

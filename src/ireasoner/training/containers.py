@@ -228,6 +228,31 @@ def _gif_parts(data: bytes) -> Iterator[bytes]:
     yield data[at:]
 
 
+def gif_frames(data: bytes) -> int:
+    """The number of frames of a GIF.
+
+    Raises:
+        ValueError: the file ends before it says so, or has more parts than any real one.
+    """
+    at, frames, count = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0), 0, 0
+    try:
+        while data[at] != 0x3B:
+            is_frame, is_extension = data[at] == 0x2C, data[at] == 0x21
+            if is_frame:
+                frames += 1
+                at += 11 + (3 << (data[at + 9] & 7) + 1 if data[at + 9] & 0x80 else 0)
+            elif is_extension:
+                at += 2
+            count += 1
+            _limited(count)
+            while (is_frame or is_extension) and data[at]:
+                at += 1 + data[at]
+            at += 1
+    except IndexError:
+        raise ValueError(f"the clip ends early: the file is cut off after {max(0, frames - 1)} frames") from None
+    return frames
+
+
 def _check_bmp(data: bytes, _max_pixels: int) -> None:
     if int.from_bytes(data[14:18], "little") >= 40:
         width, height, _, compression = struct.unpack_from("<iiII", data, 18)

@@ -10,18 +10,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ireasoner.method.answers import Vote, answer_key, majority
 from ireasoner.method.texts import parse_trajectory, solver_messages
 from ireasoner.method.types import Match, Role, Solution
-from ireasoner.model.inputs import encode_images
+from ireasoner.model.inputs import check_several, encode_images
 from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
+from ireasoner.model.views import View, filled
 from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.rollouts.live import LiveEngine
+from ireasoner.training.clips import ItemFiles, Limits, load_view
 from ireasoner.training.config import SamplingOptions
-from ireasoner.training.images import MAX_PIXELS, load_image
+from ireasoner.training.images import MAX_PIXELS
 from ireasoner.training.labelled import LabelledQuestion, StepTruth, judged
 from ireasoner.training.statistics import (
     MEASURES,
@@ -50,6 +51,8 @@ class EvaluationOptions:
         blank: show a uniformly gray image of the same size instead of each image.
         batch_size: questions that are sampled together; the scores do not depend on it.
         max_image_pixels: larger images cannot be used.
+        images_per_item: most images of a question; of a clip, so many frames are shown.
+        frame_rate: frames of a clip that are shown for each second; None: as many as may be.
     """
 
     match: Match = "exact"
@@ -58,6 +61,12 @@ class EvaluationOptions:
     blank: bool = False
     batch_size: int = 64
     max_image_pixels: int = MAX_PIXELS
+    images_per_item: int = Limits().images
+    frame_rate: float | None = None
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_image_pixels, self.images_per_item, self.frame_rate)
 
 
 @dataclass(frozen=True)
@@ -167,11 +176,14 @@ def evaluate(
 
     Raises:
         ImageError: a labelled image that cannot be decoded.
+        ModelError: a question about several images, of which the model cannot be shown more than one.
         Stopped: it was asked to stop, in one process at least.
     """
     options = options or EvaluationOptions()
     engine = engine or LiveEngine(policy)
     image = numbered(question.image for question in questions)
+    if any(isinstance(question.image, ItemFiles) for question in questions):
+        check_several(policy.processor, policy.backbone.config.model_type)
     # Questions about one image are asked together, and by one process as far as equal shares allow: what they have in
     # common is then run once.
     own = np.array_split(image.argsort(kind="stable"), processes.count)[processes.index].tolist()
@@ -182,7 +194,7 @@ def evaluate(
         numbers = own[first : first + options.batch_size]
         batch = [questions[i] for i in numbers]
         # Several questions may be about one image.
-        images = {q.image: load_image(q.image, options.max_image_pixels) for q in batch}
+        images = {q.image: load_view(q.image, options.limits) for q in batch}
         if options.blank:
             images = dict(zip(images, blanked([*images.values()]), strict=True))
         encoded = dict(zip(images, encode_images(policy, [*images.values()]), strict=True))
@@ -211,10 +223,10 @@ def evaluate(
     return Scores({name: columns.pop(name) for name in ACCURACIES}, greedy_texts=texts, image=image, **columns)
 
 
-def blanked(images: Sequence[Image.Image]) -> list[Image.Image]:
+def blanked(images: Sequence[View]) -> list[View]:
     """A uniformly gray image of the same size instead of each image. Images of one size get one and the same, which is
     then encoded once."""
-    gray = {image.size: Image.new("RGB", image.size, GRAY) for image in images}
+    gray = {image.size: filled(image, GRAY) for image in images}
     return [gray[image.size] for image in images]
 
 

@@ -82,7 +82,7 @@ def _fitting(config: Config, model: Source, free: float, processes: int) -> tupl
         DoesNotFitError: not even one completion fits.
     """
     policy = meta_policy(model, config.backbone)
-    image_tokens = most_image_tokens(policy.processor, config.max_image_pixels)
+    image_tokens = most_image_tokens(policy.processor, config.max_image_pixels, config.most_images)
     takes, fitting = (
         footprint(policy, config, image_tokens, processes),
         fit(policy, config, image_tokens, free, processes),

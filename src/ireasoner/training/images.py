@@ -197,10 +197,10 @@ def _decoded(image_format: str, data: bytes, max_pixels: int) -> tuple[Image.Ima
                 orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             except Exception:  # damaged metadata is no reason to skip an image whose pixels are fine
                 orientation = 1
-            return _rgb(image), orientation
+            return rgb(image), orientation
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
     """Copy the pixels of a loaded image to a new RGB image, which has no metadata."""
     if image.mode in _WHITE or image.mode.startswith("I;16"):
         image = _eight_bit(image)

@@ -12,18 +12,22 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from ireasoner.model.parallel import ALONE, Processes
+from ireasoner.model.views import View
+from ireasoner.training.clips import Limits
+from ireasoner.training.config import ItemKind
 from ireasoner.training.images import (
     MAX_PIXELS,
     ImageError,
     UnreadableImageError,
+    content_hash,
     image_from,
 )
 from ireasoner.training.labelled import LabelledQuestion
 from ireasoner.training.sources.finding import open_source
 from ireasoner.training.sources.folder import SET_ASIDE, Folder, content_hashes
+from ireasoner.training.sources.groups import Groups
 from ireasoner.training.sources.source import ImageSource, Names
 
 Labels = Mapping[str, Sequence[LabelledQuestion]]  # by the names of the images that they are about
@@ -31,15 +35,18 @@ LISTING = "images.txt"  # the names of a run's images, in its directory
 
 
 class Item(NamedTuple):
-    """What the model looks at: an RGB image, with its name in the pool and a hash of its file, for its thumbnail.
+    """What the model looks at: an RGB image, several, or a clip, with its name in the pool and a hash of what was read
+    of its files, for its thumbnail.
 
-    `labels` are the labelled questions of which one is asked about it; where it has none, the proposer asks.
+    `labels` are the labelled questions of which one is asked about it; where it has none, the proposer asks. Where
+    several files were read, `file_hashes` are those of each.
     """
 
     name: str
-    image: Image.Image
+    image: View
     content_hash: str
     labels: tuple[LabelledQuestion, ...] = ()
+    file_hashes: tuple[str, ...] = ()
 
 
 class ImagePool:
@@ -78,8 +85,11 @@ class ImagePool:
         processes: Processes = ALONE,
         held_out: Collection[str | os.PathLike[str]] = (),
         column: str | None = None,
+        items: ItemKind = "images",
+        limits: Limits | None = None,
     ) -> ImagePool:
-        """Find the images of a place, as `open_source` does.
+        """Find the images of a place, as `open_source` does. `limits` are of items of several images, `max_pixels`
+        apart.
 
         Those with the same bytes as one of the `held_out` image files are set aside, for the model must not train on
         them: in a folder now, by comparing the files of equal sizes; elsewhere when they are drawn, because comparing
@@ -89,7 +99,8 @@ class ImagePool:
             ImageError: the place is missing, cannot be read, holds no image or held-out ones alone, or does not hold
                 the same images for all processes.
         """
-        source = open_source(os.fspath(images), column, held_out)
+        limits = (limits or Limits())._replace(max_pixels=max_pixels)
+        source = open_source(os.fspath(images), column, held_out, items, limits)
         if not source.names:
             seen = f" (skipped: {first_skips(source.skipped)})" if source.skipped else ""
             raise ImageError(f"No image in {source.where}{seen}: point to a folder of images.")
@@ -248,7 +259,7 @@ class ImagePool:
         reasons = [each["reason"] for each in by_process if each["reason"]]
         if not reasons and any(each["hash"] != by_process[0]["hash"] for each in by_process):
             reasons = ["the processes of the run read different bytes"]
-        if not reasons and found["hash"] in self._held_out:
+        if not reasons and item and not self._held_out.isdisjoint((item.content_hash, *item.file_hashes)):
             reasons = [SET_ASIDE]
         if reasons:
             self.skipped[name] = reasons[0]
@@ -256,8 +267,13 @@ class ImagePool:
         return item
 
     def _read(self, name: str) -> Item:
-        image, content_hash = image_from(name, partial(self.source.read, name), self._max_pixels)
-        return Item(name, image, content_hash, tuple(self._labels.get(name, ())))
+        labels = tuple(self._labels.get(name, ()))
+        if isinstance(self.source, Groups):
+            view, hashes = self.source.load(name)
+            own = hashes[0] if len(hashes) == 1 else content_hash("".join(hashes).encode())
+            return Item(name, view, own, labels, hashes)
+        image, own = image_from(name, partial(self.source.read, name), self._max_pixels)
+        return Item(name, image, own, labels)
 
     def _require_decodable(self) -> None:
         if len(self) == 0:

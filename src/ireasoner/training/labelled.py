@@ -21,6 +21,7 @@ import numpy as np
 from ireasoner.method.answers import answer_key, lettered_options
 from ireasoner.method.matching import match_value
 from ireasoner.method.types import Match, UsageError
+from ireasoner.training.clips import ItemFiles, clip_files
 
 # Whether a reasoning step is true of what the field `picture` of a labelled question describes; None: not known.
 StepTruth = Callable[[Mapping[str, Any], str], bool | None]
@@ -28,7 +29,7 @@ StepTruth = Callable[[Mapping[str, Any], str], bool | None]
 # What the public sets call each field; the first name that a row has counts. In VLMEvalKit, `image` holds the pixels
 # where there is an `image_path` beside it.
 FIELDS = {
-    "image": ("image_path", "image", "images"),
+    "image": ("image_path", "image", "images", "clip", "video", "videos"),
     "question": ("question", "problem", "query", "prompt"),
     "answer": ("answer", "answers", "solution", "ground_truth", "label", "target"),
     "choices": ("choices", "options"),
@@ -40,7 +41,8 @@ METRICS: dict[str, Match] = {
     "anls": "anls",
     **dict.fromkeys(("vqa", "vqa_score", "vqa_accuracy"), "vqa"),
 }
-_PLACEHOLDER = re.compile(r"<image(?: ?\d+)?>")  # where a processor would put the image
+CLIPS = ("clip", "video", "videos")  # the names of those that are a clip
+_PLACEHOLDER = re.compile(r"<(?:image|video)(?: ?\d+)?>")  # where a processor would put the image
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -52,12 +54,13 @@ class DataError(UsageError):
 class LabelledQuestion:
     """A question about an image with its true answer.
 
-    `image` is an absolute path; `picture` is a description of the image by whoever drew it, if the file holds one.
+    `image` is an absolute path, or the files of several images or of a clip; `picture` is a description of it by
+    whoever drew it, if the file holds one.
     `others` are further answers that are accepted, `choices` the texts of the options that the question shows, and
     `match` is the metric that the file names for it, if any.
     """
 
-    image: Path
+    image: Path | ItemFiles
     question: str
     answer: str
     picture: Mapping[str, Any] | None = None
@@ -82,8 +85,9 @@ def load_questions(path: Path, limit: int | None = None, truth: StepTruth | None
     Args:
         path: JSONL of objects with the FIELDS, of which only `image` (a path relative to the file), `question` and
             `answer` (text or a number, or a list of those that are accepted) must be there, and, if known, `picture`
-            (an object). Choices may also stand in fields A, B, C and so on, question and answer in `conversations`,
-            and all of them in `doc`. Other keys are ignored.
+            (an object). `images` may be a list of several, which are shown together; instead there may be a `clip`: a
+            file, a folder of frames, or a list of them. Choices may also stand in fields A, B, C and so on, question
+            and answer in `conversations`, and all of them in `doc`. Other keys are ignored.
         limit: return only so many questions, drawn at random from as many images as possible: no image has a second
             question before every image has its first. The draw depends on the file and the limit alone, so that all
             models and seeds are asked the same; the order stays that of the file.
@@ -109,7 +113,7 @@ def load_questions(path: Path, limit: int | None = None, truth: StepTruth | None
 
 def draw_questions(questions: Sequence[LabelledQuestion], limit: int) -> list[LabelledQuestion]:
     """So many of the questions, as `load_questions` draws them."""
-    turns, of_image = {}, Counter[Path]()
+    turns, of_image = {}, Counter[Path | ItemFiles]()
     for i in np.random.default_rng(0).permutation(len(questions)).tolist():
         turns[i] = of_image[questions[i].image]  # how many questions about its image come before it
         of_image[questions[i].image] += 1
@@ -137,7 +141,11 @@ def _question(line: str, folder: Path, where: str, truth: StepTruth | None) -> L
         except ValueError as error:
             raise DataError(f"{where}: {name or field} {error}") from None
 
-    image, question, choices = read("image", _image, folder), read("question", _text), read("choices", _choices, row)
+    image, question, choices = (
+        read("image", _image, folder, found["image"] in CLIPS),
+        read("question", _text),
+        read("choices", _choices, row),
+    )
     answers, match = read("answer", _answers, choices), read("match", _match, row)
     picture = row.get("picture") if isinstance(row.get("picture"), dict) else None
     if truth is not None and picture is not None:
@@ -182,18 +190,27 @@ def _text(value: Any) -> str:
     return text if text == str(value) else text.strip()
 
 
-def _image(value: Any, folder: Path) -> Path:
-    """The file of the only image of a row: a path, a list of one, or an object with `path`, as `datasets` writes it."""
+def _image(value: Any, folder: Path, is_clip: bool) -> Path | ItemFiles:
+    """The file of the image of a row, or the files of several or of a clip: each a path, or an object with `path`, as
+    `datasets` writes it."""
     values = value if isinstance(value, list) else [value]
-    if len(values) > 1:
-        raise ValueError(f"must name one image, not {len(values)}")
-    name = values[0].get("path") if isinstance(values[0], dict) else values[0]
+    if is_clip:
+        files = clip_files(tuple(_file(each, folder, or_folder=len(values) == 1) for each in values))
+        if not files.paths:
+            raise ValueError(f"names a folder without a frame: {values[0]!r:.100}")
+        return files
+    first, *others = (_file(each, folder) for each in values)
+    return ItemFiles((first, *others)) if others else first
+
+
+def _file(value: Any, folder: Path, or_folder: bool = False) -> Path:
+    name = value.get("path") if isinstance(value, dict) else value
     if not isinstance(name, str):
         raise ValueError("must be the path of an image")
     try:
-        image = (folder / name).resolve()
-        if image.is_file():
-            return image
+        path = (folder / name).resolve()
+        if path.is_file() or (or_folder and path.is_dir()):
+            return path
     except (OSError, RuntimeError, ValueError):  # links that form a loop are a RuntimeError
         pass
     raise ValueError(f"names no image: {name[:100]!r}")

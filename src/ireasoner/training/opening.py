@@ -9,8 +9,9 @@ from typing import Any
 from ireasoner.method.scoring import RewardFunction
 from ireasoner.method.texts import with_domain
 from ireasoner.method.types import ROLES, Role
-from ireasoner.model.backbone import lacks_bfloat16, most_image_tokens, resolve_device
+from ireasoner.model.backbone import lacks_bfloat16, load_processor, most_image_tokens, resolve_device
 from ireasoner.model.counting import limit_sampling
+from ireasoner.model.inputs import check_several
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy
 from ireasoner.model.parallel import ALONE, Processes
@@ -203,6 +204,8 @@ def open_selfplay(
             f"{device} only emulates bfloat16, slowly: train with --dtype float16, or float32 if activations overflow"
         )
     sharded_over = processes if config.shard else ALONE
+    if config.has_groups:
+        check_several(load_processor(model, config.backbone.max_image_tokens), config.model)
     policy = load_policy(model, config.backbone, device=device, seed=config.seed, tell=tell, sharded_over=sharded_over)
     limit_sampling(policy, config.fitted_optimizer().tokens_per_batch)
     engine = open_engine(config, policy, processes, tell_of_servers)
@@ -235,14 +238,14 @@ def open_engine(
     from ireasoner.rollouts.vllm import VllmEngine  # imports vLLM, which is an optional dependency
 
     longest = longest_sequence(config, policy.processor)
-    return VllmEngine.load(policy, config.model, longest, config.vllm_share, processes)
+    return VllmEngine.load(policy, config.model, longest, config.vllm_share, processes, config.most_images)
 
 
 def longest_sequence(config: Config, processor: Any) -> int:
     """The most tokens of a prompt and its completion together: image, prompt, question, solution, and 128 for the chat
     template."""
     sampling = config.sampling
-    image = most_image_tokens(processor, config.max_image_pixels)
+    image = most_image_tokens(processor, config.max_image_pixels, config.most_images)
     prompts = with_domain(sampling.proposer_prompt, sampling.domain), sampling.solver_prompt
     prompt = max(len(processor.tokenizer(text)["input_ids"]) for text in prompts)
     return image + prompt + sampling.max_question_tokens + sampling.max_solution_tokens + 128

@@ -344,7 +344,7 @@ def plan(policy: Policy, config: Config, devices: int, memory: float) -> Plan:
         devices: at least 1.
         memory: of each.
     """
-    image_tokens = most_image_tokens(policy.processor, config.max_image_pixels)
+    image_tokens = most_image_tokens(policy.processor, config.max_image_pixels, config.most_images)
     given = policy, config, image_tokens, devices, memory
     found = variants(*given)
     fitting = [each for each in found if each.problem is None]

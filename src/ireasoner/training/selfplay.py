@@ -9,24 +9,24 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from ireasoner.method import seeds
 from ireasoner.method.memory import RecentSteps
 from ireasoner.method.scoring import Context, Group, RewardFunction, read_group, score_solutions, step_weight
 from ireasoner.method.texts import parse_question, parse_trajectory, proposer_messages, solver_messages
-from ireasoner.method.types import Completion, Episode, Proposal, Question, Sampled, Solution, Trajectory, View
+from ireasoner.method.types import Alteration, Completion, Episode, Proposal, Question, Sampled, Solution, Trajectory
 from ireasoner.model.inputs import EncodedImage, embed_texts, encode_images, render, token_texts
 from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 from ireasoner.model.sharding import equal_passes
+from ireasoner.model.views import View
 from ireasoner.rollouts.distributions import text_logprobs, token_distributions, token_logprobs
 from ireasoner.rollouts.engine import Engine, Request
+from ireasoner.training.alterations import altered
 from ireasoner.training.config import Config
 from ireasoner.training.evaluation import blanked
 from ireasoner.training.items import Item
 from ireasoner.training.labelled import LabelledQuestion, judged
-from ireasoner.training.views import view_of
 
 T = TypeVar("T")
 # Calls a function, now or in another thread, and gives back what waits for its result.
@@ -142,10 +142,10 @@ class SelfPlay:
         share = self.processes.share(len(items))
         return dict(zip(share, encode_images(self.policy, [items[i].image for i in share]), strict=True))
 
-    def _views(self, batch: _Batch, of: Iterable[int], view: View) -> dict[int, EncodedImage]:
+    def _views(self, batch: _Batch, of: Iterable[int], view: Alteration) -> dict[int, EncodedImage]:
         """A view of some items' images, by their index in the batch."""
         chosen = list(of)
-        views = [view_of(batch.items[i].image, view, batch.seed(i, seeds.CHANGE_VIEW)) for i in chosen]
+        views = [altered(batch.items[i].image, view, batch.seed(i, seeds.CHANGE_VIEW)) for i in chosen]
         return dict(zip(chosen, encode_images(self.policy, views), strict=True))
 
     def restored(self, state: Mapping[str, Any], found: Sequence[Item | None]) -> Draft | None:
@@ -167,7 +167,10 @@ class SelfPlay:
         batch, images = _Batch(self.config.seed, draft.step, draft.items), draft.images
         asked = [self._asked(batch, i, proposal) for i, proposal in enumerate(draft.proposals)]
         solver_prompt, processor = self.config.sampling.solver_prompt, self.policy.processor
-        prompts = [render(processor, solver_messages(solver_prompt, a.question.text)) for a in asked]
+        prompts = [
+            render(processor, solver_messages(solver_prompt, a.question.text), item.image)
+            for a, item in zip(asked, draft.items, strict=True)
+        ]
         solutions = [self._read(group, prompt) for group, prompt in zip(draft.groups, prompts, strict=True)]
         # Completions were exchanged before they are scored, so that every process remembers the steps of every group.
         for item, group in zip(draft.items, solutions, strict=True):
@@ -232,7 +235,7 @@ class SelfPlay:
             label = labels[int(rng.integers(len(labels)))]
             return _Asked(Question(label.question, "", None), label=label)
         (proposed,) = proposal
-        prompt = render(self.policy.processor, self._proposer_messages(batch, i))
+        prompt = render(self.policy.processor, self._proposer_messages(batch, i), batch.items[i].image)
         return _Asked(parse_question(proposed.text, proposed.finish_reason, prompt), prompt, proposed)
 
     def _solver_requests(
@@ -328,15 +331,13 @@ class SelfPlay:
             true_answer=label.answer if label else None,
         )
 
-    def _blank_logprobs(
-        self, request: Request, image: Image.Image, completions: Sequence[Completion]
-    ) -> list[list[float]]:
+    def _blank_logprobs(self, request: Request, image: View, completions: Sequence[Completion]) -> list[list[float]]:
         """How likely the solver finds the tokens of completions of a request if it is shown a gray image instead."""
         encoded = encode_images(self.policy, blanked([image]))
         return token_logprobs(self.policy, replace(request, image=encoded[0]), completions, "solver")
 
     def _likelihoods(
-        self, batch: _Batch, i: int, request: Request, texts: Sequence[tuple[str, str]], view: View = "same"
+        self, batch: _Batch, i: int, request: Request, texts: Sequence[tuple[str, str]], view: Alteration = "same"
     ) -> list[list[float]]:
         """How likely the solver finds texts as replies to the request about item i, or about another view of it."""
         image = request.image if view == "same" else self._views(batch, [i], view)[i]

@@ -21,6 +21,7 @@ from ireasoner.method.types import ROLES, Episode, Role
 from ireasoner.model.learner import Learner
 from ireasoner.model.parallel import Processes
 from ireasoner.model.policy import Policy
+from ireasoner.model.views import filmstrip
 from ireasoner.rollouts.engine import Engine
 from ireasoner.training.card import find_base, model_card
 from ireasoner.training.checkpoints import clear_remains, newest_checkpoint, prune, save_checkpoint
@@ -128,8 +129,8 @@ class Run:
         return self.policy.adapter_sha256(role) != began if began else self.policy.largest_lora_b(role) > 0
 
     def thumbnail(self, item: Item) -> str:
-        """Save a small copy of an item's image in the run directory and return its relative path."""
-        return self.recorder.thumbnail(item.image, item.content_hash)
+        """Save a small copy of an item's image, or a filmstrip of several, in the run directory; its relative path."""
+        return self.recorder.thumbnail(filmstrip(item.image), item.content_hash)
 
 
 def record_extension(run: Run) -> None:

@@ -4,9 +4,9 @@ Source: Zhang et al. 2025, "Co-rewarding: Stable Self-supervised RL for Elicitin
 (arXiv 2508.00410), its first instantiation, Co-rewarding-I; compared with the authors' code.
 
 The paper votes on a paraphrase of each question that a larger model has written beforehand. Here the question stays as
-it is, and the image is lightly changed (`ireasoner.training.views`): the question is asked for the first time, so that
-its paraphrase would cost another reply before the solver can begin, and would be no better than the model that writes
-it, while a change of the image is certain to keep its meaning.
+it is, and the image is lightly changed (`ireasoner.training.alterations`): the question is asked for the first time, so
+that its paraphrase would cost another reply before the solver can begin, and would be no better than the model that
+writes it, while a change of the image is certain to keep its meaning.
 
 Left out: learning from the answers about the other view, whose label is the vote on the image as it is; a teacher that
 follows the policy slowly and gives the labels in its place (Co-rewarding-II).

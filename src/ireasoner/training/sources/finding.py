@@ -8,32 +8,49 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from ireasoner.training.config import is_dataset_id
+from ireasoner.training.clips import Limits
+from ireasoner.training.config import ItemKind, is_dataset_id, is_manifest
 from ireasoner.training.images import ImageError, quoted
 from ireasoner.training.sources.files import Files, kind_of
 from ireasoner.training.sources.folder import Folder
+from ireasoner.training.sources.groups import Groups, open_folder, open_manifest
 from ireasoner.training.sources.image_files import ImageFiles
 from ireasoner.training.sources.shards import Shards
 from ireasoner.training.sources.source import ImageSource
 
 
 def open_source(
-    images: str, column: str | None = None, held_out: Collection[str | os.PathLike[str]] = ()
+    images: str,
+    column: str | None = None,
+    held_out: Collection[str | os.PathLike[str]] = (),
+    items: ItemKind = "images",
+    limits: Limits | None = None,
 ) -> ImageSource:
     """The images of a place.
 
     Args:
         images: a folder of images, of Parquet or Arrow files, or of tar files; one of such files, or a pattern with
             `*`; a folder that `datasets` has saved; the address of any of them but Arrow files; or the id of a data
-            set of the hub.
+            set of the hub; or a manifest.
         column: the column of a table that holds the images; None: the only one that does.
         held_out: image files; a folder of images leaves out those with the same bytes.
+        items: what an item is, in a folder: an image, all images of a subfolder, or a clip.
+        limits: of items of several images.
 
     Raises:
         ImageError: the place cannot be used.
     """
-    source = _open(images, column, held_out)
-    if column is not None and isinstance(source, Folder | ImageFiles | Shards):
+    if is_manifest(images):
+        if items != "images":
+            raise ImageError(f"--items {items} is for folders, and {quoted(images)} lists its items itself.")
+        source = open_manifest(images, limits or Limits())
+    elif items != "images":
+        if "://" in images or is_dataset_id(images) or not os.path.isdir(images):
+            raise ImageError(f"--items {items} needs a folder on this machine, and {quoted(images)} is none.")
+        source = open_folder(images, items, limits or Limits())
+    else:
+        source = _open(images, column, held_out)
+    if column is not None and isinstance(source, Folder | Groups | ImageFiles | Shards):
         raise ImageError(f"--image-column is for tables, and {source.where} is none: leave it out.")
     return source
 

@@ -8,6 +8,7 @@ import os
 import stat
 from collections import defaultdict
 from collections.abc import Collection
+from pathlib import Path
 
 from ireasoner.training.containers import begins_like_an_image
 from ireasoner.training.images import (
@@ -48,7 +49,7 @@ class Folder:
 
     def __init__(self, folder: str, held_out: Collection[str | os.PathLike[str]] = ()) -> None:
         self._folder, self.where = folder, f"the folder {quoted(folder)}"
-        found, self.skipped = _scan(folder)
+        found, self.skipped = scan(folder)
         set_aside = self._same_files(found, held_out) if held_out else set[str]()
         if found and len(set_aside) == len(found):
             raise ImageError(
@@ -61,6 +62,10 @@ class Folder:
     def path(self, name: str) -> str:
         """The path of an image."""
         return os.path.join(self._folder, path_of(name))
+
+    def paths(self, name: str) -> tuple[Path, ...]:
+        """The files of an item, of which there is one."""
+        return (Path(self.path(name)),)
 
     def read(self, name: str, max_bytes: int) -> bytes:
         if name not in self.names:  # it was removed before a run went on, or the run comes from somebody else
@@ -84,8 +89,8 @@ class Folder:
             raise UnreadableImageError(error.filename, reason_of(error)) from error
 
 
-def _scan(folder: str) -> tuple[list[str], dict[str, str]]:
-    """The names of all images below a folder, and the reasons for what was skipped, by name."""
+def scan(folder: str, also: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
+    """The names of all images below a folder, and of files that end so; the reasons for what was skipped, by name."""
     names: list[str] = []
     skipped: dict[str, str] = {}
     folders = [""]  # still to be scanned; a list and no recursion, because trees can be deeper than Python's stack
@@ -103,7 +108,7 @@ def _scan(folder: str) -> tuple[list[str], dict[str, str]]:
         for entry in entries:
             if is_hidden(entry.name):
                 continue
-            relative, named_image = prefix + entry.name, named_like_an_image(entry.name)
+            relative, named_image = prefix + entry.name, entry.name.lower().endswith((*EXTENSIONS, *also))
             try:
                 mode = entry.stat().st_mode  # for a link, this is the mode of its target
             except OSError as error:

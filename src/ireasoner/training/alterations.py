@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from ireasoner.method.types import View
+from ireasoner.method.types import Alteration
+from ireasoner.model.views import Pictures, View, images_of
 from ireasoner.training.evaluation import blanked
 
 # Of a light change: the widest margin on each side, as a share of the image, and the largest change of the light. The
@@ -18,14 +20,19 @@ MARGIN, LIGHT = 0.04, 0.1
 SQUARE, HIDDEN = 14, 0.6
 
 
-def view_of(image: Image.Image, view: View, seed: Sequence[int]) -> Image.Image:
-    """A view of an image, of the same size, so that it is as many tokens. The same seed draws the same view."""
+def altered(view: View, how: Alteration, seed: Sequence[int]) -> View:
+    """Another view of an image, of the same size, so that it is as many tokens. The same seed draws the same one.
+
+    Of several images, each is altered by a draw of its own.
+    """
+    if how == "same":
+        return view
+    if how == "blank":
+        return blanked([view])[0]
     rng = np.random.default_rng(list(seed))
-    if view == "light":
-        return _lightly_changed(image, rng)
-    if view == "masked":
-        return _masked(image, rng)
-    return blanked([image])[0] if view == "blank" else image
+    change = _lightly_changed if how == "light" else _masked
+    images = tuple(change(image, rng) for image in images_of(view))
+    return replace(view, images=images) if isinstance(view, Pictures) else images[0]
 
 
 def _lightly_changed(image: Image.Image, rng: np.random.Generator) -> Image.Image:
