@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ireasoner.training.alterations import SQUARE
+from ireasoner.training.alterations import SQUARE, altered
 from ireasoner.training.evaluation import GRAY
 
 
