@@ -353,7 +353,7 @@ def test_another_view_is_asked_about_and_only_votes(policy: Policy, pictures: li
     assert [r.messages for r in changed] == [r.messages for r in as_they_are]
     assert len({r.seed for r in engine.asked["solver"]}) == 2 * count
     for (_, context), as_it_is, other in zip(heard[:count], as_they_are, changed, strict=True):
-        one, two = (np.asarray(request.image.seen.image, dtype=float) for request in (as_it_is, other))
+        one, two = (np.asarray(request.image.seen.view, dtype=float) for request in (as_it_is, other))
         assert np.abs(one - two).mean() > 0
         (again,) = LiveEngine(policy).sample([other], "solver", n=3, max_tokens=80)
         assert context.other_view is not None
