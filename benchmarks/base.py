@@ -22,7 +22,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
-from ireasoner.method import claims
 from ireasoner.method.answers import answer_key, majority
 from ireasoner.method.texts import parse_trajectory, solver_messages
 from ireasoner.model.inputs import encode_images
@@ -150,26 +149,6 @@ def scores(asked: Sequence[Asked]) -> dict[str, float]:
         "no step": np.mean([not s.checked for s in samples]),
     }
     return {name: round(100 * float(share), 1) for name, share in shares.items()}
-
-
-def truer_is_higher(asked: Sequence[Asked], seed: int = 0) -> Interval | None:
-    """Of two solutions with the same answer and unequal truth of their steps, how often the truer one has the higher
-    step agreement by what they claim; ties count half. None where there are no such pairs.
-    """
-    won, pairs = [], []
-    for one in asked:
-        steps = [claims.beyond_answer(s.reasoning, s.answer or "", one.text) for s in one.samples]
-        agreement = [float(values.mean()) if len(values) else 0.0 for values in claims.agreement(steps)]
-        truth = [s.true / s.checked if s.checked else np.nan for s in one.samples]
-        pairs_ij = [
-            (i, j)
-            for i, j in combinations(range(len(steps)), 2)
-            if one.samples[i].key == one.samples[j].key and abs(truth[i] - truth[j]) > 0  # not so if one is unknown
-        ]
-        margins = [(agreement[i] - agreement[j]) * np.sign(truth[i] - truth[j]) for i, j in pairs_ij]
-        won.append(sum(1.0 if m > 1e-9 else 0.5 if m > -1e-9 else 0.0 for m in margins))
-        pairs.append(len(margins))
-    return share_of_pairs(np.array(won), np.array(pairs), np.random.default_rng(seed))
 
 
 def share_of_pairs(won: NDArray[np.float64], pairs: NDArray[np.int64], rng: np.random.Generator) -> Interval | None:
@@ -290,7 +269,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for against, habits in pooled.items():
         for mask, pattern in MASKS.items():
             print(f"words tell careful from {against}, {mask}: {habit_auc(asked, habits, pattern)} %")
-    print(f"of two with the same answer, the truer one agrees more with the others: {truer_is_higher(asked)} %")
 
 
 if __name__ == "__main__":

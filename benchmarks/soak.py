@@ -491,11 +491,11 @@ FIGURES = (
     "sqrt(", "mΩ", "km/h", "Rs.", "€1.250", "3:30 PM", "March 5,", "2021-02-31", "10-20", "first", "三百",
     "einundzwanzig", "% of",
 )  # fmt: skip
-CLAIMS = (
+PHRASES = (
     "the", "red", "bar", "not", "taller than", "is", "are", "because", "or", "maybe", "A and C", "identify the",
     "第一步：",
 )  # fmt: skip
-WORDS = (*TAGS, *MARKS, *SPACES, *FIGURES, *CLAIMS)
+WORDS = (*TAGS, *MARKS, *SPACES, *FIGURES, *PHRASES)
 QUESTIONS = ("Which bar is the tallest?", "A) red B) blue C) 7", "How many? (A) 1 (B) one (C) 1.0", "", "A) " * 500)
 
 
@@ -556,10 +556,12 @@ def broken_by_rewards(
     rng: random.Random,
 ) -> list[str]:
     """The promises that the rewards of a group under one recipe break."""
-    nats = [tuple(rng.expovariate(1.0) for _ in range(rng.randint(1, 5))) for _ in texts]
+    tokens = [re.findall(r".{1,50}", text, re.DOTALL) or [""] for text in texts]
+    nats = [tuple(rng.expovariate(1.0) for _ in each) for each in tokens]
     context = Context(
         form=form, finish_reasons=ends, step_weight=rng.random(), embed=letters, recent_steps=memory,
-        logprobs=[[-value for value in each] for each in nats],
+        logprobs=[[-value for value in each] for each in nats], tokens=tokens,
+        blank_logprobs=lambda: [[-2 * value for value in each] for each in nats],
         distributions=lambda: [TokenDistributions(each, each) for each in nats],
         questions=[question, *rng.choices(QUESTIONS, k=2)],
         true_answer=rng.choice(("7", hostile(rng))), seed=(rng.randrange(100),),

@@ -4,10 +4,10 @@
     python tools/real_text_model.py --out smolvlm-real-text
     python benchmarks/step_edits.py --model smolvlm-real-text --groups tests/data/step_groups.jsonl
 
-Solutions are edited, and scored before and after by what their group claims too (`claims`), by how likely their steps
-are to the model (`likelihood`), by the least likely token of each step (`least likely token`), and by the likelihood
-less that behind a gray image (`grounding`). With --groups, the solutions come from a file and the image is gray, so
-that the last score is 0. A score that rises is an offer to cheat. Repeated steps count once, and steps that are said of
+Solutions are edited, and scored before and after by how likely their steps are to the model (`likelihood`), by the
+least likely token of each step (`least likely token`), and by the likelihood less that behind a gray image
+(`grounding`, of the recipe `default`). With --groups, the solutions come from a file and the image is gray, so that the
+last score is 0. A score that rises is an offer to cheat. Repeated steps count once, and steps that are said of
 other images are discounted in training; here they are not, so that the score itself is seen.
 """
 
@@ -24,7 +24,6 @@ import torch
 from PIL import Image
 from step_scores import GRAY, ask, logprobs
 
-from ireasoner.method import claims
 from ireasoner.method.instructions import SOLVER_PROMPT
 from ireasoner.method.likelihood import step_tokens
 from ireasoner.method.texts import parse_trajectory, solver_messages
@@ -56,27 +55,23 @@ def scores(
     image: EncodedImage,
     gray: EncodedImage,
     messages: list[dict[str, object]],
-    question: str,
     group: Sequence[tuple[Steps, str]],
     language: str,
 ) -> list[tuple[str, dict[str, float]]]:
     """The scores of each solution of a group under each edit."""
     found = []
     for edit, change in EDITS.items():
-        for i, (steps, answer) in enumerate(group):
+        for steps, answer in group:
             edited = change(steps, answer, language)
             lines = "\n".join(f"Step {n}: {step}" for n, step in enumerate(edited, 1))
             text = f"<think>{lines}</think><answer>{answer}</answer>"
             ids = policy.processor.tokenizer(text)["input_ids"]
-            places = step_tokens(edited, token_texts(policy, ids))
+            places = step_tokens(edited, token_texts(policy.processor, ids))
             (seen,) = logprobs(policy, image, messages, [ids], None)
             (blind,) = [seen] if image is gray else logprobs(policy, gray, messages, [ids], None)
             likely, unseen = (np.array([np.exp(own[p].mean()) for p in places if p]) for own in (seen, blind))
             least = [np.exp(seen[p].min()) for p in places if p]
-            rest = [claims.beyond_answer(s, a, question) for n, (s, a) in enumerate(group) if n != i]
-            agreed = claims.agreement([claims.beyond_answer(edited, answer, question), *rest])[0]
             values = {
-                "claims": float(agreed.mean()) if len(agreed) else 0.0,
                 "likelihood": float(likely.mean()),
                 "least likely token": float(np.mean(least)),
                 "grounding": float((likely - unseen).clip(0).mean()),
@@ -102,13 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             read = [parse_trajectory("<think>" + t.replace("<answer>", "</think><answer>")) for t in row["texts"]]
             group = [(s.reasoning_steps, s.answer or "") for s in read]
             messages = solver_messages(SOLVER_PROMPT, row["question"])
-            by_language[row["language"]] += scores(
-                policy, gray, gray, messages, row["question"], group, row["language"]
-            )
+            by_language[row["language"]] += scores(policy, gray, gray, messages, group, row["language"])
     else:
         for one in ask(policy, None, "chalk", options.questions, 0):
             group = [(s.reasoning_steps, s.answer or "") for s in one.solutions if s.reasoning_steps]
-            by_language["en"] += scores(policy, one.image, one.gray, one.messages, one.question, group, "en")
+            by_language["en"] += scores(policy, one.image, one.gray, one.messages, group, "en")
     for language, found in by_language.items():
         names = list(found[0][1])
         print(f"| {language} | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")

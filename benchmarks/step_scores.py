@@ -6,12 +6,11 @@
 Five answers to each validation question of the embedded world. A solution is scored by the mean over its reasoning
 steps of
 
-- what the others claim too (`claims`, of the recipe `default`), the published cosine of embeddings (`embedding`), and
-  true claims compared exactly (`exact`, an oracle);
+- the published cosine of embeddings (`embedding`), and true claims compared exactly (`exact`, an oracle);
 - how likely the step was when it was sampled (`likelihood`: exp of its mean log-probability), its mean log-probability
   itself, its least likely token, and the same under the reference where adapters are given;
-- its likelihood less that behind a gray image (`grounding`), and the same for mean log-probabilities (`gain by the
-  image`);
+- its likelihood less that behind a gray image (`grounding`, of the recipe `default`), and the same for mean
+  log-probabilities (`gain by the image`);
 - how likely the others of the group would have written it after their own earlier steps (`after the others' steps`).
 
 For each: of two solutions of a question with the same answer and unequal truth of their steps, how often the truer one
@@ -36,7 +35,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from ireasoner.method import claims, rewards
+from ireasoner.method import rewards
 from ireasoner.method.answers import answer_key, majority
 from ireasoner.method.likelihood import step_grounding, step_likelihoods, step_tokens
 from ireasoner.method.rewards import FloatArray
@@ -130,7 +129,7 @@ def logprobs(
 def scores(policy: Policy, asked: Asked, role: Role | None) -> dict[str, FloatArray]:
     """Every score of a group's solutions, arrays [N]; NaN where a solution has no step."""
     steps = [s.reasoning_steps for s in asked.solutions]
-    tokens = [token_texts(policy, c.token_ids) for c in asked.completions]
+    tokens = [token_texts(policy.processor, c.token_ids) for c in asked.completions]
     spans = [step_tokens(own, texts) for own, texts in zip(steps, tokens, strict=True)]
     ids = [c.token_ids for c in asked.completions]
     sampled = [np.array(c.logprobs) for c in asked.completions]
@@ -140,9 +139,6 @@ def scores(policy: Policy, asked: Asked, role: Role | None) -> dict[str, FloatAr
     )
     recipe = resolve({"images": "none", "model": "tiny"}).recipe
     embed = lambda texts: embed_texts(policy, texts, recipe.max_step_tokens)  # noqa: E731
-    compared = [
-        claims.beyond_answer(own, s.answer or "", asked.question) for own, s in zip(steps, asked.solutions, strict=True)
-    ]
     likely = [step_likelihoods(*each) for each in zip(steps, tokens, sampled, strict=True)]
 
     def over_steps(values: Sequence[NDArray[np.float64]], of: str) -> list[FloatArray]:
@@ -154,10 +150,7 @@ def scores(policy: Policy, asked: Asked, role: Role | None) -> dict[str, FloatAr
         ]
 
     found = {
-        "claims": rewards.step_means(claims.agreement(compared)),
-        "embedding": validity.step_agreement(recipe.model_copy(update={"density_exponent": 0.0}), "embedding", embed)(
-            group
-        ),
+        "embedding": validity.step_agreement(recipe.model_copy(update={"density_exponent": 0.0}), embed)(group),
         "exact": validity.exact(group),
         "likelihood": rewards.step_means(likely),
         "mean log-probability": _means(over_steps(sampled, "mean")),
@@ -170,7 +163,6 @@ def scores(policy: Policy, asked: Asked, role: Role | None) -> dict[str, FloatAr
         "whole text": np.array([own.mean() for own in sampled]),
         "few words": -np.array([s.words_before_answer for s in asked.solutions], dtype=np.float64),
     }
-    found["claims x likelihood"] = found["claims"] * found["likelihood"]
     if role:
         reference = logprobs(policy, asked.image, asked.messages, ids, None)
         found["likelihood, reference"] = _means([np.exp(own) for own in over_steps(reference, "mean")])

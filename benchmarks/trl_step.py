@@ -9,7 +9,7 @@ is a warm-up. TRL's step is from `on_step_begin` to `on_step_end`; it fetches it
 
 Equal, and checked: prompt ids, completions and their tokens, adapters' shapes, and that training changes them. Equal by
 setting: weights, float32, threads, LoRA, AdamW, learning rate, clipping, KL to the model without adapter, one optimizer
-step a batch, no gradient checkpointing, the function that makes rewards, losses as means over trajectories.
+step a batch, no gradient checkpointing, the rewards (of the recipe `answers-only`), losses as means over trajectories.
 
 Not equal: the tokens that are drawn, on which no time depends. TRL's KL is an estimate on the drawn token, ours exact
 over the vocabulary. Ours has a proposer write a question too: `propose` is shown and not counted. TRL runs its update
@@ -31,10 +31,12 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.texts import solver_messages
 from ireasoner.model.backbone import load_processor
 from ireasoner.model.inputs import build_prompts, encode_images
-from ireasoner.studies.bench import QUESTION, Bench, Phases
+from ireasoner.studies.bench import QUESTION, Bench, Phases, readable
+from ireasoner.training.config import load_recipe
 
 
 class TimedGRPO(GRPOTrainer):
@@ -129,8 +131,10 @@ def trainer_for(turns: Turns, folder: str, scratch: Path, rows: int | None, repe
     chat = [{"role": "user", "content": text}]
 
     def reward(completions: list[Any], **_: Any) -> list[float]:
-        texts = [completion[0]["content"] for completion in completions]
-        earned = [reward for i in range(0, len(texts), count) for reward in bench.reward(texts[i : i + count])]
+        texts = [readable(completion[0]["content"]) for completion in completions]
+        groups = [texts[i : i + count] for i in range(0, len(texts), count)]
+        context = Context(step_weight=0.0)
+        earned = [r for group in groups for r in score_group(QUESTION, group, bench.config.recipe, context).rewards]
         # Equal rewards, as a random model's often are, would leave nothing to train on; here some always differ.
         return [reward + 0.01 * (i % count) for i, reward in enumerate(earned)]
 
@@ -159,6 +163,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder, bench, images = scene(asked, scratch)
+        bench.config = bench.config.model_copy(update={"recipe": load_recipe("answers-only")})
         turns = Turns(bench, images)
         turns.trainer = trainer = trainer_for(turns, folder, Path(scratch), asked.rows, asked.repetitions)
         parts = (turns.bench.policy.model, ".solver."), (trainer.model, ".default.")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -22,7 +23,7 @@ from ireasoner.method.scoring import Context, ScoredGroup, score_solutions, step
 from ireasoner.method.seeds import PROPOSE, SOLVE, draw_seed
 from ireasoner.method.texts import parse_question, parse_trajectory, proposer_messages, solver_messages
 from ireasoner.method.types import Completion, Question
-from ireasoner.model.inputs import EncodedImage, build_prompts, embed_texts, encode_images
+from ireasoner.model.inputs import EncodedImage, build_prompts, embed_texts, encode_images, token_texts
 from ireasoner.model.learner import Learner
 from ireasoner.model.loading import load_policy
 from ireasoner.model.policy import Policy
@@ -30,6 +31,7 @@ from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import Config, resolve
 from ireasoner.training.items import ImagePool, Item
+from ireasoner.training.selfplay import blank_logprobs
 
 
 def main() -> None:
@@ -65,8 +67,7 @@ def train(config: Config, out: Path) -> None:
             asked = [i for i, question in enumerate(questions) if question.well_formed]
             solving, groups = solve(config, engine, step, items, images, questions, asked)
             # Score. An unreadable question was not asked, and earns its proposer nothing.
-            prompts = [request.prompt for request in solving]
-            scored = score(config, policy, memory, step, items, questions, asked, prompts, groups)
+            scored = score(config, policy, memory, step, items, questions, asked, solving, groups)
             worth = [0.0] * len(items)
             for i, group in zip(asked, scored, strict=True):
                 worth[i] = group.proposer_reward
@@ -137,22 +138,25 @@ def score(
     items: list[Item],
     questions: list[Question],
     asked: list[int],
-    prompts: list[str],
+    requests: list[Request],
     groups: list[list[Completion]],
 ) -> list[ScoredGroup]:
-    """What each group earned: agreement on the answer, and on what leads to it."""
+    """What each group earned: agreement on the answer, and how much likelier the image makes what leads to it."""
     recipe, form = config.recipe, config.sampling.solution_form
     solutions = [
-        [parse_trajectory(c.text, c.finish_reason, form, prompt) for c in group]
-        for group, prompt in zip(groups, prompts, strict=True)
+        [parse_trajectory(c.text, c.finish_reason, form, request.prompt) for c in group]
+        for group, request in zip(groups, requests, strict=True)
     ]
     for i, group in zip(asked, solutions, strict=True):  # all of the step's groups are remembered before any is scored
         memory.add(items[i].name, group)
     scored = []
-    for i, group in zip(asked, solutions, strict=True):
+    for i, group, request, completions in zip(asked, solutions, requests, groups, strict=True):
         context = Context(
             step_weight=step_weight(recipe, step, config.schedule.steps),
             embed=lambda texts: embed_texts(policy, texts, recipe.max_step_tokens),
+            logprobs=[c.logprobs for c in completions],
+            tokens=[token_texts(policy.processor, c.token_ids) for c in completions],
+            blank_logprobs=partial(blank_logprobs, policy, request, items[i].image, completions),
             recent_steps=memory.of_others(items[i].name),
             seed=(config.seed, step, i),
         )

@@ -3,8 +3,8 @@
     pip install 'ireasoner[trl]'
     python examples/trl_grpo.py --images photos/ --questions "How many circles are there?" --steps 20
 
-Every question is asked about every image. TRL samples and updates; `agreement_reward` pays a completion for what its
-answer and its reasoning steps share with the others of its group.
+Every question is asked about every image. TRL samples and updates; `agreement_reward` pays a completion for an answer
+that its group agrees on, and for reasoning steps that the image makes likelier.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, Image
 from peft import LoraConfig
+from transformers import AutoModelForImageTextToText
 from trl import GRPOConfig, GRPOTrainer
 
 from ireasoner.model.backbone import load_processor
@@ -42,9 +43,11 @@ def main() -> None:
 
 def trainer_for(asked: argparse.Namespace) -> GRPOTrainer:
     """TRL's trainer with our reward."""
-    model = str(TINY_MODEL) if asked.model == "tiny" else asked.model
+    name = str(TINY_MODEL) if asked.model == "tiny" else asked.model
     solver_prompt = resolve({"model": asked.model, "images": str(asked.images)}).sampling.solver_prompt
-    processor = load_processor(model)
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    processor = load_processor(name)
     processor.tokenizer.padding_side = "left"  # which generation in batches takes
     config = GRPOConfig(
         str(asked.out),
@@ -64,6 +67,8 @@ def trainer_for(asked: argparse.Namespace) -> GRPOTrainer:
         question_column="question",
         solver_prompt=solver_prompt,
         eos_token_ids=[processor.tokenizer.eos_token_id],
+        model=model,  # which the trainer puts its adapter into
+        processor=processor,
     )
     data = questions_about(asked.images, asked.questions, solver_prompt)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", exclude_modules=".*visual.*")

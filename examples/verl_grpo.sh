@@ -1,5 +1,6 @@
 #!/bin/sh
-# Agreement as the reward of verl's GRPO, without labels: sh examples/verl_grpo.sh MODEL train.parquet
+# Agreement on answers as the reward of verl's GRPO, without labels: sh examples/verl_grpo.sh MODEL train.parquet
+# (verl gives a reward no model, so that the recipe `default`, which also judges the reasoning steps, cannot be paid.)
 #
 # Rows of train.parquet: `prompt` (the turns of a chat, whose text asks for the form that the reward reads, as
 # ireasoner.method.texts.SOLVER_PROMPT does, and has <image> where the image is), `images` (a list of one), `data_source`
@@ -16,6 +17,6 @@ python -m verl.trainer.main_ppo \
     reward.reward_manager.source=importlib \
     reward.reward_manager.module.path=pkg://ireasoner.plugins.verl \
     reward.reward_manager.name=AgreementRewardManager \
-    +reward.reward_kwargs.recipe=default \
+    +reward.reward_kwargs.recipe=answers-only \
     trainer.val_before_train=False trainer.test_freq=-1 \
     trainer.n_gpus_per_node=1 trainer.total_training_steps=100 'trainer.logger=[console]'

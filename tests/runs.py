@@ -159,7 +159,9 @@ def played_run(path: Path, recipe: str = "default", steps: int = 4, images_per_s
                 recent_steps=[],
                 embed=_embed,
                 seed=(step,),
+                tokens=[text.split() for text in texts],
                 logprobs=[[-0.5] * len(text.split()) for text in texts],
+                blank_logprobs=lambda texts=texts: [_without_image(text) for text in texts],
                 distributions=lambda texts=texts: [TokenDistributions((0.5,) * len(t.split()), (2.0,)) for t in texts],
             )
             scored = score_group(asked.text, texts, config.recipe, context)
@@ -191,6 +193,11 @@ def _solution(asked: world.WorldQuestion, rng: np.random.Generator) -> str:
     answer = "nothing" if kind == 3 else asked.answer
     think = "\n".join(f"{i}. {step}" for i, step in enumerate(steps, 1))
     return f"<think>{think}" if kind == 4 else f"<think>{think}</think><answer>{answer}</answer>"
+
+
+def _without_image(text: str) -> list[float]:
+    """The log-probabilities of a text's words if nothing is seen: what has a number is less likely then."""
+    return [-2.5 if any(map(str.isdigit, word)) else -0.5 for word in text.split()]
 
 
 def _embed(texts: Any) -> np.ndarray:

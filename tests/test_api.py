@@ -151,8 +151,8 @@ def test_several_processes_need_a_name(pool: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_group_is_scored_without_a_model():
     texts = [f"<think>Step 1: I count {n}.</think><answer>{n}</answer>" for n in (3, 3, 4)]
-    context = ireasoner.Context(step_weight=0.5, recent_steps=())
-    scored = ireasoner.score_group("How many?", texts, ireasoner.load_recipe("default"), context)
+    context = ireasoner.Context(step_weight=0.0)
+    scored = ireasoner.score_group("How many?", texts, ireasoner.load_recipe("answers-only"), context)
     assert scored.vote.answer == ireasoner.answer_key("three", "How many?")
     assert scored.rewards[0] > scored.rewards[2] > 0
 

@@ -12,11 +12,13 @@ from PIL import Image
 from ireasoner.app.cli import main
 from ireasoner.method.memory import step_digest
 from ireasoner.method.scoring import Context, score_group
-from ireasoner.method.texts import parse_trajectory
+from ireasoner.method.texts import parse_trajectory, solver_messages
 from ireasoner.model.attention import SharedCache
-from ireasoner.model.inputs import encode_images
+from ireasoner.model.inputs import encode_images, token_texts
+from ireasoner.rollouts.engine import Request
 from ireasoner.studies.bench import QUESTION, Bench, Phases, load_bench, measure, readable, table
 from ireasoner.training.config import resolve
+from ireasoner.training.selfplay import blank_logprobs
 from models import load
 
 
@@ -55,23 +57,30 @@ def test_both_sides_write_and_reward_whole_groups_of_the_forced_length(monkeypat
         assert [len(group) for group in drawn[-1]] == rows
         assert {len(completion.token_ids) for group in drawn[-1] for completion in group} == {48}
         assert set(phases.took) == {"encode images", "propose", "prefill", "decode", "read and reward", "update"}
-    earned = bench.reward(["The red bar reaches 7. Red is at 7."] * 3)
-    assert earned == pytest.approx([1.0] * 3)  # the recipe `default`: all agree, and nothing recurs elsewhere
 
 
 def test_groups_are_rewarded_as_the_recipe_default_does_it():
-    """By what steps claim, less what recurs among earlier groups: no embedding tells 7 from 3."""
-    bench = Bench(load(), resolve({"model": "tiny", "images": "."}))
-    recipe = resolve({"model": "tiny", "images": ".", "recipe": "default"}).recipe
-    said = ["Blue is at 9, green is at 8."] * 2 + ["Blue is at 3, green is at 8."]
-    texts = [readable(text) for text in said]
-    first = score_group(QUESTION, texts, recipe, Context(step_weight=0.5, recent_steps=[])).rewards
-    claims = {step_digest(step) for text in texts for step in parse_trajectory(text).reasoning_steps}
-    again = score_group(QUESTION, texts, recipe, Context(step_weight=0.5, recent_steps=[frozenset(claims)])).rewards
-    assert bench.reward(said) == pytest.approx(first)
-    assert bench.reward(said) == pytest.approx(again)
-    assert first[0] > first[2]
-    assert first[0] > again[0]
+    """By how much likelier the image makes the steps, less what recurs among earlier groups."""
+    bench = load_bench("tiny", tokens=32, group_size=3, device="cpu")
+    (image,), policy, recipe = bench.pictures(1), bench.policy, bench.config.recipe
+    request = Request(encode_images(policy, [image])[0], solver_messages(bench.config.sampling.solver_prompt, QUESTION))
+    (group,) = bench.engine.sample([request], "solver", n=3, max_tokens=32)
+    texts = [readable(completion.text) for completion in group]
+    blank = blank_logprobs(policy, request, image, group)
+
+    def paid(*recent: frozenset[str]) -> Any:
+        context = Context(
+            step_weight=0.5, recent_steps=recent, logprobs=[c.logprobs for c in group], blank_logprobs=lambda: blank,
+            tokens=[token_texts(policy.processor, c.token_ids) for c in group],
+        )  # fmt: skip
+        return score_group(QUESTION, texts, recipe, context)
+
+    said = {step_digest(step) for text in texts for step in parse_trajectory(text).reasoning_steps}
+    first, again = paid(), paid(frozenset(said))
+    assert any(t.parts["step_agreement"].value for t in first.trajectories)
+    assert bench.reward(group, request, image) == pytest.approx(first.rewards)
+    assert bench.reward(group, request, image) == pytest.approx(again.rewards)
+    assert first.rewards[0] > again.rewards[0]
 
 
 def test_the_published_side_is_named_where_it_is(capsys: pytest.CaptureFixture[str]):

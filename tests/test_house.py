@@ -27,12 +27,12 @@ ALLOWED = {
         "training.advice",
     ),
     "playground": ("method.types",),
-    "plugins": ("method", "training"),
+    "plugins": ("method", "model.inputs", "training"),
     "studies": ("method", "model", "rollouts", "training", "page", "playground"),
     "app": ("method", "model", "rollouts", "training", "page", "playground", "studies"),
 }
 NO_TORCH = ("method", "page", "playground", "plugins")
-HOSTED = ("plugins.lmms_eval",)  # imported by the program that they are for, and only where that is installed
+HOSTED = ("plugins.lmms_eval", "plugins.likelihoods")  # imported where the program that they are for has its model
 LIGHT = (
     "training.config", "training.recorder", "training.watch", "training.statistics", "training.advice",
     "training.checks", "training.targets", "model.source", "model.parallel", "studies.compare",

@@ -29,7 +29,7 @@ def test_a_steps_tokens_are_those_that_wrote_it(language: str):
     tokenizer = policy.processor.tokenizer
     text = THOUGHTS[language]
     ids = tokenizer(text)["input_ids"]
-    tokens = token_texts(policy, ids)
+    tokens = token_texts(policy.processor, ids)
     assert "".join(tokens) == text
     steps = parse_trajectory(text).reasoning_steps
     assert len(steps) == 2

@@ -62,7 +62,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert held == {path.removeprefix("src/") for path in sources}
-    for needed in ("method/words.toml", "training/recipes/default.yaml", "method/prompts/proposer.txt",
+    for needed in ("method/quantities.toml", "training/recipes/default.yaml", "method/prompts/proposer.txt",
                    "model/tiny_lmm/model.safetensors", "page/templates/page.html"):  # fmt: skip
         assert f"ireasoner/{needed}" in held
     assert wheel.stat().st_size < 12e6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -37,6 +38,7 @@ from models import load
 RECIPES = [name for name in names("recipes") if name != "oracle"]
 QUESTION = "How tall is the red bar?"
 LAST = 10  # steps of the runs below
+SEEN, BLIND = 0.75, 0.25  # the probability of every token with the image and without it, unless a test says otherwise
 
 
 def config_of(recipe: str = "paper", **flags: Any) -> Config:
@@ -59,6 +61,11 @@ def solution(answer: str, *steps: str) -> str:
     return f"<think>{lines}</think><answer>{answer}</answer>"
 
 
+def words_of(text: str) -> list[str]:
+    """A text in tokens: its words."""
+    return re.findall(r"\S+\s*", text) or [""]
+
+
 def values(paid: ScoredGroup, part: str) -> list[float]:
     """What each trajectory has as a part of its reward."""
     return [t.parts[part].value for t in paid.trajectories]
@@ -74,13 +81,16 @@ def pay(
 ) -> ScoredGroup:
     """`score_group` with the context that self-play would give it."""
     completions = [written(text) if isinstance(text, str) else text for text in texts]
+    tokens = [words_of(c.text) for c in completions]
     given: dict[str, Any] = {
         "finish_reasons": [c.finish_reason for c in completions],
         "step_weight": step_weight(config.recipe, step, LAST),
         "embed": lambda texts: embed_texts(policy, texts, config.recipe.max_step_tokens),
         "recent_steps": [],
         "seed": (config.seed, step),
-        "logprobs": [c.logprobs for c in completions],
+        "tokens": tokens,
+        "logprobs": [[math.log(SEEN)] * len(each) for each in tokens],
+        "blank_logprobs": lambda: [[math.log(BLIND)] * len(each) for each in tokens],
         "distributions": lambda: [TokenDistributions((0.5,), (1.5,))] * len(completions),
         # The later a text comes, the likelier it is, and masked images make all less likely.
         "likelihoods": lambda texts, view="same": [(-1.0 / (1 + i) - (view == "masked"),) for i in range(len(texts))],
@@ -120,7 +130,7 @@ DEFAULT_KL = {"kl_coef": 0.03, "kl_rate": 0.0}
 DIFFERENCES_FROM_PAPER: dict[str, dict[str, Any]] = {
     "covo": {"reward": "covo", "advantage": "rloo", **DEFAULT_KL},
     "default": {
-        "advantage": "rloo", "step_measure": "claims", "recurrence_window": 128, "step_weight_initial": 0.5,
+        "advantage": "rloo", "step_measure": "grounding", "recurrence_window": 128, "step_weight_initial": 0.5,
         "step_weight_final": 0.5, "kl_coef": 0.03, "kl_rate": 0.0,
     },
     "answers-only": {"advantage": "rloo", "step_weight_final": 0.0, "kl_coef": 0.03, "kl_rate": 0.0},
@@ -189,11 +199,11 @@ def recurrence(memory: RecentSteps, image: str, steps: Sequence[str]) -> list[fl
     return rewards.recurrence([step_digest(step) for step in steps], memory.of_others(image)).tolist()
 
 
-def test_recurrence_is_the_share_of_other_images_groups_with_the_claim():
+def test_recurrence_is_the_share_of_other_images_groups_that_say_the_same():
     memory = RecentSteps(3)
     memory.add("a", group_of(solution("7", "The red bar reaches 7."), solution("6", "The red bar reaches 6.")))
     memory.add("b", group_of(solution("7", "the red bar reaches 7")))
-    memory.add("c", group_of("<answer>7</answer>", "Step 1: The red bar reaches 7."))  # unreadable: claims nothing
+    memory.add("c", group_of("<answer>7</answer>", "Step 1: The red bar reaches 7."))  # unreadable: says nothing
     assert recurrence(memory, "d", ["The red bar reaches 7.", "The red bar reaches 6."]) == [1.0, 0.5]
     assert recurrence(memory, "a", ["The red bar reaches 7.", "The red bar reaches 6."]) == [1.0, 0.0]
     for i in range(2):
@@ -255,13 +265,13 @@ def test_weight_of_step_agreement_over_training(recipe: str):
 
 # Three of five answer 7, one 3, one cannot be read; all readable ones reason alike, so that s = 1.
 # r_out = 0.6^0.7 = 0.699368 and 0.2^0.7 = 0.324131; r_step = 0.6^0.7 and 0. At the last step λ = 0.7:
-# default: λ = 0.5, and every readable step is said by all the others: 0.5 · 0.699368 + 0.5 and 0.5 · 0.324131 + 0.5.
+# default: λ = 0.5, and the image makes every step likelier by 0.75 − 0.25: 0.5 · 0.699368 + 0.25 and the like.
 # 7: 0.3 · 0.699368 + 0.7 · 0.699368; 3: 0.3 · 0.324131 = 0.097239. No density: 0.3 · 0.699368 + 0.7 = 0.909810.
 GROUP = [solution("7"), solution("3"), "I say 7", solution("7"), solution("7.0")]
 PAPER_PAY = (0.699368, 0.097239)
 EARNED = {
     "answers-only": (0.699368, 0.324131),
-    "default": (0.849684, 0.662066),
+    "default": (0.599684, 0.412066),
     "discrete": (1.0, 0.0),
     "format-only": (1.0, 1.0),
     "frozen-proposer": PAPER_PAY,
@@ -282,7 +292,7 @@ def test_rewards_of_a_group_by_hand(policy: Policy, recipe: str):
     # The parts are told apart, whatever the recipe makes of them.
     density = 1.0 if recipe == "no-density" else 0.699368
     assert values(paid, "outcome") == pytest.approx([0.699368, 0.324131, 0, 0.699368, 0.699368], abs=1e-6)
-    agreement = [1, 1, 0, 1, 1] if recipe == "default" else [density, 0, 0, density, density]
+    agreement = [0.5, 0.5, 0, 0.5, 0.5] if recipe == "default" else [density, 0, 0, density, density]
     assert values(paid, "step_agreement") == pytest.approx(agreement, abs=1e-6)
     assert [t.answer_key for t in paid.trajectories] == ["number:7", "number:3", None, "number:7", "number:7"]
     assert (paid.vote.answer, paid.vote.fraction) == ("number:7", pytest.approx(0.6))
@@ -337,7 +347,7 @@ def test_step_scores_explain_the_step_agreement(policy: Policy, recipe: str):
     for i, trajectory in enumerate(paid.trajectories):
         scores = trajectory.step_scores
         counted = [(j, s.score) for j, s in enumerate(scores) if s.score is not None]
-        if recipe == "default":  # r_step = mean of s (1 − f); what repeats the answer is not counted
+        if recipe == "default":  # r_step = mean of s (1 − f); what is said again is not counted
             assert all(s.score == pytest.approx(s.similarity * (1 - s.recurrence)) for s in scores if s.score)
             expected = np.mean([score for _, score in counted]) if counted else 0.0
         else:  # r_step = (|G|/N)^γd Σ ω s / Σ ω
@@ -350,47 +360,79 @@ def test_step_scores_explain_the_step_agreement(policy: Policy, recipe: str):
         assert values(paid, "step_agreement")[i] == pytest.approx(expected)
     if recipe == "default":
         first = paid.trajectories[0].step_scores
-        assert [s.score is None for s in first] == [False, False, True]
-        # Said twice here and once there: aligned one to one, in order, so the second of the two finds its like.
-        assert [s.similarity for s in first[:2]] != [s.similarity for s in first[1:]]
+        assert [s.score is None for s in first] == [False, True, False]
     else:
         assert [s.score for s in paid.trajectories[2].step_scores] == [None]  # outside the majority
         assert paid.trajectories[2].step_scores[0].similarity is not None
 
 
 BARS = "How much taller is the red bar than the blue bar?"
+SHOWN = ("7", "3")  # the heights that the image shows
+READING = solution("4", "The red bar reaches 7.", "The blue bar reaches 3.", "7 - 3 = 4.")
+WRONG = solution("4", "The red bar reaches 8.", "The blue bar reaches 5.")
 PLAN = solution("4", "Identify the bars.", "Compare the heights.")
-READINGS = [
-    solution("4", "The red bar reaches 7.", "The blue bar reaches 3.", "7 - 3 = 4."),
-    solution("4", "Red is at 7.", "Blue is at 3.", "7 minus 3 is 4."),
-    solution("4", "I read 7 for the red bar.", "The blue one is 3.", "So 7 - 3 = 4."),
-]
 
 
-def test_plans_earn_no_step_agreement_and_take_none_from_readings(policy: Policy):
-    """Of two plans and three readings, a plan earns half its outcome, and a reading what it earns without the plans."""
-    paid = pay(policy, config_of("default"), [PLAN, PLAN, *READINGS], question=BARS)
-    alone = pay(policy, config_of("default"), READINGS, question=BARS)
-    assert values(paid, "step_agreement")[:2] == [0.0, 0.0]
-    assert [s.score for t in paid.trajectories[:2] for s in t.step_scores] == [None] * 4
-    assert paid.rewards[:2] == pytest.approx((0.5, 0.5))
-    assert values(paid, "step_agreement")[2:] == pytest.approx(values(alone, "step_agreement"))
-    assert min(paid.rewards[2:]) > 0.9
+def seen_and_blind(text: str) -> tuple[list[float], list[float]]:
+    """How likely the words of a text are to a model that sees the heights, and to one that does not.
+
+    A height that the image shows, and no other one, is likelier with it. What was said before, in the text or in the
+    question, and all other words are as likely without it.
+    """
+    seen, blind, said = [], [], text[:0]
+    for word in words_of(text):
+        number = "".join(filter(str.isdigit, word.partition("<")[0]))
+        new = bool(number) and number not in said and not word.endswith(": ")  # not "Step 1: "
+        seen.append((0.75 if number in SHOWN else 0.05) if new else 0.75)
+        blind.append(0.15 if new else 0.75)
+        said += number
+    return [math.log(p) for p in seen], [math.log(p) for p in blind]
 
 
-def test_steps_that_repeat_the_question_earn_no_step_agreement(policy: Policy):
-    paid = pay(policy, config_of("default"), [solution("4", "There are a red bar and a blue bar.")] * 2, question=BARS)
-    assert values(paid, "step_agreement") == [0.0, 0.0]
+def pay_sighted(policy: Policy, texts: Sequence[str]) -> ScoredGroup:
+    """What `default` pays texts about the two bars if the model sees them."""
+    found = [seen_and_blind(text) for text in texts]
+    seen, blind = [each for each, _ in found], [each for _, each in found]
+    return pay(policy, config_of("default"), texts, question=BARS, logprobs=seen, blank_logprobs=lambda: blind)
 
 
-def test_a_group_of_plans_earns_less_than_a_group_of_readings(policy: Policy):
-    vague = solution(
-        "4", "Let me look at the chart.", "I will compare the two bars.", "The image shows a chart with data.",
-        "All values can be read off the axis.", "Now find the answer.",
-    )  # fmt: skip
-    assert pay(policy, config_of("default"), [vague] * 5, question=BARS).rewards == pytest.approx([0.5] * 5)
-    assert pay(policy, config_of("default"), READINGS[:1] * 5, question=BARS).rewards == pytest.approx([1.0] * 5)
-    # Nothing is remembered in another way: what was said of other images takes from the outcome of a plan too.
+@pytest.mark.parametrize(
+    "vague",
+    [
+        PLAN,
+        solution("4", "Let me look at the chart.", "The image shows a chart with data.", "Now find the answer."),
+        solution("4", "Schauen wir uns das Bild genau an.", "Alle Werte stehen an der Achse."),
+        solution("4", "There are a red bar and a blue bar."),
+    ],
+    ids=["plan", "boilerplate", "German", "question"],
+)
+def test_what_fits_every_image_earns_no_step_agreement(policy: Policy, vague: str):
+    """However many say it: it is as likely without the image. Beside it, a reading earns what it earns alone."""
+    paid, alone = pay_sighted(policy, [vague, vague, vague, READING]), pay_sighted(policy, [READING])
+    assert values(paid, "step_agreement") == pytest.approx([0, 0, 0, values(alone, "step_agreement")[0]])
+    assert values(paid, "step_agreement")[3] > 0.1
+    assert paid.rewards[:3] == pytest.approx([0.5] * 3)  # half of the outcome, on which all of them agree
+    assert paid.rewards[3] > 0.55
+
+
+def test_a_wrong_number_earns_no_step_agreement(policy: Policy):
+    """Nor does it where all say it, whose words are those of the right one."""
+    paid = pay_sighted(policy, [WRONG, WRONG, WRONG, READING])
+    assert values(paid, "step_agreement")[:3] == [0.0, 0.0, 0.0]
+    assert paid.rewards[3] > max(paid.rewards[:3])
+
+
+def test_what_repeats_or_follows_earns_nothing_more(policy: Policy):
+    """A reading that is said again, and the answer announced at the end."""
+    red = "The red bar reaches 7."
+    texts = [solution("7", red), solution("7", red, red, red), solution("7", red, "So the answer is 7.")]
+    once, again, announced = values(pay_sighted(policy, texts), "step_agreement")
+    assert once == pytest.approx(0.75 - (0.75**4 * 0.15) ** (1 / 5))
+    assert again == pytest.approx(once)
+    assert announced == pytest.approx(once / 2)
+
+
+def test_a_plan_that_was_said_of_other_images_earns_nothing_at_all(policy: Policy):
     said = [frozenset(step_digest(step) for step in ("Identify the bars.", "Compare the heights."))]
     assert pay(policy, config_of("default"), [PLAN] * 5, question=BARS, recent_steps=said).rewards == (0.0,) * 5
 
@@ -407,9 +449,9 @@ def test_notes_say_what_each_factor_was_computed_from(policy: Policy, recipe: st
     assert outcome[0].factors["share of the vote"] == pytest.approx((2 / 4) ** 0.7)
     assert outcome[3].notes["length"] == "words before the answer: 1"
     assert agreement[3].notes["mean of its steps"] == "no step that counts"
-    if recipe == "default":  # of three trajectories with steps, one says both alike, and one says the first
-        assert agreement[0].notes == {"mean of its steps": "of 1.0000, 0.5000"}
-        assert agreement[0].factors == {"mean of its steps": 0.75}
+    if recipe == "default":
+        assert agreement[0].notes == {"mean of its steps": "of 0.5000, 0.5000"}
+        assert agreement[0].factors == {"mean of its steps": pytest.approx(0.5)}
     else:
         weighed = "of 1.0000 (weight 1), 1.0000 (weight 0.8607)"
         assert agreement[0].notes == {"share of the majority": "(2/4)^0.7", "mean of its steps": weighed}
@@ -574,6 +616,7 @@ PLAIN = [solution("7"), solution("7", "Red is at 7."), solution("3", "Red is at 
         ("paper", {}, "step_weight"),
         ("paper", {"step_weight": 0.5}, "embed"),
         ("default", {"step_weight": 0.5}, "recent_steps"),
+        ("default", {"step_weight": 0.5, "recent_steps": []}, "logprobs"),
         ("random-reward", {}, "seed"),
         ("oracle", {}, "true_answer"),
     ],
@@ -581,6 +624,14 @@ PLAIN = [solution("7"), solution("7", "Red is at 7."), solution("3", "Red is at 
 def test_a_recipe_says_what_it_lacks(recipe: str, given: dict[str, Any], lacking: str):
     with pytest.raises(RewardError, match=rf"context\.{lacking}"):
         score_group(QUESTION, PLAIN, config_of(recipe).recipe, Context(**given))
+
+
+def test_where_steps_weigh_nothing_answers_alone_are_enough():
+    scored = score_group(QUESTION, GROUP, config_of("answers-only").recipe, Context(step_weight=0.0))
+    most, few = EARNED["answers-only"]
+    assert scored.rewards == pytest.approx([most, few, 0.0, most, most], abs=1e-6)
+    assert values(scored, "step_agreement") == [0.0] * 5
+    assert scored.trajectories[0].step_scores[0].score is None
 
 
 @pytest.mark.parametrize("reward", ["discrete", "format"])

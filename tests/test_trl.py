@@ -14,11 +14,19 @@ import pytest
 from PIL import Image
 
 from ireasoner.method.scoring import Context, RewardError, score_group
+from ireasoner.method.types import Completion
+from ireasoner.model.inputs import encode_images, token_texts
+from ireasoner.plugins.likelihoods import Likelihoods
 from ireasoner.plugins.trl import agreement_reward
-from ireasoner.training.config import ConfigError, resolve
+from ireasoner.rollouts.distributions import token_logprobs
+from ireasoner.rollouts.engine import Request
+from ireasoner.training.config import ConfigError, load_recipe
+from ireasoner.training.selfplay import blank_logprobs
+from models import load
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "trl_grpo.py"
 QUESTION = "How many circles are there?"
+ANSWERS = load_recipe("answers-only")  # which needs the texts alone
 
 
 def solution(answer: str, *steps: str) -> str:
@@ -44,23 +52,18 @@ def prompt(color: str, question: str = QUESTION) -> list[dict[str, Any]]:
 def test_each_group_earns_what_score_group_pays():
     texts = [RED, SAME, OTHER, BROKEN], [OTHER, OTHER, RED, RED]
     prompts = [prompt("red") for _ in range(4)] + [prompt("blue") for _ in range(4)]
-    reward = agreement_reward(num_generations=4)
+    reward = agreement_reward(ANSWERS, num_generations=4)
     given = reward(prompts=prompts, completions=turns(*texts[0], *texts[1]), question=[QUESTION] * 8)
-    recipe = resolve({"recipe": "default", "images": ".", "model": "tiny"}).recipe
-    # Nothing is remembered of the other image but its steps, which recur among one group of one.
-    without_memory = recipe.model_copy(update={"recurrence_window": 0})
-    alone = agreement_reward(without_memory, num_generations=4)(prompts[:4], turns(*texts[0]), question=[QUESTION] * 4)
-    context = Context(step_weight=0.5)
-    assert alone == pytest.approx(score_group(QUESTION, texts[0], without_memory, context).rewards)
-    assert alone[0] == alone[1] > alone[2] > 0 == alone[3]
-    assert len(given) == 8
-    assert given[3] == 0
+    expected = [score_group(QUESTION, each, ANSWERS, Context(step_weight=0.0)).rewards for each in texts]
+    assert given == pytest.approx([*expected[0], *expected[1]])
+    assert given[0] == given[1] > given[2] > 0 == given[3]
     assert all(isinstance(number, float) for number in given)
 
 
 def test_steps_that_are_said_of_every_image_earn_less():
     """Images are told apart by their pixels: each copy of a prompt has an image object of its own."""
-    reward = agreement_reward(num_generations=2)
+    recipe = ANSWERS.model_copy(update={"recurrence_window": 128})
+    reward = agreement_reward(recipe, num_generations=2)
     first = reward([prompt("red"), prompt("red")], turns(RED, SAME), question=[QUESTION] * 2)
     again = reward([prompt("red"), prompt("red")], turns(RED, SAME), question=[QUESTION] * 2)
     other = reward([prompt("blue"), prompt("blue")], turns(RED, SAME), question=[QUESTION] * 2)
@@ -75,7 +78,7 @@ def test_texts_of_plain_prompts_are_taken_too():
 
 @pytest.mark.parametrize("handed_in", [3, 6])
 def test_a_part_of_a_group_is_never_judged(handed_in: int):
-    reward = agreement_reward(num_generations=4)
+    reward = agreement_reward(ANSWERS, num_generations=4)
     with pytest.raises(RewardError, match=r"no whole groups of num_generations=4.*per_device_train_batch_size"):
         reward([prompt("red") for _ in range(handed_in)], turns(*[RED] * handed_in), question=[QUESTION] * handed_in)
 
@@ -83,47 +86,43 @@ def test_a_part_of_a_group_is_never_judged(handed_in: int):
 @pytest.mark.parametrize(("color", "question"), [("blue", QUESTION), ("red", "How many squares?")])
 def test_completions_of_different_prompts_are_no_group(color: str, question: str):
     """With the same question about every image, only the pictures differ."""
-    reward = agreement_reward(num_generations=4)
+    reward = agreement_reward(ANSWERS, num_generations=4)
     prompts = [prompt("red"), prompt("red"), prompt(color, question), prompt(color, question)]
     with pytest.raises(RewardError, match="answer different prompts"):
         reward(prompts, turns(RED, SAME, RED, SAME))
 
 
 def test_halves_of_groups_are_not_taken_for_groups():
-    reward = agreement_reward(num_generations=2)
+    reward = agreement_reward(ANSWERS, num_generations=2)
     with pytest.raises(RewardError, match="more than 2 completions in a row answer one prompt"):
         reward([prompt(c) for c in ("red",) * 4 + ("blue",) * 4], turns(*[RED] * 8))
 
 
 def test_the_question_is_in_its_column_or_in_the_prompt():
-    """What the question says is no finding of the answer."""
-    leading = "A red circle is on the left. A blue circle is on the right. How many are there?"
-    told, bare = prompt("red", leading), prompt("red")
-    recipe = resolve({"recipe": "step-only", "images": ".", "model": "tiny"}).recipe.model_copy(
-        update={"step_measure": "claims", "step_weight_initial": 1.0, "step_weight_final": 1.0}
-    )
-    reward = agreement_reward(recipe, num_generations=2)
-    assert reward([told, told], turns(RED, SAME)) == [0, 0]
-    assert reward([bare, bare], turns(RED, SAME))[0] > 0
-    assert reward([bare, bare], turns(RED, SAME), question=[leading] * 2) == [0, 0]
-    named = agreement_reward(recipe, num_generations=2, question_column="asked")
-    assert named([bare, bare], turns(RED, SAME), asked=[leading] * 2) == [0, 0]
+    """Answers are compared by the options that it offers."""
+    offering = "What is on the left? A) a red circle B) a green one"
+    told, bare = prompt("red", offering), prompt("red")
+    texts = turns(solution("A", "It is red."), solution("a red circle", "It is red."))
+    reward = agreement_reward("discrete", num_generations=2)
+    assert reward([told, told], texts) == [1, 1]
+    assert reward([bare, bare], texts) == [1, 0]
+    assert reward([bare, bare], texts, question=[offering] * 2) == [1, 1]
+    named = agreement_reward("discrete", num_generations=2, question_column="asked")
+    assert named([bare, bare], texts, asked=[offering] * 2) == [1, 1]
     with pytest.raises(RewardError, match="no column 'asked'"):
-        named([bare, bare], turns(RED, SAME))
+        named([bare, bare], texts)
 
 
 def test_a_completion_that_was_cut_off_earns_nothing():
-    reward = agreement_reward(num_generations=2, eos_token_ids=[9])
+    reward = agreement_reward(ANSWERS, num_generations=2, eos_token_ids=[9])
     earned = reward([prompt("red")] * 2, turns(RED, SAME), completion_ids=[[1, 9], [1, 2]])
     assert earned[0] > 0
     assert earned[1] == 0
 
 
 def test_the_weight_of_steps_follows_the_trainers_step():
-    recipe = resolve({"recipe": "default", "images": ".", "model": "tiny"}).recipe.model_copy(
-        update={"step_weight_initial": 0.0, "step_weight_final": 1.0, "step_weight_warmup": 0.5}
-    )
-    reward = agreement_reward(recipe, num_generations=2)
+    recipe = load_recipe("paper").model_copy(update={"step_weight_final": 1.0, "step_weight_warmup": 0.5})
+    reward = agreement_reward(recipe, num_generations=2, embed=lambda texts: np.ones((len(texts), 1)))
     rows = [prompt("red")] * 2, turns(RED, OTHER)
 
     def at(step: int) -> float:
@@ -132,9 +131,52 @@ def test_the_weight_of_steps_follows_the_trainers_step():
     assert at(0) == at(2) > at(9) == reward(*rows)[0]
 
 
+# --- how likely reasoning steps are -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [{}, {"model": "tiny", "processor": 1}, {"model": 1}])
+def test_without_the_model_likelihoods_cannot_be_told(given: dict[str, Any]):
+    with pytest.raises(RewardError, match=r"the recipe 'default' asks how likely .* hand in model .*'answers-only'"):
+        agreement_reward(num_generations=2, **given)
+
+
+def test_the_recipe_default_pays_for_what_the_image_makes_likelier():
+    """As self-play computes it, from the same prompt: with the image, and with a gray one of its size."""
+    policy = load()
+    image = Image.new("RGB", (64, 48), "red")
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]}]
+    ids = [policy.processor.tokenizer(text)["input_ids"] for text in (RED, OTHER)]
+    completions = [Completion("", tuple(each), (), "stop") for each in ids]
+    (encoded,) = encode_images(policy, [image])
+    request = Request(encoded, [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}])
+    policy.model.train()
+    modes = [module.training for module in policy.model.modules()]
+    likelihoods = Likelihoods(policy.backbone, policy.processor)
+    seen, blind = likelihoods.of_tokens(chat, ids), likelihoods.without_image(chat, ids)
+    for found, expected in (
+        (seen, token_logprobs(policy, request, completions, None)),
+        (blind, blank_logprobs(policy, request, image, completions)),
+    ):
+        for each, other in zip(found, expected, strict=True):
+            assert each == pytest.approx(other, abs=1e-4)
+    assert seen[0] != pytest.approx(blind[0], abs=1e-3)
+    assert [module.training for module in policy.model.modules()] == modes
+    reward = agreement_reward(num_generations=2, model=policy.backbone, processor=policy.processor)
+    paid = reward([chat, chat], turns(RED, OTHER), completion_ids=ids, question=[QUESTION] * 2)
+    context = Context(
+        step_weight=0.5, recent_steps=[], tokens=[token_texts(policy.processor, each) for each in ids],
+        logprobs=seen, blank_logprobs=lambda: blind,
+    )  # fmt: skip
+    assert paid == pytest.approx(score_group(QUESTION, [RED, OTHER], load_recipe("default"), context).rewards)
+    with pytest.raises(RewardError, match="the prompt has no image"):
+        reward([[{"role": "user", "content": QUESTION}]] * 2, turns(RED, OTHER), completion_ids=ids)
+    with pytest.raises(RewardError, match="without completion_ids"):
+        reward([chat, chat], turns(RED, OTHER))
+
+
 def test_mistakes_are_told_when_the_function_is_made():
     with pytest.raises(RewardError, match="num_generations is 1"):
-        agreement_reward(num_generations=1)
+        agreement_reward(ANSWERS, num_generations=1)
     with pytest.raises(ConfigError, match="there is no recipe 'defualt'"):
         agreement_reward("defualt", num_generations=4)
 
@@ -148,7 +190,7 @@ def test_a_recipe_that_needs_embeddings_says_so():
 
 
 def test_a_reward_that_needs_more_than_texts_is_refused():
-    recipe = resolve({"recipe": "default", "images": ".", "model": "tiny"}).recipe
+    recipe = load_recipe("default")
     with pytest.raises(RewardError, match=r"my_rewards\.py:fn is none of the texts alone"):
         agreement_reward(recipe.model_copy(update={"reward": "my_rewards.py:fn"}), num_generations=2)
 

@@ -22,6 +22,7 @@ from ireasoner.method.recipe import Recipe
 from ireasoner.method.types import Episode, Part, Question, Solution, Trajectory, UsageError
 from ireasoner.playground import world
 from ireasoner.playground.truth import WorldTruth
+from ireasoner.studies import validity as study
 from ireasoner.studies.perturbations import PERTURBATIONS
 from ireasoner.studies.validity import (
     SAMPLE,
@@ -259,8 +260,15 @@ def test_exact_counts_the_claims_that_the_world_reads_alike() -> None:
     assert repeating.tolist() == [1.0, 0.5]  # what is said once backs one step of the other
 
 
-def test_claims_prefer_those_that_agree() -> None:
-    found = step_agreement(Recipe(), "claims")(
+def in_letters(steps: Sequence[str]) -> np.ndarray:
+    """Embeddings [steps, 26]: normalised counts of letters."""
+    counts = np.array([[step.lower().count(chr(c)) for c in range(97, 123)] for step in steps], dtype=float)
+    return counts.reshape(-1, 26) / np.maximum(1e-9, np.linalg.norm(counts.reshape(-1, 26), axis=1, keepdims=True))
+
+
+def test_the_published_step_agreement_prefers_those_that_agree() -> None:
+    by_color = lambda steps: np.array([["red" in s.lower(), "red" not in s.lower()] for s in steps]).reshape(-1, 2)  # noqa: E731
+    found = step_agreement(Recipe(), by_color)(
         group(["7", "7", "7", None], steps=[*(steps for _, steps in SAID_TWICE), ()])
     )
     assert found.shape == (4,)
@@ -268,7 +276,7 @@ def test_claims_prefer_those_that_agree() -> None:
     assert found[3] == 0.0
     assert ((found >= 0) & (found <= 1)).all()
     # Whatever else a run pays for, the measure is the same.
-    otherwise = step_agreement(Recipe(reward="random", recurrence_window=128, step_weight_final=0.1), "claims")
+    otherwise = step_agreement(Recipe(reward="random", step_measure="grounding", recurrence_window=128), by_color)
     assert (
         otherwise(group(["7", "7", "7", None], steps=[*(steps for _, steps in SAID_TWICE), ()])).tolist()
         == found.tolist()
@@ -299,11 +307,11 @@ def test_a_run_scored_anew_from_its_texts_has_the_step_agreement_that_was_paid(
     assert main(["validity", str(tmp_path), "--json", str(out)]) == 0
     report = json.loads(out.read_text(), parse_constant=pytest.fail)
     found = report["measures"]
-    assert list(found) == ["embedding", "claims", "recorded"]
+    assert list(found) == ["embedding", "recorded"]
     assert found["embedding"]["answer"]["r"] == pytest.approx(found["recorded"]["answer"]["r"])
     assert found["embedding"]["pairs"]["rate"] is None
     assert list(report["sensitivity"]) == list(PERTURBATIONS)
-    assert list(report["sensitivity"]["negated"]) == ["embedding", "claims"]
+    assert list(report["sensitivity"]["negated"]) == ["embedding"]
     printed = capsys.readouterr().out
     assert "embedding" in printed
     assert "truer" not in printed.lower()  # nothing is known of these pictures
@@ -426,7 +434,7 @@ def test_sensitivity_edits_one_trajectory_of_the_majority_in_its_group() -> None
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_truer_trajectory_earns_more_of_claims_and_of_the_oracle(tmp_path: Path) -> None:
+def test_the_truer_trajectory_earns_more_of_the_oracle(tmp_path: Path) -> None:
     run = tmp_path / "run"
     lies = [("7", steps) if i != 2 else ("7", ["The red bar reaches 9."]) for i, (_, steps) in enumerate(SAID_TWICE)]
     episodes = [
@@ -442,16 +450,16 @@ def test_the_truer_trajectory_earns_more_of_claims_and_of_the_oracle(tmp_path: P
     assert (report["groups"], report["trajectories"], report["readable"], report["with_truth"]) == (3, 10, 9, 6)
     (note,) = report["notes"]
     assert "embedding" in note
-    assert list(report["measures"]) == ["claims", "recorded", "exact"]
+    assert list(report["measures"]) == ["recorded", "exact"]
     rates = {name: found["pairs"] for name, found in report["measures"].items()}
     assert rates["recorded"]["rate"] == 0.25  # 0 of 2 in the first, 1 of 2 in the second
-    assert rates["claims"]["rate"] == rates["exact"]["rate"] == 1.0
+    assert rates["exact"]["rate"] == 1.0
     assert all((found["pairs"], found["questions"]) == (4, 2) for found in rates.values())
-    assert list(report["sensitivity"]["negated"]) == ["claims"]
-    (_, rows), _ = tables(report)
-    assert rows[0] == ["", "claims", "recorded", "exact"]
+    assert report["sensitivity"]["negated"] == {}  # no measure follows the text
+    ((_, rows),) = tables(report)
+    assert rows[0] == ["", "recorded", "exact"]
     assert "truer" in rows[1][0]
-    assert rows[1][2] == "25.0 [0.0, 50.0]"
+    assert rows[1][1] == "25.0 [0.0, 50.0]"
     assert sentences(report)[1:] == [note]
     assert "of 4 pairs" in pairs_line(report)
     assert "from 2 questions; 4 of these pairs gave the majority answer." in pairs_line(report)
@@ -470,16 +478,17 @@ def test_a_torn_last_line_and_unreadable_questions_are_passed_over(tmp_path: Pat
     assert validity(tmp_path)["groups"] == whole["groups"] == 1
 
 
-def test_edits_are_tried_on_a_fair_sample_of_a_long_run(tmp_path: Path) -> None:
+def test_edits_are_tried_on_a_fair_sample_of_a_long_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "embedder", lambda config: in_letters)
     early, late = [("7", ["Red is at 7."])] * 3, [("no", ["Top is above bottom."])] * 3
     said = [early] * SAMPLE + [late] * SAMPLE
     write_run(tmp_path, [episode(each, image=f"{i}.png", step=i + 1) for i, each in enumerate(said)])
     found = validity(tmp_path)["sensitivity"]
-    numbers, relations = found["number changed"]["claims"], found["relation swapped"]["claims"]
-    assert numbers["edited"] + relations["edited"] == found["negated"]["claims"]["edited"] == SAMPLE
+    numbers, relations = found["number changed"]["embedding"], found["relation swapped"]["embedding"]
+    assert numbers["edited"] + relations["edited"] == found["negated"]["embedding"]["edited"] == SAMPLE
     assert 120 < numbers["edited"] < 180
-    assert numbers["fell"] == relations["fell"] == 1.0
-    assert found["steps shuffled"]["claims"]["edited"] == 0
+    assert (numbers["fell"], relations["fell"]) == (0.0, 1.0)  # of a number, these embeddings see nothing
+    assert found["steps shuffled"]["embedding"]["edited"] == 0
 
 
 def test_what_the_user_can_put_right_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,9 +101,8 @@ def judge(manager: AgreementRewardManager, rows: Sequence[OneRow]) -> list[Any]:
     return asyncio.run(all_of_them())
 
 
-def expected(texts: Sequence[str], weight: float = 0.5) -> list[float]:
-    recipe = load_recipe("default")
-    return list(score_group(QUESTION, texts, recipe, Context(step_weight=weight, recent_steps=[])).rewards)
+def expected(texts: Sequence[str]) -> list[float]:
+    return list(score_group(QUESTION, texts, load_recipe("answers-only"), Context(step_weight=0.0)).rewards)
 
 
 def test_groups_earn_what_score_group_pays_in_whatever_order_they_come(tokenizer: Any):
@@ -113,7 +112,12 @@ def test_groups_earn_what_score_group_pays_in_whatever_order_they_come(tokenizer
     earned = [each["reward_score"] for each in found]
     assert [earned[i] for i in (0, 3, 4, 6)] == pytest.approx(expected(TEXTS))
     assert earned[0] == earned[3] > earned[4] > 0 == earned[6]
-    # All that the other group says was said of the first one's image too.
+    assert [earned[i] for i in (7, 5, 2, 1)] == pytest.approx(expected(TEXTS))
+    # With a memory, all that the other group says was said of the first one's image too.
+    recipe = load_recipe("answers-only").model_copy(update={"recurrence_window": 128})
+    manager = AgreementRewardManager(settings(reward__reward_kwargs={"recipe": recipe}), tokenizer)
+    earned = [each["reward_score"] for each in judge(manager, [*mixed, rows["b"][0]])]
+    assert [earned[i] for i in (0, 3, 4, 6)] == pytest.approx(expected(TEXTS))
     assert [earned[i] for i in (7, 5, 2, 1)] == [0, 0, 0, 0]
 
 
@@ -167,15 +171,16 @@ def test_a_completion_that_was_cut_off_earns_nothing(tokenizer: Any):
 
 
 def test_the_question_is_in_extra_info_or_in_the_prompt(tokenizer: Any):
-    """What the question says is no finding of the answer."""
-    said = "The bars are red, blue."
+    """Answers are compared by the options that it offers."""
+    offering = "How many bars are there? A) 2 B) 4"
+    texts = ("<think>I see red, blue.</think><answer>A</answer>", *TEXTS[1:])
     plain = judge(AgreementRewardManager(settings(), tokenizer), [
-        row(tokenizer, text, **columns("a", None)) for text in TEXTS
+        row(tokenizer, text, **columns("a", None)) for text in texts
     ])  # fmt: skip
     told = judge(AgreementRewardManager(settings(), tokenizer), [
-        row(tokenizer, text, **columns("a", said)) for text in TEXTS
+        row(tokenizer, text, **columns("a", offering)) for text in texts
     ])  # fmt: skip
-    assert plain[0]["reward_score"] > told[0]["reward_score"]
+    assert plain[0]["reward_score"] < told[0]["reward_score"] == told[1]["reward_score"]
 
 
 def test_the_weight_of_steps_follows_the_trainers_step(tokenizer: Any):
@@ -203,6 +208,10 @@ def test_the_weight_of_steps_follows_the_trainers_step(tokenizer: Any):
         ({"reward__reward_kwargs": {"reciep": "default"}}, "has reciep, but may have recipe, form"),
         ({"reward__reward_kwargs": {"form": "json"}}, "form is 'json'"),
         ({"reward__reward_kwargs": {"recipe": "paper"}}, "'paper' compares embeddings"),
+        (
+            {"reward__reward_kwargs": {"recipe": "default"}},
+            "'default' asks how likely reasoning steps are, which verl tells no reward manager",
+        ),
     ],
 )
 def test_a_configuration_that_cannot_work_is_told_at_once(tokenizer: Any, changes: dict[str, Any], said: str):

@@ -143,11 +143,12 @@ def validity(
     report = study.validity(run, truth, steps)
     for sentence in study.sentences(report):
         display.print_text(display.plain(sentence, 300))
-    agreement, edits = study.tables(report)
+    agreement, *edits = study.tables(report)
     display.print_table(*agreement)
     if pairs := study.pairs_line(report):
         display.print_text(f"{pairs}\n")
-    display.print_table(*edits)
+    for table in edits:
+        display.print_table(*table)
     keep(json, report)
     return 0
 

@@ -44,10 +44,9 @@ class Recipe(Options):
     """η: most that is taken off the outcome reward for length."""
     target_words: Count = 64
     """w*: words before the answer from which length costs."""
-    step_measure: Literal["embedding", "claims", "likelihood", "grounding"] = "embedding"
-    """How reasoning steps are judged: by their mean token embeddings beside those of the majority (the paper), by what
-    they claim beside every other trajectory of the group, aligned in order (claims), by how likely they were when
-    they were sampled (likelihood), or by how much likelier the image makes them (grounding)."""
+    step_measure: Literal["embedding", "likelihood", "grounding"] = "embedding"
+    """How reasoning steps are judged: by their mean token embeddings beside those of the majority (the paper), by how
+    likely they were when they were sampled (likelihood), or by how much likelier the image makes them (grounding)."""
     recurrence_window: Annotated[int, Field(ge=0)] = 0
     """A reasoning step that recurs among so many latest groups of other images earns less, and nothing if it is in
     all of them (0: off)."""

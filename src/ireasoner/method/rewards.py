@@ -197,13 +197,12 @@ def leave_one_out_similarities(step_embeddings: Sequence[NDArray[np.floating]]) 
 def claim_agreement_rewards(
     support: Sequence[NDArray[np.float64]], recurrence: Sequence[NDArray[np.float64]]
 ) -> FloatArray:
-    """Agreement on what the reasoning steps claim: r_step,i = mean_j s_ij (1 − f_ij); 0 without steps.
+    """What supports the reasoning steps: r_step,i = mean_j s_ij (1 − f_ij); 0 without steps.
 
     Args:
-        support: s_ij in [0, 1], one array for each of the N trajectories: how far the others of the group make the same
-            claim (`ireasoner.method.claims.agreement`); NaN for a step that states nothing beyond the answer
-            and the question (`ireasoner.method.claims.beyond_answer`) and does not count.
-        recurrence: f_ij in [0, 1], the share of other images' groups that make it too: what is said of every image says
+        support: s_ij in [0, 1], one array for each of the N trajectories: how far a step is supported, such as by the
+            image (`ireasoner.method.likelihood.step_grounding`); NaN for a step that does not count.
+        recurrence: f_ij in [0, 1], the share of other images' groups that say it too: what is said of every image says
             nothing about this one.
 
     Returns:
@@ -217,14 +216,14 @@ def claim_scores(support: Sequence[NDArray[np.float64]], recurrence: Sequence[ND
     return [s * (1.0 - f) for s, f in zip(support, recurrence, strict=True)]
 
 
-def recurrence(claims: Sequence[str], others: Sequence[frozenset[str]]) -> FloatArray:
-    """f_j: the share of other images' groups that make the same claim; array [claims], 0 without other groups.
+def recurrence(said: Sequence[str], others: Sequence[frozenset[str]]) -> FloatArray:
+    """f_j: the share of other images' groups that say the same; array [reasoning steps], 0 without other groups.
 
     Args:
-        claims: what one trajectory's reasoning steps say, as `ireasoner.method.memory.step_digest` gives it.
+        said: what one trajectory's reasoning steps say, as `ireasoner.method.memory.step_digest` gives it.
         others: what each of the latest groups of other images said.
     """
-    groups = [sum(claim in group for group in others) for claim in claims]
+    groups = [sum(step in group for group in others) for step in said]
     return np.array(groups, dtype=np.float64) / max(len(others), 1)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ireasoner.method import claims, rewards
+from ireasoner.method import rewards
 from ireasoner.method.answers import Vote, answer_key, majority
 from ireasoner.method.likelihood import step_grounding, step_likelihoods
 from ireasoner.method.memory import step_digest
@@ -40,6 +40,12 @@ from ireasoner.method.types import (
 RESERVED_PARTS = frozenset({"total", "outcome", "step_agreement"})
 LARGEST_REWARD = 1e6
 NO_COMMITMENT = "the answer does not commit itself"  # the problem of a readable text whose answer has no key
+# What each measure of reasoning steps reads in the context.
+NEEDED_FOR_STEPS = {
+    "embedding": ("embed",),
+    "likelihood": ("logprobs", "tokens"),
+    "grounding": ("logprobs", "tokens", "blank_logprobs"),
+}
 
 
 class RewardError(UsageError):
@@ -254,10 +260,13 @@ def _lacking(recipe: Recipe, context: Context) -> str | None:
         raise RewardError(f"context.step_weight is {context.step_weight}: a weight lies between 0 and 1")
     if recipe.recurrence_window and context.recent_steps is None:
         return "recent_steps"
-    if recipe.step_measure == "embedding" and context.embed is None:
-        return "embed"
-    needed = {"likelihood": ["logprobs", "tokens"], "grounding": ["logprobs", "tokens", "blank_logprobs"]}
-    return next((name for name in needed.get(recipe.step_measure, ()) if getattr(context, name) is None), None)
+    # With λ = 0, as always in `answers-only`, nothing is paid for the steps.
+    return _lacking_of_steps(recipe, context) if context.step_weight else None
+
+
+def _lacking_of_steps(recipe: Recipe, context: Context) -> str | None:
+    """The field of the context that it takes to judge reasoning steps and that is not set, or None."""
+    return next((name for name in NEEDED_FOR_STEPS[recipe.step_measure] if getattr(context, name) is None), None)
 
 
 # --- agreement: first its numbers, then how the record explains them --------------------------------------------------
@@ -285,7 +294,7 @@ def _agreement(group: Group, recipe: Recipe, context: Context) -> _Agreement:
     keys, words = _voting_keys(group), [s.words_before_answer for s in group.solutions]
     compared = [s.reasoning_steps[: recipe.max_reasoning_steps] if s.well_formed else () for s in group.solutions]
     recent = context.recent_steps or ()
-    # Of all reasoning steps, also those that claim nothing: an answer behind words that fit every image must not earn
+    # Of all reasoning steps, also those that earn nothing: an answer behind words that fit every image must not earn
     # the full outcome reward.
     recurrences = [rewards.recurrence([step_digest(step) for step in steps], recent) for steps in compared]
     penalty = {"length_penalty": recipe.length_penalty, "target_words": recipe.target_words}
@@ -295,11 +304,11 @@ def _agreement(group: Group, recipe: Recipe, context: Context) -> _Agreement:
         outcome = np.array(group.rightness) * rewards.length_factors(words, **penalty)
     if recipe.recurrence_window:
         outcome = outcome * rewards.novelty_factors(recurrences)
+    if _lacking_of_steps(recipe, context):  # and λ is 0
+        unknown = [np.full(len(steps), np.nan) for steps in compared]
+        return _Agreement(weight, outcome, rewards.step_means(unknown), unknown, recurrences, unknown)
     if recipe.step_measure != "embedding":
-        if recipe.step_measure == "claims":
-            support = _claim_support(group, compared)
-        else:
-            support = _likelihoods(compared, recipe, context)
+        support = _likelihoods(compared, recipe, context)
         steps = rewards.claim_agreement_rewards(support, recurrences)
         return _Agreement(weight, outcome, steps, support, recurrences, rewards.claim_scores(support, recurrences))
     assert context.embed is not None
@@ -320,19 +329,6 @@ def _voting_keys(group: Group) -> list[str | None]:
     if group.rightness is None:
         return list(group.answer_keys)
     return [group.vote.answer if right > 0 else None for right in group.rightness]
-
-
-def _claim_support(group: Group, compared: Sequence[Sequence[str]]) -> list[FloatArray]:
-    """How far the others support each compared step; NaN where it states nothing beyond the answer and the question."""
-    claiming = [
-        claims.beyond_answer(steps, solution.answer or "", group.question)
-        for steps, solution in zip(compared, group.solutions, strict=True)
-    ]
-    support = []
-    for steps, kept, values in zip(compared, claiming, claims.agreement(claiming), strict=True):
-        remaining = iter(values)  # of the steps that claim something, in order
-        support.append(np.array([next(remaining) if step in kept else np.nan for step in steps]))
-    return support
 
 
 def _likelihoods(compared: Sequence[Sequence[str]], recipe: Recipe, context: Context) -> list[FloatArray]:

@@ -92,11 +92,12 @@ class Record(BaseModel):
 
 
 class StepScore(Record):
-    """What a reasoning step was compared with, and what it adds to its trajectory's step agreement.
+    """How a reasoning step was judged, and what it adds to its trajectory's step agreement.
 
-    `similarity` is its leave-one-out similarity to the other trajectories of the group, in [0, 1]; `recurrence` the
-    share of other images' groups that claim it too; `score` is what the reward's mean over steps reads. None where
-    there was nothing to compare, or the reward leaves the step out.
+    `similarity`, in [0, 1], is what its recipe's `step_measure` says of it: its leave-one-out similarity to the other
+    trajectories of the group, how likely it was, or how much likelier the image makes it; `recurrence` is the share of
+    other images' groups that say it too; `score` is what the reward's mean over steps reads. None where there was
+    nothing to judge, or the reward leaves the step out.
     """
 
     similarity: Number | None

@@ -318,12 +318,12 @@ def embed_texts(policy: Policy, texts: Sequence[str], max_tokens: int) -> NDArra
     return rows
 
 
-def token_texts(policy: Policy, ids: Sequence[int]) -> list[str]:
+def token_texts(processor: Any, ids: Sequence[int]) -> list[str]:
     """The text of each token, which together are that of all. A token that ends within a character has none; the next
     one has the character.
     """
     stream = DecodeStream(skip_special_tokens=False)
-    return [stream.step(policy.processor.tokenizer.backend_tokenizer, token) or "" for token in ids]
+    return [stream.step(processor.tokenizer.backend_tokenizer, token) or "" for token in ids]
 
 
 def join_features(features: Sequence[dict[str, Any]]) -> dict[str, Any]:

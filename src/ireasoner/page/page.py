@@ -111,8 +111,8 @@ class Page:
 
     @property
     def least(self) -> float:
-        """Similarity of steps that have nothing in common, where the colour scale begins: 0, or (1 + cos 90°) / 2."""
-        return 0.0 if self.run.config.recipe.step_measure == "claims" else 0.5
+        """Where the colour scale begins: at 0, or at (1 + cos 90°) / 2, which steps without anything in common have."""
+        return 0.5 if self.run.config.recipe.step_measure == "embedding" else 0.0
 
     def render(self, name: str, query: Query | None = None) -> bytes:
         """A template of the page, such as `page.html` or `episodes.html`, as UTF-8."""
@@ -179,7 +179,7 @@ class Page:
     def _explain(self, score: StepScore | None) -> str:
         """The tooltip of a reasoning step."""
         if score is None or score.similarity is None:
-            return "not compared: empty, beyond the last position compared, or it states nothing of its own"
+            return "not compared: empty, beyond the last position compared, or it says again what was said before"
         recurs = f"recurs in {100 * score.recurrence:.1f} % of other images' groups; "
         recurs = recurs if self.run.config.recipe.recurrence_window else ""
         counts = "not counted in the reward" if score.score is None else f"counts {score.score:.4f}"

@@ -26,11 +26,17 @@ Prompt = str | Sequence[Mapping[str, Any]]  # text, or the turns of a chat
 
 @dataclass(frozen=True)
 class Completions:
-    """The group of one prompt: its question, a digest of what it is about, and what was read in its completions."""
+    """The group of one prompt: its question, a digest of what it is about, and what was read in its completions.
+
+    The others are those of `Context`, for recipes that read how likely the completions are.
+    """
 
     question: str
     image: str
     solutions: Sequence[Solution]
+    tokens: Sequence[Sequence[str]] | None = None
+    logprobs: Sequence[Sequence[float]] | None = None
+    blank_logprobs: Callable[[], Sequence[Sequence[float]]] | None = None
 
 
 class GroupScorer:
@@ -42,6 +48,9 @@ class GroupScorer:
         solver_prompt: the instructions of the prompt, whose recital earns nothing; None: the ones that are shipped.
         embed: texts to normalised embeddings [texts, width], which `paper` and its variants need.
         seed: of the recipe `random-reward`.
+
+    Attributes:
+        reads_likelihoods: whether the recipe needs to know how likely completions are, as `Completions` tells it.
 
     Raises:
         RewardError: the reward cannot be computed from the texts of a group alone, lacks `embed`, or there is no such
@@ -66,8 +75,10 @@ class GroupScorer:
             raise RewardError(
                 f"the reward {recipe.reward} is none of the texts alone: hand in a function of your own beside"
             )
-        if recipe.reward == "agreement" and recipe.step_measure == "embedding" and embed is None:
+        judges_steps = recipe.reward == "agreement" and bool(recipe.step_weight_initial or recipe.step_weight_final)
+        if judges_steps and recipe.step_measure == "embedding" and embed is None:
             raise RewardError(f"the recipe {recipe.name!r} compares embeddings of reasoning steps: hand in embed")
+        self.reads_likelihoods = judges_steps and recipe.step_measure != "embedding"
         self.recipe, self._embed, self._seed = recipe, embed, seed
         self._form: Form = form
         self._prompt = solver_prompt or SOLVER_PROMPTS[form]
@@ -96,6 +107,9 @@ class GroupScorer:
                 step_weight=weight,
                 embed=self._embed,
                 recent_steps=self._memory.of_others(group.image),
+                tokens=group.tokens,
+                logprobs=group.logprobs,
+                blank_logprobs=group.blank_logprobs,
                 seed=(self._seed, call, number),
             )
             scored.append(score_solutions(group.question, group.solutions, self.recipe, context))

@@ -2,13 +2,16 @@
 
     python -m verl.trainer.main_ppo reward.num_workers=1 reward.reward_manager.source=importlib \
         reward.reward_manager.module.path=pkg://ireasoner.plugins.verl \
-        reward.reward_manager.name=AgreementRewardManager +reward.reward_kwargs.recipe=default ...
+        reward.reward_manager.name=AgreementRewardManager +reward.reward_kwargs.recipe=answers-only ...
 
 `examples/verl_grpo.sh` is a whole command. verl hands over every completion by itself, as soon as it is sampled, and to
 a random one of `reward.num_workers` workers. So there must be one worker, which keeps every completion waiting until
 all `rollout.n` of its prompt's `uid` are there, and then answers all of them. A part of a group is never judged: when
 one of its completions does not come, the others fail after `group_seconds`. The prompts must ask for a form that can be
 read, as `ireasoner.method.texts.SOLVER_PROMPT` does; a text in another form earns 0.
+
+A reward manager has no model, so that recipes which ask how likely reasoning steps are, such as `default`, cannot be
+paid here. `answers-only` pays for the answers alone: what the steps say earns nothing.
 
 What was run: this manager in verl's own `RewardLoopManager` and its Ray worker, with `DataProto`s of the tiny model's
 tokens, handed over as `AgentLoopWorkerTQ` does. What was not: a verl training, for which its rollout engines need GPUs.
@@ -43,7 +46,7 @@ class _Group:
 
 
 class AgreementRewardManager:
-    """Pays each completion for what it shares with the others of its group.
+    """Pays each completion for an answer that its group agrees on.
 
     The options are entries of `reward.reward_kwargs`: `recipe`, `form`, `solver_prompt` and `seed`, as for
     `ireasoner.plugins.trl.agreement_reward`, and `group_seconds`, how long a completion waits for the others of its
@@ -77,7 +80,12 @@ class AgreementRewardManager:
         if unknown := sorted(options.keys() - OPTIONS):
             raise RewardError(f"reward.reward_kwargs has {', '.join(unknown)}, but may have {', '.join(OPTIONS)}")
         self._seconds = float(options.pop("group_seconds", 3600))
-        self._scorer = GroupScorer(options.pop("recipe", "default"), embed=embed, **options)
+        self._scorer = GroupScorer(options.pop("recipe", "answers-only"), embed=embed, **options)
+        if self._scorer.reads_likelihoods:
+            raise RewardError(
+                f"the recipe {self._scorer.recipe.name!r} asks how likely reasoning steps are, which verl tells no "
+                "reward manager: set reward.reward_kwargs.recipe=answers-only, which reads the answers alone"
+            )
         rollout = config.actor_rollout_ref.rollout
         self._size, self._longest = int(rollout.n), int(rollout.response_length)
         self._steps = int(config.trainer.get("total_training_steps") or 0)

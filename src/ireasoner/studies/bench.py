@@ -19,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from ireasoner.method.memory import RecentSteps
 from ireasoner.method.scoring import Context, score_group
 from ireasoner.method.texts import proposer_messages, solver_messages
+from ireasoner.method.types import Completion
 from ireasoner.model.backbone import resolve_device
 from ireasoner.model.forward import prefill
-from ireasoner.model.inputs import Prompts, build_prompts, encode_images
+from ireasoner.model.inputs import Prompts, build_prompts, encode_images, token_texts
 from ireasoner.model.learner import Learner
 from ireasoner.model.policy import Policy
 from ireasoner.playground import world
@@ -41,6 +43,7 @@ from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.studies import random_models
 from ireasoner.training.config import Config, resolve
+from ireasoner.training.selfplay import blank_logprobs
 
 QUESTION_TOKENS = 20
 QUESTION = "What is the value of the red bar?"
@@ -172,7 +175,8 @@ class Bench:
             flat = [completion for group in drawn for completion in group]
             groups = [flat[i : i + count] for i in range(0, len(flat), count)]
         with phases.timed("read and reward"):
-            earned = [self.reward([completion.text for completion in group]) for group in groups]
+            asked = [Request(each, solve) for each in encoded]
+            earned = [self.reward(*each) for each in zip(groups, asked, images, strict=True)]
         with phases.timed("update"):
             prompts = build_prompts(policy, encoded, [solve] * len(images))
             advantages = learner.advantages(earned)
@@ -191,12 +195,18 @@ class Bench:
         ):
             yield
 
-    def reward(self, texts: Sequence[str]) -> list[float]:
-        """What the texts of one group earn by the config's recipe, read as readable trajectories."""
-        recipe, image = self.config.recipe, f"group {next(self.groups)}"  # each counts as another image's
-        context = Context(step_weight=recipe.step_weight_final, recent_steps=self.memory.of_others(image))
-        scored = score_group(QUESTION, [readable(text) for text in texts], recipe, context)
-        self.memory.add(image, scored.trajectories)
+    def reward(self, group: Sequence[Completion], request: Request, image: Image.Image) -> list[float]:
+        """What the completions of a request earn by the config's recipe, read as readable trajectories."""
+        recipe, name = self.config.recipe, f"group {next(self.groups)}"  # each counts as another image's
+        context = Context(
+            step_weight=recipe.step_weight_final,
+            recent_steps=self.memory.of_others(name),
+            logprobs=[completion.logprobs for completion in group],
+            tokens=[token_texts(self.policy.processor, completion.token_ids) for completion in group],
+            blank_logprobs=partial(blank_logprobs, self.policy, request, image, group),
+        )
+        scored = score_group(QUESTION, [readable(completion.text) for completion in group], recipe, context)
+        self.memory.add(name, scored.trajectories)
         return [*scored.rewards]
 
 

@@ -2,12 +2,12 @@
 
 Where the truth is known (pictures of the embedded world): of two trajectories with the same question and answer, does
 the one with the truer reasoning steps have the higher step agreement, and what does step agreement say about truth
-beyond answer agreement? Without truth: how far does step agreement only repeat answer agreement, and how does it react
-to edits that change what a trajectory claims?
+beyond answer agreement? Without truth: how far does step agreement only repeat answer agreement, and how does the
+published one react to edits that change what a trajectory claims?
 
-A measure scores the trajectories of one group. To try another one, add it in `measures`, or score what `read_groups`
-gives and call `statistics` and `sensitivity`. Every bootstrap resamples images, each with all
-questions about it, by the same draws.
+A measure scores the trajectories of one group. `recorded` is what the run itself paid, which may rest on likelihoods
+that no text tells. To try another one, add it in `measures`, or score what `read_groups` gives and call `statistics`
+and `sensitivity`. Every bootstrap resamples images, each with all questions about it, by the same draws.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,22 +74,21 @@ def measures(config: Config, notes: list[str], *, truth: bool) -> dict[str, Meas
     """The measures of a run by name; one that has to be left out adds a sentence to `notes`."""
     found: dict[str, Measure] = {}
     try:
-        found["embedding"] = step_agreement(config.recipe, "embedding", embedder(config))
+        found["embedding"] = step_agreement(config.recipe, embedder(config))
     except UsageError as error:
         notes.append(f"without the measure 'embedding': {error}")
-    found |= {"claims": step_agreement(config.recipe, "claims"), "recorded": lambda group: group.recorded}
+    found["recorded"] = lambda group: group.recorded
     return {**found, "exact": exact} if truth else found
 
 
-def step_agreement(recipe: Recipe, by: Literal["embedding", "claims"], embed: Embed | None = None) -> Measure:
-    """The step-agreement reward alone, without other parts and without the recurrence discount.
+def step_agreement(recipe: Recipe, embed: Embed) -> Measure:
+    """The published step-agreement reward alone, without other parts.
 
     Args:
         recipe: its constants.
-        by: how reasoning steps are compared; the paper compares embeddings.
-        embed: for embeddings, as in `Context`.
+        embed: as in `Context`.
     """
-    alone = recipe.model_copy(update={"reward": "agreement", "step_measure": by, "recurrence_window": 0})
+    alone = recipe.model_copy(update={"reward": "agreement", "step_measure": "embedding", "recurrence_window": 0})
     context = Context(step_weight=1.0, embed=embed)
 
     def measure(group: ReadGroup) -> FloatArray:
@@ -414,7 +413,7 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
 
 def pairs_line(report: Mapping[str, Any]) -> str:
     """How many pairs the first rows of the table are about; empty where there are none."""
-    every, among = (report["measures"]["claims"][row] for row in ("pairs", "majority_pairs"))
+    every, among = (report["measures"]["recorded"][row] for row in ("pairs", "majority_pairs"))
     if not every["pairs"]:
         return ""
     return (
@@ -424,7 +423,8 @@ def pairs_line(report: Mapping[str, Any]) -> str:
 
 
 def tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    """What `validity` found, as two tables with titles; rows without any number are left out."""
+    """What `validity` found, as tables with titles; rows without any number are left out, and so is the table of edits
+    where no measure follows the text."""
 
     def cell(values: Mapping[str, float]) -> str:
         scale, digits = (100, 1) if "rate" in values else (1, 2)
@@ -436,9 +436,8 @@ def tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
 
     found, edits = report["measures"], report["sensitivity"]
     rows = [[label, *(cell(values[row]) for values in found.values())] for row, label in ROWS.items()]
-    edited = [[edit, str(by["claims"]["edited"]), *map(change, by.values())] for edit, by in edits.items()]
-    heads = ["", "edited", *next(iter(edits.values()))]
-    return [
-        ("Step agreement, with 95 % intervals", [["", *found], *(row for row in rows if set(row[1:]) != {"–"})]),
-        ("One trajectory edited: mean change (share that fell)", [heads, *edited]),
-    ]
+    agreement = [["", *found], *(row for row in rows if set(row[1:]) != {"–"})]
+    followed = [*next(iter(edits.values()))]
+    edited = [[edit, str(by[followed[0]]["edited"]), *map(change, by.values())] for edit, by in edits.items() if by]
+    of_edits = ("One trajectory edited: mean change (share that fell)", [["", "edited", *followed], *edited])
+    return [("Step agreement, with 95 % intervals", agreement), *([of_edits] if followed else [])]

@@ -295,8 +295,8 @@ class SelfPlay:
             prompt=prompt,
             finish_reasons=[c.finish_reason for c in completions],
             logprobs=[c.logprobs for c in completions],
-            tokens=[token_texts(self.policy, c.token_ids) for c in completions],
-            blank_logprobs=request and partial(self._blank_logprobs, request, batch.items[i].image, completions),
+            tokens=[token_texts(self.policy.processor, c.token_ids) for c in completions],
+            blank_logprobs=request and partial(blank_logprobs, self.policy, request, batch.items[i].image, completions),
             distributions=request and partial(token_distributions, self.policy, request, completions, "solver"),
             likelihoods=request and partial(self._likelihoods, batch, i, request),
             other_view=self._other_view(asked.question.text, draft.others[i], prompt),
@@ -331,11 +331,6 @@ class SelfPlay:
             true_answer=label.answer if label else None,
         )
 
-    def _blank_logprobs(self, request: Request, image: View, completions: Sequence[Completion]) -> list[list[float]]:
-        """How likely the solver finds the tokens of completions of a request if it is shown a gray image instead."""
-        encoded = encode_images(self.policy, blanked([image]))
-        return token_logprobs(self.policy, replace(request, image=encoded[0]), completions, "solver")
-
     def _likelihoods(
         self, batch: _Batch, i: int, request: Request, texts: Sequence[tuple[str, str]], view: Alteration = "same"
     ) -> list[list[float]]:
@@ -349,6 +344,14 @@ class SelfPlay:
         if not completions:
             return None
         return read_group(question, self._read(completions, prompt), [c.text for c in completions])
+
+
+def blank_logprobs(
+    policy: Policy, request: Request, image: View, completions: Sequence[Completion]
+) -> list[list[float]]:
+    """How likely the solver finds the tokens of completions of a request if it is shown a gray image instead."""
+    encoded = encode_images(policy, blanked([image]))
+    return token_logprobs(policy, replace(request, image=encoded[0]), completions, "solver")
 
 
 def at_once(function: Callable[[], T]) -> Callable[[], T]:

@@ -1,9 +1,9 @@
 """The state of a run: saving it, restoring it, and returning to an earlier checkpoint.
 
 What a step does depends only on the config, the adapters, the optimizers, baselines and KL coefficients of the
-learners, the position in the image pool, the memory of recent claims, what was sampled ahead for it, and the records
-written so far. All of this survives a kill. Random draws are seeded anew for every step, so there is no generator to
-save. This is why a resumed run ends bitwise like an uninterrupted one.
+learners, the position in the image pool, the memory of recent reasoning steps, what was sampled ahead for it, and the
+records written so far. All of this survives a kill. Random draws are seeded anew for every step, so there is no
+generator to save. This is why a resumed run ends bitwise like an uninterrupted one.
 """
 
 from __future__ import annotations
