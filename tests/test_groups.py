@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -12,12 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ireasoner.method.types import UsageError
 from ireasoner.model.inputs import build_prompts, check_several, encode_images, render
 from ireasoner.model.source import ModelError
 from ireasoner.model.views import Pictures, filmstrip, images_of, is_clip
+from ireasoner.page.page import Page
+from ireasoner.page.run import RecordedRun
+from ireasoner.rollouts.chat import chat_body
+from ireasoner.rollouts.engine import Request
 from ireasoner.training.checks import check_clips, match_labels, open_pool
 from ireasoner.training.clips import ItemFiles, Limits, load_view
 from ireasoner.training.config import ConfigError, load_config, resolve
@@ -351,6 +358,24 @@ def test_clips_are_not_sent_to_servers(pairs: Path):
             check_clips(config, pool, [])
 
 
+@pytest.mark.parametrize("as_features", [True, False])
+def test_a_server_is_sent_every_image_as_a_part_of_its_own(as_features: bool):
+    policy, chat = load(), [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
+    one, other = patch((200, 30, 30)), patch((30, 30, 200), size=(84, 112))
+    views = encode_images(policy, [Pictures((one, other)), one, other])
+    both, *alone = (chat_body(policy, Request(view, chat), as_features, 8)["messages"][0]["content"] for view in views)
+    assert [part["type"] for part in both] == ["image_embeds" if as_features else "image_url"] * 2 + ["text"]
+    if not as_features:
+        assert both[:2] == [alone[0][0], alone[1][0]]
+        return
+    for part, (own, _) in zip(both, alone, strict=False):
+        sent, expected = (
+            {name: torch.load(io.BytesIO(base64.b64decode(text))) for name, text in each["image_embeds"].items()}
+            for each in (part, own)
+        )
+        torch.testing.assert_close(sent, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_filmstrip_has_four_images_a_row():
     images = tuple(patch((200, 30, 30), size=(100, 50 + 10 * k)) for k in range(6))
     strip = filmstrip(Pictures(images))
@@ -396,6 +421,8 @@ def test_a_run_on_items_of_every_kind_resumes_exactly(pairs: Path, tmp_path: Pat
     resume(load_config(tmp_path / "killed" / "config.yaml"), tmp_path / "killed")
     for name in ("episodes.jsonl", "skipped.jsonl", "solver/adapter_model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+    page = Page(RecordedRun.open(tmp_path / "whole")).render("page.html").decode()
+    assert '<img class="thumb strip"' in page
     skipped = [record["image"] for record in read_records(tmp_path / "whole" / "skipped.jsonl")]
     assert skipped == ["gone.png + pairs/alone.png"]
     strips = {e.image: load_image(tmp_path / "whole" / e.thumbnail).size for e in read_episodes(tmp_path / "whole")}
