@@ -187,6 +187,20 @@ def test_paths_of_one_answer_are_added_as_vectors():
     ]
 
 
+def test_many_steps_are_fifteen_states():
+    """The last one is the end of the reasoning; before it, every third of 45 steps."""
+    text = "<think>" + "\n".join(f"Step {i}: x{i}." for i in range(1, 46)) + "</think><answer>7</answer>"
+    asked: list[str] = []
+
+    def likely(texts: Sequence[tuple[str, str]], view: str = "same") -> list[tuple[float, ...]]:
+        asked.extend(said for said, answer in texts if answer == "7")
+        return [(-1.0,)] * len(texts)
+
+    pay("covo", [text, solution("3")], likelihoods=likely)
+    ends = [said.removesuffix("</think><answer>").rpartition(" ")[2] for said in asked]
+    assert ends == [*(f"x{3 * i}." for i in range(1, 16)), "read."]
+
+
 @pytest.mark.parametrize(
     ("visited", "expected"),
     [
