@@ -50,7 +50,7 @@ def likelihoods(texts: Sequence[tuple[str, str]], view: str = "same") -> list[tu
     for said, follows in texts:
         if said:
             step = said.removeprefix("<think>Step 1: ").removesuffix("</think><answer>")
-            found.append(AFTER[step, {"seven": "7", "7.0": "7"}.get(follows, follows)])
+            found.append(AFTER[step, follows])  # the answer as the first who gave it wrote it
         else:
             found.append(MASKED[follows][view == "masked"])
     return found

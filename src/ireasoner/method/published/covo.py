@@ -33,7 +33,8 @@ def reward(group: Group, context: Context) -> Parts:
     if context.likelihoods is None:
         raise RewardError("the reward covo needs context.likelihoods")
     readable = {i: key for i, key in enumerate(group.answer_keys) if key is not None}
-    answers = {key: group.solutions[i].answer or "" for i, key in readable.items()}
+    # As the first who gave each of them wrote it.
+    answers = {key: group.solutions[i].answer or "" for i, key in reversed(readable.items())}
     if len(answers) < 2:
         return {"consistent_paths": [1.0] * len(group.answer_keys)}
     states = {i: _states(group.texts[i], group.solutions[i]) for i in readable}
