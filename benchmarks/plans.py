@@ -8,7 +8,7 @@ GPU, and the tokens of an update where they are fewer than the default. Paramete
 
 from __future__ import annotations
 
-from ireasoner.studies.published import PUBLISHED
+from ireasoner.studies.architectures import ARCHITECTURES
 from ireasoner.studies.random_models import meta_policy
 from ireasoner.training import planning
 from ireasoner.training.config import resolve
@@ -31,7 +31,7 @@ def main() -> None:
     heads = [f"{gpus} x {memory} GB" for gpus, memory in MACHINES]
     print("| model | parameters | weights | " + " | ".join(heads) + " | vLLM server |")
     print("|---" * (len(heads) + 4) + "|")
-    for model in PUBLISHED:
+    for model in ARCHITECTURES:
         config = resolve({"model": model, "images": "."})
         policy = meta_policy(model, config.backbone)
         plans = [planning.plan(policy, config, gpus, memory * 1e9) for gpus, memory in MACHINES]

@@ -53,7 +53,7 @@ from ireasoner.method.answers import answer_key
 from ireasoner.method.matching import match_value
 from ireasoner.method.memory import step_digest
 from ireasoner.method.recipe import PUBLISHED, Recipe
-from ireasoner.method.scoring import Context, score_group
+from ireasoner.method.scoring import Context, read_group, score_group
 from ireasoner.method.texts import parse_question, parse_trajectory
 from ireasoner.method.types import FinishReason, Form, TokenDistributions, UsageError
 from ireasoner.model.loading import load_policy
@@ -563,6 +563,8 @@ def broken_by_rewards(
         logprobs=[[-value for value in each] for each in nats], tokens=tokens,
         blank_logprobs=lambda: [[-2 * value for value in each] for each in nats],
         distributions=lambda: [TokenDistributions(each, each) for each in nats],
+        likelihoods=lambda texts, view="same": [[-rng.expovariate(1.0)] * rng.randint(0, 3) for _ in texts],
+        other_view=read_group(question, [parse_trajectory(text, "stop", form) for text in texts[::-1]]),
         questions=[question, *rng.choices(QUESTIONS, k=2)],
         true_answer=rng.choice(("7", hostile(rng))), seed=(rng.randrange(100),),
     )  # fmt: skip

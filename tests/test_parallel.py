@@ -130,7 +130,9 @@ def test_two_processes_and_one_make_the_same_run(place: Path, together: Path):
 
 
 def test_a_process_without_images_takes_the_same_steps(place: Path):
+    """Also where another view of the image is asked about, which has nothing to sample there either."""
     few = options(place, **{"images-per-step": 1, "steps": 2, "recipe": "paper", "device": "auto", "eval-questions": 1})
+    few.append("--other-view")
     first, other = finish_together(place, "few-together", *few, "--out", place / "few-together")
     alone = finish_alone(place, "few-alone", *few, "--out", place / "few-alone")
     said = ["1 of 2 processes have nothing to play" in printed for printed in (first, other, alone)]

@@ -50,7 +50,7 @@ def likelihoods(texts: Sequence[tuple[str, str]], view: str = "same") -> list[tu
     for said, follows in texts:
         if said:
             step = said.removeprefix("<think>Step 1: ").removesuffix("</think><answer>")
-            found.append(AFTER[step, {"seven": "7", "7.0": "7"}.get(follows, follows)])
+            found.append(AFTER[step, follows])  # the answer as the first who gave it wrote it
         else:
             found.append(MASKED[follows][view == "masked"])
     return found
@@ -185,6 +185,20 @@ def test_paths_of_one_answer_are_added_as_vectors():
         "<think>Step 1: a\nStep 2: **ab**</think>\n<answer>",
         "<think>Step 1: a\nStep 2: **ab**\nStep 3: b</think>\n<answer>",
     ]
+
+
+def test_many_steps_are_fifteen_states():
+    """The last one is the end of the reasoning; before it, every third of 45 steps."""
+    text = "<think>" + "\n".join(f"Step {i}: x{i}." for i in range(1, 46)) + "</think><answer>7</answer>"
+    asked: list[str] = []
+
+    def likely(texts: Sequence[tuple[str, str]], view: str = "same") -> list[tuple[float, ...]]:
+        asked.extend(said for said, answer in texts if answer == "7")
+        return [(-1.0,)] * len(texts)
+
+    pay("covo", [text, solution("3")], likelihoods=likely)
+    ends = [said.removesuffix("</think><answer>").rpartition(" ")[2] for said in asked]
+    assert ends == [*(f"x{3 * i}." for i in range(1, 16)), "read."]
 
 
 @pytest.mark.parametrize(

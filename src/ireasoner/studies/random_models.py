@@ -18,7 +18,7 @@ from ireasoner.model.options import BackboneOptions, Dtype, Quantization
 from ireasoner.model.pieces import release_memory
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import TINY_MODEL, find_model
-from ireasoner.studies.published import PUBLISHED
+from ireasoner.studies.architectures import ARCHITECTURES
 
 OF_7B = "Qwen/Qwen2.5-VL-7B-Instruct"
 SIZES: dict[str, dict[str, Any]] = {
@@ -64,7 +64,7 @@ SIZES: dict[str, dict[str, Any]] = {
         },
         "tie_word_embeddings": True,
     },
-    "random-7b": {name: value for name, value in PUBLISHED[OF_7B].items() if name != "model_type"},
+    "random-7b": {name: value for name, value in ARCHITECTURES[OF_7B].items() if name != "model_type"},
 }
 
 
@@ -137,14 +137,14 @@ def load_policy(model: str, options: BackboneOptions, device: str, revision: str
 
 
 def meta_policy(model: str, options: BackboneOptions, revision: str | None = None) -> Policy:
-    """As `ireasoner.model.loading.meta_policy`, for a size of `SIZES` and the names in `PUBLISHED` too.
+    """As `ireasoner.model.loading.meta_policy`, for a size of `SIZES` and the names in `ARCHITECTURES` too.
 
     The hub is not asked about a published model, unless a revision is named.
     """
     if model in SIZES:
         config = config_of(model)
-    elif model in PUBLISHED and revision is None:
-        config = AutoConfig.for_model(**PUBLISHED[model])
+    elif model in ARCHITECTURES and revision is None:
+        config = AutoConfig.for_model(**ARCHITECTURES[model])
     else:
         return loading.meta_policy(model, options, revision)
     return loading.meta_policy_of(config, load_processor("random-7b", options.max_image_tokens), options)

@@ -22,6 +22,8 @@ from ireasoner.method.rewards import FloatArray
 from ireasoner.method.scoring import Context, Group, Parts, RewardError
 from ireasoner.method.types import Solution
 
+MOST_STATES = 15  # of a trajectory, as in the code, which puts the steps of a longer one together
+
 
 def reward(group: Group, context: Context) -> Parts:
     """r_i = |1/G Σ_j Con_j exp(i Vol_j)| over the G trajectories j that give the same answer as i.
@@ -31,7 +33,8 @@ def reward(group: Group, context: Context) -> Parts:
     if context.likelihoods is None:
         raise RewardError("the reward covo needs context.likelihoods")
     readable = {i: key for i, key in enumerate(group.answer_keys) if key is not None}
-    answers = {key: group.solutions[i].answer or "" for i, key in readable.items()}
+    # As the first who gave each of them wrote it.
+    answers = {key: group.solutions[i].answer or "" for i, key in reversed(readable.items())}
     if len(answers) < 2:
         return {"consistent_paths": [1.0] * len(group.answer_keys)}
     states = {i: _states(group.texts[i], group.solutions[i]) for i in readable}
@@ -62,7 +65,8 @@ def path(distances: FloatArray, own: int) -> tuple[float, float]:
 
 
 def _states(text: str, solution: Solution) -> list[str]:
-    """The text after each of its reasoning steps, with what it has between the last one and its answer behind it."""
+    """The text up to the end of each of its reasoning steps, and behind it what comes between the last one and the
+    answer."""
     ends: list[int] = []
     for step in solution.reasoning_steps:
         at = text.find(step, ends[-1] if ends else 0)
@@ -71,4 +75,6 @@ def _states(text: str, solution: Solution) -> list[str]:
     if not ends or not solution.answer:
         return []
     start = text.rfind(solution.answer, ends[-1])
+    if len(ends) > MOST_STATES:
+        ends = [ends[len(ends) * i // MOST_STATES - 1] for i in range(1, MOST_STATES + 1)]
     return [text[:end] + text[ends[-1] : start] for end in ends] if start >= 0 else []

@@ -20,6 +20,7 @@ from ireasoner.method.scoring import Context, Group, Parts, RewardError
 
 CLUSTERING_WEIGHT = 0.5
 SAME_KIND = 0.8  # a step is of the kind whose mean has at least this cosine to it; ours
+MOST_STEPS = 64  # of a trajectory; paths between kinds take the cube of their number
 
 
 def reward(group: Group, context: Context) -> Parts:
@@ -30,7 +31,8 @@ def reward(group: Group, context: Context) -> Parts:
     """
     if context.embed is None:
         raise RewardError("the reward sarl needs context.embed")
-    worlds = [small_world(kinds(context.embed(solution.reasoning_steps))) for solution in group.solutions]
+    steps = [context.embed(solution.reasoning_steps[:MOST_STEPS]) for solution in group.solutions]
+    worlds = [small_world(kinds(each)) for each in steps]
     return {"readable": [1.0] * len(worlds), "small_world": worlds}
 
 

@@ -92,7 +92,7 @@ def _qwen3_vl(
     }
 
 
-PUBLISHED: dict[str, dict[str, Any]] = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-VL-3B-Instruct": _qwen2_5_vl(2048, 36, 16, 2, 11008, 151936, 3420, tied=True),
     "Qwen/Qwen2.5-VL-7B-Instruct": _qwen2_5_vl(3584, 28, 28, 4, 18944, 152064, 3420),
     "Qwen/Qwen2.5-VL-32B-Instruct": _qwen2_5_vl(5120, 64, 40, 8, 27648, 152064, 3456),
