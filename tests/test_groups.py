@@ -121,9 +121,10 @@ def test_a_manifest_lists_items_of_every_kind(pairs: Path, tmp_path: Path):
         {"name": 3, "image": "pairs/alone.png"},
         {"name": "timeless", "clip": "frames", "fps": 0},
         ["pairs/alone.png"],
+        {"images": ["pairs/alone.png", "\ud800" + "x" * 5000]},
     ]
     manifest = tmp_path / "items.jsonl"
-    manifest.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)) + "\n{\n", "utf-8")
+    manifest.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)) + "\n{\n" + "[" * 10**5, "utf-8")
     pool = ImagePool.scan(manifest, 0)
     items = {item.name: item.image for item in pool.take(8)}
     assert set(items) == {"two", "pairs/alone.png", "frames", "chosen"}
@@ -131,9 +132,11 @@ def test_a_manifest_lists_items_of_every_kind(pairs: Path, tmp_path: Path):
     assert isinstance(frames, Pictures)
     assert [left_edge(image) for image in frames.images] == [0, 5, 10]  # 9 before 10
     assert frames.fps == 10
-    assert set(pool.skipped) == {f"line {n}" for n in (11, 13, 15, 17, 19, 21, 22)} | {"pairs/alone.png + missing.png"}
+    missing = {"pairs/alone.png + missing.png", "pairs/alone.png + 1 more"}
+    assert set(pool.skipped) == {f"line {n}" for n in (11, 13, 15, 17, 19, 21, 24, 25)} | missing
     assert pool.skipped["pairs/alone.png + missing.png"] == "missing.png: No such file or directory"
-    assert pool.skipped["line 22"] == "it is no JSON"
+    assert pool.skipped["line 24"] == pool.skipped["line 25"] == "it is no JSON"
+    assert all(reason.isprintable() and len(reason) < 300 for reason in pool.skipped.values())
 
 
 @pytest.mark.parametrize(

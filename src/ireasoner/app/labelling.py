@@ -90,6 +90,8 @@ def label(run_dir: Path, config: Config, out: Path, count: int, seed: int, show:
     Raises:
         UsageError: the run has no questions or cannot be read, or a file cannot be read or written.
     """
+    if config.has_groups:
+        raise UsageError(f"label shows single images, and an item of {run_dir} may be several of them, or a clip")
     if is_elsewhere(config.images) or os.path.isfile(config.images):
         raise UsageError(
             f"label shows image files of a folder here, and those of {run_dir} are in {quoted(config.images)}"

@@ -30,6 +30,7 @@ from ireasoner.training.images import (
     content_hash,
     image_from,
     load_image,
+    printable,
     read_file,
     reason_of,
     rgb,
@@ -170,7 +171,7 @@ def _images(files: ItemFiles, limits: Limits) -> tuple[View, tuple[str, ...]]:
         try:
             image, found = image_from(path, partial(read_file, path), limits.max_pixels)
         except UnreadableImageError as error:
-            raise ValueError(f"{path.name}: {error.reason}") from error
+            raise ValueError(f"{printable(path.name)[-100:]}: {error.reason}") from error
         images.append(image)
         hashes.append(found)
     if files.is_clip:

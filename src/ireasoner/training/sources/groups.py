@@ -136,7 +136,8 @@ def open_manifest(path: str, limits: Limits) -> Groups:
                 raise ValueError(f"another item has the name {name[:100]}: give each row a name of its own")
             found[name] = files
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            skipped[f"line {number}"] = "it is no JSON" if isinstance(error, json.JSONDecodeError) else reason_of(error)
+            is_json = not isinstance(error, json.JSONDecodeError | RecursionError)
+            skipped[f"line {number}"] = reason_of(error) if is_json else "it is no JSON"
     return Groups(f"the manifest {quoted(path)}", found, skipped, limits)
 
 
@@ -160,5 +161,7 @@ def _row(row: Any, folder: Path) -> tuple[str, ItemFiles]:
 
 
 def _name_of(texts: list[str]) -> str:
-    joined = " + ".join(texts)
-    return joined if len(joined) <= LONGEST_NAME else f"{texts[0]} + {len(texts) - 1} more"
+    joined, first = " + ".join(texts), texts[0][-LONGEST_NAME:]
+    if len(joined) <= LONGEST_NAME:
+        return joined
+    return f"{first} + {len(texts) - 1} more" if len(texts) > 1 else first
