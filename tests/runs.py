@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from ireasoner.method.rewards import proposer_reward
-from ireasoner.method.scoring import Context, ScoredGroup, score_group
+from ireasoner.method.scoring import Context, ScoredGroup, read_group, score_group
+from ireasoner.method.texts import parse_trajectory
 from ireasoner.method.types import (
     Episode,
     Part,
@@ -163,6 +164,8 @@ def played_run(path: Path, recipe: str = "default", steps: int = 4, images_per_s
                 logprobs=[[-0.5] * len(text.split()) for text in texts],
                 blank_logprobs=lambda texts=texts: [_without_image(text) for text in texts],
                 distributions=lambda texts=texts: [TokenDistributions((0.5,) * len(t.split()), (2.0,)) for t in texts],
+                likelihoods=lambda texts, view="same": [[-0.1 * len(follows)] for _, follows in texts],
+                other_view=read_group(asked.text, [parse_trajectory(text) for text in reversed(texts)]),
             )
             scored = score_group(asked.text, texts, config.recipe, context)
             recorder.episode(_episode(step, name, thumbnail, asked.text, texts, scored, config.recipe.advantage))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -80,6 +81,17 @@ def test_a_group_is_paid_for_its_grounding():
     context = Context(step_weight=1.0, recent_steps=(), logprobs=LOGPROBS, tokens=TOKENS, blank_logprobs=lambda: blind)
     scored = score_group("q", (RED, BLUE), recipe, context)
     assert scored.rewards == pytest.approx([0.5, 0.0])
+
+
+@pytest.mark.parametrize("piece", ["a", "1 ", "Step 1: ", "红", "\n", "ß", "\u0301", "."])
+def test_hostile_text_takes_bounded_time(piece: str):
+    """100 kB in one-character tokens, with as many steps as are compared, each of them repeated throughout."""
+    text = piece * (100_000 // len(piece))
+    steps = [text[: 1000 * n] for n in range(1, 9)]
+    start = time.process_time()
+    values = step_grounding(steps, list(text), [-1.0] * len(text), [-2.0] * len(text))
+    assert time.process_time() - start < 5
+    assert len(values) == 8
 
 
 LIKELIHOOD = Recipe(reward="agreement", step_measure="likelihood", recurrence_window=8, step_weight_final=1.0)

@@ -192,7 +192,8 @@ def group(
         form=config.sampling.solution_form, finish_reasons=ends, step_weight=config.recipe.step_weight_initial,
         recent_steps=[], image="a.png", seed=(0,),
         embed=lambda texts: np.ones((len(texts), 1)),
-        tokens=[[text] for text in texts], logprobs=[[-0.5]] * len(texts), blank_logprobs=lambda: [[-1.0]] * len(texts),
+        tokens=[[text] for text in texts], logprobs=[[-0.5 if " red" in text else -0.8] for text in texts],
+        blank_logprobs=lambda: [[-1.0]] * len(texts),
     )  # fmt: skip
     scored = score_group(question, texts, config.recipe, context)
     trajectories = [
