@@ -563,7 +563,7 @@ def broken_by_rewards(
         logprobs=[[-value for value in each] for each in nats], tokens=tokens,
         blank_logprobs=lambda: [[-2 * value for value in each] for each in nats],
         distributions=lambda: [TokenDistributions(each, each) for each in nats],
-        likelihoods=lambda texts, view="same": [[-rng.expovariate(1.0)] * rng.randint(0, 3) for _ in texts],
+        likelihoods=lambda texts, view="same": [[-rng.expovariate(1.0)] * (len(text) % 4) for _, text in texts],
         other_view=read_group(question, [parse_trajectory(text, "stop", form) for text in texts[::-1]]),
         questions=[question, *rng.choices(QUESTIONS, k=2)],
         true_answer=rng.choice(("7", hostile(rng))), seed=(rng.randrange(100),),
