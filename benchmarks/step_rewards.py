@@ -59,8 +59,7 @@ def least_likely_tokens(
         seen: set[str] = set()
         least = []
         for step, place in zip(own, step_tokens(own, texts), strict=True):
-            again = step_digest(step) in seen or place is None
-            least.append(np.nan if again else np.exp(np.min(values[place])))
+            least.append(np.nan if place is None or step_digest(step) in seen else np.exp(np.min(values[place])))
             seen.add(step_digest(step))
         found.append(np.array(least))
     return found

@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ def ask(policy: Policy, role: Role | None, style: str, count: int, seed: int, ba
 
 
 def judged(
-    row: Mapping[str, object],
+    row: Mapping[str, Any],
     image: EncodedImage,
     gray: EncodedImage,
     messages: list[dict[str, object]],

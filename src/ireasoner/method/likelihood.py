@@ -40,7 +40,9 @@ def step_tokens(reasoning_steps: Sequence[str], tokens: Sequence[str]) -> list[s
     return found
 
 
-def step_likelihoods(reasoning_steps: Sequence[str], tokens: Sequence[str], logprobs: Sequence[float]) -> FloatArray:
+def step_likelihoods(
+    reasoning_steps: Sequence[str], tokens: Sequence[str], logprobs: Sequence[float] | FloatArray
+) -> FloatArray:
     """exp of the mean log-probability of each reasoning step's tokens, in [0, 1]; array [reasoning steps].
 
     NaN for a step that is not found among the tokens, and for one that says again what an earlier one of the same text
@@ -59,8 +61,8 @@ def step_likelihoods(reasoning_steps: Sequence[str], tokens: Sequence[str], logp
 def step_grounding(
     reasoning_steps: Sequence[str],
     tokens: Sequence[str],
-    logprobs: Sequence[float],
-    blank_logprobs: Sequence[float],
+    logprobs: Sequence[float] | FloatArray,
+    blank_logprobs: Sequence[float] | FloatArray,
 ) -> FloatArray:
     """How much likelier the image makes each reasoning step, max(0, p(step | image) − p(step | gray image)), in [0, 1].
 
