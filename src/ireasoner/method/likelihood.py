@@ -48,14 +48,7 @@ def step_likelihoods(
     NaN for a step that is not found among the tokens, and for one that says again what an earlier one of the same text
     says, which is likely whatever it says.
     """
-    spans = step_tokens(reasoning_steps, tokens)
-    seen: set[str] = set()
-    values = []
-    for step, span in zip(reasoning_steps, spans, strict=True):
-        letters = _letters(step)
-        values.append(np.nan if span is None or letters in seen else np.exp(np.mean(logprobs[span])))
-        seen.add(letters)
-    return np.array(values, dtype=np.float64)
+    return _means(_tokens_of_new_steps(reasoning_steps, tokens), logprobs)
 
 
 def step_grounding(
@@ -78,8 +71,21 @@ def step_grounding(
     Returns:
         Array [reasoning steps].
     """
-    seen, blind = (step_likelihoods(reasoning_steps, tokens, each) for each in (logprobs, blank_logprobs))
-    return np.maximum(seen - blind, 0.0)
+    spans = _tokens_of_new_steps(reasoning_steps, tokens)
+    return np.maximum(_means(spans, logprobs) - _means(spans, blank_logprobs), 0.0)
+
+
+def _tokens_of_new_steps(reasoning_steps: Sequence[str], tokens: Sequence[str]) -> list[slice | None]:
+    """As `step_tokens`; None also for a step that says again what an earlier one says."""
+    spans = step_tokens(reasoning_steps, tokens)
+    said = [_letters(step) for step in reasoning_steps]
+    return [None if letters in said[:place] else spans[place] for place, letters in enumerate(said)]
+
+
+def _means(spans: Sequence[slice | None], logprobs: Sequence[float] | FloatArray) -> FloatArray:
+    """The geometric mean of the probabilities of each span's tokens; NaN where there is none."""
+    means = [np.nan if span is None else np.exp(np.mean(logprobs[span])) for span in spans]
+    return np.array(means, dtype=np.float64)
 
 
 def _letters(text: str) -> str:
