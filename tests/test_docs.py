@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import posixpath
 import re
 import shlex
 import shutil
@@ -24,7 +25,7 @@ from ireasoner.playground import world
 from ireasoner.training import config as configs
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = "<!-- not run:"  # before a block of Python that the test does not run, with the reason
 BLOCK = re.compile(r"(?P<before>[^\n]*)\n```(?P<language>\w+)\n(?P<code>.*?)\n```", re.DOTALL)
 
@@ -61,7 +62,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
-    """The built pages by their names. A warning of the generator fails the build."""
+    """The built pages by their paths. A warning of the generator fails the build."""
     place = tmp_path_factory.mktemp("site")
     shutil.copytree(ROOT / "docs", place / "docs")
     for path in (*ROOT.glob("*.md"), ROOT / "mkdocs.yml"):
@@ -74,11 +75,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
     built = place / "build" / "docs"
     for name in ("world.png", "page-working.png", "page-episode.png"):
         assert (built / name).is_file()
-    return {path.name: Page(path.read_text("utf-8")) for path in built.glob("*.html")}
+    pages = built.rglob("*.html")
+    return {path.relative_to(built).as_posix(): Page(path.read_text("utf-8")) for path in pages}
 
 
 def test_every_page_is_built(site: dict[str, Page]):
-    assert {f"{page.stem}.html" for page in PAGES[1:]} <= set(site)
+    sources = [page.relative_to(ROOT / "docs") for page in PAGES[1:]]
+    assert {source.with_suffix(".html").as_posix() for source in sources} <= set(site)
 
 
 def test_every_link_leads_to_a_place_on_a_page(site: dict[str, Page]):
@@ -86,7 +89,7 @@ def test_every_link_leads_to_a_place_on_a_page(site: dict[str, Page]):
     for name, page in site.items():
         for link in page.links:
             parts = urlsplit(link)
-            target = parts.path.removeprefix("./") or name
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), parts.path)) if parts.path else name
             if parts.netloc or name == "404.html" or not target.endswith(".html"):
                 continue
             if target not in site or (parts.fragment and unquote(parts.fragment) not in site[target].places):
@@ -99,7 +102,7 @@ def test_nothing_is_loaded_from_elsewhere_and_every_picture_is_there(site: dict[
         for load in page.loads:
             assert not urlsplit(load).netloc, f"{name} loads {load}"
             if load.endswith(".png"):
-                assert (ROOT / "docs" / load).is_file(), f"{name}: {load}"
+                assert (ROOT / "docs" / name).parent.joinpath(load).is_file(), f"{name}: {load}"
 
 
 def test_the_table_of_options_has_every_option(site: dict[str, Page]):

@@ -124,7 +124,7 @@ def field_suite(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     published = [name for name in names("recipes") if options_in("recipes", name).get("reward") in PUBLISHED]
     oracle = [] if given.get("images") and not given.get("labels") else ["oracle"]
-    recipes = ("paper", "default", "random-reward", *oracle, "evolmm", *published)
+    recipes = ("default", "paper", "random-reward", *oracle, "evolmm", *published)
     return {"recipes": recipes, "seeds": 3, "cooled": not given.get("images")}
 
 
