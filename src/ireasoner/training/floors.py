@@ -46,7 +46,7 @@ def _above(bound: float) -> Callable[[float], bool]:
 
 
 # In the order of cause and effect: where questions cannot be read there are no solutions, and without solutions no
-# rewards. The runs of docs/experiments/robustness.md that learn stay far from all of these: their readable share is above 0.9 and
+# rewards. The runs of docs/experiments.md that learn stay far from all of these: their readable share is above 0.9 and
 # their KL below 0.1. Rewards that are all zero are given more time, because true answers to hard questions may be rare.
 # The mean gap that half precision makes is below 0.04 nats a token there. At 0.15, the sampler is about as far from the
 # learner as the KL's target lets the learner go from its reference.

@@ -6,7 +6,7 @@ the same run. Each signal has two bounds: beyond the first it has left its healt
 An alarm that lasts ends the run, which returns to a checkpoint from before any signal left its healthy range. Beside
 these comparisons stand the absolute bounds of `floors`.
 
-The bounds were set outside of what healthy runs reached (docs/experiments/robustness.md). Without labels they cannot tell a right
+The bounds were set outside of what healthy runs reached (docs/experiments.md). Without labels they cannot tell a right
 consensus from a wrong one. The watch depends only on recorded metrics and episodes, so a resumed run rebuilds it from
 its records.
 """
