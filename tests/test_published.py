@@ -79,7 +79,7 @@ def pay(name: str, texts: list[str] = GROUP, **context: Any) -> ScoredGroup:
 # sum 1.004186; √(0.6 · 0.4) = 0.489898 and √(0.2 · 0.8) = 0.4, so that 1.476066 and 0.692195 are earned.
 # EVOL-RL: the majority's directions a, ab and b have the cosines a–ab 0.6, ab–b 0.8, a–b 0, and the 3 is a as well.
 # Mean and largest similarity: a: 0.3 and 1 (to the 3); ab: 0.7 and 0.8; b: 0.4 and 0.8. u = 1 − half of the two:
-# 0.35, 0.25 and 0.4. From 0.25 to 0.4: ũ = 2/3, 0, 1. Earned: 1.5 + ũ/2. The 3 is alone on its side: 0.25.
+# 0.35, 0.25 and 0.4. From 0.25 to 0.4: ũ = 2/3, 0, 1. Earned: 1.5 + ũ/2. The 3 is alone on its side: 0.5.
 # PAPO: the image makes the readable texts 1, 0, 0.25 and −0.5 nats a token likelier; 0.02 · (1.5, 0.5, 0.75 and 0) are
 # added to the votes.
 # CoVo: after "a" and "b", 7 is nearer (1 < 2), and after "ab", 3 is (2 < 3). So of those who say 7, two have Con = 1
@@ -97,7 +97,7 @@ EARNED = {
     "em_token": (1.5, 2.75, 0.0, 1.0, 3.0),
     "intuitor": (2.5, 1.0, 0.0, 0.5, 4.0),
     "restrain": (1.476066, 0.692195, 0.0, 1.476066, 1.476066),
-    "evol_rl": (1.833333, 0.25, 0.0, 1.5, 2.0),
+    "evol_rl": (1.833333, 0.5, 0.0, 1.5, 2.0),
 }
 
 
@@ -151,6 +151,8 @@ def test_novelty_is_ranked_on_its_own_side():
     # Majority: a, a, b: mean similarity 0.5, 0.5, 0, largest 1, 1, 0.8 (to ab): u = 0.25, 0.25, 0.6.
     # Others: a, ab: mean 0.6 and 0.6, largest 1 and 0.8: u = 0.2 and 0.3.
     assert evol_rl.novelty(texts, majority) == pytest.approx([0.0, 0.0, 1.0, 0.0, 1.0])
+    # Two that are equally new, and one alone on its side.
+    assert evol_rl.novelty(texts[:3], majority[1:4]) == pytest.approx([0.5, 0.5, 1.0])
 
 
 def test_a_path_by_hand():
@@ -321,5 +323,6 @@ LACKING = {
 
 @pytest.mark.parametrize(("name", "field"), LACKING.items())
 def test_a_published_reward_says_what_it_lacks(name: str, field: str):
+    without: dict[str, Any] = {field: None}
     with pytest.raises(RewardError, match=rf"{name} needs context\.{field}"):
-        pay(name, **{field: None})
+        pay(name, **without)

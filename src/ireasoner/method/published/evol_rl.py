@@ -1,13 +1,14 @@
 """EVOL-RL: the majority selects, and novelty within each side of the vote varies.
 
 Source: Zhou et al. 2025, "Evolving Language Models without Labels: Majority Drives Selection, Novelty Promotes
-Variation" (arXiv 2509.15194), section 3.2; compared with the authors' code.
+Variation" (arXiv 2509.15194), section 3.2 and appendix A; compared with the authors' code.
 
 The published rewards lie in [0.5, 1] for the majority, in [−1, −0.5] for the others, and are −1 for the unreadable.
-Here 1 is added to all of them.
+Here 1 is added to all of them. Where only one can be read, the code gives it −1 too; here it is the majority.
 
 Left out: embeddings by Qwen3-Embedding-4B, in whose place stand the mean input embeddings of the backbone, which hardly
-tell numbers apart; the entropy bonus of each token and asymmetric clipping; that answers must be numbers.
+tell numbers apart; voting with 64 trajectories and learning from 32 of them; the entropy bonus of each token and
+asymmetric clipping; that answers must be numbers.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ def novelty(texts: FloatArray, majority: np.typing.NDArray[np.bool_]) -> FloatAr
     """ũ [N]: u_i = 1 − (α s̄_i + (1 − α) m_i), moved to [0, 1] by the least and the largest u on its side of the vote.
 
     s̄_i is the mean similarity to the others of the same side, and m_i the largest to any other; similarities are
-    cosines, at least 0. A trajectory that is alone on its side has ũ = 0.5, as in the authors' code; so have those of a
-    side that are all equally new.
+    cosines, at least 0. A trajectory that is alone on its side has ũ = 1, and those of a side that are all equally new
+    have ũ = 0.5, as in the authors' code. By the equation in the paper's appendix, whose denominator is a little more
+    than max u − min u, all of these would have 0.
 
     Args:
         texts: normalised embeddings [N, width].
@@ -50,6 +52,7 @@ def novelty(texts: FloatArray, majority: np.typing.NDArray[np.bool_]) -> FloatAr
     for side in (majority, ~majority):
         members = np.flatnonzero(side)
         if len(members) < 2:
+            ranked[members] = 1.0
             continue
         mean = np.array([similar[i, others[i] & side].mean() for i in members])
         largest = np.array([similar[i, others[i]].max() for i in members])
