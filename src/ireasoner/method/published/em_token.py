@@ -1,10 +1,12 @@
 """Entropy minimisation, EM-RL-token: the negative entropy of every next-token distribution.
 
 Source: Agarwal et al. 2025, "The Unreasonable Effectiveness of Entropy Minimization in LLM Reasoning"
-(arXiv 2505.15134), section 3.2. The baseline is RLOO.
+(arXiv 2505.15134), equation 4. The baseline is RLOO.
 
 The published reward is never positive. Here the readable trajectory of a group with the largest entropy earns 1, and
-the others as many nats more as theirs is less. Every token costs, so that it pays to be short.
+the others as many nats more as theirs is less. Every token costs, so that it pays to be short. This is the paper's
+sum; the training code, read in a copy of the authors' repository (chotkrin/EM_PT), pays the mean over the tokens, where
+length is free.
 
 Left out: nothing of the reward. The paper's weight of the KL is 0.001.
 """
