@@ -2,15 +2,18 @@
 
 Source: Huang et al. 2025, "R-Zero: Self-Evolving Reasoning LLM from Zero Data" (arXiv 2508.05004), and He et al. 2025,
 "VisPlay: Self-Evolving Vision-Language Models from Images" (arXiv 2511.15661), which pays the same for questions about
-images. Equations and constants of both are taken from notes about the papers; compared with the authors' code, which
-clusters questions as described, but pays min(p̂, 1 − p̂) less the repetition, without the floor at 0.
+images. The equations are VisPlay's (4 to 10); R-Zero's are known from notes about its paper. Compared with the code of
+both, which clusters questions as described, but pays min(p̂, 1 − p̂) less the repetition, which so weighs twice as much,
+without the floor at 0; and a question that cannot be read earns −1 less the repetition there, and 0 in the paper.
 
-The gate on the vote is in the recipe: only groups with |p̂ − 1/2| ≤ 1/4 teach the solver.
+The gate on the vote is in the recipe: only groups with |p̂ − 1/2| ≤ 1/4 teach the solver, as in the papers. The scripts
+keep questions with p̂ from 0.3 to 0.8.
 
-Left out: turns of many steps in which one role alone is trained; a group of questions to each image, which are compared
-with each other in VisPlay. Here the questions of a step, one to each of its images, are compared, as R-Zero compares
-those of a batch; of a few questions, even one that is asked once is a large part. A question shorter than four words is
-compared by as long word sequences as it has.
+Left out: turns of many steps in which one role alone is trained, so that the solver learns from votes that were taken
+before its turn; a tenth of the solver's reward for the form; a group of questions to each image, which are compared
+with each other in VisPlay's paper. Here the questions of a step, one to each of its images, are compared, as R-Zero's
+paper and the code of both compare those of a batch; of a few questions, even one that is asked once is a large part. A
+question shorter than four words is compared by as long word sequences as it has.
 """
 
 from __future__ import annotations
