@@ -5,13 +5,16 @@ to the loss of GRPO an implicit perception loss, −γ KL(π(y | image) ‖ π(y
 code.
 
 The paper differentiates an estimate of that KL. Here its log-ratio is a part of the reward: the policy gradient of its
-mean is the gradient of the KL to the masked policy, which is held fixed, as in the code. The paper's answers are judged
-by labels, in whose place stands the majority. To what the readable trajectories of a group earn for perception, a
-constant is added, so that the least of them earns 0. γ weighs a KL in nats a token beside advantages that GRPO has
-divided by their standard deviation; the recipe's RLOO does not divide, so that it weighs a little more here.
+mean is the gradient of the KL to the masked policy, which is held fixed, as in the code. What the code estimates of a
+token is ρ − ln ρ − 1 with ρ = π(y | masked image) / π(y | image). Its mean is the same, but the mean of its derivative
+is that of the KL the other way round. The paper's answers are judged by labels, in whose place stands the majority. To
+what the readable trajectories of a group earn for perception, a constant is added, so that the least of them earns 0. γ
+weighs a KL in nats a token beside advantages that GRPO has divided by their standard deviation; the recipe's RLOO does
+not divide, so that it weighs a little more here.
 
-Left out: the double entropy loss, which keeps the entropies of both policies low; clipping, and weights of tokens. The
-end token is not counted, and texts are tokenized anew.
+Left out: the double entropy loss, which keeps the entropies of both policies low, and which the script for 3B does not
+use either; clipping; the mean over the tokens of all texts, where here each text has its own; the end token. Texts are
+tokenized anew.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import numpy as np
 
 from ireasoner.method.scoring import Context, Group, Parts, RewardError
 
-PERCEPTION_WEIGHT = 0.02  # γ, as in the authors' script for 3B
+PERCEPTION_WEIGHT = 0.02  # γ, as in the authors' scripts for GRPO
 
 
 def reward(group: Group, context: Context) -> Parts:
