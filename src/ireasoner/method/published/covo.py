@@ -5,10 +5,13 @@ Source: Zhang et al. 2025, "Consistent Paths Lead to Truth: Self-Rewarding Reinf
 value r_int^V is 0.5 or more, if the group has another answer, and else 0; this is the value itself.
 
 A state is the text up to the end of a reasoning step, and what the same text has between its last step and its answer:
-so every answer follows where an answer is expected (the code puts "The answer is:" there). A trajectory whose steps are
-not found in its text, as they are read without emphasis and tags, has no consistency.
+so every answer follows where an answer is expected. The code puts "The answer is:" there, whose tokens, and one behind
+the answer, are in its mean of −ln π; its steps are the lines of the whole text, so that the last states hold the answer
+itself. A trajectory whose steps are not found in its text, as they are read without emphasis and tags, has no
+consistency.
 
-Left out: the curiosity bonus, which the authors' script does not use either.
+Left out: the curiosity bonus, which the authors' script does not use either; its advantages, which are normalised over
+the batch (REINFORCE++), in whose place the recipe has RLOO.
 """
 
 from __future__ import annotations
