@@ -2,7 +2,7 @@
 
 Source: Zuo et al. 2025, "TTRL: Test-Time Reinforcement Learning" (arXiv 2504.16084), and Wei et al. 2025, "Unsupervised
 Post-Training for Multi-Modal LLM Reasoning via GRPO" (MM-UPT, arXiv 2505.22453), which pays the same for questions
-about images; compared with the code of both.
+about images; compared with the code of both. MM-UPT's counts unreadable answers as one answer, which may win the vote.
 
 Left out: TTRL votes with more trajectories than it learns from, here all that vote are learned from; MM-UPT's synthetic
 questions, in whose place the proposer asks; clipping, since every batch is used once.

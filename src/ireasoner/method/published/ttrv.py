@@ -2,7 +2,8 @@
 
 Source: Singh et al. 2025, "TTRV: Test-Time Reinforcement Learning for Vision Language Models" (arXiv 2510.06783), whose
 two rewards are the frequency of an output and the negative entropy of the distribution of outputs. The constant 0.75,
-and the division of the entropy by its largest value for as many different answers, are those of the authors' code.
+and the division of the entropy by its largest value for as many different answers, are those of the authors' code,
+which counts unreadable outputs as one answer more.
 
 The second part is the same for the whole group, so that it cancels out of every difference from the group's mean: it
 only sets the readable ones further apart from the unreadable ones. It is paid as α (1 − H / ln M) in place of
