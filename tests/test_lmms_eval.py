@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 pytest.importorskip("lmms_eval")
 from ireasoner.app.cli import main
+from ireasoner.method.texts import SOLVER_PROMPT
 from ireasoner.method.types import UsageError
 from ireasoner.model.source import TINY_MODEL
 from ireasoner.playground import dataset
@@ -122,6 +123,8 @@ def test_the_prompt_goes_around_what_a_benchmark_asks():
     assert in_prompt(messages("image", "Q?"), "A {question} B {question}") == messages("image", "A Q? B Q?")
     spread = in_prompt(messages("Of", "image", "this?"), "A {question} B")
     assert spread == messages("A Of", "image", "this? B")
+    asked = in_prompt(messages("image", "image", "Q?"), SOLVER_PROMPT)[1]["content"][2]["text"]
+    assert asked.startswith("Look closely at the images and answer this question about them: Q?")
     with pytest.raises(UsageError, match="no text"):
         in_prompt(messages("image"), "A {question} B")
 

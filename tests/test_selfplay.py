@@ -16,12 +16,14 @@ from PIL import Image
 from pydantic import ValidationError
 
 from ireasoner.method import seeds
+from ireasoner.method.instructions import PROPOSER_PROMPT, SOLVER_PROMPT
 from ireasoner.method.memory import step_digest
 from ireasoner.method.scoring import Context, Group
 from ireasoner.method.texts import parse_question, solver_messages
 from ireasoner.method.types import Completion, Episode
 from ireasoner.model.inputs import build_prompts, encode_images, render
 from ireasoner.model.policy import Policy
+from ireasoner.model.views import Pictures
 from ireasoner.rollouts.distributions import token_logprobs
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import Config, resolve
@@ -104,6 +106,23 @@ def test_the_proposer_reads_what_the_images_show(policy: Policy, pictures: list[
     assert play.episodes[0].proposal is not None
     assert sentence in play.episodes[0].proposal.prompt
     assert all("dots" not in str(request.messages) for request in engine.asked["solver"])
+
+
+def test_each_item_is_asked_about_as_what_it_is(policy: Policy, pictures: list[Image.Image]):
+    """By the prompts that are shipped: about an image, several, and a clip, whoever asks the question."""
+    views = [pictures[0], Pictures(tuple(pictures[:2])), Pictures(tuple(pictures[:2]), fps=2.0)]
+    items = [Item(f"{i}.png", view, "0" * 16) for i, view in enumerate([*views, *views])]
+    items = labelled(items, {f"{i}.png": [("How many?", "3")] for i in (3, 4, 5)})
+    short = {"max_question_tokens": 2, "max_solution_tokens": 2, "group_size": 2}
+    told = {"proposer_prompt": PROPOSER_PROMPT, "solver_prompt": SOLVER_PROMPT}
+    played, engine = selfplay(policy, config_of("random-reward", **short, **told)), Listening(policy)
+    played.engine = engine
+    episodes = played.play(1, items).episodes
+    asked = [request.prompt for role in ("proposer", "solver") for request in engine.asked[role]]
+    recorded = [*(e.proposal.prompt for e in episodes if e.proposal), *(e.prompt for e in episodes[3:])]
+    assert recorded == asked
+    for prompt, shown in zip(asked, ["the image", "the images", "the clip"] * 2, strict=True):
+        assert f"Look closely at {shown} and " in prompt
 
 
 def test_a_played_step_is_complete_and_repeats(policy: Policy, pictures: list[Image.Image]):

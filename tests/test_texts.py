@@ -21,7 +21,7 @@ from ireasoner.method.texts import (
     reasoning_steps,
     solver_messages,
 )
-from ireasoner.method.types import FinishReason, Form
+from ireasoner.method.types import FinishReason, Form, Shown
 
 GOOD_QUESTION = "<question>Which bar is tallest?</question><rationale>Compare the heights.</rationale>"
 GOOD_TRAJECTORY = "<think>Step 1: Red is 7.\nStep 2: Blue is 3.</think> <answer>red</answer>"
@@ -81,6 +81,38 @@ WORDS = st.lists(st.sampled_from(["red", "bar", "half", "than", "more"]), min_si
 )
 def test_messages_are_one_user_turn_of_image_then_text(messages: list[dict], text: str) -> None:
     assert messages == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+
+
+@pytest.mark.parametrize("prompt", [PROPOSER_PROMPT, *SOLVER_PROMPTS.values()])
+def test_the_prompts_that_are_shipped_speak_of_what_is_shown(prompt: str) -> None:
+    """All words but those about what is shown stay the same, those of the question included."""
+    question = "What is the image about it?"
+
+    def told(prompt: str, shown: Shown) -> str:
+        solves = "{question}" in prompt
+        (turn,) = solver_messages(prompt, question, shown) if solves else proposer_messages(prompt, shown=shown)
+        return turn["content"][1]["text"]
+
+    one, images, clip = told(prompt, "image"), told(prompt, "images"), told(prompt, "clip")
+    assert one == prompt.replace("{question}", question)
+    assert images.startswith("Look closely at the images and ")
+    assert clip.startswith("Look closely at the clip and ")
+    assert ("two things that the images show;" in images) == ("two things that the image shows;" in one)
+    assert images.split("\n")[0].count(" about them") == clip.split("\n")[0].removesuffix(question).count(" about it")
+    for text in (images, clip):
+        assert text.count(question) == one.count(question)
+        assert "the image " not in text.replace(question, "")
+        assert len(text.split()) == len(one.split())
+    for own in (f"{prompt} ", "Look at the image. {question}"):
+        assert told(own, "clip") == told(own, "images") == told(own, "image")
+
+
+def test_a_domain_and_examples_are_of_images_or_clips() -> None:
+    (turn,) = proposer_messages("Ask.", "X-rays", ["How many?"], "clip")
+    assert turn["content"][1]["text"] == (
+        "The clips are all of this kind: X-rays.\nAsk.\n\n"
+        "Questions about other clips, as examples:\n<question>How many?</question>"
+    )
 
 
 @pytest.mark.parametrize("prompt", ["", "Answer.", "{Question}", "{ question }"])

@@ -13,47 +13,57 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ireasoner.method.instructions import PROPOSER_PROMPT, SOLVER_PROMPTS
+from ireasoner.method.instructions import PROPOSER_PROMPT, SOLVER_PROMPTS, speaking_of
 from ireasoner.method.instructions import SOLVER_PROMPT as SOLVER_PROMPT
 from ireasoner.method.sentences import sentences
 from ireasoner.method.steps import CLOSED, EMPHASIS, LIST_ITEM, reasoning_steps
 from ireasoner.method.tags import LETTER_OR_DIGIT, MARKUP, TAG, after_thought, block, parts
-from ireasoner.method.types import FinishReason, Form, Question, Solution
+from ireasoner.method.types import FinishReason, Form, Question, Shown, Solution
 
 _CUT_OFF, _RECITES = "cut off before the end token", "recites the prompt"
 
 
-def proposer_messages(prompt: str, domain: str | None = None, examples: Sequence[str] = ()) -> list[dict[str, Any]]:
+def proposer_messages(
+    prompt: str, domain: str | None = None, examples: Sequence[str] = (), shown: Shown = "image"
+) -> list[dict[str, Any]]:
     """The proposer's prompt as chat messages for a processor's chat template: one user turn, image then text.
 
     Args:
         prompt: what the proposer is told.
         domain: such as "chest X-rays of adults", is put into the prompt as `with_domain` does it.
         examples: questions about other images, which are shown below the prompt. To repeat one is to recite the prompt.
+        shown: what the question is to be about, of which the prompts that are shipped speak.
     """
-    shown = [f"<question>{question}</question>" for question in examples]
-    below = ["", "Questions about other images, as examples:", *shown] if shown else []
-    return _user_turn("\n".join([with_domain(prompt, domain), *below]))
+    told = [f"<question>{question}</question>" for question in examples]
+    below = ["", f"Questions about other {_many(shown)}, as examples:", *told] if told else []
+    return _user_turn("\n".join([with_domain(speaking_of(prompt, shown), domain, shown), *below]))
 
 
-def with_domain(prompt: str, domain: str | None) -> str:
+def with_domain(prompt: str, domain: str | None, shown: Shown = "image") -> str:
     """The proposer's prompt with what the images show: in place of each literal `{domain}`, or else in a sentence
     before everything. Without a domain it is the same prompt."""
     if domain is None:
         return prompt
     if "{domain}" in prompt:
         return prompt.replace("{domain}", domain)  # not str.format: a domain and a prompt may hold braces
-    return f"The images are all of this kind: {domain}.\n{prompt}"
+    return f"The {_many(shown)} are all of this kind: {domain}.\n{prompt}"
 
 
-def solver_messages(prompt: str, question: str) -> list[dict[str, Any]]:
+def _many(shown: Shown) -> str:
+    return "clips" if shown == "clip" else "images"
+
+
+def solver_messages(prompt: str, question: str, shown: Shown = "image") -> list[dict[str, Any]]:
     """The solver's prompt, with `question` in place of each literal `{question}`, as one user turn, image then text.
+
+    The prompts that are shipped speak of what is `shown`.
 
     Raises:
         ValueError: the prompt has no `{question}`, so that the solver would never see the question.
     """
     if "{question}" not in prompt:
         raise ValueError("the solver's prompt must contain {question}")
+    prompt = speaking_of(prompt, shown)
     return _user_turn(prompt.replace("{question}", question))  # not str.format: a question may hold braces
 
 

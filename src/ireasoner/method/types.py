@@ -23,6 +23,7 @@ FinishReason = Literal["stop", "length"]
 Form = Literal["tags", "boxed", "answer-line"]
 # Of an image: as it is; lightly changed, which should change no answer; with most of it black; gray all over.
 Alteration = Literal["same", "light", "masked", "blank"]
+Shown = Literal["image", "images", "clip"]  # what a prompt shows
 Match = Literal["exact", "relaxed", "anls", "vqa"]  # how answers are judged, as `ireasoner.method.matching` says
 
 

@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
+from ireasoner.method.types import Shown
 from ireasoner.model.policy import Policy
 from ireasoner.model.processors import ClipProcessor, placeholders, sharing_tokens, shown_by, shows_clips
 from ireasoner.model.source import ModelError, brief
-from ireasoner.model.views import Pictures, View, images_of, is_clip
+from ireasoner.model.views import Pictures, View, images_of, is_clip, shown_in
 
 # For a chat template. Templates call thinking by one of two names (`thinking` in Kimi's, Granite's and DeepSeek's), and
 # pass over the other one.
@@ -97,6 +98,11 @@ class EncodedImage:
     seen: SeenImage
     features: dict[str, Any]
     extras: dict[str, Tensor]
+
+    @property
+    def shown(self) -> Shown:
+        """What the image is, for a prompt that speaks of it."""
+        return shown_in(self.seen.view)
 
     @property
     def pooled(self) -> Tensor:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
+from ireasoner.method.types import Shown
+
 STRIP = 4  # images in a row of a filmstrip
 GAP = 4  # pixels between them
 
@@ -38,6 +40,11 @@ def images_of(view: View) -> tuple[Image.Image, ...]:
 
 def is_clip(view: View) -> bool:
     return isinstance(view, Pictures) and view.fps is not None
+
+
+def shown_in(view: View) -> Shown:
+    """What a view is in words."""
+    return "clip" if is_clip(view) else "images" if isinstance(view, Pictures) else "image"
 
 
 def filled(view: View, color: tuple[int, int, int]) -> View:

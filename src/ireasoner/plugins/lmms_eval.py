@@ -30,6 +30,7 @@ from lmms_eval.utils import simple_parse_args_string  # pyright: ignore[reportMi
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoImageProcessor, GenerationConfig
 
+from ireasoner.method.instructions import speaking_of
 from ireasoner.method.texts import parse_trajectory
 from ireasoner.method.types import UsageError
 from ireasoner.training.config import SamplingOptions
@@ -125,6 +126,8 @@ def in_prompt(messages: Messages, prompt: str) -> list[dict[str, Any]]:
         UsageError: there is no text, or there are several, and the prompt repeats the question.
     """
     turns = [{**turn, "content": [dict(block) for block in turn["content"]]} for turn in messages]
+    kinds = [block["type"] for turn in turns for block in turn["content"]]
+    prompt = speaking_of(prompt, "clip" if "video" in kinds else "images" if kinds.count("image") > 1 else "image")
     asked = [block for turn in turns if turn["role"] == "user" for block in turn["content"] if block["type"] == "text"]
     if len(asked) == 1:
         asked[0]["text"] = prompt.replace("{question}", asked[0]["text"])

@@ -199,7 +199,11 @@ def evaluate(
             images = dict(zip(images, blanked([*images.values()]), strict=True))
         encoded = dict(zip(images, encode_images(policy, [*images.values()]), strict=True))
         requests = [
-            Request(encoded[q.image], solver_messages(sampling.solver_prompt, q.question), (options.seed, i))
+            Request(
+                encoded[q.image],
+                solver_messages(sampling.solver_prompt, q.question, encoded[q.image].shown),
+                (options.seed, i),
+            )
             for q, i in zip(batch, numbers, strict=True)
         ]
         # The greedy reply is drawn with the samples, so that prompts are read once and there is one decoding. It comes

@@ -30,8 +30,14 @@ def probe(run: Run) -> None:
     items = run.pool.peek(schedule.probe_images)
     encoded = encode_images(run.policy, [item.image for item in items])
     if run.step == 0:
-        messages = proposer_messages(sampling.proposer_prompt, sampling.domain)
-        requests = [Request(image, messages, (run.config.seed, 0, i)) for i, image in enumerate(encoded)]
+        requests = [
+            Request(
+                image,
+                proposer_messages(sampling.proposer_prompt, sampling.domain, shown=image.shown),
+                (run.config.seed, 0, i),
+            )
+            for i, image in enumerate(encoded)
+        ]
         proposals = run.engine.sample(requests, None, max_tokens=sampling.max_question_tokens)
         questions = [
             parse_question(c.text, c.finish_reason, request.prompt)
@@ -81,7 +87,7 @@ def solve_greedily(
     """The solver's most likely completion for a question about each image, and what was read in it."""
     sampling = run.config.sampling
     requests = [
-        Request(image, solver_messages(sampling.solver_prompt, question))
+        Request(image, solver_messages(sampling.solver_prompt, question, image.shown))
         for image, question in zip(images, questions, strict=True)
     ]
     groups = run.engine.sample(requests, "solver", max_tokens=sampling.max_solution_tokens, temperature=0)

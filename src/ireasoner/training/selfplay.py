@@ -19,7 +19,7 @@ from ireasoner.model.inputs import EncodedImage, embed_texts, encode_images, ren
 from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 from ireasoner.model.sharding import equal_passes
-from ireasoner.model.views import View
+from ireasoner.model.views import View, shown_in
 from ireasoner.rollouts.distributions import text_logprobs, token_distributions, token_logprobs
 from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.training.alterations import altered
@@ -168,7 +168,7 @@ class SelfPlay:
         asked = [self._asked(batch, i, proposal) for i, proposal in enumerate(draft.proposals)]
         solver_prompt, processor = self.config.sampling.solver_prompt, self.policy.processor
         prompts = [
-            render(processor, solver_messages(solver_prompt, a.question.text), item.image)
+            render(processor, solver_messages(solver_prompt, a.question.text, shown_in(item.image)), item.image)
             for a, item in zip(asked, draft.items, strict=True)
         ]
         solutions = [self._read(group, prompt) for group, prompt in zip(draft.groups, prompts, strict=True)]
@@ -222,11 +222,12 @@ class SelfPlay:
     def _proposer_messages(self, batch: _Batch, i: int) -> list[dict[str, Any]]:
         """What the proposer is told about item i, with examples of questions if it is shown any."""
         sampling, count = self.config.sampling, min(self.config.label_examples, len(self.examples))
-        shown: list[int] = []
+        picked: list[int] = []
         if count:
             rng = np.random.default_rng(list(batch.seed(i, seeds.PICK_EXAMPLES)))
-            shown = rng.choice(len(self.examples), count, replace=False).tolist()
-        return proposer_messages(sampling.proposer_prompt, sampling.domain, [self.examples[n].question for n in shown])
+            picked = rng.choice(len(self.examples), count, replace=False).tolist()
+        examples, shown = [self.examples[n].question for n in picked], shown_in(batch.items[i].image)
+        return proposer_messages(sampling.proposer_prompt, sampling.domain, examples, shown)
 
     def _asked(self, batch: _Batch, i: int, proposal: Sequence[Completion]) -> _Asked:
         """The question about item i: one of its labelled ones, or the one that was proposed."""
@@ -248,7 +249,7 @@ class SelfPlay:
         """A request for each image whose question is readable, by its index in the batch."""
         prompt = self.config.sampling.solver_prompt
         return {
-            i: Request(images[i], solver_messages(prompt, question.text), batch.seed(i, purpose))
+            i: Request(images[i], solver_messages(prompt, question.text, images[i].shown), batch.seed(i, purpose))
             for i, question in questions.items()
             if question.well_formed
         }
