@@ -176,7 +176,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder, rng = tmp_path_factory.mktemp("code"), np.random.default_rng(0)
     (folder / "photos").mkdir()
-    for name in (*(f"photos/{i}.png" for i in range(4)), "photo.jpg"):
+    for name in (*(f"photos/{i}.png" for i in range(4)), "photo.jpg", "left.png", "right.png"):
         world.draw(world.sample_picture(rng), world.sample_style("varied", rng), rng).save(folder / name)
     (reward,) = (code for code, _ in blocks(ROOT / "docs" / "rewards.md", "python") if code.startswith("# my_rewards"))
     (folder / "my_rewards.py").write_text(reward, "utf-8")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,23 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 from hub import COMMIT as COMMIT_OF_HUB
 from hub import OLDER, Hub, serving
 from ireasoner.app.cli import main
-from ireasoner.method.texts import solver_messages
-from ireasoner.method.types import ROLES, Solution, UsageError
+from ireasoner.method.texts import SOLVER_PROMPT, solver_messages
+from ireasoner.method.types import ROLES, Completion, Solution, UsageError
 from ireasoner.model.backbone import load_backbone, load_processor
 from ireasoner.model.policy import Policy
 from ireasoner.model.source import TINY_MODEL
+from ireasoner.model.views import Pictures
+from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training import trained
 from ireasoner.training.card import HERE, Base, find_base, model_card
 from ireasoner.training.checkpoints import save_checkpoint
+from ireasoner.training.clips import ItemFiles
 from ireasoner.training.config import Config, load_config, resolve
-from ireasoner.training.evaluation import evaluate
+from ireasoner.training.evaluation import EvaluationOptions, evaluate
 from ireasoner.training.labelled import LabelledQuestion
 from ireasoner.training.statistics import MEASURES
-from ireasoner.training.trained import TrainedModel
+from ireasoner.training.trained import TrainedModel, load_asked
 from models import load, requests, sample
 from plain import chosen, plain_logprobs
 from runs import new_run, played_run
@@ -88,6 +92,65 @@ def test_a_reply_is_what_the_evaluation_of_the_run_would_hear(
 def test_a_picture_in_memory_is_the_same_as_its_file(model: TrainedModel, picture: Path):
     with Image.open(picture) as image:
         assert model.ask(image, QUESTION) == model.ask(picture, QUESTION)
+
+
+@pytest.fixture(scope="module")
+def several(pictures: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of four frames; beside it an animation of them, and a GIF of the first alone."""
+    place = tmp_path_factory.mktemp("several")
+    (place / "frames").mkdir()
+    for i, frame in enumerate(pictures[:4]):
+        frame.save(place / "frames" / f"{i}.png")
+    pictures[0].save(place / "all.webp", save_all=True, append_images=pictures[1:4], duration=500, lossless=True)
+    pictures[0].save(place / "one.gif")
+    return place
+
+
+class Listening(LiveEngine):
+    """Keeps the prompts that it was asked."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy)
+        self.prompts: list[str] = []
+
+    def sample(self, requests: Sequence[Request], role: Any, **options: Any) -> list[list[Completion]]:
+        self.prompts += [request.prompt for request in requests]
+        return super().sample(requests, role, **options)
+
+
+def test_several_images_and_clips_are_what_the_evaluation_of_the_run_would_show(
+    model: TrainedModel, policy: Policy, several: Path, pictures: list[Image.Image]
+):
+    """Of a clip as many frames as the run was shown. The prompt of the run is its own, and the one that is shipped
+    speaks of what is shown."""
+    frames = tuple(several / "frames" / f"{i}.png" for i in range(4))
+    with_limits = model.config.changed(images_per_item=3, solver_prompt=SOLVER_PROMPT, max_solution_tokens=24)
+    asked, engine = TrainedModel(policy, with_limits), Listening(policy)
+    asked.engine = engine
+    images, clip = (LabelledQuestion(f, QUESTION, "1") for f in (ItemFiles(frames[:2]), ItemFiles(frames, True)))
+    options = EvaluationOptions(images_per_item=3)
+    heard = evaluate(policy, [images, clip], "solver", with_limits.sampling, options, engine=engine).greedy_texts
+    assert asked.ask(frames[:2], QUESTION).text == asked.ask([pictures[0], str(frames[1])], QUESTION).text == heard[0]
+    assert asked.ask(several / "frames", QUESTION).text == asked.ask(several / "all.webp", QUESTION).text == heard[1]
+    assert len(set(heard)) == 2
+    for prompt, shown in zip(engine.prompts, ["images", "clip", "images", "images", "clip", "clip"], strict=True):
+        assert f"Look closely at the {shown} and answer" in prompt
+    shown = load_asked(several / "frames", with_limits)
+    assert isinstance(shown, Pictures)
+    assert (len(shown.images), shown.fps) == (3, 4 / 3)
+    together = load_asked(several / "frames", with_limits.changed(items="folders", images_per_item=4))
+    assert isinstance(together, Pictures)
+    assert (len(together.images), together.fps) == (4, None)  # as such a run was shown a folder
+    assert isinstance(load_asked([several / "one.gif"], with_limits), Image.Image)
+
+
+def test_ask_shows_all_images_before_the_question(
+    run: Path, model: TrainedModel, several: Path, capsys: pytest.CaptureFixture[str]
+):
+    paths = [str(several / "frames" / f"{i}.png") for i in (0, 3)]
+    for shown, view in ((paths, paths), ([str(several / "all.webp")], several / "all.webp")):
+        assert main(["ask", str(run), *shown, QUESTION, "--device", "cpu"]) == 0
+        assert capsys.readouterr().out.startswith(model.ask(view, QUESTION).text)
 
 
 @pytest.mark.parametrize("longest", [256, 6])
@@ -153,7 +216,12 @@ def test_a_checkpoint_can_be_asked(policy: Policy, run: Path, picture: Path, mod
 
 
 def test_what_cannot_be_asked_is_one_sentence_before_the_model_is_loaded(
-    run: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    picture: Path,
+    several: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     def loads(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
@@ -161,21 +229,60 @@ def test_what_cannot_be_asked_is_one_sentence_before_the_model_is_loaded(
     monkeypatch.setattr("ireasoner.model.loading.load_policy", loads)
     nothing = new_run(tmp_path / "nothing")  # a run that ended itself before anything was learned
     nothing.write_text("summary.json", "{}")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    for name in ("0.png", "1.png"):
+        (tmp_path / "broken" / name).write_bytes(picture.read_bytes()[: None if name == "0.png" else -40])
+    (tmp_path / "cut.gif").write_bytes((several / "one.gif").read_bytes()[:-40])
+    (tmp_path / "text.mp4").write_bytes(b"no video")
     cases = {
-        (run, tmp_path / "none.png"): "none.png",
-        (run, run / "config.yaml"): "not a PNG",
-        ("nowhere", picture): "nowhere is not a run directory",
-        (tmp_path, picture): "neither a run nor a model",
-        ("tiny", picture): "tiny is not a run directory",
-        (run / "solver", picture): f"name {run}",
-        (tmp_path / "nothing", picture): "learned nothing and has no adapter",
+        (run, tmp_path / "none.png", QUESTION): "none.png",
+        (run, run / "config.yaml", QUESTION): "not a PNG",
+        ("nowhere", picture, QUESTION): "nowhere is not a run directory",
+        (tmp_path, picture, QUESTION): "neither a run nor a model",
+        ("tiny", picture, QUESTION): "tiny is not a run directory",
+        (run / "solver", picture, QUESTION): f"name {run}",
+        (tmp_path / "nothing", picture, QUESTION): "learned nothing and has no adapter",
+        (run, QUESTION): "name it before the question 'How many circles",
+        (run, picture): f"the question comes last, and {picture} is there as a file",
+        (run, picture, several / "frames"): "the question comes last, and ",
+        (run, picture, tmp_path / "none.png", QUESTION): "Cannot read the image '.*none.png' .No such file",
+        (run, picture, several / "frames", QUESTION): "frames' .not a regular file",
+        (run, *[picture] * 9, QUESTION): r"9 images are over the limit of 8 .--images-per-item.\.",
+        (run, tmp_path / "empty", QUESTION): "empty' .0 frames, of which at least 2 are needed",
+        (run, tmp_path / "broken", QUESTION): "broken' .1.png: .*truncated",
+        (run, tmp_path / "cut.gif", QUESTION): "cut.gif' .the clip ends early",
+        (run, tmp_path / "text.mp4", QUESTION): "text.mp4' .*video",
     }
-    for (where, image), said in cases.items():
-        assert main(["ask", str(where), str(image), QUESTION]) == 2
+    for words, said in cases.items():
+        assert main(["ask", *map(str, words)]) == 2
         told = capsys.readouterr().err
         assert told.startswith("ireasoner: ")
         assert told.count("\n") == 1
-        assert said in told
+        assert re.search(said, told), told
+    with pytest.raises(UsageError, match="cannot be asked: it has no image"):
+        load_asked([], load_config(run / "config.yaml"))
+
+
+def test_a_model_that_takes_one_image_is_asked_about_no_more(
+    run: Path,
+    picture: Path,
+    model: TrainedModel,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """In the sentence of `train`, before the model is loaded; about one image it is asked as ever."""
+
+    def one(processor: Any, view: Any) -> Any:
+        raise ValueError("only one image")
+
+    monkeypatch.setattr("ireasoner.model.inputs.SeenImage", one)
+    monkeypatch.setattr("ireasoner.model.loading.load_policy", one)
+    said = r"tiny cannot be shown several images in one prompt .*: give every item one image"
+    assert main(["ask", str(run), str(picture), str(picture), QUESTION]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    with pytest.raises(UsageError, match=said):
+        model.ask([picture, picture], QUESTION)
 
 
 # --- exporting --------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ COMMANDS = {
         "evaluate:compare",
         "paired tests with intervals over two sample logs of lmms-eval, or two of eval",
     ),
-    "ask": ("using:ask", "ask a trained model about an image"),
+    "ask": ("using:ask", "ask a trained model about an image, several or a clip"),
     "export": ("using:export", "write a trained model as a folder for transformers, PEFT and vLLM"),
     "push": ("using:push", "put a trained model on the hub"),
     "label": ("evaluate:label", "answer a run's own questions yourself, as evaluation data"),

@@ -101,7 +101,7 @@ def follow(
     if "solver" not in trained:
         print("Nothing was learned: the solver is still the model that the run started from.")
     else:
-        print(f"Use it: ireasoner ask {out} IMAGE QUESTION   or ireasoner export {out} --to FOLDER")
+        print(f"Use it: ireasoner ask {out} IMAGE... QUESTION   or ireasoner export {out} --to FOLDER")
     if ended := summary.get("stopped_early") or "solver" not in trained:
         for sentence in advice(config):
             print(sentence)

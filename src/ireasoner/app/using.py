@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from ireasoner.app.options import Count, Device, Seed
+from ireasoner.method.types import UsageError
 
 if TYPE_CHECKING:  # this imports torch
     from ireasoner.training.trained import Answer
@@ -17,8 +19,7 @@ Trained = Annotated[str, Parameter(help="A run directory, or one of its checkpoi
 
 def ask(
     run: Trained,
-    image: Path,
-    question: str,
+    asked: Annotated[list[str], Parameter(name="IMAGE... QUESTION")],
     /,
     *,
     base: bool = False,
@@ -26,13 +27,13 @@ def ask(
     seed: Seed = 0,
     device: Device = "auto",
 ) -> int:
-    """Ask the solver that a run has trained a question about an image, with the run's own prompt. A single reply is
-    printed as it is written; of several that vote, the one that words the majority's answer. The last line is the
-    answer.
+    """Ask the solver that a run has trained a question about an image, about several or about a clip, with the run's
+    own prompt. A single reply is printed as it is written; of several that vote, the one that words the majority's
+    answer. The last line is the answer.
 
     Args:
-        image: The image.
-        question: The question.
+        asked: The image, or several, which are shown together; or a clip: a video, an animation or a folder of
+            frames. The question comes last.
         base: Ask the model that the run started from as well.
         votes: Replies that vote on the answer, sampled at temperature 1 (1: a single greedy reply).
         seed: Seed of the sampled replies.
@@ -40,20 +41,30 @@ def ask(
     from ireasoner.app import display
     from ireasoner.training.targets import find_trained, load_target
 
+    *images, question = asked
+    if os.path.exists(question):
+        raise UsageError(f"the question comes last, and {question} is there as a file: add what you want to know of it")
+    if not images:
+        raise UsageError(f"ask about an image: name it before the question {question!r:.200}")
     target = find_trained(run)
+    from ireasoner.model.backbone import load_processor
+    from ireasoner.model.inputs import check_several
     from ireasoner.model.pieces import out_of_memory_is_told
-    from ireasoner.training.images import load_image
-    from ireasoner.training.trained import TrainedModel
+    from ireasoner.model.views import Pictures
+    from ireasoner.training.trained import TrainedModel, load_asked
 
-    picture = load_image(image, target.config.max_image_pixels)  # before the model, which takes longer
+    config = target.config
+    view = load_asked(images, config)  # before the model, which takes longer
+    if isinstance(view, Pictures):
+        check_several(load_processor(target.model, config.backbone.max_image_tokens), config.model)
     with out_of_memory_is_told():
         policy, _ = load_target(target, device, display.print_wait)
-        model = TrainedModel(policy, target.config)
+        model = TrainedModel(policy, config)
         for of_base in (True, False) if base else (False,):
             if base:
-                display.print_text(f"Before training ({target.config.model}):" if of_base else "\nAfter training:")
+                display.print_text(f"Before training ({config.model}):" if of_base else "\nAfter training:")
             told = display.print_part if votes == 1 else None
-            reply = model.ask(picture, question, votes, base=of_base, seed=seed, on_text=told)
+            reply = model.ask(view, question, votes, base=of_base, seed=seed, on_text=told)
             if told:
                 display.print_text("")
             _show(reply)

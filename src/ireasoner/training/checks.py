@@ -236,7 +236,6 @@ def open_pool(config: Config, held_out: Sequence[LabelledQuestion]) -> ImagePool
     Raises:
         ImageError: they cannot be used.
     """
-    limits = Limits(config.max_image_pixels, config.images_per_item, config.frame_rate)
     return ImagePool.scan(
         config.images,
         config.seed,
@@ -244,7 +243,7 @@ def open_pool(config: Config, held_out: Sequence[LabelledQuestion]) -> ImagePool
         held_out={path for question in held_out for path in files_of(question.image)},
         column=config.image_column,
         items=config.items,
-        limits=limits,
+        limits=Limits.of(config),
     )
 
 

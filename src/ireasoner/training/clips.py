@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ireasoner.model.views import Pictures, View
-from ireasoner.training.config import option
+from ireasoner.training.config import Config, ItemKind, option
 from ireasoner.training.containers import format_of, gif_frames
 from ireasoner.training.images import (
     MAX_PIXELS,
@@ -60,6 +60,18 @@ class Limits(NamedTuple):
     max_pixels: int = MAX_PIXELS
     images: int = option("images_per_item").default
     frame_rate: float | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> Limits:
+        """The limits of a run."""
+        return cls(config.max_image_pixels, config.images_per_item, config.frame_rate)
+
+    def problem(self, images: int) -> str | None:
+        """Why so many images cannot be shown together, or None."""
+        if images == 0:
+            return "it has no image"
+        over = f"{images} images are over the limit of {self.images} (--images-per-item)"
+        return over if images > self.images else None
 
     def chosen(self, frames: int, fps: float) -> tuple[list[int], float]:
         """The numbers of the frames that are shown of a clip, in their order, and how many they are a second.
@@ -103,6 +115,33 @@ def load_view(image: Path | ItemFiles, limits: Limits) -> View:
     if isinstance(image, ItemFiles):
         return load_item(str(image), image, limits)[0]
     return load_image(image, limits.max_pixels)
+
+
+def load_path(path: Path, limits: Limits, items: ItemKind) -> View:
+    """What a file or a folder shows that somebody names by its path alone.
+
+    A video and an animation are clips, and every other file is an image. A folder is what it is in a run on these
+    `items`: images that are shown together with `folders`, and otherwise the frames of a clip. Raises
+    `UnreadableImageError`.
+    """
+    try:
+        if path.is_dir():
+            files = ItemFiles(frames_below(path), is_clip=items != "folders")
+        elif is_clip_file(path) and not _is_still(path):
+            files = ItemFiles((path,), is_clip=True)
+        else:
+            return load_image(path, limits.max_pixels)
+    except (OSError, ValueError) as error:
+        raise UnreadableImageError(path, reason_of(error)) from error
+    return load_item(os.fspath(path), files, limits)[0]
+
+
+def _is_still(path: Path) -> bool:
+    """Whether a file is named like a GIF and is an image. Raises `OSError` or `ValueError` if it cannot be read."""
+    if not path.name.lower().endswith(".gif"):
+        return False
+    data = read_file(path, MAX_ANIMATION_BYTES)
+    return format_of(data) != "GIF" or gif_frames(data) == 1
 
 
 def natural(name: str) -> list[tuple[str, int]]:
@@ -162,10 +201,8 @@ def _images(files: ItemFiles, limits: Limits) -> tuple[View, tuple[str, ...]]:
     if files.is_clip:
         places, fps = limits.chosen(len(paths), files.fps)
         paths = [paths[place] for place in places]
-    elif len(paths) > limits.images:
-        raise ValueError(f"{len(paths)} images are over the limit of {limits.images} (--images-per-item)")
-    elif not paths:
-        raise ValueError("it has no image")
+    elif problem := limits.problem(len(paths)):
+        raise ValueError(problem)
     images, hashes = [], []
     for path in paths:
         try:

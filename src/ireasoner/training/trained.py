@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -14,13 +15,17 @@ from transformers import TextStreamer
 from ireasoner.method.answers import answer_key, majority
 from ireasoner.method.texts import parse_trajectory, solver_messages
 from ireasoner.method.types import Role, Solution
-from ireasoner.model.inputs import encode_images
+from ireasoner.model.inputs import check_several, encode_images
 from ireasoner.model.policy import Policy
+from ireasoner.model.views import Pictures, View
 from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
+from ireasoner.training.clips import Limits, load_path
 from ireasoner.training.config import Config
-from ireasoner.training.images import load_image
+from ireasoner.training.images import ImageError, load_image
 from ireasoner.training.targets import find_trained, load_target
+
+OneImage = Image.Image | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class TrainedModel:
 
     def ask(
         self,
-        image: Image.Image | str | os.PathLike[str],
+        image: OneImage | Pictures | Sequence[OneImage],
         question: str,
         votes: int = 1,
         *,
@@ -76,10 +81,12 @@ class TrainedModel:
         seed: int = 0,
         on_text: Callable[[str], None] | None = None,
     ) -> Answer:
-        """Ask one question about one image, as the run's solver was asked in training.
+        """Ask one question about an image, several images or a clip, as the run's solver was asked in training.
 
         Args:
-            image: a picture, or the path of one.
+            image: a picture or the path of one; a list of those, which are shown together; or the path of a clip: a
+                video, an animation, or a folder of frames. In a run on `items="folders"`, the images in a folder are
+                shown together instead. The limits are those of the run: `images_per_item` and `frame_rate`.
             question: the question alone; the run's prompt is put around it.
             votes: 1: the greedy reply; more: so many are sampled at temperature 1, and the majority answers.
             base: ask the model that the run started from, with the same prompt.
@@ -87,19 +94,19 @@ class TrainedModel:
             on_text: is told a single reply as it is written, a few words at a time; of several, nothing.
 
         Raises:
-            ImageError: the image cannot be read.
+            ImageError: an image cannot be read, there is none, or there are too many.
+            ModelError: the model cannot be shown several images.
             ValueError: less than one vote.
         """
         if votes < 1:
             raise ValueError(f"votes must be at least 1, not {votes}")
-        if isinstance(image, Image.Image):
-            picture = image.convert("RGB")
-        else:
-            picture = load_image(image, self.config.max_image_pixels)
+        view = load_asked(image, self.config)
+        if isinstance(view, Pictures):
+            check_several(self.policy.processor, self.config.model)
         sampling = self.config.sampling
         role: Role | None = None if base else "solver"
-        (encoded,) = encode_images(self.policy, [picture])
-        request = Request(encoded, solver_messages(sampling.solver_prompt, question), (seed,))
+        (encoded,) = encode_images(self.policy, [view])
+        request = Request(encoded, solver_messages(sampling.solver_prompt, question, encoded.shown), (seed,))
         temperature = 0.0 if votes == 1 else 1.0
         with self._streamed_to(on_text if votes == 1 else None):
             (replies,) = self.engine.sample(
@@ -121,6 +128,25 @@ class TrainedModel:
             streamer.end()
         finally:
             self.engine.on_token = None
+
+
+def load_asked(image: OneImage | Pictures | Sequence[OneImage], config: Config) -> View:
+    """What `TrainedModel.ask` is asked about, within the limits of a run. Raises `ImageError` as it does."""
+    if isinstance(image, Pictures):
+        return image
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, str | os.PathLike):
+        return load_path(Path(image), Limits.of(config), config.items)
+    if len(image) == 1:
+        return load_asked(image[0], config)
+    if problem := Limits.of(config).problem(len(image)):
+        raise ImageError(f"The question cannot be asked: {problem}.")
+    return Pictures(tuple(_picture(each, config) for each in image))
+
+
+def _picture(image: OneImage, config: Config) -> Image.Image:
+    return image.convert("RGB") if isinstance(image, Image.Image) else load_image(image, config.max_image_pixels)
 
 
 class _Streamer(TextStreamer):

@@ -53,12 +53,9 @@ class Groups:
     """
 
     def __init__(self, where: str, items: Mapping[str, ItemFiles], skipped: dict[str, str], limits: Limits) -> None:
-        most = limits.images
-        over = {name: len(i.paths) for name, i in items.items() if not i.is_clip and len(i.paths) > most}
-        self.where, self._limits = where, limits
-        self.skipped = skipped | {
-            name: f"{count} images are over the limit of {most} (--images-per-item)" for name, count in over.items()
-        }
+        problems = {name: limits.problem(len(files.paths)) for name, files in items.items() if not files.is_clip}
+        over = {name: problem for name, problem in problems.items() if problem}
+        self.where, self._limits, self.skipped = where, limits, skipped | over
         self._items = {name: files for name, files in items.items() if name not in over}
         self.names = Names.of(self._items)
 
