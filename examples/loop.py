@@ -31,7 +31,7 @@ from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import Config, resolve
 from ireasoner.training.items import ImagePool, Item
-from ireasoner.training.selfplay import blank_logprobs
+from ireasoner.training.selfplay import BlankImages
 
 
 def main() -> None:
@@ -149,14 +149,14 @@ def score(
     ]
     for i, group in zip(asked, solutions, strict=True):  # all of the step's groups are remembered before any is scored
         memory.add(items[i].name, group)
-    scored = []
+    scored, blank = [], BlankImages(policy)
     for i, group, request, completions in zip(asked, solutions, requests, groups, strict=True):
         context = Context(
             step_weight=step_weight(recipe, step, config.schedule.steps),
             embed=lambda texts: embed_texts(policy, texts, recipe.max_step_tokens),
             logprobs=[c.logprobs for c in completions],
             tokens=[token_texts(policy.processor, c.token_ids) for c in completions],
-            blank_logprobs=partial(blank_logprobs, policy, request, items[i].image, completions),
+            blank_logprobs=partial(blank.logprobs, request, completions),
             recent_steps=memory.of_others(items[i].name),
             seed=(config.seed, step, i),
         )

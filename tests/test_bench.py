@@ -18,7 +18,7 @@ from ireasoner.model.inputs import encode_images, token_texts
 from ireasoner.rollouts.engine import Request
 from ireasoner.studies.bench import QUESTION, Bench, Phases, load_bench, measure, readable, table
 from ireasoner.training.config import resolve
-from ireasoner.training.selfplay import blank_logprobs
+from ireasoner.training.selfplay import BlankImages
 from models import load
 
 
@@ -66,7 +66,8 @@ def test_groups_are_rewarded_as_the_recipe_default_does_it():
     request = Request(encode_images(policy, [image])[0], solver_messages(bench.config.sampling.solver_prompt, QUESTION))
     (group,) = bench.engine.sample([request], "solver", n=3, max_tokens=32)
     texts = [readable(completion.text) for completion in group]
-    blank = blank_logprobs(policy, request, image, group)
+    images = BlankImages(policy)
+    blank = images.logprobs(request, group)
 
     def paid(*recent: frozenset[str]) -> Any:
         context = Context(
@@ -78,8 +79,8 @@ def test_groups_are_rewarded_as_the_recipe_default_does_it():
     said = {step_digest(step) for text in texts for step in parse_trajectory(text).reasoning_steps}
     first, again = paid(), paid(frozenset(said))
     assert any(t.parts["step_agreement"].value for t in first.trajectories)
-    assert bench.reward(group, request, image) == pytest.approx(first.rewards)
-    assert bench.reward(group, request, image) == pytest.approx(again.rewards)
+    assert bench.reward(group, request, images) == pytest.approx(first.rewards)
+    assert bench.reward(group, request, images) == pytest.approx(again.rewards)
     assert first.rewards[0] > again.rewards[0]
 
 

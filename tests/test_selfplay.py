@@ -23,7 +23,7 @@ from ireasoner.method.texts import parse_question, solver_messages
 from ireasoner.method.types import Completion, Episode
 from ireasoner.model.inputs import build_prompts, encode_images, render
 from ireasoner.model.policy import Policy
-from ireasoner.model.views import Pictures
+from ireasoner.model.views import Pictures, View, filled
 from ireasoner.rollouts.distributions import token_logprobs
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.training.config import Config, resolve
@@ -328,6 +328,33 @@ def test_a_reward_of_ones_own_gets_what_self_play_knows(policy: Policy, pictures
         assert blind != [list(c.logprobs) for c in sample.completions]
         assert context.seed is not None
         assert episode.rewards == tuple(0.25 * t.well_formed for t in episode.trajectories)
+
+
+def test_one_gray_image_of_each_size_is_encoded_for_a_step(policy: Policy, pictures: list[Image.Image]):
+    """Also of several images together and of clips; it is to each request what one of its own would be."""
+    small = tuple(picture.resize((56, 90)) for picture in pictures)
+    clips = [Pictures(small[i : i + 2], fps=2.0) for i in (0, 2)]
+    views: list[View] = [*pictures[:2], *small[:2], Pictures(small[:2]), Pictures(small[2:4]), *clips]
+    items = [Item(f"{i}.png", view, "0" * 16) for i, view in enumerate(views)]
+    items = labelled(items, {item.name: [("How many dots are there?", "3")] for item in items})
+    blind: list[Any] = []
+
+    def fn(group: Group, context: Context) -> list[float]:
+        assert context.blank_logprobs is not None
+        blind.append(context.blank_logprobs())
+        return [0.0] * len(group.texts)
+
+    playing = SelfPlay(policy, LiveEngine(policy), config_of(reward="mine.py:fn", max_solution_tokens=8), reward=fn)
+    draft, seen = playing.begin(3, items, at_once)(), []
+    hook = policy.base.visual.register_forward_hook(lambda *_: seen.append(1))
+    play = playing.score(draft)
+    hook.remove()
+    assert len(seen) == 4
+    for sample, view, found in zip(play.solver, views, blind, strict=True):
+        (gray,) = encode_images(policy, [filled(view, (128, 128, 128))])
+        alone = token_logprobs(policy, replace(sample.request, image=gray), sample.completions, "solver")
+        for one, other in zip(found, alone, strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
 
 
 def test_a_reward_may_ask_how_likely_a_text_is_about_another_view(policy: Policy, pictures: list[Image.Image]):

@@ -21,7 +21,7 @@ from ireasoner.plugins.trl import agreement_reward
 from ireasoner.rollouts.distributions import token_logprobs
 from ireasoner.rollouts.engine import Request
 from ireasoner.training.config import ConfigError, load_recipe
-from ireasoner.training.selfplay import blank_logprobs
+from ireasoner.training.selfplay import BlankImages
 from models import load
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "trl_grpo.py"
@@ -155,7 +155,7 @@ def test_the_recipe_default_pays_for_what_the_image_makes_likelier():
     seen, blind = likelihoods.of_tokens(chat, ids), likelihoods.without_image(chat, ids)
     for found, expected in (
         (seen, token_logprobs(policy, request, completions, None)),
-        (blind, blank_logprobs(policy, request, image, completions)),
+        (blind, BlankImages(policy).logprobs(request, completions)),
     ):
         for each, other in zip(found, expected, strict=True):
             assert each == pytest.approx(other, abs=1e-4)

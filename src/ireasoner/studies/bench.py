@@ -43,7 +43,7 @@ from ireasoner.rollouts.engine import Request
 from ireasoner.rollouts.live import LiveEngine
 from ireasoner.studies import random_models
 from ireasoner.training.config import Config, resolve
-from ireasoner.training.selfplay import blank_logprobs
+from ireasoner.training.selfplay import BlankImages
 
 QUESTION_TOKENS = 20
 QUESTION = "What is the value of the red bar?"
@@ -176,7 +176,8 @@ class Bench:
             groups = [flat[i : i + count] for i in range(0, len(flat), count)]
         with phases.timed("read and reward"):
             asked = [Request(each, solve) for each in encoded]
-            earned = [self.reward(*each) for each in zip(groups, asked, images, strict=True)]
+            blank = BlankImages(policy)
+            earned = [self.reward(*each, blank) for each in zip(groups, asked, strict=True)]
         with phases.timed("update"):
             prompts = build_prompts(policy, encoded, [solve] * len(images))
             advantages = learner.advantages(earned)
@@ -195,7 +196,7 @@ class Bench:
         ):
             yield
 
-    def reward(self, group: Sequence[Completion], request: Request, image: Image.Image) -> list[float]:
+    def reward(self, group: Sequence[Completion], request: Request, blank: BlankImages) -> list[float]:
         """What the completions of a request earn by the config's recipe, read as readable trajectories."""
         recipe, name = self.config.recipe, f"group {next(self.groups)}"  # each counts as another image's
         context = Context(
@@ -203,7 +204,7 @@ class Bench:
             recent_steps=self.memory.of_others(name),
             logprobs=[completion.logprobs for completion in group],
             tokens=[token_texts(self.policy.processor, completion.token_ids) for completion in group],
-            blank_logprobs=partial(blank_logprobs, self.policy, request, image, group),
+            blank_logprobs=partial(blank.logprobs, request, group),
         )
         scored = score_group(QUESTION, [readable(completion.text) for completion in group], recipe, context)
         self.memory.add(name, scored.trajectories)

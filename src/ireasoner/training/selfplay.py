@@ -19,7 +19,7 @@ from ireasoner.model.inputs import EncodedImage, embed_texts, encode_images, ren
 from ireasoner.model.parallel import ALONE, Processes
 from ireasoner.model.policy import Policy
 from ireasoner.model.sharding import equal_passes
-from ireasoner.model.views import View, shown_in
+from ireasoner.model.views import shown_in
 from ireasoner.rollouts.distributions import text_logprobs, token_distributions, token_logprobs
 from ireasoner.rollouts.engine import Engine, Request
 from ireasoner.training.alterations import altered
@@ -177,9 +177,10 @@ class SelfPlay:
             self.memory.add(item.name, group)
         questions = [a.question.text for a in asked if a.question.well_formed]
         solving = self._solver_requests(batch, images, {i: asked[i].question for i in images})
+        blank = BlankImages(self.policy)
         with equal_passes(self.policy):  # which a reward may ask for
             episodes = [
-                self._episode(batch, i, draft, asked[i], questions, prompts[i], solving.get(i), solutions[i])
+                self._episode(batch, i, draft, asked[i], questions, prompts[i], solving.get(i), solutions[i], blank)
                 for i in images
             ]
         solver = [Sample(i, request, draft.groups[i]) for i, request in solving.items()]
@@ -281,10 +282,12 @@ class SelfPlay:
         prompt: str,
         request: Request | None,
         solutions: Sequence[Solution],
+        blank: BlankImages,
     ) -> Episode:
         """Score the group of item i, in which `solutions` were read, and make its record.
 
-        `questions` are all readable ones of the step; `request` is None where this one was not asked.
+        `questions` are all readable ones of the step, whose images share `blank`; `request` is None where this one was
+        not asked.
         """
         recipe, completions = self.config.recipe, draft.groups[i]
         planned = self.config.planned_steps or self.config.schedule.steps
@@ -297,7 +300,7 @@ class SelfPlay:
             finish_reasons=[c.finish_reason for c in completions],
             logprobs=[c.logprobs for c in completions],
             tokens=[token_texts(self.policy.processor, c.token_ids) for c in completions],
-            blank_logprobs=request and partial(blank_logprobs, self.policy, request, batch.items[i].image, completions),
+            blank_logprobs=request and partial(blank.logprobs, request, completions),
             distributions=request and partial(token_distributions, self.policy, request, completions, "solver"),
             likelihoods=request and partial(self._likelihoods, batch, i, request),
             other_view=self._other_view(asked.question.text, draft.others[i], prompt),
@@ -347,12 +350,23 @@ class SelfPlay:
         return read_group(question, self._read(completions, prompt), [c.text for c in completions])
 
 
-def blank_logprobs(
-    policy: Policy, request: Request, image: View, completions: Sequence[Completion]
-) -> list[list[float]]:
-    """How likely the solver finds the tokens of completions of a request if it is shown a gray image instead."""
-    encoded = encode_images(policy, blanked([image]))
-    return token_logprobs(policy, replace(request, image=encoded[0]), completions, "solver")
+class BlankImages:
+    """Gray images in place of those of some requests: one for each size, encoded when it is first asked for.
+
+    It keeps what the processor made of every prompt about them, and so is for the requests of one step.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._encoded: dict[Any, EncodedImage] = {}
+
+    def logprobs(self, request: Request, completions: Sequence[Completion]) -> list[list[float]]:
+        """How likely the solver finds the tokens of completions of a request if it is shown a gray image instead."""
+        view = request.image.seen.view
+        if view.size not in self._encoded:
+            (self._encoded[view.size],) = encode_images(self.policy, blanked([view]))
+        blind = replace(request, image=self._encoded[view.size])
+        return token_logprobs(self.policy, blind, completions, "solver")
 
 
 def at_once(function: Callable[[], T]) -> Callable[[], T]:
