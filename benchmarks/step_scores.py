@@ -34,7 +34,6 @@ import torch
 from base import SAMPLES, Interval, share_of_pairs
 from numpy.typing import NDArray
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 
 from ireasoner.method import rewards
 from ireasoner.method.answers import answer_key, majority
@@ -43,7 +42,7 @@ from ireasoner.method.rewards import FloatArray
 from ireasoner.method.texts import parse_trajectory, solver_messages
 from ireasoner.method.types import Completion, Role, Solution
 from ireasoner.model.forward import completion_hidden
-from ireasoner.model.inputs import EncodedImage, build_prompts, embed_texts, encode_images, token_texts
+from ireasoner.model.inputs import EncodedImage, build_prompts, embed_texts, encode_images, right_padded, token_texts
 from ireasoner.model.loading import load_policy
 from ireasoner.model.policy import Policy
 from ireasoner.playground import dataset, world
@@ -120,8 +119,7 @@ def logprobs(
 ) -> list[NDArray[np.float64]]:
     """The log-probability of every token of some texts behind one prompt."""
     prompts = build_prompts(policy, [image], [messages])
-    ids_RC = pad_sequence([torch.tensor(each) for each in ids], True, policy.pad_token)
-    mask_RC = pad_sequence([torch.ones(len(each), dtype=torch.bool) for each in ids], True)
+    ids_RC, mask_RC = right_padded(policy, ids)
     logits_TV = policy.output_layer(completion_hidden(policy, prompts, ids_RC, mask_RC, role))
     found_T = logits_TV.log_softmax(-1).gather(-1, ids_RC[mask_RC][:, None])[:, 0]
     return [part.double().numpy() for part in found_T.split([len(each) for each in ids])]

@@ -264,6 +264,13 @@ def left_padded(policy: Policy, texts: Sequence[Mapping[str, Tensor]], images: S
     return Prompts(batch, tuple(images))
 
 
+def right_padded(policy: Policy, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """The token ids of R completions, which are padded to the longest, and where they are real: both [R, C]."""
+    ids_RC = pad_sequence([torch.tensor(each) for each in ids], True, policy.pad_token)
+    mask_RC = pad_sequence([torch.ones(len(each), dtype=torch.bool) for each in ids], True)
+    return ids_RC.to(policy.device), mask_RC.to(policy.device)
+
+
 def image_tokens(policy: Policy) -> Tensor:
     """The ids of the tokens that stand for parts of an image or of a clip."""
     processor, config = policy.processor, policy.backbone.config.to_dict()

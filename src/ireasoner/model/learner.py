@@ -23,13 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.types import Completion, Role
 from ireasoner.model.batching import Batching
 from ireasoner.model.forward import completion_hidden, idle_hidden
-from ireasoner.model.inputs import Prompts
+from ireasoner.model.inputs import Prompts, right_padded
 from ireasoner.model.loss import (
     MovingBaseline,
     adapt_kl_coef,
@@ -178,12 +177,12 @@ class Learner:
         Returns:
             Its share of the mean loss, KL and token entropy, followed by its `gap_sums`; and its sampler gap.
         """
-        ids_RC, sampler_logprobs_RC, mask_RC = _pad(completions, self.policy.pad_token, self.policy.device)
+        ids_RC, mask_RC = right_padded(self.policy, [c.token_ids for c in completions])
         hidden = completion_hidden(self.policy, prompts, ids_RC, mask_RC, self.role)
         with torch.no_grad():
             reference_hidden = completion_hidden(self.policy, prompts, ids_RC, mask_RC, None)
         tokens = token_statistics(hidden, reference_hidden, ids_RC[mask_RC], self.policy.output_layer)
-        sampler_logprobs_T = sampler_logprobs_RC[mask_RC]
+        sampler_logprobs_T = torch.tensor([p for c in completions for p in c.logprobs], device=self.policy.device)
         weights_T = importance_weights(tokens.logprobs_T, sampler_logprobs_T, self.importance_cap)
         kl_R = trajectory_means(tokens.kl_T, mask_RC)
         logprobs_T = weights_T * tokens.logprobs_T
@@ -249,11 +248,3 @@ class Learner:
             state[i] = {key: tensors[f"{key}/{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.kl_coef, self.baseline.value = numbers["kl_coef"], numbers["baseline"]
-
-
-def _pad(completions: Sequence[Completion], pad_token: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, the sampler's log-probabilities and the mask of real tokens, each [R, C]."""
-    ids_RC = pad_sequence([torch.tensor(c.token_ids) for c in completions], True, pad_token)
-    logprobs_RC = pad_sequence([torch.tensor(c.logprobs) for c in completions], True)
-    mask_RC = pad_sequence([torch.ones(len(c.token_ids), dtype=torch.bool) for c in completions], True)
-    return ids_RC.to(device), logprobs_RC.to(device), mask_RC.to(device)

@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ireasoner.method.types import Completion, Role, TokenDistributions
 from ireasoner.model.forward import completion_hidden
-from ireasoner.model.inputs import build_prompts
+from ireasoner.model.inputs import build_prompts, right_padded
 from ireasoner.model.loss import CHUNK_LOGITS
 from ireasoner.model.pieces import gathered
 from ireasoner.model.policy import Policy
@@ -92,9 +91,7 @@ def _of_tokens(
     """
     prompts = build_prompts(policy, [request.image], [request.messages])
     lengths = [len(completion.token_ids) for completion in completions]
-    ids_RC = pad_sequence([torch.tensor(c.token_ids) for c in completions], True, policy.pad_token)
-    mask_RC = pad_sequence([torch.ones(length, dtype=torch.bool) for length in lengths], True)
-    ids_RC, mask_RC = ids_RC.to(policy.device), mask_RC.to(policy.device)
+    ids_RC, mask_RC = right_padded(policy, [c.token_ids for c in completions])
     hidden_TD = completion_hidden(policy, prompts, ids_RC, mask_RC, role)
     size = max(1, CHUNK_LOGITS // policy.output_layer(hidden_TD[:1]).shape[-1])
     chunks = zip(hidden_TD.split(size), ids_RC[mask_RC].split(size), strict=True)

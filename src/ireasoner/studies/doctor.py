@@ -19,13 +19,12 @@ from peft.utils.integrations import dequantize_module_weight
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.nn.utils.rnn import pad_sequence
 
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.texts import solver_messages
 from ireasoner.method.types import ROLES, Completion, Role
 from ireasoner.model.forward import completion_hidden
-from ireasoner.model.inputs import Prompts, build_prompts, encode_images, render
+from ireasoner.model.inputs import Prompts, build_prompts, encode_images, render, right_padded
 from ireasoner.model.learner import Learner
 from ireasoner.model.loss import token_statistics
 from ireasoner.model.options import BackboneOptions, OptimizerOptions
@@ -171,9 +170,7 @@ def _hidden(
     policy: Policy, prompt: Prompts, texts: Sequence[Sequence[int]], role: Role | None
 ) -> tuple[Tensor, Tensor]:
     """The hidden states [T, D] from which an update predicts the tokens of a prompt's completions; these tokens [T]."""
-    ids_NC = pad_sequence([torch.tensor([*ids]) for ids in texts], True, policy.pad_token).to(policy.device)
-    lengths_N = torch.tensor([len(ids) for ids in texts], device=policy.device)
-    mask_NC = torch.arange(ids_NC.shape[1], device=policy.device) < lengths_N[:, None]
+    ids_NC, mask_NC = right_padded(policy, texts)
     return completion_hidden(policy, prompt, ids_NC, mask_NC, role), ids_NC[mask_NC]
 
 

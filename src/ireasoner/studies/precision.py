@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ireasoner.method.recipe import Recipe
 from ireasoner.method.types import Completion, Role
 from ireasoner.model.forward import completion_hidden
-from ireasoner.model.inputs import Prompts
+from ireasoner.model.inputs import Prompts, right_padded
 from ireasoner.model.learner import Learner
 from ireasoner.model.lora import HALF
 from ireasoner.model.loss import token_statistics
@@ -96,9 +95,7 @@ def compare_precision(policy: Policy, prompts: Prompts, groups: Sequence[Sequenc
 @torch.no_grad()
 def changes(policy: Policy, prompts: Prompts, groups: Sequence[Sequence[Completion]]) -> tuple[Tensor, float]:
     """The solver's log-probabilities of the completions' tokens less those of the reference [T], and the mean KL."""
-    flat = [torch.tensor(completion.token_ids) for group in groups for completion in group]
-    ids_RC = pad_sequence(flat, True, policy.pad_token).to(policy.device)
-    mask_RC = pad_sequence([torch.ones_like(ids) for ids in flat], True).bool().to(policy.device)
+    ids_RC, mask_RC = right_padded(policy, [completion.token_ids for group in groups for completion in group])
     tokens_T = ids_RC[mask_RC]
     with policy.without_sharing():
         roles: tuple[Role | None, ...] = ("solver", None)

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from torch.nn.utils.rnn import pad_sequence
 
 from ireasoner.method.types import Completion
 from ireasoner.model.forward import completion_hidden
-from ireasoner.model.inputs import Prompts
+from ireasoner.model.inputs import Prompts, right_padded
 from ireasoner.model.policy import Policy
 
 
@@ -60,12 +59,10 @@ def view(policy: Policy, prompts: Prompts, groups: Sequence[Sequence[Completion]
     """
     logprobs = []
     for row, group in enumerate(groups):
-        ids = [torch.tensor(completion.token_ids) for completion in group]
-        ids_NC = pad_sequence(ids, True, policy.pad_token).to(policy.device)
-        mask_NC = pad_sequence([torch.ones_like(each) for each in ids], True).bool().to(policy.device)
+        ids_NC, mask_NC = right_padded(policy, [completion.token_ids for completion in group])
         hidden = completion_hidden(policy, prompts[row : row + 1], ids_NC, mask_NC, "solver")
         logprobs_T = policy.output_layer(hidden).log_softmax(-1).gather(-1, ids_NC[mask_NC][:, None])[:, 0]
-        means = [each.mean() for each in logprobs_T.split([len(each) for each in ids])]
+        means = [each.mean() for each in logprobs_T.split(mask_NC.sum(1).tolist())]
         (sum(means[::2]) - sum(means[1::2])).backward()  # type: ignore[union-attr]
         logprobs.append(logprobs_T.detach().cpu())
     gradients = [p.grad.flatten().cpu() for p in policy.parameters("solver").values() if p.grad is not None]
