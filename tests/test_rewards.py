@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from ireasoner.method.answers import majority
 from ireasoner.method.rewards import (
-    discrete_rewards,
     leave_one_out_similarities,
     mixing_weight,
     outcome_rewards,
@@ -126,7 +126,7 @@ def test_reasoning_steps_after_the_eighth_do_not_count():
 
 def test_a_tie_goes_to_the_answer_sampled_first():
     x = np.array([[1.0, 0.0]])
-    assert discrete_rewards(["b", "a", "a", "b"]).tolist() == [1.0, 0.0, 0.0, 1.0]
+    assert majority(["b", "a", "a", "b"]).members == (0, 3)
     # |G|/N = 2/4: 0.5^0.7 = exp(0.7 · −0.693147) = 0.615572.
     assert step_agreement_rewards(["b", "a", "a", "b"], [x] * 4) == pytest.approx([0.615572, 0, 0, 0.615572], abs=1e-6)
 
@@ -158,12 +158,6 @@ def test_proposer_reward_by_hand(entropy: float, expected: float):
 def test_proposer_reward_of_one_width_off_the_target():
     assert proposer_reward(1.5, target=1.0, width=0.5) == pytest.approx(math.exp(-0.5))
     assert proposer_reward(0.5, target=1.0, width=0.5) == pytest.approx(math.exp(-0.5))
-
-
-def test_discrete_by_hand():
-    assert discrete_rewards(["7", "3", "7", None]).tolist() == [1.0, 0.0, 1.0, 0.0]
-    assert discrete_rewards([None, None]).tolist() == [0.0, 0.0]
-    assert discrete_rewards([]).tolist() == []
 
 
 def test_mixing_weight_by_hand():
@@ -283,7 +277,7 @@ def test_rewards_equal_a_naive_second_implementation():
         steps = step_agreement_rewards(answers, embeddings, **options)
         assert steps == pytest.approx(naive_step_agreement(answers, embeddings, gamma_d, delta, most), abs=1e-12)
         group = naive_majority(answers)
-        assert discrete_rewards(answers).tolist() == [float(i in group) for i in range(len(answers))]
+        assert sorted(majority(answers).members) == sorted(group)
         for earned in (outcome, steps):
             assert ((earned >= 0) & (earned <= 1)).all()
         seen["none"] += None in answers

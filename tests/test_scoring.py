@@ -492,7 +492,6 @@ def test_every_reward_is_the_sum_of_its_recorded_parts(policy: Policy, recipe: s
         ("default", "novelty_factors"),
         ("default", "claim_agreement_rewards"),
         ("default", "solver_rewards"),
-        ("discrete", "discrete_rewards"),
         ("format-only", "readable_rewards"),
         ("random-reward", "random_rewards"),
         ("oracle", "true_answer_rewards"),

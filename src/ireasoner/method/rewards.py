@@ -288,12 +288,6 @@ def proposer_reward(
     return math.exp(-((answer_entropy - target) ** 2) / (2.0 * width**2))
 
 
-def discrete_rewards(answers: Answers) -> FloatArray:
-    """The discrete baseline: 1 for the majority answer, else 0; array [N]."""
-    members = majority(answers).members
-    return np.array([float(i in members) for i in range(len(answers))])
-
-
 def readable_rewards(answers: Answers) -> FloatArray:
     """A control: 1 for being readable, else 0; array [N]."""
     return np.array([float(key is not None) for key in answers])

@@ -422,7 +422,7 @@ def _oracle_reward(group: Group, context: Context) -> Mapping[str, Numbers]:
 
 # The rewards that ship beside agreement, by the names that a recipe gives them (`ireasoner.method.recipe.REWARDS`).
 BUILT_IN: dict[str, RewardFunction] = {
-    "discrete": lambda group, context: {"majority_answer": rewards.discrete_rewards(_voting_keys(group))},
+    "discrete": lambda group, context: published_reward("ttrl")(group, context),  # the paper's baseline pays as TTRL
     "random": _random_reward,
     "format": lambda group, context: {"readable": rewards.readable_rewards(group.answer_keys)},
     "oracle": _oracle_reward,
