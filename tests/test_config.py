@@ -378,6 +378,10 @@ def test_a_folder_without_a_config_is_no_run(tmp_path: Path):
         ("format: 2\nimages: /x\nmodel: tiny\nflavour: sweet\n", "flavour is not an option"),
         ("format: 2\nimages: /x\nmodel: tiny\nschedule: {flavour: sweet}\n", "flavour is not an option"),
         ("format: 3\nimages: /x\nmodel: tiny\n", "format"),
+        (
+            "format: 2\nimages: /x\nmodel: tiny\nrecipe: {step_measure: claims}\n",
+            "step_measure: this measure was removed: choose embedding, likelihood or grounding, not 'claims'",
+        ),
         ("images: /x\nmodel: tiny\nsteps: 3\n", "written by ireasoner 0.1, which this version cannot read"),
         ("images: [\n", "cannot be read"),
         ("", "cannot be read"),

@@ -91,6 +91,13 @@ class Recipe(Options):
     train_proposer: bool = True
     """Whether the proposer is updated at all."""
 
+    @field_validator("step_measure", mode="before")
+    @classmethod
+    def _still_there(cls, measure: object) -> object:
+        if measure == "claims":  # of `default` up to version 0.2
+            raise ValueError("this measure was removed: choose embedding, likelihood or grounding")
+        return measure
+
     @field_validator("reward")
     @classmethod
     def _known_or_in_a_file(cls, reward: str) -> str:
