@@ -149,7 +149,7 @@ def score(
     ]
     for i, group in zip(asked, solutions, strict=True):  # all of the step's groups are remembered before any is scored
         memory.add(items[i].name, group)
-    scored, blank = [], BlankImages(policy)
+    scored, blank = [], BlankImages(policy, config.optimizer.tokens_per_batch)
     for i, group, request, completions in zip(asked, solutions, requests, groups, strict=True):
         context = Context(
             step_weight=step_weight(recipe, step, config.schedule.steps),

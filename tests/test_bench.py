@@ -66,7 +66,7 @@ def test_groups_are_rewarded_as_the_recipe_default_does_it():
     request = Request(encode_images(policy, [image])[0], solver_messages(bench.config.sampling.solver_prompt, QUESTION))
     (group,) = bench.engine.sample([request], "solver", n=3, max_tokens=32)
     texts = [readable(completion.text) for completion in group]
-    images = BlankImages(policy)
+    images = BlankImages(policy, 3072)
     blank = images.logprobs(request, group)
 
     def paid(*recent: frozenset[str]) -> Any:

@@ -106,13 +106,21 @@ def test_token_distributions_are_those_of_the_whole_vocabulary(
     babbler: Policy, sized: list[Image.Image], plain: dict[Role | None, torch.nn.Module], monkeypatch: Any
 ):
     """Entropy and distance from uniform of each token of a group of ragged completions, in chunks of a few logits; and
-    how likely these tokens are."""
+    how likely these tokens are. Of the three completions, the last two go through the model together."""
     request = asking(babbler, sized)[1]
     vocabulary = plain[None].get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     monkeypatch.setattr(distributions, "CHUNK_LOGITS", 3 * vocabulary)
     group = [Completion("", ids, (), "stop") for ids in ((5, 6, 7, 8, 9), (11,), (12, 13, 14))]
-    found = distributions.token_distributions(babbler, request, group, "solver")
-    likely = distributions.token_logprobs(babbler, request, group, "solver")
+    run, sizes = distributions.completion_hidden, []
+
+    def counted(policy: Policy, prompts: Any, ids_RC: torch.Tensor, *others: Any) -> torch.Tensor:
+        sizes.append(ids_RC.shape)
+        return run(policy, prompts, ids_RC, *others)
+
+    monkeypatch.setattr(distributions, "completion_hidden", counted)
+    found = distributions.token_distributions(babbler, request, group, "solver", 9)
+    likely = distributions.token_logprobs(babbler, request, group, "solver", 9)
+    assert sizes == [(1, 5), (2, 3)] * 2
     for completion, of_tokens, own in zip(group, found, likely, strict=True):
         logprobs = plain_logprobs(plain["solver"], sized[1], request.messages, completion.token_ids)
         torch.testing.assert_close(torch.tensor(own), chosen(logprobs, completion.token_ids), **TOLERANCE)

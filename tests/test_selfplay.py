@@ -323,7 +323,7 @@ def test_a_reward_of_ones_own_gets_what_self_play_knows(policy: Policy, pictures
         assert "".join(context.tokens[0]) == written  # the end token has a text too
         assert context.blank_logprobs is not None
         gray = encode_images(policy, [Image.new("RGB", pictures[sample.episode].size, (128, 128, 128))])[0]
-        blind = token_logprobs(policy, replace(sample.request, image=gray), sample.completions, "solver")
+        blind = token_logprobs(policy, replace(sample.request, image=gray), sample.completions, "solver", 3072)
         assert context.blank_logprobs() == blind
         assert blind != [list(c.logprobs) for c in sample.completions]
         assert context.seed is not None
@@ -352,7 +352,7 @@ def test_one_gray_image_of_each_size_is_encoded_for_a_step(policy: Policy, pictu
     assert len(seen) == 4
     for sample, view, found in zip(play.solver, views, blind, strict=True):
         (gray,) = encode_images(policy, [filled(view, (128, 128, 128))])
-        alone = token_logprobs(policy, replace(sample.request, image=gray), sample.completions, "solver")
+        alone = token_logprobs(policy, replace(sample.request, image=gray), sample.completions, "solver", 3072)
         for one, other in zip(found, alone, strict=True):
             assert one == pytest.approx(other, abs=1e-5)
 

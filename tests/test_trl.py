@@ -154,8 +154,8 @@ def test_the_recipe_default_pays_for_what_the_image_makes_likelier():
     likelihoods = Likelihoods(policy.backbone, policy.processor)
     seen, blind = likelihoods.of_tokens(chat, ids), likelihoods.without_image(chat, ids)
     for found, expected in (
-        (seen, token_logprobs(policy, request, completions, None)),
-        (blind, BlankImages(policy).logprobs(request, completions)),
+        (seen, token_logprobs(policy, request, completions, None, 3072)),
+        (blind, BlankImages(policy, 3072).logprobs(request, completions)),
     ):
         for each, other in zip(found, expected, strict=True):
             assert each == pytest.approx(other, abs=1e-4)

@@ -2,7 +2,10 @@
 to it, for rewards that read them.
 
 No engine is asked for them: a server would have to send a number for every word of its vocabulary. They are computed
-by one forward pass of the group, as the update computes them, whoever has sampled.
+by a forward pass of the group, as the update computes them, whoever has sampled.
+
+`tokens_per_batch` is the most tokens of completions, padding included, that go through the model together, unless one
+completion has more. It bounds the memory, whatever the size of a group.
 """
 
 from __future__ import annotations
@@ -24,20 +27,21 @@ from ireasoner.rollouts.engine import Request
 
 @torch.no_grad()
 def token_distributions(
-    policy: Policy, request: Request, completions: Sequence[Completion], role: Role | None
+    policy: Policy, request: Request, completions: Sequence[Completion], role: Role | None, tokens_per_batch: int
 ) -> list[TokenDistributions]:
-    """Entropy and self-certainty at every token of a request's completions, under a role's adapter as it is now.
+    """Entropy and self-certainty at every token of a request's completions, under a role's adapter as it is now."""
 
-    All completions go through the model together.
-    """
-    entropies, certainties = _of_tokens(policy, request, completions, role, lambda logits, _: _statistics(logits))
+    def read(logits_TV: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+        return _statistics(logits_TV)
+
+    entropies, certainties = _of_tokens(policy, request, completions, role, tokens_per_batch, read)
     pairs = zip(entropies, certainties, strict=True)
     return [TokenDistributions(tuple(h.tolist()), tuple(c.tolist())) for h, c in pairs]
 
 
 @torch.no_grad()
 def token_logprobs(
-    policy: Policy, request: Request, completions: Sequence[Completion], role: Role | None
+    policy: Policy, request: Request, completions: Sequence[Completion], role: Role | None, tokens_per_batch: int
 ) -> list[list[float]]:
     """The log-probability of every token of some completions behind a request's prompt, at temperature 1.
 
@@ -47,7 +51,7 @@ def token_logprobs(
     def chosen(logits_TV: Tensor, ids_T: Tensor) -> tuple[Tensor]:
         return (logits_TV.log_softmax(-1).gather(-1, ids_T[:, None])[:, 0],)
 
-    (found,) = _of_tokens(policy, request, completions, role, chosen)
+    (found,) = _of_tokens(policy, request, completions, role, tokens_per_batch, chosen)
     return [each.tolist() for each in found]
 
 
@@ -61,7 +65,7 @@ def text_logprobs(
         request: the prompt, with the image that is looked at.
         texts: what was said behind the prompt, and the text that follows. Each of the two is tokenized by itself.
         role: whose adapter; None: the backbone alone.
-        tokens_per_batch: most tokens, padding included, that go through the model together, unless one text has more.
+        tokens_per_batch: as above.
     """
     tokenizer = policy.processor.tokenizer
     before, after = (
@@ -71,10 +75,11 @@ def text_logprobs(
     whole = [(*said, *follows) for said, follows in zip(before, after, strict=True)]
     found: list[list[float]] = [[] for _ in texts]
     by_length = sorted((i for i in range(len(texts)) if after[i]), key=lambda i: len(whole[i]))
-    for batch in gathered(by_length, lambda rows: len(rows) * len(whole[rows[-1]]) <= tokens_per_batch):
-        rows = [Completion("", whole[i], (), "stop") for i in batch]
-        for i, logprobs in zip(batch, token_logprobs(policy, request, rows, role), strict=True):
-            found[i] = logprobs[len(before[i]) :]
+    rows = [Completion("", whole[i], (), "stop") for i in by_length]
+    if rows:
+        logprobs = token_logprobs(policy, request, rows, role, tokens_per_batch)
+        for i, of_text in zip(by_length, logprobs, strict=True):
+            found[i] = of_text[len(before[i]) :]
     return found
 
 
@@ -83,6 +88,7 @@ def _of_tokens(
     request: Request,
     completions: Sequence[Completion],
     role: Role | None,
+    tokens_per_batch: int,
     read: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
 ) -> list[tuple[Tensor, ...]]:
     """What is read from the logits [T, V] at tokens [T]: for each column of it, a tensor for each completion.
@@ -91,11 +97,17 @@ def _of_tokens(
     """
     prompts = build_prompts(policy, [request.image], [request.messages])
     lengths = [len(completion.token_ids) for completion in completions]
-    ids_RC, mask_RC = right_padded(policy, [c.token_ids for c in completions])
-    hidden_TD = completion_hidden(policy, prompts, ids_RC, mask_RC, role)
-    size = max(1, CHUNK_LOGITS // policy.output_layer(hidden_TD[:1]).shape[-1])
-    chunks = zip(hidden_TD.split(size), ids_RC[mask_RC].split(size), strict=True)
-    parts = [read(policy.output_layer(hidden), ids) for hidden, ids in chunks]
+    parts: list[tuple[Tensor, ...]] = []
+
+    def fits(rows: Sequence[int]) -> bool:
+        return len(rows) * max(lengths[i] for i in rows) <= tokens_per_batch
+
+    for rows in gathered(range(len(lengths)), fits):
+        ids_RC, mask_RC = right_padded(policy, [completions[i].token_ids for i in rows])
+        hidden_TD = completion_hidden(policy, prompts, ids_RC, mask_RC, role)
+        size = max(1, CHUNK_LOGITS // policy.output_layer(hidden_TD[:1]).shape[-1])
+        chunks = zip(hidden_TD.split(size), ids_RC[mask_RC].split(size), strict=True)
+        parts += [read(policy.output_layer(hidden), ids) for hidden, ids in chunks]
     return [torch.cat(column).split(lengths) for column in zip(*parts, strict=True)]
 
 

@@ -176,7 +176,7 @@ class Bench:
             groups = [flat[i : i + count] for i in range(0, len(flat), count)]
         with phases.timed("read and reward"):
             asked = [Request(each, solve) for each in encoded]
-            blank = BlankImages(policy)
+            blank = BlankImages(policy, self.config.optimizer.tokens_per_batch)
             earned = [self.reward(*each, blank) for each in zip(groups, asked, strict=True)]
         with phases.timed("update"):
             prompts = build_prompts(policy, encoded, [solve] * len(images))

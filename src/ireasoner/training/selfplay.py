@@ -113,6 +113,7 @@ class SelfPlay:
         self.policy, self.engine, self.config = policy, engine, config
         self.examples, self.reward = examples, reward
         self.processes = processes
+        self.tokens_per_batch = config.fitted_optimizer().tokens_per_batch  # for the passes that rewards ask for
         self.memory = RecentSteps(config.recipe.recurrence_window)
 
     def play(self, step: int, items: Sequence[Item]) -> Play:
@@ -177,7 +178,7 @@ class SelfPlay:
             self.memory.add(item.name, group)
         questions = [a.question.text for a in asked if a.question.well_formed]
         solving = self._solver_requests(batch, images, {i: asked[i].question for i in images})
-        blank = BlankImages(self.policy)
+        blank = BlankImages(self.policy, self.tokens_per_batch)
         with equal_passes(self.policy):  # which a reward may ask for
             episodes = [
                 self._episode(batch, i, draft, asked[i], questions, prompts[i], solving.get(i), solutions[i], blank)
@@ -289,7 +290,7 @@ class SelfPlay:
         `questions` are all readable ones of the step, whose images share `blank`; `request` is None where this one was
         not asked.
         """
-        recipe, completions = self.config.recipe, draft.groups[i]
+        recipe, completions, limit = self.config.recipe, draft.groups[i], self.tokens_per_batch
         planned = self.config.planned_steps or self.config.schedule.steps
         weight = step_weight(recipe, min(batch.step, planned), planned)
         label, name = asked.label, batch.items[i].name
@@ -301,7 +302,7 @@ class SelfPlay:
             logprobs=[c.logprobs for c in completions],
             tokens=[token_texts(self.policy.processor, c.token_ids) for c in completions],
             blank_logprobs=request and partial(blank.logprobs, request, completions),
-            distributions=request and partial(token_distributions, self.policy, request, completions, "solver"),
+            distributions=request and partial(token_distributions, self.policy, request, completions, "solver", limit),
             likelihoods=request and partial(self._likelihoods, batch, i, request),
             other_view=self._other_view(asked.question.text, draft.others[i], prompt),
             questions=questions,
@@ -340,8 +341,7 @@ class SelfPlay:
     ) -> list[list[float]]:
         """How likely the solver finds texts as replies to the request about item i, or about another view of it."""
         image = request.image if view == "same" else self._views(batch, [i], view)[i]
-        tokens = self.config.fitted_optimizer().tokens_per_batch
-        return text_logprobs(self.policy, replace(request, image=image), texts, "solver", tokens)
+        return text_logprobs(self.policy, replace(request, image=image), texts, "solver", self.tokens_per_batch)
 
     def _other_view(self, question: str, completions: Sequence[Completion], prompt: str) -> Group | None:
         """What was replied about another view of an item; None if that was not asked about."""
@@ -356,8 +356,8 @@ class BlankImages:
     It keeps what the processor made of every prompt about them, and so is for the requests of one step.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, tokens_per_batch: int) -> None:
+        self.policy, self.tokens_per_batch = policy, tokens_per_batch
         self._encoded: dict[Any, EncodedImage] = {}
 
     def logprobs(self, request: Request, completions: Sequence[Completion]) -> list[list[float]]:
@@ -366,7 +366,7 @@ class BlankImages:
         if view.size not in self._encoded:
             (self._encoded[view.size],) = encode_images(self.policy, blanked([view]))
         blind = replace(request, image=self._encoded[view.size])
-        return token_logprobs(self.policy, blind, completions, "solver")
+        return token_logprobs(self.policy, blind, completions, "solver", self.tokens_per_batch)
 
 
 def at_once(function: Callable[[], T]) -> Callable[[], T]:
