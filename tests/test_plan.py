@@ -97,6 +97,24 @@ def test_what_takes_more_and_what_takes_less(small: Policy):
     assert planning.needs(checkpointed, one, 1024).update < planning.needs(small, one, 1024).update / 2
 
 
+def test_groups_about_other_views_and_passes_about_gray_images_count(small: Policy):
+    """The second group doubles what is sampled, but no update; a gray image costs a pass over each group."""
+    one, two = (config_of(recipe="paper", other_view=twice, tokens_per_batch=10**6) for twice in (False, True))
+    alone, both = (planning.needs(small, config, 1024) for config in (one, two))
+    assert both.images == 2 * alone.images == 2 * 4 * 1024 * small.footprint.feature
+    assert both.sampling == pytest.approx(2 * alone.sampling, rel=0.05)
+    assert (both.update, both.optimizer) == (alone.update, alone.optimizer)
+    step, twice = (planning.step_of(small, config, 1024) for config in (one, two))
+    solutions, prompt = 4 * 5 * 256, 4 * (1024 + 2 * 128)
+    assert replace(step, sampled=step.sampled + solutions, read=step.read + prompt) == twice
+    gray = planning.step_of(small, config_of(recipe="paper", step_measure="grounding"), 1024)
+    assert gray == replace(step, scored=prompt + solutions)
+    cached = 1.5 * (4 * (1024 + 2 * 128) + solutions) * small.footprint.cache  # room for one group of each image
+    memory_of_one = (planning.VLLM_OWN + planning.whole_weights(small) + cached) / planning.VLLM_SHARE
+    servers = [planning.smallest_server(small, config, 1024, memory_of_one) for config in (one, two)]
+    assert [server and server.gpus for server in servers] == [1, 2]
+
+
 def test_the_features_of_the_images_at_hand_count_once(small: Policy):
     """Those of a process's share of a step or of the questions asked together, the same in the plan and in the fit."""
     takes = small.footprint

@@ -20,10 +20,10 @@ if TYPE_CHECKING:  # these import torch
     from ireasoner.training.planning import Plan
 
 PLANNED_WITH = (
-    "preset", "group_size", "max_question_tokens", "max_solution_tokens", "max_image_tokens", "steps",
-    "images_per_step", "proposer_every", "eval_data", "eval_questions", "save_every", "keep_checkpoints", "watch",
-    "lora_rank", "lora_targets", "dtype", "quantization", "attention", "gradient_checkpointing",
-    "tokens_per_batch", "engine", "vllm_share", "shard",
+    "preset", "recipe", "step_measure", "other_view", "group_size", "max_question_tokens", "max_solution_tokens",
+    "max_image_tokens", "steps", "images_per_step", "proposer_every", "eval_data", "eval_questions", "save_every",
+    "keep_checkpoints", "watch", "lora_rank", "lora_targets", "dtype", "quantization", "attention",
+    "gradient_checkpointing", "tokens_per_batch", "engine", "vllm_share", "shard",
 )  # fmt: skip
 GPUS_OF_A_MACHINE = 8
 PARTS = {
@@ -181,7 +181,8 @@ def _time(planned: Plan, tokens_per_second: float | None, tflops: float | None) 
     recomputed = config.backbone.gradient_checkpointing or group_tokens(policy, config, planned.image_tokens) > tokens
     # Forward as the policy and as the reference, backward to the inputs alone, as the weights are frozen.
     passes = 4 if recomputed else 3
-    operations = forward_flops(policy) * (passes * step.trained + (0 if config.servers else step.read))
+    read = step.scored + (0 if config.servers else step.read)
+    operations = forward_flops(policy) * (passes * step.trained + read)
     rounded = float(f"{operations / 1e12:.3g}")
     text = (
         f"Time: a step samples at most {step.sampled:,} tokens, and takes {rounded:,g} x 10^12 operations in matrix "

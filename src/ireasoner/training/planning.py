@@ -83,8 +83,10 @@ def images_at_a_time(config: Config, processes: int) -> tuple[int, int]:
 def features(config: Config, takes: Footprint, image_tokens: int, processes: int) -> int:
     """Bytes of the features of the images that a process has at hand at most."""
     of_step, asked = images_at_a_time(config, processes)
-    steps = 1 + config.schedule.overlap  # the next step's are there already
-    return max(steps * of_step, asked) * image_tokens * takes.feature
+    # The next step's are there already, and so are other views of what is sampled. Gray images are gone before an
+    # update, which takes more than they do.
+    each = 1 + config.schedule.overlap + config.recipe.other_view
+    return max(each * of_step, asked) * image_tokens * takes.feature
 
 
 def needs(policy: Policy, config: Config, image_tokens: int, processes: int = 1) -> Needs:
@@ -123,7 +125,11 @@ def needs(policy: Policy, config: Config, image_tokens: int, processes: int = 1)
         optimizer=takes.optimizer,
         images=features(config, takes, image_tokens, processes),
         update=max(map(update, batching.pieces(lengths, n))),
-        sampling=max(sampled(images, n, solution), sampled(images, 1, sampling.max_question_tokens)),
+        # Groups about other views are sampled together with those about the images themselves.
+        sampling=max(
+            sampled(images * (1 + config.recipe.other_view), n, solution),
+            sampled(images, 1, sampling.max_question_tokens),
+        ),
         evaluation=sampled(asked, SAMPLES + 1, solution),  # and the greedy reply, which is drawn with them
     )
 
@@ -264,10 +270,11 @@ def smallest_server(policy: Policy, config: Config, image_tokens: int, memory: f
     takes, heads, sampling = policy.footprint, policy.decoder.config.num_attention_heads, config.sampling
     # The prompt is kept once for its group.
     group = longest_prompt(config, image_tokens) + sampling.group_size * sampling.max_solution_tokens
+    groups = config.schedule.images_per_step * (1 + config.recipe.other_view)
     weights = whole_weights(policy)
     for gpus in (gpus for gpus in (1, 2, 4, 8, 16) if heads % gpus == 0):
         cached = int((gpus * (VLLM_SHARE * memory - VLLM_OWN) - weights) / takes.cache)
-        if cached >= config.schedule.images_per_step * group:
+        if cached >= groups * group:
             return Server(gpus, weights // gpus, cached, cached * sampling.group_size // group)
     return None
 
@@ -288,23 +295,26 @@ class Step:
     Attributes:
         sampled: tokens that both roles write.
         read: tokens of prompts that are computed to sample.
+        scored: tokens that the learner's model reads once more to judge reasoning steps, about a gray image.
         trained: tokens of the updates; the proposer's, which comes every few steps only, by its share.
     """
 
     sampled: int
     read: int
+    scored: int
     trained: int
 
 
 def step_of(policy: Policy, config: Config, image_tokens: int) -> Step:
     """The work of one step."""
-    sampling, images = config.sampling, config.schedule.images_per_step
+    sampling, images, groups = config.sampling, config.schedule.images_per_step, 1 + config.recipe.other_view
     question, prompt = sampling.max_question_tokens, longest_prompt(config, image_tokens)
+    group = group_tokens(policy, config, image_tokens)
     return Step(
-        sampled=images * (question + sampling.group_size * sampling.max_solution_tokens),
-        read=images * 2 * prompt,
-        trained=images
-        * (group_tokens(policy, config, image_tokens) + (prompt + question) // config.schedule.proposer_every),
+        sampled=images * (question + groups * sampling.group_size * sampling.max_solution_tokens),
+        read=images * (1 + groups) * prompt,
+        scored=images * group * (config.recipe.step_measure == "grounding"),
+        trained=images * (group + (prompt + question) // config.schedule.proposer_every),
     )
 
 
