@@ -35,7 +35,7 @@ class Parts:
 
     def of_steps(self, scores: Sequence[FloatArray]) -> FloatArray:
         """The mean score of each trajectory's steps, less what is said of other images; [N]."""
-        return rewards.claim_agreement_rewards(scores, self.recurrences)
+        return rewards.supported_step_rewards(scores, self.recurrences)
 
 
 def parts(group: Group, context: Context) -> Parts:

@@ -490,7 +490,7 @@ def test_every_reward_is_the_sum_of_its_recorded_parts(policy: Policy, recipe: s
         ("paper", "solver_rewards"),
         ("default", "outcome_rewards"),
         ("default", "novelty_factors"),
-        ("default", "claim_agreement_rewards"),
+        ("default", "supported_step_rewards"),
         ("default", "solver_rewards"),
         ("format-only", "readable_rewards"),
         ("random-reward", "random_rewards"),

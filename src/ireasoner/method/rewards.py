@@ -194,9 +194,7 @@ def leave_one_out_similarities(step_embeddings: Sequence[NDArray[np.floating]]) 
     return similarities
 
 
-def claim_agreement_rewards(
-    support: Sequence[NDArray[np.float64]], recurrence: Sequence[NDArray[np.float64]]
-) -> FloatArray:
+def supported_step_rewards(support: Sequence[FloatArray], recurrence: Sequence[FloatArray]) -> FloatArray:
     """What supports the reasoning steps: r_step,i = mean_j s_ij (1 − f_ij); 0 without steps.
 
     Args:
@@ -208,11 +206,11 @@ def claim_agreement_rewards(
     Returns:
         Array [N].
     """
-    return step_means(claim_scores(support, recurrence))
+    return step_means(support_scores(support, recurrence))
 
 
-def claim_scores(support: Sequence[NDArray[np.float64]], recurrence: Sequence[NDArray[np.float64]]) -> list[FloatArray]:
-    """s_ij (1 − f_ij) of each reasoning step, as in `claim_agreement_rewards`."""
+def support_scores(support: Sequence[FloatArray], recurrence: Sequence[FloatArray]) -> list[FloatArray]:
+    """s_ij (1 − f_ij) of each reasoning step, as in `supported_step_rewards`."""
     return [s * (1.0 - f) for s, f in zip(support, recurrence, strict=True)]
 
 

@@ -309,8 +309,8 @@ def _agreement(group: Group, recipe: Recipe, context: Context) -> _Agreement:
         return _Agreement(weight, outcome, rewards.step_means(unknown), unknown, recurrences, unknown)
     if recipe.step_measure != "embedding":
         support = _likelihoods(compared, recipe, context)
-        steps = rewards.claim_agreement_rewards(support, recurrences)
-        return _Agreement(weight, outcome, steps, support, recurrences, rewards.claim_scores(support, recurrences))
+        steps = rewards.supported_step_rewards(support, recurrences)
+        return _Agreement(weight, outcome, steps, support, recurrences, rewards.support_scores(support, recurrences))
     assert context.embed is not None
     embedded = [context.embed(steps) for steps in compared]
     steps = rewards.step_agreement_rewards(
