@@ -25,6 +25,7 @@ ALLOWED = {
         "training.watch",
         "training.statistics",
         "training.advice",
+        "training.energy",
     ),
     "playground": ("method.types",),
     "plugins": ("method", "model.inputs", "training"),
@@ -35,7 +36,7 @@ NO_TORCH = ("method", "page", "playground", "plugins")
 HOSTED = ("plugins.lmms_eval", "plugins.likelihoods")  # imported where the program that they are for has its model
 LIGHT = (
     "training.config", "training.recorder", "training.watch", "training.statistics", "training.advice",
-    "training.checks", "training.targets", "model.source", "model.parallel", "studies.compare",
+    "training.energy", "training.checks", "training.targets", "model.source", "model.parallel", "studies.compare",
     "app.cli", "app.display",
 )  # fmt: skip
 

@@ -834,6 +834,15 @@ def test_probes_stand_side_by_side_through_training(recorder: HandMade):
     assert [a.get("class") for tag, a in page.elements if tag == "td"].count("changed") == 2  # 7 and seven are the same
 
 
+def test_the_energy_of_a_trajectory_is_shown_where_it_was_measured(recorder: HandMade):
+    assert "Energy" not in report(with_metrics(recorder)).text
+    recorder.write_text("summary.json", write_json({"energy": None}))
+    assert "Energy" not in report(recorder).text
+    took = {"joules": 6000.0, "steps": 5, "of": ["gpu"], "joules_per_trajectory": 120.0, "joules_per_point": None}
+    recorder.write_text("summary.json", write_json({"energy": took}))
+    assert "Energy (GPU): 6 kJ in 5 steps, 120 J a trajectory." in flat(report(recorder).text)
+
+
 def test_many_probes_are_shown_at_some_steps(recorder: HandMade):
     for step in range(0, 2001, 50):
         recorder.probe(probe(step))
@@ -934,6 +943,8 @@ def test_summary_of_somebody_else(recorder: HandMade):
         '{"difference": {"greedy": 3}}',
         '{"trained_roles": 7}',
         '{"versions": 7, "difference": []}',
+        '{"energy": 7}',
+        '{"energy": {"of": ["gpu"], "joules": "much", "steps": 1}}',
         "{",
         "null",
     ):

@@ -10,6 +10,7 @@ from ireasoner.method.types import Number, Record
 from ireasoner.page.curves import series, smooth
 from ireasoner.page.run import RecordedRun
 from ireasoner.training.advice import advice
+from ireasoner.training.energy import energy_line
 from ireasoner.training.statistics import MEASURES, READABLE, STRICT
 from ireasoner.training.watch import Sign
 
@@ -95,6 +96,14 @@ def comparisons(summary: Mapping[str, Any]) -> list[Comparison]:
     except (KeyError, TypeError, ValueError, OverflowError):
         return []
     return found
+
+
+def energy(summary: Mapping[str, Any]) -> str | None:
+    """What energy a run took, by its `summary.json`; None if that was not measured or the file is not one of ours."""
+    try:
+        return energy_line(summary["energy"]) if summary.get("energy") else None
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def figures(run: RecordedRun) -> list[Figure]:
