@@ -37,6 +37,7 @@ from ireasoner.studies.ablate import Settings, _check_run, arm_config, arm_names
 from ireasoner.studies.ablation_jobs import ArmsProgress
 from ireasoner.studies.ablation_numbers import distinct_questions, repeated_texts, run_numbers, summarize
 from ireasoner.studies.ablation_tables import (
+    COOLED,
     VARIETY,
     cost_rows,
     csv_text,
@@ -277,6 +278,13 @@ def test_the_tables_by_hand(result: dict[str, Any]):
     assert re.fullmatch(r"\+25\.0 \[-\d+\.\d, \+\d+\.\d\]", rows[1][1])  # of two seeds, one of them alone was better
     assert rows[1][5] == "+25.0 [+25.0, +25.0]"
     assert [row[0] for row in difference_rows(result, "outcome-only")] == ["", "paper"]
+
+
+def test_the_cooled_base_is_held_against_default_and_no_other_recipe():
+    arms = dict.fromkeys(("base", COOLED, "default", "paper"), columns(0.5))
+    result = summarize(arms, {})
+    held = {other: [row[0] for row in difference_rows(result, other)[1:]] for other in result["references"]}
+    assert held == {"base": [COOLED, "default", "paper"], "default": [COOLED, "paper"], "paper": ["default"]}
 
 
 def test_of_one_seed_the_interval_is_over_images():

@@ -14,7 +14,7 @@ from ireasoner.method.types import Episode
 from ireasoner.training.recorder import read_episodes, read_records
 from ireasoner.training.statistics import half_width
 
-REFERENCES = ("base", "paper", "outcome-only", "answers-only")
+REFERENCES = ("base", "default", "paper", "outcome-only", "answers-only")
 COST_REFERENCES = ("paper", "outcome-only")  # costs are told relative to the first of these, or else to the first arm
 FALLEN = 0.9  # step truth is void where less than this share of the base's checkable steps is left
 # Asked about other pictures than the rest: each of these has an image column of its own, such as `described_image`.

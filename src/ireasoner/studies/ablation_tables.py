@@ -78,8 +78,12 @@ def _compared(result: Mapping[str, Any]) -> list[str]:
 
 
 def _others(result: Mapping[str, Any], reference: str) -> list[str]:
-    """The arms to hold against a reference: not the base, for they are held against it already; cooled to it alone."""
-    return [arm for arm in result["arms"] if arm not in (reference, "base") and (reference == "base" or arm != COOLED)]
+    """The arms to hold against a reference: not the base, for they are held against it already.
+
+    The cooled base is held against the base and `default` alone, of which a reader asks what they add to being sure.
+    """
+    left_out = {reference, "base"} if reference in ("base", "default") else {reference, "base", COOLED}
+    return [arm for arm in result["arms"] if arm not in left_out]
 
 
 def _change(values: Sequence[float] | None) -> str:
