@@ -65,7 +65,7 @@ def text_logprobs(
         request: the prompt, with the image that is looked at.
         texts: what was said behind the prompt, and the text that follows. Each of the two is tokenized by itself.
         role: whose adapter; None: the backbone alone.
-        tokens_per_batch: as above.
+        tokens_per_batch: as the module says, counted over both parts of a text.
     """
     tokenizer = policy.processor.tokenizer
     before, after = (

@@ -110,8 +110,8 @@ class SamplingOptions(Options):
     """Where a solver's text gives its answer: in tags, as <think>…</think><answer>…</answer>; in a last \\boxed{…}; or
     on a last line, as 'Answer: …'."""
     proposer_prompt: str = PROPOSER_PROMPT
-    """What the proposer is told. This default, and that of the solver, say the images, or the clip, where an item is
-    that."""
+    """What the proposer is told. The default prompts of both roles speak of the image, or, where an item is several
+    images or a clip, of the images or the clip."""
     solver_prompt: str = Field(default_factory=lambda options: SOLVER_PROMPTS[options["solution_form"]])
     """What the solver is told; {question} stands for the question (instructions for the solution form)."""
     domain: Annotated[str, AfterValidator(_phrase)] | None = None
