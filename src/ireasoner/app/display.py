@@ -7,7 +7,7 @@ import sys
 import textwrap
 import webbrowser
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -272,6 +272,19 @@ def print_wait(line: str) -> None:
         print(plain(line, 300), file=sys.stderr, flush=True)
 
 
+@contextmanager
+def questions_progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for a person at a terminal, beside the results: how many questions a model has answered, and the time left.
+
+    Yields what is to be called with the number of questions done and their total.
+    """
+    steady = sys.stderr.isatty() and verbosity() != "quiet"
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not steady) as progress:
+        task = progress.add_task(f"asking {plain(name, 60)}", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
 def _text_table(title: str, rows: Sequence[Sequence[str]], gap: int) -> Table:
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0))
     for head in rows[0]:
@@ -321,6 +334,16 @@ def evaluation_table(names: Sequence[str], scores: Sequence[Scores]) -> dict[str
     rows = [["", "accuracy"], *_rows([summary])]
     print_table(f"{plain(names[0])}: accuracy in % on {_asked(summary)}, 95 % intervals", rows)
     return {"models": list(names), "scores": summary}
+
+
+def selection_table(scores: Mapping[str, Scores], chosen: str) -> None:
+    """Print by which scores a checkpoint was chosen, and which one it is."""
+    rows = [["", *MEASURES, ""]]
+    for name, found in scores.items():
+        means = [f"{100 * found.measures[measure].mean():.1f}" for measure in MEASURES]
+        rows.append([plain(name), *means, "chosen" if name == chosen else ""])
+    first = next(iter(scores.values())).summary()
+    print_table(f"Chosen by: accuracy in % on {first['questions']} questions about {first['images']} images", rows)
 
 
 def comparison_table(found: Comparison) -> None:

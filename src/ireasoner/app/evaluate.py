@@ -4,15 +4,20 @@ with which a person makes evaluation data."""
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from ireasoner.app.options import WHOLE, Count, Device, JsonFile, Seed, keep
 from ireasoner.method.types import Match, UsageError
 from ireasoner.training.config import ImagePixels, option
+
+if TYPE_CHECKING:  # these import torch
+    from ireasoner.training.evaluation import EvaluationOptions
+    from ireasoner.training.labelled import LabelledQuestion
 
 MATCH, MOST_PIXELS = option("match").default, option("max_image_pixels").default
 
@@ -30,6 +35,7 @@ def evaluate(
     seed: Seed = 0,
     device: Device = "auto",
     blank: bool = False,
+    select: bool = False,
     max_image_pixels: Annotated[ImagePixels, WHOLE] = MOST_PIXELS,
     json: JsonFile = None,
 ) -> int:
@@ -46,6 +52,8 @@ def evaluate(
         temperature: Temperature of the sampled answers.
         seed: Seed of the sampled answers.
         blank: Show gray images instead of the true ones: how much is answered unseen?
+        select: Of a run's checkpoints, choose the best by mean@1 on the questions about one half of the images, and
+            report it on those about the other half.
         max_image_pixels: Most pixels of an image.
     """
     from ireasoner.app import display
@@ -55,8 +63,10 @@ def evaluate(
 
     if len(models) > 2:
         raise UsageError("eval takes one run or model, or two to compare")
+    if select and (len(models) > 1 or not (Path(models[0]) / "config.yaml").is_file()):
+        raise UsageError("--select takes one run directory, and chooses among its checkpoints")
     # The base comes first in whatever order they are named, so that the difference is what training changed.
-    targets = [find_target(name, preset, revision) for name in models]
+    targets = [] if select else [find_target(name, preset, revision) for name in models]
     targets.sort(key=lambda target: target.run is not None)
     from ireasoner.playground.truth import step_truth
 
@@ -70,17 +80,56 @@ def evaluate(
         blank=blank,
         max_image_pixels=max_image_pixels,
     )
+    if select:
+        keep(json, {"match": match, **_selected(Path(models[0]), questions, options, device)})
+        return 0
     scores = [evaluate_target(target, questions, options, device=device, truth=step_truth) for target in targets]
     named = [f"{target.name}, images blanked" if blank else target.name for target in targets]
     result = {"match": match, **display.evaluation_table(named, scores)}
     columns = [found.per_question() for found in scores]
     result["per_question"] = columns[0] if len(columns) == 1 else {"before": columns[0], "after": columns[1]}
-    result["asked"] = [{"image": str(q.image), "question": q.question, "answer": q.answer} for q in questions]
+    result["asked"] = _asked(questions)
     if blank:
         result["answer_prior"] = answer_prior(questions)
         display.print_text(prior_line(result["answer_prior"]))
     keep(json, result)
     return 0
+
+
+def _selected(
+    run: Path, questions: Sequence[LabelledQuestion], options: EvaluationOptions, device: str
+) -> dict[str, Any]:
+    """Choose among the checkpoints of a run, print what chose and how the choice does; returns it, ready for JSON."""
+    from ireasoner.app import display
+    from ireasoner.app.targets import select_target
+    from ireasoner.playground.truth import step_truth
+
+    target, found = select_target(run, questions, options, device=device, truth=step_truth)
+    last, base = Path(target.name), target.config.model
+    names = {candidate: candidate.name if candidate else base for candidate in found.choosing}
+    display.selection_table({names[c]: scores for c, scores in found.choosing.items()}, names[found.chosen])
+    # Where nothing is better than the base, the last checkpoint is shown beside it: what would be lost?
+    after = found.chosen or last
+    result = display.evaluation_table([base, names[after]], [found.judging[None], found.judging[after]])
+    if found.chosen is None:
+        display.print_text(f"No checkpoint was better than {display.plain(base)} by the first half: keep the base.")
+    elif found.chosen != last:
+        display.print_text("The last checkpoint beside the chosen one, on the same questions:")
+        display.evaluation_table([names[last], names[after]], [found.judging[last], found.judging[after]])
+    if found.chosen:
+        display.print_text(f"To use it, name it in place of the run: ireasoner ask {shlex.quote(str(found.chosen))} …")
+    return {
+        **result,
+        "chosen": str(found.chosen or base),
+        "chosen_by": {names[candidate]: scores.summary() for candidate, scores in found.choosing.items()},
+        "last": {"checkpoint": names[last], "scores": found.judging[last].summary()},
+        "per_question": {"before": found.judging[None].per_question(), "after": found.judging[after].per_question()},
+        "asked": _asked(found.questions),
+    }
+
+
+def _asked(questions: Sequence[LabelledQuestion]) -> list[dict[str, str]]:
+    return [{"image": str(q.image), "question": q.question, "answer": q.answer} for q in questions]
 
 
 def compare(a: Path, b: Path, /, *, metric: str | None = None, json: JsonFile = None) -> int:
