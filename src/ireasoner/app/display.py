@@ -273,16 +273,16 @@ def print_wait(line: str) -> None:
 
 
 @contextmanager
-def questions_progress(name: str) -> Iterator[Callable[[int, int], None]]:
+def questions_progress(name: str, total: int) -> Iterator[Callable[[int, int], None]]:
     """A bar for a person at a terminal, beside the results: how many questions a model has answered, and the time left.
 
-    Yields what is to be called with the number of questions done and their total.
+    Yields what is to be called with the number of questions done and their total, as `evaluate` does.
     """
     steady = sys.stderr.isatty() and verbosity() != "quiet"
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not steady) as progress:
-        task = progress.add_task(f"asking {plain(name, 60)}", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        task = progress.add_task(f"asking {plain(name, 60)}", total=total)
+        yield lambda done, _: progress.update(task, completed=done)
 
 
 def _text_table(title: str, rows: Sequence[Sequence[str]], gap: int) -> Table:

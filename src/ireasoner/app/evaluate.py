@@ -52,8 +52,7 @@ def evaluate(
         temperature: Temperature of the sampled answers.
         seed: Seed of the sampled answers.
         blank: Show gray images instead of the true ones: how much is answered unseen?
-        select: Of a run's checkpoints, choose the best by mean@1 on the questions about one half of the images, and
-            report it on those about the other half.
+        select: Choose a run's best checkpoint by the questions about half of the images, and report it on the others.
         max_image_pixels: Most pixels of an image.
     """
     from ireasoner.app import display

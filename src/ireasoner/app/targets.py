@@ -103,5 +103,5 @@ def _score(
     options = replace(
         options or EvaluationOptions(), images_per_item=config.images_per_item, frame_rate=config.frame_rate
     )
-    with questions_progress(name) as on_progress:
+    with questions_progress(name, len(questions)) as on_progress:
         return evaluate(policy, questions, role, config.sampling, options, truth=truth, on_progress=on_progress)
