@@ -50,7 +50,7 @@ from ireasoner.studies.ablation_tables import (
     tables,
 )
 from ireasoner.training.config import dump_config, names, resolve
-from ireasoner.training.custom_reward import sha256_of
+from ireasoner.training.custom_reward import check_reward, sha256_of
 from ireasoner.training.evaluation import ACCURACIES, EvaluationOptions
 from ireasoner.training.labelled import load_questions
 from ireasoner.training.recorder import read_episodes, writer_lock
@@ -924,6 +924,32 @@ def test_arms_of_one_reward_have_one_file(tmp_path: Path):
     (tmp_path / "own.py").write_text("def fn(group, context):\n    return [1.0] * len(group.texts)\n")
     with pytest.raises(UsageError, match=r"own\.py:fn has changed"):
         _check_run(tmp_path / "own-0", config)
+
+
+@pytest.mark.parametrize(
+    ("code", "named"),
+    [
+        ("def function(group, context):\n    return 1\n", "own.py has no function fn"),
+        ("def fn(:\n", "own.py cannot be imported: SyntaxError"),
+        (None, "cannot read the reward file"),
+    ],
+)
+def test_a_reward_that_cannot_be_is_named_before_anything_is_drawn_or_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], code: str | None, named: str
+):
+    if code:
+        (tmp_path / "own.py").write_text(f"raise SystemExit('it ran')\n{code}")
+    (tmp_path / "own.yaml").write_text("reward: own.py:fn\n")
+    assert named in mistake(capsys, tmp_path / "out", "--recipes", "default", str(tmp_path / "own.yaml"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "code", ["from helping import fn", "import helping as fn", "fn = print", "from helping import *"]
+)
+def test_a_reward_may_come_from_elsewhere(tmp_path: Path, code: str):
+    (tmp_path / "own.py").write_text(code)
+    check_reward(resolve({"images": "pool", "model": "tiny", "reward": f"{tmp_path}/own.py:fn"}))
 
 
 # --- the field --------------------------------------------------------------------------------------------------------

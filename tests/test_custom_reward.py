@@ -59,6 +59,10 @@ def imports(place: Path) -> int:
 @pytest.mark.usefixtures("no_report")
 def test_it_trains_and_is_recorded_under_its_own_names(place: Path, capsys: pytest.CaptureFixture[str]):
     assert train("--out", "run", "--reward", "my_rewards.py:fn") == 0, capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert f"recipe default, paid by {place}/my_rewards.py:fn" in printed
+    assert "vote 0." in printed or "vote 1." in printed
+    assert "step agreement" not in printed  # which is recorded and not paid
     episodes = [e for e in read_episodes(place / "run") if e.trajectories]
     assert episodes
     for t in (t for e in episodes for t in e.trajectories):
@@ -133,6 +137,11 @@ def test_what_is_wrong_with_it_is_said_in_a_sentence(
     error = capsys.readouterr().err
     assert named in error
     assert error.count("\n") == 1
+
+
+def test_a_published_reward_by_the_name_of_its_recipe_is_told_from_one(place: Path, capsys: pytest.CaptureFixture[str]):
+    assert train("--out", "run", "--reward", "r-zero") == 2
+    assert "chosen by --recipe r-zero" in capsys.readouterr().err
 
 
 def test_the_file_is_a_module_like_others(place: Path):

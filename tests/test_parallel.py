@@ -58,9 +58,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(place: Path, **more: Any) -> list[str]:
     given = {
         **{"images": place / "unlabeled", "eval-data": place / "test/test.jsonl", "model": "tiny", "device": "cpu"},
-        **{"steps": 4, "images-per-step": 3, "proposer-every": 2, "blank-every": 2, "save-every": 1},
+        **{"steps": 3, "images-per-step": 3, "proposer-every": 2, "blank-every": 2, "save-every": 1},
         **{"watch-window": 2, "probe-images": 2, "keep-checkpoints": 0, "group-size": 3, "eval-questions": 3},
-        **{"max-solution-tokens": 80, **more},
+        **{"max-solution-tokens": 64, **more},
     }
     return ["train", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
 
@@ -295,7 +295,7 @@ def test_hosts_that_do_not_share_the_run_directory_are_told(place: Path, togethe
         (out / "summary.json").unlink()
         printed = place / f"{out.name}-printed"
         both.append(forked.start("train", "--resume", out, output=printed, environment=environment))
-    shutil.rmtree(place / "unshared-1" / "checkpoints" / "step-000004")
+    shutil.rmtree(place / "unshared-1" / "checkpoints" / "step-000003")
     for said in finish(both, expected=2):
         assert "after different steps (3, 4): it must be one folder that all hosts share" in said
     assert records(place / "unshared-0", "metrics.jsonl") == records(together, "metrics.jsonl")

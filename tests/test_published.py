@@ -34,6 +34,7 @@ DISTRIBUTIONS = [
     TokenDistributions((0.5, 1.0), (2.0, 3.0)), TokenDistributions((0.25,), (1.0,)), TokenDistributions((9.0,), (9.0,)),
     TokenDistributions((2.0,), (0.5,)), TokenDistributions((0.0,), (4.0,)),
 ]  # fmt: skip
+BLIND = [(-2.0, -1.5), (-2.0, -1.0, -1.0), (-9.0,), (-0.75, -0.25), (-2.5,)]  # of the tokens, about a gray image
 # Two tokens of each text, about the image and about a masked one.
 MASKED = {
     GROUP[0]: ((-1.0, -0.5), (-2.0, -1.5)), GROUP[1]: ((-2.0, -1.0), (-2.0, -1.0)), GROUP[2]: ((0.0,), (-9.0,)),
@@ -64,7 +65,7 @@ def embed(texts: Any) -> np.ndarray:
 OTHER_VIEW = read_group(QUESTION, [parse_trajectory(solution(answer)) for answer in ("7", "3", "3", "I say 7", "3")])
 GIVEN: dict[str, Any] = {
     "logprobs": LOGPROBS, "embed": embed, "questions": [QUESTION], "distributions": lambda: DISTRIBUTIONS,
-    "other_view": OTHER_VIEW, "likelihoods": likelihoods,
+    "other_view": OTHER_VIEW, "likelihoods": likelihoods, "blank_logprobs": lambda: BLIND,
 }  # fmt: skip
 
 
@@ -103,6 +104,7 @@ EARNED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_rewards_by_hand(name: str):
+    assert name in EARNED, f"work out by hand what each text of GROUP earns by {name}, and add it to EARNED"
     assert pay(name).rewards == pytest.approx(EARNED[name], abs=2e-6)
 
 
@@ -131,6 +133,7 @@ def test_no_unreadable_trajectory_earns_more_than_a_readable_one(name: str):
             texts,
             logprobs=logprobs,
             distributions=lambda found=distributions: found,
+            blank_logprobs=lambda found=logprobs: [each - rng.exponential(size=len(each)) for each in found],
             likelihoods=lambda texts, view="same": [-rng.exponential(size=2) for _ in texts],
         )
         assert all(t.reward >= 0.0 if t.well_formed else t.reward == 0.0 for t in paid.trajectories)

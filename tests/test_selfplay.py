@@ -325,6 +325,7 @@ def test_a_reward_of_ones_own_gets_what_self_play_knows(policy: Policy, pictures
         gray = encode_images(policy, [Image.new("RGB", pictures[sample.episode].size, (128, 128, 128))])[0]
         blind = token_logprobs(policy, replace(sample.request, image=gray), sample.completions, "solver", 3072)
         assert context.blank_logprobs() == blind
+        assert context.blank_logprobs() is context.blank_logprobs()  # a pass is made once, whoever asks
         assert blind != [list(c.logprobs) for c in sample.completions]
         assert context.seed is not None
         assert episode.rewards == tuple(0.25 * t.well_formed for t in episode.trajectories)

@@ -30,8 +30,9 @@ if TYPE_CHECKING:  # most of these import torch
     from ireasoner.training.evaluation import Scores
     from ireasoner.training.state import Observer
 
+REWARD = "reward/solver/"  # begins the names of the metrics of the solver's reward and its parts
 SHOWN = {
-    "reward/solver/total": "reward",
+    f"{REWARD}total": "reward",
     "reward/proposer/total": "proposer",
     "answers/majority_fraction": "majority",
     "answers/answer_entropy": "answer entropy",
@@ -199,7 +200,7 @@ class Display:
         self.config = config  # an extended run has a later last step
         self.progress.update(self.task, completed=first_step - 1, total=config.schedule.steps)
         self.say(
-            f"{config.model} on {config.images}: recipe {config.recipe.name}, preset {config.preset}, "
+            f"{config.model} on {config.images}: recipe {config.recipe.title}, preset {config.preset}, "
             f"seed {config.seed}, {config.schedule.steps} steps of {config.schedule.images_per_step} images x "
             f"{config.sampling.group_size} trajectories -> {self.out}"
         )
@@ -212,7 +213,8 @@ class Display:
             self.say(f"evaluated {which}: {total} held-out questions")
 
     def on_step(self, step: int, metrics: Mapping[str, float], episodes: Sequence[Episode]) -> None:
-        rewards = [name for name in metrics if name.startswith("reward/solver/")]
+        pays = self.config.recipe.pays
+        rewards = [name for name in metrics if name.startswith(REWARD) and pays(name.removeprefix(REWARD))]
         labels = {name: name.rpartition("/")[2].replace("_", " ") for name in rewards} | SHOWN
         numbers = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in labels.items() if name in metrics)
         seconds = metrics.get("time/step_seconds", 0.0)

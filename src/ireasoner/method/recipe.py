@@ -18,6 +18,7 @@ Count = Annotated[int, Field(ge=1)]
 OWN = ("agreement", "discrete", "random", "format", "oracle")
 PUBLISHED = tuple(sorted(path.stem for path in Path(__file__).with_name("published").glob("[a-z]*.py")))
 REWARDS = (*OWN, *PUBLISHED)
+AGREEMENT_PARTS = ("outcome", "step_agreement")  # of a reward; recorded beside other rewards too, which do not pay them
 IN_PYTHON = "python:"  # what stands before the name of a function that was handed over in Python
 
 
@@ -103,8 +104,21 @@ class Recipe(Options):
     def _known_or_in_a_file(cls, reward: str) -> str:
         in_file = re.fullmatch(r".+\.py:[A-Za-z_]\w*", reward, re.DOTALL)
         if reward not in REWARDS and not in_file and not reward.startswith(IN_PYTHON):
-            raise ValueError(f"choose {', '.join(REWARDS)}, or a function in a file, as my_rewards.py:function")
+            recipe = f"; the recipe of that name is chosen by --recipe {reward}"
+            raise ValueError(
+                f"choose {', '.join(REWARDS)}, or a function in a file, as my_rewards.py:function"
+                + (recipe if reward.replace("-", "_") in PUBLISHED else "")
+            )
         return reward
+
+    def pays(self, part: str) -> bool:
+        """Whether a part of a trajectory's reward is paid, and not only recorded."""
+        return self.reward == "agreement" or part not in AGREEMENT_PARTS
+
+    @property
+    def title(self) -> str:
+        """Its name, and the function of the user's own that takes the place of its reward."""
+        return self.name if self.reward in REWARDS else f"{self.name}, paid by {self.reward.removeprefix(IN_PYTHON)}"
 
 
 PAPER = Recipe.model_construct()  # of the defaults, which need no validator

@@ -21,7 +21,7 @@ from ireasoner.method import rewards
 from ireasoner.method.answers import Vote, answer_key, majority
 from ireasoner.method.likelihood import step_grounding, step_likelihoods
 from ireasoner.method.memory import step_digest
-from ireasoner.method.recipe import PUBLISHED, Recipe
+from ireasoner.method.recipe import AGREEMENT_PARTS, PUBLISHED, Recipe
 from ireasoner.method.rewards import FloatArray
 from ireasoner.method.texts import parse_trajectory
 from ireasoner.method.types import (
@@ -37,7 +37,7 @@ from ireasoner.method.types import (
 )
 
 # Parts of a user's own reward cannot be called like these, which metrics and records hold for every reward.
-RESERVED_PARTS = frozenset({"total", "outcome", "step_agreement"})
+RESERVED_PARTS = frozenset({"total", *AGREEMENT_PARTS})
 LARGEST_REWARD = 1e6
 NO_COMMITMENT = "the answer does not commit itself"  # the problem of a readable text whose answer has no key
 # What each measure of reasoning steps reads in the context.
@@ -46,6 +46,8 @@ NEEDED_FOR_STEPS = {
     "likelihood": ("logprobs", "tokens"),
     "grounding": ("logprobs", "tokens", "blank_logprobs"),
 }
+# What a reward may ask of the model, in self-play; elsewhere some of it may not be known.
+ASKED_OF_THE_MODEL = ("logprobs", "tokens", "blank_logprobs", "distributions", "likelihoods", "embed", "other_view")
 
 
 class RewardError(UsageError):
@@ -450,7 +452,10 @@ def _other_reward(group: Group, recipe: Recipe, context: Context) -> tuple[dict[
     try:
         given = context.reward(group, context)
     except Exception as error:  # the function is the user's and may raise anything
-        raise RewardError(f"{recipe.reward} failed: {type(error).__name__}: {error}") from error
+        unknown = [f"context.{name}" for name in ASKED_OF_THE_MODEL if getattr(context, name) is None]
+        is_none = unknown and isinstance(error, TypeError | AttributeError)
+        lacking = f" (not known here: {', '.join(unknown)})" if is_none else ""
+        raise RewardError(f"{recipe.reward} failed: {type(error).__name__}: {error}{lacking}") from error
     return _checked(group, recipe.reward, given)
 
 
@@ -461,10 +466,10 @@ def _checked(group: Group, name: str, given: Any) -> tuple[dict[str, FloatArray]
     """
     parts = dict(given) if isinstance(given, Mapping) else {"reward": given}
     worth = _checked_worth(name, parts.pop("proposer")) if "proposer" in parts else None
-    if not parts or RESERVED_PARTS.intersection(parts):
-        raise RewardError(
-            f"{name} gave parts called {list(parts)}: name at least one, and none of {sorted(RESERVED_PARTS)}"
-        )
+    if not parts:
+        raise RewardError(f"{name} gave no part for the trajectories: at least one is needed, beside the proposer's")
+    if taken := RESERVED_PARTS.intersection(parts):
+        raise RewardError(f"{name} gave a part called {', '.join(sorted(taken))}, which has another meaning: rename it")
     checked: dict[str, FloatArray] = {}
     for part, values in parts.items():
         try:

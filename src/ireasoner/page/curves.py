@@ -111,7 +111,8 @@ def panels(run: RecordedRun) -> list[Panel]:
     Which parts there are depends on the reward, which may be the user's own.
     """
     first, *others = PANELS
-    names = [name for name in run.measured if name.startswith(REWARD) and name not in first.metrics.values()]
+    found = [name for name in run.measured if name.startswith(REWARD) and name not in first.metrics.values()]
+    names = [name for name in found if run.config.recipe.pays(name.removeprefix(REWARD))]
     parts = {_label(name): name for name in names[: MOST_PARTS - 1]}
     return [replace(first, metrics=first.metrics | parts), *others]
 

@@ -32,7 +32,7 @@ from ireasoner.studies.ablation_numbers import run_numbers, summarize
 from ireasoner.studies.forgetting import forgetting_columns, write_elsewhere
 from ireasoner.training.checks import match_labels, open_pool
 from ireasoner.training.config import PRESET_OPTIONS, Config, dump_config, load_config, names, options_in, resolve
-from ireasoner.training.custom_reward import names_a_file, sha256_of
+from ireasoner.training.custom_reward import check_reward, names_a_file, sha256_of
 from ireasoner.training.labelled import answer_prior, load_questions, prior_line
 from ireasoner.training.recorder import replace_file, write_json
 from ireasoner.training.sources.finding import pinned
@@ -184,6 +184,8 @@ def prepare(out: Path, settings: Settings) -> None:
         UsageError: whatever cannot be used, by name; an arm that was trained with other options.
     """
     configs = {arm: arm_config(out, settings, recipe, 0) for arm, recipe in arm_names(settings.recipes).items()}
+    for config in configs.values():
+        check_reward(config)
     load_processor(settings.model, revision=next(iter(configs.values())).revision)
     if settings.images:
         if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(settings.images)):

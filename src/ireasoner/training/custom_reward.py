@@ -7,6 +7,7 @@ imported: whoever resumes the run hands it over again.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import sys
@@ -39,6 +40,25 @@ def read_reward(config: Config) -> bytes:
 def sha256_of(config: Config) -> str | None:
     """The digest of the file that the recipe's reward is in, which is not run; None for the rewards that ship here."""
     return hashlib.sha256(read_reward(config)).hexdigest() if names_a_file(config) else None
+
+
+def check_reward(config: Config) -> None:
+    """Find out whether the recipe's reward can be there, if it lies in a file, without running any of the file's code.
+
+    Raises:
+        RewardError: the file cannot be read, or is no Python, or nothing in it has the name of the function.
+    """
+    if not names_a_file(config):
+        return
+    file, _, name = config.recipe.reward.rpartition(":")
+    try:
+        tree = ast.parse(read_reward(config), file)
+    except (SyntaxError, ValueError) as error:
+        raise RewardError(f"the reward file {file} cannot be imported: {type(error).__name__}: {error}") from None
+    # Whatever is defined, assigned or imported anywhere; `load_reward` finds out what is left of it.
+    named = {getattr(node, field, None) for node in ast.walk(tree) for field in ("name", "asname", "id")}
+    if not named & {name, "*"}:
+        raise RewardError(f"the reward file {file} has no function {name}")
 
 
 def load_reward(config: Config) -> tuple[RewardFunction, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -301,8 +301,10 @@ class SelfPlay:
             finish_reasons=[c.finish_reason for c in completions],
             logprobs=[c.logprobs for c in completions],
             tokens=[token_texts(self.policy.processor, c.token_ids) for c in completions],
-            blank_logprobs=request and partial(blank.logprobs, request, completions),
-            distributions=request and partial(token_distributions, self.policy, request, completions, "solver", limit),
+            # A reward of the user's own may ask for what the step agreement beside it asks for too.
+            blank_logprobs=request and cache(partial(blank.logprobs, request, completions)),
+            distributions=request
+            and cache(partial(token_distributions, self.policy, request, completions, "solver", limit)),
             likelihoods=request and partial(self._likelihoods, batch, i, request),
             other_view=self._other_view(asked.question.text, draft.others[i], prompt),
             questions=questions,
