@@ -531,7 +531,7 @@ def test_mistakes_are_named_and_leave_nothing(capsys: pytest.CaptureFixture[str]
 # --- from end to end --------------------------------------------------------------------------------------------------
 
 SMALL = [
-    "--questions", "4", "--steps", "3", "--images-per-step", "2", "--group-size", "3", "--max-solution-tokens", "64",
+    "--questions", "4", "--steps", "3", "--images-per-step", "2", "--group-size", "3", "--max-solution-tokens", "40",
     "--learning-rate", "3e-3", "--probe-every", "0", "--save-every", "1", "--device", "cpu",
 ]  # fmt: skip
 

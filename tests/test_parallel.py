@@ -60,7 +60,7 @@ def options(place: Path, **more: Any) -> list[str]:
         **{"images": place / "unlabeled", "eval-data": place / "test/test.jsonl", "model": "tiny", "device": "cpu"},
         **{"steps": 3, "images-per-step": 3, "proposer-every": 2, "blank-every": 2, "save-every": 1},
         **{"watch-window": 2, "probe-images": 2, "keep-checkpoints": 0, "group-size": 3, "eval-questions": 3},
-        **{"max-solution-tokens": 64, **more},
+        **{"max-solution-tokens": 48, **more},
     }
     return ["train", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
 
