@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("copied_models", "no_reports")
 WEIGHTS = "adapter_model.safetensors"
 SHORT = {
     "model": "tiny", "device": "cpu", "recipe": "paper", "images-per-step": 3, "group-size": 3, "steps": 2,
-    "max-solution-tokens": 40, "save-every": 1, "keep-checkpoints": 0, "proposer-every": 1, "probe-every": 0,
+    "max-solution-tokens": 64, "save-every": 1, "keep-checkpoints": 0, "proposer-every": 1, "probe-every": 0,
     "learning-rate": "1e-2", "blank-every": 0,
 }  # fmt: skip
 

@@ -385,7 +385,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configured(data: Path) -> Config:
     options = {"images_per_step": 3, "steps": 3, "proposer_every": 2, "probe_every": 3, "probe_images": 2}
-    options |= {"blank_every": 2, "save_every": 0, "watch": False, "eval_questions": 2, "max_solution_tokens": 40}
+    options |= {"blank_every": 2, "save_every": 0, "watch": False, "eval_questions": 2, "max_solution_tokens": 64}
     return resolve({"images": data / "unlabeled", "eval_data": data / "test/test.jsonl", "model": "tiny", **options})
 
 

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("copied_models")
 OPTIONS: dict[str, Any] = {
     "model": "tiny", "recipe": "paper", "device": "cpu", "steps": 4, "images_per_step": 2, "group_size": 3,
     "proposer_every": 2, "save_every": 1, "keep_checkpoints": 0, "gate_low": 0, "gate_high": 1, "learning_rate": 3e-3,
-    "max_solution_tokens": 48, "max_question_tokens": 48, "probe_every": 2, "probe_images": 1, "blank_every": 2,
+    "max_solution_tokens": 80, "max_question_tokens": 48, "probe_every": 2, "probe_images": 1, "blank_every": 2,
     "watch": False, "servers": "http://127.0.0.1:9", "overlap": True,
 }  # fmt: skip
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("copied_models", "no_reports")
 
 SHORT = [
     "--model", "tiny", "--recipe", "paper", "--device", "cpu", "--images-per-step", "1", "--group-size", "2",
-    "--max-solution-tokens", "40", "--steps", "3", "--save-every", "1", "--probe-every", "1", "--probe-images", "1",
+    "--max-solution-tokens", "64", "--steps", "3", "--save-every", "1", "--probe-every", "1", "--probe-images", "1",
     "--learning-rate", "3e-3", "--blank-every", "0",
 ]  # fmt: skip
 

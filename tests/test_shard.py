@@ -54,7 +54,7 @@ def options(place: Path, **more: Any) -> list[str]:
     given = {
         **{"images": place / "unlabeled", "model": "tiny", "device": "cpu", "steps": 1, "images-per-step": 3},
         **{"proposer-every": 1, "blank-every": 1, "save-every": 1, "watch-window": 2, "probe-images": 1},
-        **{"keep-checkpoints": 0, "group-size": 3, "max-solution-tokens": 40, **more},
+        **{"keep-checkpoints": 0, "group-size": 3, "max-solution-tokens": 64, **more},
     }
     return ["train", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
 

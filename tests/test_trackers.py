@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("copied_models")
 
 OPTIONS = {
     "model": "tiny", "device": "cpu", "steps": 2, "images_per_step": 2, "group_size": 2, "max_question_tokens": 56,
-    "max_solution_tokens": 40, "learning_rate": 3e-3, "proposer_every": 1, "save_every": 1, "probe_every": 0,
+    "max_solution_tokens": 64, "learning_rate": 3e-3, "proposer_every": 1, "save_every": 1, "probe_every": 0,
     "eval_questions": 2,
 }  # fmt: skip
 
