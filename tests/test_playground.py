@@ -442,6 +442,13 @@ def test_easy_vqa_becomes_files_without_its_training_labels(tmp_path: Path, monk
     assert len({question.image for question in found}) == 1000
 
 
+def test_easy_vqa_has_labels_of_its_training_images_where_they_are_asked_for(tmp_path: Path):
+    assert easyvqa.write(tmp_path, with_labels=True) == tmp_path / "test" / "test.jsonl"
+    found = load_questions(tmp_path / "labels.jsonl")
+    assert len(found) == 38575
+    assert {question.image.parent for question in found if isinstance(question.image, Path)} == {tmp_path / "unlabeled"}
+
+
 # --- pairs and clips --------------------------------------------------------------------------------------------------
 
 KINDS: tuple[several.Kind, ...] = ("pairs", "clips")
