@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ireasoner.method.types import UsageError
 from ireasoner.model.policy import Policy
 from ireasoner.playground import dataset
 from ireasoner.training.checkpoints import save_checkpoint
-from ireasoner.training.config import load_config
+from ireasoner.training.config import dump_config, load_config
 from ireasoner.training.evaluation import ACCURACIES, Scores, evaluate
 from ireasoner.training.labelled import LabelledQuestion, load_questions
 from ireasoner.training.selection import halves, select_checkpoint, whole_checkpoints
@@ -96,20 +97,25 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(make_policy: Callable[..., Policy], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An unfinished run with three checkpoints, ever further from the base, of which the second is damaged."""
+    """An unfinished run with three checkpoints beside that of step 0, ever further from the base; one is damaged."""
     path = tmp_path_factory.mktemp("runs") / "mine"
     new_run(path, solver_prompt="{question}", device="cpu", max_solution_tokens=112, max_image_tokens=64)
-    for step, filled in ((9, 0.02), (10, 0.03), (1000000, 0.1)):
+    for step, filled in ((0, 0.0), (9, 0.02), (10, 0.03), (1000000, 0.1)):
         save_checkpoint(path / "checkpoints", step, make_policy(filled).save_adapters, keep=0)
     (path / "checkpoints" / "step-000010" / "solver" / "adapter_config.json").write_text("{}")
     return path
 
 
-def test_checkpoints_come_in_the_order_of_their_steps_and_damaged_ones_are_told(run: Path):
+def test_checkpoints_come_in_the_order_of_their_steps_and_damaged_ones_are_told(run: Path, tmp_path: Path):
     told: list[str] = []
     found = whole_checkpoints(run, told.append)
     assert [path.name for path in found] == ["step-000009", "step-1000000"]
-    assert ["step-000010" in line and "adapter_config.json" in line for line in told] == [True]
+    began_with_adapters = tmp_path / "run"
+    shutil.copytree(run, began_with_adapters)
+    config = load_config(run / "config.yaml").model_copy(update={"init_adapters": str(run)})
+    (began_with_adapters / "config.yaml").write_text(dump_config(config))
+    assert whole_checkpoints(began_with_adapters, told.append)[0].name == "step-000000"
+    assert ["step-000010" in line and "adapter_config.json" in line for line in told] == [True, True]
 
 
 def test_what_is_chosen_is_reported_on_the_other_half(

@@ -15,6 +15,7 @@ import numpy as np
 
 from ireasoner.method.types import UsageError
 from ireasoner.training.checkpoints import verify_checkpoint
+from ireasoner.training.config import load_config
 from ireasoner.training.evaluation import Scores
 from ireasoner.training.labelled import LabelledQuestion
 
@@ -43,12 +44,16 @@ class Selection:
 def whole_checkpoints(run: Path, tell: Callable[[str], None]) -> list[Path]:
     """The checkpoints of a run in the order of their steps; of damaged ones, which are left out, `tell` is told.
 
+    That of step 0 is the base, unless the run began with adapters, and is then left out as well.
+
     Raises:
-        UsageError: there is none, or they cannot be listed.
+        ConfigError: the run's config cannot be read.
+        UsageError: there is no checkpoint, or they cannot be listed.
     """
-    root = run / "checkpoints"
+    root, first = run / "checkpoints", 0 if load_config(run / "config.yaml").init_adapters else 1
     try:
-        found = [path for path in root.iterdir() if re.fullmatch(r"step-\d+", path.name)]
+        named = [path for path in root.iterdir() if re.fullmatch(r"step-\d+", path.name)]
+        found = [path for path in named if int(path.name[5:]) >= first]
     except OSError:
         found = []
     whole = []
