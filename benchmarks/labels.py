@@ -13,25 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ireasoner.playground.truth import step_truth
-from ireasoner.studies.ablate import Settings, draw_world, eval_command, questions_file
+from ireasoner.studies.ablate import Settings, draw_world, eval_command
 from ireasoner.studies.ablation_jobs import ArmsProgress, make_scores
 from ireasoner.studies.ablation_numbers import summarize
-from ireasoner.training.labelled import load_questions
+from ireasoner.training.labelled import LabelledQuestion, load_questions
 from ireasoner.training.recorder import replace_file, write_json
 
 SHARE = 0.25
 TOLD = ("greedy", "mean@1", "maj@5", "pass@5", "step_truth")
 
 
-def draw_labels(labels: Path, count: int, seed: int, out: Path) -> Path:
+def draw_labels(labels: Sequence[LabelledQuestion], count: int, seed: int, out: Path) -> Path:
     """Write one question about each of `count` images to `out`."""
     by_image: dict[str, list[dict[str, str]]] = {}
-    for question in load_questions(labels):
+    for question in labels:
         row = {"image": str(question.image), "question": question.question, "answer": question.answer}
         by_image.setdefault(row["image"], []).append(row)
     rng = np.random.default_rng(seed)
@@ -54,7 +54,7 @@ def main(out: Path, settings: Settings, labels: Path | None, counts: list[int], 
         draw_world(out, settings)
     out.mkdir(parents=True, exist_ok=True)
     images = settings.images or str(out / "data" / "unlabeled")
-    labels, seeds = labels or out / "data" / "labels.jsonl", range(settings.seeds)
+    known, seeds = load_questions(labels or out / "data" / "labels.jsonl"), range(settings.seeds)
     chosen, commands = arms(counts), {}
     for seed in seeds:
         score = eval_command(out, settings, "base", seed)
@@ -63,7 +63,7 @@ def main(out: Path, settings: Settings, labels: Path | None, counts: list[int], 
     for seed in seeds:
         for arm, (count, options) in chosen.items():
             run = out / f"{arm.replace(' ', '-')}-{seed}"
-            given = [f"--labels={draw_labels(labels, count, seed, out / f'{count}-{seed}.jsonl')}"] if count else []
+            given = [f"--labels={draw_labels(known, count, seed, out / f'{count}-{seed}.jsonl')}"] if count else []
             train = ["train", f"--out={run}", f"--images={images}", f"--model={settings.model}", f"--seed={seed}"]
             train += [f"--steps={steps}", *given, *options]
             resumed = ["train", f"--resume={run}"]
@@ -78,8 +78,7 @@ def main(out: Path, settings: Settings, labels: Path | None, counts: list[int], 
         }
         for arm in ("base", *chosen)
     }
-    asked = load_questions(questions_file(out, settings), settings.questions, step_truth)
-    result = {"questions": len(asked), "steps": steps, "share": SHARE, **summarize(columns, {})}
+    result = {"questions": columns["base"]["image"].shape[1], "steps": steps, "share": SHARE, **summarize(columns, {})}
     values = {f"{arm}/{name}": array for arm, of_arm in columns.items() for name, array in of_arm.items()}
     np.savez_compressed(out / "labels.npz", allow_pickle=False, **values)
     replace_file(out / "labels.json", write_json(result).encode())

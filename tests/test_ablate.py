@@ -727,7 +727,8 @@ def test_scores_of_an_earlier_version_are_made_again_without_training(tmp_path: 
 
     def score(command: list[str], *_: Any) -> Ended:
         commands.append(command)
-        Path(command[-1].removeprefix("--json=")).write_text(json.dumps({"per_question": values}))
+        if command[0] == "eval":
+            Path(command[-1].removeprefix("--json=")).write_text(json.dumps({"per_question": values}))
         return Ended(0)
 
     monkeypatch.setattr(ablation_jobs, "_start", score)

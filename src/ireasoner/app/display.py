@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ireasoner.method.recipe import REWARD, paid_rewards
 from ireasoner.method.types import Episode, Sampled
 from ireasoner.training.config import Config
 from ireasoner.training.statistics import MEASURES, READABLE
@@ -30,7 +31,6 @@ if TYPE_CHECKING:  # most of these import torch
     from ireasoner.training.evaluation import Scores
     from ireasoner.training.state import Observer
 
-REWARD = "reward/solver/"  # begins the names of the metrics of the solver's reward and its parts
 SHOWN = {
     f"{REWARD}total": "reward",
     "reward/proposer/total": "proposer",
@@ -213,8 +213,7 @@ class Display:
             self.say(f"evaluated {which}: {total} held-out questions")
 
     def on_step(self, step: int, metrics: Mapping[str, float], episodes: Sequence[Episode]) -> None:
-        pays = self.config.recipe.pays
-        rewards = [name for name in metrics if name.startswith(REWARD) and pays(name.removeprefix(REWARD))]
+        rewards = paid_rewards(metrics, self.config.recipe)
         labels = {name: name.rpartition("/")[2].replace("_", " ") for name in rewards} | SHOWN
         numbers = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in labels.items() if name in metrics)
         seconds = metrics.get("time/step_seconds", 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +20,7 @@ OWN = ("agreement", "discrete", "random", "format", "oracle")
 PUBLISHED = tuple(sorted(path.stem for path in Path(__file__).with_name("published").glob("[a-z]*.py")))
 REWARDS = (*OWN, *PUBLISHED)
 AGREEMENT_PARTS = ("outcome", "step_agreement")  # of a reward; recorded beside other rewards too, which do not pay them
+REWARD = "reward/solver/"  # begins the names of the metrics of the solver's reward and its parts
 IN_PYTHON = "python:"  # what stands before the name of a function that was handed over in Python
 
 
@@ -111,14 +113,19 @@ class Recipe(Options):
             )
         return reward
 
-    def pays(self, part: str) -> bool:
-        """Whether a part of a trajectory's reward is paid, and not only recorded."""
-        return self.reward == "agreement" or part not in AGREEMENT_PARTS
-
     @property
     def title(self) -> str:
         """Its name, and the function of the user's own that takes the place of its reward."""
         return self.name if self.reward in REWARDS else f"{self.name}, paid by {self.reward.removeprefix(IN_PYTHON)}"
+
+
+def paid_rewards(names: Iterable[str], recipe: Recipe) -> list[str]:
+    """Of the names of metrics, those of the solver's reward and of the parts that it is made of.
+
+    Beside another reward, agreement is only recorded.
+    """
+    unpaid = () if recipe.reward == "agreement" else tuple(f"{REWARD}{part}" for part in AGREEMENT_PARTS)
+    return [name for name in names if name.startswith(REWARD) and name not in unpaid]
 
 
 PAPER = Recipe.model_construct()  # of the defaults, which need no validator

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ireasoner.method.recipe import REWARD, paid_rewards
 from ireasoner.page.run import RecordedRun
 from ireasoner.training.recorder import replace_file
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 THROUGHPUT = "trajectories a second"
-REWARD = "reward/solver/"  # begins the names of the metrics of the solver's reward and its parts
 # After Okabe and Ito, whose colours readers with any kind of colour vision can tell apart: on white and on black. Their
 # red stands for trouble alone. The styles tell lines apart a second time. style.css has the same.
 COLORS = (
@@ -111,8 +111,7 @@ def panels(run: RecordedRun) -> list[Panel]:
     Which parts there are depends on the reward, which may be the user's own.
     """
     first, *others = PANELS
-    found = [name for name in run.measured if name.startswith(REWARD) and name not in first.metrics.values()]
-    names = [name for name in found if run.config.recipe.pays(name.removeprefix(REWARD))]
+    names = [name for name in paid_rewards(run.measured, run.config.recipe) if name not in first.metrics.values()]
     parts = {_label(name): name for name in names[: MOST_PARTS - 1]}
     return [replace(first, metrics=first.metrics | parts), *others]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
 
+from ireasoner.method.recipe import REWARD
 from ireasoner.method.types import Episode
 
 
@@ -25,8 +26,8 @@ def play_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
         return fmean(values) if values else 0.0
 
     return {
-        "reward/solver/total": mean([t.reward for t in trajectories]),
-        **{f"reward/solver/{name}": mean([t.parts[name].value for t in trajectories]) for name in parts},
+        f"{REWARD}total": mean([t.reward for t in trajectories]),
+        **{f"{REWARD}{name}": mean([t.parts[name].value for t in trajectories]) for name in parts},
         "reward/proposer/total": mean([e.proposer_reward for e in episodes]),
         "answers/majority_fraction": mean([e.majority_fraction for e in groups]),
         "answers/answer_entropy": mean([e.answer_entropy for e in groups]),
