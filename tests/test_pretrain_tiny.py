@@ -111,7 +111,7 @@ def test_pretraining_examples_are_well_formed_and_of_all_three_tasks():
     rng = np.random.default_rng(4)
     tasks = {"describe": 0, "ask": 0, "solve": 0}
     for _ in range(150):
-        image, prompt, completion = pretrain_tiny.example(rng, habits=True)
+        [image], prompt, completion = pretrain_tiny.example(rng, habits=True)
         assert image.size == (world.IMAGE_SIZE, world.IMAGE_SIZE)
         if prompt == pretrain_tiny.DESCRIBE_PROMPT:
             tasks["describe"] += 1

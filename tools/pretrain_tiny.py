@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,8 @@ STAGES: dict[str, tuple[int, float, dict[str, Any]]] = {
     "habits": (750, 6e-4, {"describe": 0.25, "habits": True}),
 }
 
+Example = tuple[list[Image.Image], str, str]  # images, prompt and completion
+
 # --- what is taught --------------------------------------------------------------------------------------------------
 
 
@@ -87,9 +89,9 @@ def reword(step: str, manner: int) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def proposer_text(question: world.WorldQuestion) -> str:
-    """A question in the proposer's format."""
-    return f"<question>{question.text}</question><rationale>{RATIONALES[question.kind]}</rationale>"
+def proposer_text(question: world.WorldQuestion, rationales: Mapping[str, str] = RATIONALES) -> str:
+    """A question in the proposer's format, with the rationale of its kind."""
+    return f"<question>{question.text}</question><rationale>{rationales[question.kind]}</rationale>"
 
 
 def solver_text(question: world.WorldQuestion, rng: np.random.Generator | None = None) -> str:
@@ -109,10 +111,10 @@ def solver_text(question: world.WorldQuestion, rng: np.random.Generator | None =
         steps = [reword(step, manner) for step in steps]
         if rng.random() < FILLER_SHARE:
             steps.insert(0, FILLERS[rng.integers(len(FILLERS))])
-    return _solution(steps, question.answer)
+    return solution_text(steps, question.answer)
 
 
-def _solution(steps: Sequence[str], answer: str) -> str:
+def solution_text(steps: Sequence[str], answer: str) -> str:
     text = "\n".join(f"Step {i}: {step}" for i, step in enumerate(steps, 1))
     return f"<think>{text}</think><answer>{answer}</answer>"
 
@@ -201,10 +203,8 @@ def plain_picture(rng: np.random.Generator) -> world.Picture:
     return world.sample_picture(rng, world.FAMILIES[rng.integers(len(world.FAMILIES) - 1)])
 
 
-def example(
-    rng: np.random.Generator, plain: bool = False, describe: float = 0.5, habits: bool = False
-) -> tuple[Image.Image, str, str]:
-    """Draw one labeled example of pre-training: image, prompt, completion.
+def example(rng: np.random.Generator, plain: bool = False, describe: float = 0.5, habits: bool = False) -> Example:
+    """Draw one labeled example of pre-training.
 
     Args:
         plain: no signs, and the plain wording alone.
@@ -215,13 +215,12 @@ def example(
     image = world.draw(picture, world.sample_style("varied", rng), rng)
     task = rng.random()
     if task < describe:
-        return image, DESCRIBE_PROMPT, " ".join(world.facts(picture))
+        return [image], DESCRIBE_PROMPT, " ".join(world.facts(picture))
     question = world.sample_question(picture, rng)
     if task >= 0.85:
-        return image, PROPOSER_PROMPT, proposer_text(question)
+        return [image], PROPOSER_PROMPT, proposer_text(question)
     solved = with_habit(question, picture, rng) if habits else question
-    solution = solver_text(solved, None if plain else rng)
-    return image, SOLVER_PROMPT.replace("{question}", question.text), solution
+    return [image], SOLVER_PROMPT.replace("{question}", question.text), solver_text(solved, None if plain else rng)
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -289,18 +288,19 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen2_5_VLForCondit
 # --- pre-training ----------------------------------------------------------------------------------------------------
 
 
-def batch_tensors(processor: Any, examples: list[tuple[Image.Image, str, str]]) -> dict[str, torch.Tensor]:
+def batch_tensors(processor: Any, examples: list[Example]) -> dict[str, torch.Tensor]:
     """Model inputs of labeled examples, padded on the right, with `labels` on the completions and their end tokens."""
-    images, prompts, completions = zip(*examples, strict=True)
-    contents = [[{"type": "image"}, {"type": "text", "text": prompt}] for prompt in prompts]
+    images, _, completions = zip(*examples, strict=True)
+    contents = [[{"type": "image"}] * len(shown) + [{"type": "text", "text": prompt}] for shown, prompt, _ in examples]
     chats = [[{"role": "user", "content": content}] for content in contents]
     heads = processor.apply_chat_template(chats, add_generation_prompt=True)
     texts = [f"{head}{completion}<|im_end|>" for head, completion in zip(heads, completions, strict=True)]
     batch = processor(images=list(images), text=texts, padding=True, padding_side="right", return_tensors="pt")
     image_tokens = batch["image_grid_thw"].prod(-1) // processor.image_processor.merge_size**2
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for row, head in enumerate(processor.tokenizer(heads)["input_ids"]):
-        labels[row, : len(head) - 1 + int(image_tokens[row])] = -100  # the head's one image token becomes several
+    of_example = image_tokens.split([len(shown) for shown in images])
+    for row, (head, counts) in enumerate(zip(processor.tokenizer(heads)["input_ids"], of_example, strict=True)):
+        labels[row, : len(head) + int((counts - 1).sum())] = -100  # each image's one token in the head becomes several
     return {**batch, "labels": labels}
 
 
@@ -312,12 +312,14 @@ def train_stage(
     batches: int,
     learning_rate: float,
     batch_size: int = 48,
+    draw: Callable[..., Example] = example,
     **mixture: Any,
 ) -> None:
     """Supervised training with AdamW, warm-up and cosine decay on fresh examples.
 
     Args:
-        mixture: how `example` draws them.
+        draw: draws an example.
+        mixture: how it does that.
     """
     model.train()
     groups = [
@@ -330,7 +332,7 @@ def train_stage(
         share = min(step / 100, 1.0, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / batches)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * share
-        batch = batch_tensors(processor, [example(rng, **mixture) for _ in range(batch_size)])
+        batch = batch_tensors(processor, [draw(rng, **mixture) for _ in range(batch_size)])
         labels = batch.pop("labels")
         logits = model(**batch).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
