@@ -5,13 +5,16 @@ BIN := .venv/bin
 # Two processes that spin on both cores slow each other down many times over.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-torchvision test-quantization test-gguf test-vllm test-ecosystem test-gpu soak lint docs bench clean
+.PHONY: demo test test-slow test-torchvision test-quantization test-gguf test-vllm test-ecosystem test-gpu soak lint docs bench clean
 
 demo: .venv/installed
 	$(BIN)/ireasoner demo
 
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-slow: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # A CPU build of torch cannot load torchvision's own operators; the shim declares them, and nothing here calls them.
 test-torchvision: .venv/installed-dev

@@ -802,6 +802,7 @@ def own_arms(own: Path, steps: int) -> list[str]:
 
 
 @pytest.mark.usefixtures("no_report")
+@pytest.mark.slow
 def test_two_jobs_make_what_one_makes(own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(1)  # each of two processes gets half of the threads, and rounding may depend on how many
     outs, printed = (own / "one", own / "two"), []
@@ -848,6 +849,7 @@ def at_work(out: Path, *options: str) -> Iterator[Forked]:
         assert not any(map(psutil.Process.is_running, children))
 
 
+@pytest.mark.slow
 def test_jobs_that_are_interrupted_save_and_go_on(own: Path, capsys: pytest.CaptureFixture[str]):
     out = own / "out"
     with at_work(out, *own_arms(own, 60), "--save-every", "50") as ablation:

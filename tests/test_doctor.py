@@ -148,7 +148,7 @@ def test_the_pictures_differ_and_say_nothing_else():
     [
         (2e-5, None, set()),
         (2e-5, lora.Linear.forward, {"small updates survive rounding"}),
-        (1e-7, None, {"small updates survive rounding"}),
+        pytest.param(1e-7, None, {"small updates survive rounding"}, marks=pytest.mark.slow),
     ],
     ids=["the default", "sums rounded twice, as PEFT does", "a rate that drowns in rounding"],
 )

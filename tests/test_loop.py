@@ -235,6 +235,7 @@ def lines(path: Path) -> int:
 
 
 @pytest.mark.usefixtures("no_report")
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_like_the_reference(data: Path, tmp_path: Path, reference: Path):
     out = tmp_path / "run"
     episodes = out / "episodes.jsonl"
@@ -672,6 +673,7 @@ def test_a_short_run_that_learned_nothing_is_not_called_healthy(data: Path, tmp_
     assert "nothing was learned" in run_here("runs", str(tmp_path))[1]
 
 
+@pytest.mark.slow
 def test_without_the_watch_the_same_run_goes_on(data: Path, ruined: Path, tmp_path: Path):
     ended = json.loads((ruined / "summary.json").read_text())["steps"]
     options = flags(data, **{**RUIN, "steps": str(ended + 1)}, watch="false") | {"eval_data": None}
@@ -682,6 +684,7 @@ def test_without_the_watch_the_same_run_goes_on(data: Path, ruined: Path, tmp_pa
 
 
 @pytest.mark.usefixtures("no_report")
+@pytest.mark.slow
 def test_interrupted_and_killed_it_ends_itself_at_the_same_step_in_the_same_way(
     data: Path, ruined: Path, tmp_path: Path
 ):
@@ -711,6 +714,7 @@ def test_interrupted_and_killed_it_ends_itself_at_the_same_step_in_the_same_way(
     assert resume(config, out).step == ended
 
 
+@pytest.mark.slow
 def test_it_goes_back_further_where_the_best_checkpoint_is_damaged(data: Path, ruined: Path, tmp_path: Path):
     best = json.loads((ruined / "summary.json").read_text())["best_step"]
     out = tmp_path / "run"

@@ -414,6 +414,7 @@ def lower_capacity() -> None:
     LiveEngine._complete, Learner._backward = limited_complete, limited_backward
 
 
+@pytest.mark.slow
 def test_a_run_that_runs_out_of_memory_goes_on_and_says_so(
     data: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -474,6 +475,7 @@ def run_with_a_second_process_of_low_capacity(data: Path) -> int:
     return 0 if start(configured(data), data / "two").complete else 1
 
 
+@pytest.mark.slow
 def test_one_process_of_two_runs_out_of_memory(data: Path, undisturbed: Path):
     """What it tries again is its own: neither process waits for the other, and both end with the same adapters."""
     run = partial(run_with_a_second_process_of_low_capacity, data)

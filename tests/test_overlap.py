@@ -194,6 +194,7 @@ def test_what_fails_beside_the_update_ends_the_run(
     assert loop.resume(load_config(tmp_path / "run/config.yaml"), tmp_path / "run").complete
 
 
+@pytest.mark.slow
 def test_where_memory_runs_out_the_run_is_saved_with_the_draft_of_that_step(
     adapters: list[str], options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -153,6 +153,7 @@ def workers(launcher: int) -> dict[int, int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_launched_run_with_a_message_and_nothing_is_lost(place: Path, together: Path):
     out = place / "killed-0"
     with launcher_at_step(out, *options(place), step=2) as launcher:
@@ -183,6 +184,7 @@ def assert_lost(said: str, out: Path) -> None:
     assert not (out / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_two_processes_end_like_the_reference(place: Path, together: Path):
     """First both processes at once, as when the machine fails; then one of them, whichever it is."""
     out, rng = place / "killed-at-random", random.Random()
@@ -257,6 +259,7 @@ def start_on(hosts: list[str], *arguments: object, output: Path, **environment: 
     ]
 
 
+@pytest.mark.slow
 def test_where_the_link_between_two_hosts_is_cut_both_end_soon_and_the_run_goes_on(
     place: Path, together: Path, hosts: list[str]
 ):
@@ -427,6 +430,7 @@ def launcher_at_step(out: Path, *command: str, step: int) -> subprocess.Popen[st
     return launcher
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_both_processes_with_a_checkpoint(place: Path):
     """A terminal sends it to launcher and processes alike."""
     out = place / "interrupted"
@@ -476,6 +480,7 @@ def lose(image: str) -> None:
         folder.read_file = fail
 
 
+@pytest.mark.slow
 def test_an_image_that_one_process_cannot_read_is_skipped_by_both(place: Path, together: Path):
     lost = records(together, "episodes.jsonl")[1]["image"]  # the second of the first step: the second process reads it
     few = options(place, **{"steps": 2, "eval-questions": 1})

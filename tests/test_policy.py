@@ -372,8 +372,7 @@ def ids_and_logprobs(groups: Sequence[Sequence[Any]]) -> tuple[list[tuple[int, .
     return [c.token_ids for c in flat], torch.tensor([p for c in flat for p in c.logprobs])
 
 
-@pytest.mark.parametrize("role", [*ROLES, None])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}], ids=str)
+@pytest.mark.parametrize(("role", "options"), [("solver", {}), ("proposer", {"temperature": 0.0}), (None, {})], ids=str)
 def test_a_captured_step_of_decoding_is_right_at_every_step(
     make_policy: MakePolicy, pictures: list[Image.Image], role: Role | None, options: Any
 ):

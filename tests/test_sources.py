@@ -651,7 +651,9 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatc
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["parquet", "shards", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("saved set", "address"))]
+)
 @pytest.mark.usefixtures("no_report")
 def test_a_run_that_was_killed_ends_like_an_undisturbed_one(kind: str, tmp_path: Path):
     rng = np.random.default_rng(3)
