@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
 import pretrain_several
 import pretrain_tiny
 from ireasoner.method.texts import parse_question, parse_trajectory
 from ireasoner.model.backbone import load_processor
-from ireasoner.playground import several
+from ireasoner.playground import dataset, several
+from ireasoner.training.config import SamplingOptions
+from ireasoner.training.evaluation import evaluate
+from ireasoner.training.labelled import load_questions
+from models import load
 
+ROOT = Path(__file__).parents[1]
 KINDS: tuple[several.Kind, ...] = ("pairs", "clips")
 
 
@@ -70,3 +79,30 @@ def test_examples_are_well_formed_and_their_labels_lie_on_the_completions():
         taught = labels[labels != -100]
         assert processor.tokenizer.decode(taught) == f"{completion}<|im_end|>"
         assert (ids[labels != -100] == taught).all()
+
+
+def test_the_second_model_sees_which_way_a_clip_goes(tmp_path: Path):
+    """The same frames backwards go the other way. One answer in four would be right without looking."""
+    policy = load(model=str(ROOT / "models/tiny_several"), max_image_tokens=64)
+    file = dataset.write_questions(tmp_path, 24, "varied", "validation", kind="clips")
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    motions = [several.from_record(row["picture"]) for row in rows]
+
+    def right() -> float:
+        """The share of clips whose way the model tells."""
+        for row, motion in zip(rows, motions, strict=True):
+            assert isinstance(motion, several.Motion)
+            row |= {"question": f"Which way does the {motion.name} go?", "answer": motion.way}
+        dataset.write_rows(file, rows)
+        options = SamplingOptions(solver_prompt="{question}", max_solution_tokens=96)
+        found = evaluate(policy, load_questions(file), None, options)
+        return float(found.measures["greedy"].mean())
+
+    assert right() > 0.5
+    for clip in (tmp_path / "images").iterdir():
+        frames = sorted(clip.iterdir())
+        images = [Image.open(path).copy() for path in reversed(frames)]
+        for path, image in zip(frames, images, strict=True):
+            image.save(path)
+    motions = [pretrain_several.misread_several(motion) for motion in motions]  # a clip is misread backwards
+    assert right() > 0.5
