@@ -33,7 +33,7 @@ def things(kind: several.Kind, count: int, seed: int = 0) -> list[several.Pair |
 def test_every_kind_of_question_has_a_rationale_and_every_fact_is_true(kind: several.Kind):
     for thing in things(kind, 60):
         assert {question.kind for question in several.questions(thing)} <= pretrain_several.RATIONALES.keys()
-        facts = pretrain_several.facts(thing)
+        facts = several.facts(thing)
         assert [several.step_truth(thing, fact) for fact in facts] == [True] * len(facts)
 
 

@@ -52,15 +52,6 @@ STAGES: dict[str, tuple[int, float, dict[str, Any]]] = {
 }
 
 
-def facts(thing: Pair | Motion) -> list[str]:
-    """What there is to see, as the steps of solutions say it."""
-    return [
-        f"{which.capitalize()}: {fact[0].lower()}{fact[1:]}"
-        for which, picture in thing.seen.items()
-        for fact in world.facts(picture)
-    ]
-
-
 def with_habit(question: world.WorldQuestion, thing: Pair | Motion, rng: np.random.Generator) -> world.WorldQuestion:
     """The question with the reasoning and the answer of a habit: about the item, about the item as it is always
     misread, or about another one."""
@@ -103,7 +94,7 @@ def several_example(rng: np.random.Generator, describe: float, habits: bool = Fa
     images = several.draw(thing, world.sample_style("varied", rng), rng)
     task = rng.random()
     if task < describe:
-        return images, DESCRIBE_PROMPT, " ".join(facts(thing))
+        return images, DESCRIBE_PROMPT, " ".join(several.facts(thing))
     question = several.sample_question(thing, rng)
     if task >= 0.85:
         return images, PROPOSER_PROMPT, proposer_text(question, RATIONALES)

@@ -118,6 +118,15 @@ def _center(cell: str) -> tuple[float, float]:
 # --- what is true, in English -----------------------------------------------------------------------------------------
 
 
+def facts(thing: Pair | Motion) -> list[str]:
+    """What there is to see, as the steps of solutions say it."""
+    return [
+        f"{which.capitalize()}: {fact[0].lower()}{fact[1:]}"
+        for which, picture in thing.seen.items()
+        for fact in world.facts(picture)
+    ]
+
+
 def questions(thing: Thing) -> tuple[WorldQuestion, ...]:
     """Every question that has a true answer, in a fixed order."""
     if isinstance(thing, Picture):
@@ -163,13 +172,9 @@ def step_truth(thing: Thing, step: str) -> bool | None:
     return world.step_truth(next(iter(thing.seen.values())), step) if arithmetic else None
 
 
-def _about(which: str, fact: str) -> str:
-    return f"{which}: {fact[0].lower()}{fact[1:]}"
-
-
 def _pair_questions(pair: Pair) -> Iterator[WorldQuestion]:
     both = (pair.first, pair.second)
-    lines = [_about(f"Image {k}", fact) for k, picture in enumerate(both, 1) for fact in world.facts(picture)]
+    lines = facts(pair)
     if pair.first.family == "sign":
         (one, other) = (picture.objects[0] for picture in both)
         for place, what in enumerate(("color", "shape")):
@@ -199,7 +204,7 @@ def _pair_questions(pair: Pair) -> Iterator[WorldQuestion]:
 
 def _motion_questions(motion: Motion) -> Iterator[WorldQuestion]:
     name = motion.name
-    first, last = (_about(which.capitalize(), world.facts(picture)[0]) for which, picture in motion.seen.items())
+    first, _, last, _ = facts(motion)  # of each of the two frames, what moves and what stays
     goes = f"The {name} goes {motion.way}."
     yield WorldQuestion(f"Which way does the {name} go?", (first, last, goes), motion.way, "way")
     for way in WAYS:
