@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -299,6 +300,32 @@ def test_a_video_is_a_clip(video: Path):
     assert item.image.fps == pytest.approx(10 * 4 / 29)
     view = load_view(ItemFiles((video,), True), Limits(images=30, frame_rate=2.0))
     assert len(images_of(view)) == 6
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turn"),
+    [((0, 1, -1, 0), Image.Transpose.ROTATE_270), ((-1, 0, 0, -1), Image.Transpose.ROTATE_180),
+     ((0, -1, 1, 0), Image.Transpose.ROTATE_90), ((-1, 0, 0, 1), Image.Transpose.FLIP_LEFT_RIGHT),
+     ((0, 1, 1, 0), Image.Transpose.TRANSPOSE)],
+)  # fmt: skip
+def test_a_video_is_shown_upright(video: Path, matrix: tuple[int, ...], turn: Image.Transpose):
+    as_stored = images_of(load_view(ItemFiles((video,), True), Limits(images=3)))
+    data, (a, b, c, d) = video.read_bytes(), (2**16 * value for value in matrix)
+    track = data.index(b"tkhd")  # of a track, ISO/IEC 14496-12: its matrix ends in 0, 0, 1
+    at = data.index(struct.pack(">9i", 2**16, 0, 0, 0, 2**16, 0, 0, 0, 2**30), track)
+    video.write_bytes(data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 2**30) + data[at + 36 :])
+    upright = images_of(load_view(ItemFiles((video,), True), Limits(images=3)))
+    assert upright[0].size == as_stored[0].transpose(turn).size
+    for image, stored in zip(upright, as_stored, strict=True):
+        assert image.tobytes() == stored.transpose(turn).tobytes()
+
+
+def test_a_video_of_another_kind_is_named(tmp_path: Path):
+    animated(tmp_path / "a.gif", moving(3))
+    (tmp_path / "b.WMV").write_bytes(bytes(64))
+    pool = ImagePool.scan(tmp_path, 0, items="clips")
+    assert list(pool.names) == ["a.gif"]
+    assert "convert it" in pool.skipped["b.WMV"]
 
 
 def test_a_video_that_ends_early_is_skipped_wherever_it_ends(video: Path):

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import re
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -38,13 +39,25 @@ from ireasoner.training.images import (
 from ireasoner.training.sources.folder import is_hidden, named_like_an_image
 
 ANIMATIONS = (".gif", ".apng")  # a WebP is one if its first bytes say so
-VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+VIDEOS = (".mp4", ".m4v", ".mov", ".3gp", ".webm", ".mkv", ".avi")
+VIDEO_KINDS = "MP4, MOV, WebM, Matroska or AVI"
+OTHER_VIDEOS = (".mpg", ".mpeg", ".wmv", ".flv", ".ogv")  # not read, and named where they are skipped
 FOLDER_FPS = 2.0  # frames a second in a folder, which says nothing of time: as many as Qwen samples of a video
 MAX_ANIMATION_BYTES = 2**27
 MAX_ANIMATION_PIXELS = 2**30  # of all frames together, each of which is made from the one before it
 MAX_PACKETS = 2**20  # of a video: ten hours of 29 frames a second
 MAX_DECODED = 20_000  # frames that are decoded on the way to those that are shown
 MICROSECONDS = 10**6  # of a second: the unit of a whole file's duration
+# How a video says that its frames are to be turned, as phones do: the upper left corner of its matrix, in 1/65536.
+TURNS = {
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
 IN_VIDEO = "showing videos needs PyAV: pip install 'ireasoner[video]'"
 
 
@@ -241,7 +254,7 @@ def _animation(data: bytes, limits: Limits) -> Pictures:
     """Frames of a GIF, a WebP or a PNG. Their time is that of the first one."""
     image_format = format_of(data)
     if image_format not in ("GIF", "WEBP", "PNG"):
-        raise ValueError("not an animated GIF, WebP or PNG, or its header is damaged")
+        raise ValueError(f"no animated GIF, WebP or PNG and no video ({VIDEO_KINDS}), or its header is damaged")
     frames = gif_frames(data) if image_format == "GIF" else None  # Pillow would count those that are there
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -282,7 +295,7 @@ def _video(file: IO[bytes], limits: Limits) -> Pictures:
     head = file.read(12)
     file.seek(0)
     if head[4:8] != b"ftyp" and head[:4] != b"\x1a\x45\xdf\xa3" and head[:4] + head[8:] != b"RIFFAVI ":
-        raise ValueError("not an MP4, MOV, WebM, Matroska or AVI video, or its header is damaged")
+        raise ValueError(f"no video ({VIDEO_KINDS}), or its header is damaged")
     try:
         with av.open(file) as container:  # a file and no name: whatever it says, nothing else is opened
             return _shown(container, limits)
@@ -292,8 +305,8 @@ def _video(file: IO[bytes], limits: Limits) -> Pictures:
 
 def _shown(container: Any, limits: Limits) -> Pictures:
     """Frames of an open video."""
-    stream = next((each for each in container.streams.video if each.codec_context), None)
-    if stream is None:
+    stream = container.streams.best("video")  # and no picture of a cover
+    if stream is None or not stream.codec_context:
         raise ValueError("the clip is damaged or ends early: the file holds no video that can be decoded")
     if (size := stream.codec_context.width * stream.codec_context.height) > limits.max_pixels:
         raise ValueError(f"frames of {size} pixels are over the limit of {limits.max_pixels} (--max-image-pixels)")
@@ -335,7 +348,17 @@ def _at(container: Any, stream: Any, times: Sequence[int]) -> Iterator[Image.Ima
             if decoded > MAX_DECODED:
                 raise ValueError("its key frames are too far apart")
             if frame.pts is not None and frame.pts >= time:
-                yield frame.to_image()
+                yield _turned(frame)
                 break
         else:
             raise ValueError(f"the clip ends early: no frame after {float(time * stream.time_base):.1f} seconds")
+
+
+def _turned(frame: Any) -> Image.Image:
+    """A frame as it is to be shown: upright, where the video says how the camera was held."""
+    image, matrix = frame.to_image(), frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    a, b, _, c, d = struct.unpack_from("<5i", bytes(matrix))
+    turn = TURNS.get(tuple(round(value / 2**16) for value in (a, b, c, d)))
+    return image if turn is None else image.transpose(turn)

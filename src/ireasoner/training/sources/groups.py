@@ -13,6 +13,8 @@ from typing import Any
 from ireasoner.model.views import View
 from ireasoner.training.clips import (
     FOLDER_FPS,
+    OTHER_VIDEOS,
+    VIDEO_KINDS,
     VIDEOS,
     ItemFiles,
     Limits,
@@ -89,13 +91,15 @@ def open_folder(folder: str, items: ItemKind, limits: Limits) -> Groups:
     Raises:
         ImageError: the folder is missing, cannot be read, or holds no item.
     """
-    names, skipped = scan(folder, VIDEOS)
+    names, skipped = scan(folder, VIDEOS + OTHER_VIDEOS)
     root, found = Path(folder), dict[str, ItemFiles]()
     inside = defaultdict[str, list[str]](list)
     for name in names:
         path = root / path_of(name)
         if items == "clips" and is_clip_file(path):
             found[name] = ItemFiles((path,), True)
+        elif name.lower().endswith(OTHER_VIDEOS):
+            skipped[name] = f"a video of another kind: convert it to one that is read ({VIDEO_KINDS})"
         elif name.lower().endswith(VIDEOS):
             skipped[name] = "a video, which --items clips would show"
         elif items == "folders" and "/" not in name:
