@@ -156,7 +156,7 @@ def test_the_documented_commands_can_be_given():
     app, checked = cli.build_app(), 0
     for page, words in commands():
         line = f"{page}: {shlex.join(words)}"
-        if words[0] in ("ireasoner", "ssh") or "-m ireasoner" in line:
+        if words[0] in ("ireasoner", "ssh") or "-m ireasoner " in line:
             given = words[words.index("ireasoner") + 1 :]
             _, bound, _ = app.parse_args(given, exit_on_error=False, print_error=False)
             options = {name: value for name, value in bound.arguments.items() if name in configs.PATHS}
