@@ -3,6 +3,9 @@
     python benchmarks/labels.py OUT --jobs 2
     python -m ireasoner.playground.easyvqa EASY --labels
     python benchmarks/labels.py OUT --images EASY/unlabeled --labels EASY/labels.jsonl --data EASY/test/test.jsonl
+    ireasoner playground CLIPS --kind clips --labels
+    python benchmarks/labels.py OUT --images CLIPS/unlabeled --labels CLIPS/labels.jsonl --data CLIPS/test/test.jsonl \
+        --items clips --model models/tiny_several
 
 Without files of one's own, on the embedded world. Under every seed, so many images are drawn that have a label, and of
 each of them one question; fewer labels are some of the more. Where a model plays with labels, they are asked in a
@@ -21,6 +24,7 @@ import numpy as np
 from ireasoner.studies.ablate import Settings, draw_world, eval_command
 from ireasoner.studies.ablation_jobs import ArmsProgress, make_scores
 from ireasoner.studies.ablation_numbers import summarize
+from ireasoner.training.clips import ItemFiles
 from ireasoner.training.labelled import LabelledQuestion, load_questions
 from ireasoner.training.recorder import replace_file, write_json
 
@@ -30,15 +34,22 @@ TOLD = ("greedy", "mean@1", "maj@5", "pass@5", "step_truth")
 
 def draw_labels(labels: Sequence[LabelledQuestion], count: int, seed: int, out: Path) -> Path:
     """Write one question about each of `count` images to `out`."""
-    by_image: dict[str, list[dict[str, str]]] = {}
+    by_image: dict[str, list[dict[str, object]]] = {}
     for question in labels:
-        row = {"image": str(question.image), "question": question.question, "answer": question.answer}
-        by_image.setdefault(row["image"], []).append(row)
+        row = {"question": question.question, "answer": question.answer, **_shown(question.image)}
+        by_image.setdefault(str(question.image), []).append(row)
     rng = np.random.default_rng(seed)
     images = rng.permutation(sorted(by_image)).tolist()
     rows = [by_image[image][rng.integers(len(by_image[image]))] for image in images][:count]
     out.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return out
+
+
+def _shown(image: Path | ItemFiles) -> dict[str, object]:
+    """How a row names what it is about."""
+    if isinstance(image, Path):
+        return {"image": str(image)}
+    return {"clip" if image.is_clip else "images": list(map(str, image.paths))}
 
 
 def arms(counts: list[int]) -> dict[str, tuple[int, list[str]]]:
@@ -65,7 +76,7 @@ def main(out: Path, settings: Settings, labels: Path | None, counts: list[int], 
             run = out / f"{arm.replace(' ', '-')}-{seed}"
             given = [f"--labels={draw_labels(known, count, seed, out / f'{count}-{seed}.jsonl')}"] if count else []
             train = ["train", f"--out={run}", f"--images={images}", f"--model={settings.model}", f"--seed={seed}"]
-            train += [f"--steps={steps}", *given, *options]
+            train += [f"--steps={steps}", "--preset=tiny", f"--items={settings.training['items']}", *given, *options]
             resumed = ["train", f"--resume={run}"]
             score = eval_command(out, settings, arm.replace(" ", "-"), seed)
             commands[run.name] = [resumed if (run / "config.yaml").exists() else train, score]
@@ -101,6 +112,8 @@ if __name__ == "__main__":
     parser.add_argument("--images", help="a folder of unlabeled images, in place of the embedded world")
     parser.add_argument("--labels", type=Path, help="JSONL of labelled questions about them")
     parser.add_argument("--data", type=Path, help="JSONL of held-out questions about others")
+    parser.add_argument("--items", default="images", help="what an item of the images is, as `train` takes it")
+    parser.add_argument("--model", default="tiny")
     parser.add_argument("--counts", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
@@ -108,5 +121,6 @@ if __name__ == "__main__":
     parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
     own = {"images": str(Path(given.images).absolute()), "data": str(given.data.absolute())} if given.images else {}
-    where = Settings(**own, questions=given.questions, seeds=given.seeds)
+    told = {"model": given.model, "training": {"items": given.items}}
+    where = Settings(**own, **told, questions=given.questions, seeds=given.seeds)
     main(given.out.absolute(), where, given.labels, given.counts, given.steps, given.jobs)

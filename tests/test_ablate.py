@@ -426,7 +426,7 @@ def test_the_labels_of_the_world_are_true(tmp_path: Path, monkeypatch: pytest.Mo
     ablate.draw_world(tmp_path, Settings(questions=5))
     truth = dataset.load_truth(tmp_path / "data" / "unlabeled")
     labels = load_questions(tmp_path / "data" / "labels.jsonl")
-    assert len(labels) == 6 * ablate.LABELS_PER_IMAGE
+    assert len(labels) == 6 * 4
     for label in labels:
         picture = truth[label.image.relative_to(tmp_path / "data" / "unlabeled").as_posix()]
         solved = world.solve(picture, label.question)

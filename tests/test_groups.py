@@ -24,6 +24,7 @@ from ireasoner.model.source import ModelError
 from ireasoner.model.views import Pictures, filmstrip, images_of, is_clip
 from ireasoner.page.page import Page
 from ireasoner.page.run import RecordedRun
+from ireasoner.playground import dataset, several
 from ireasoner.rollouts.chat import chat_body
 from ireasoner.rollouts.engine import Request
 from ireasoner.training.checks import check_clips, match_labels, open_pool
@@ -197,6 +198,21 @@ def test_labels_are_about_items_by_their_files(pairs: Path, tmp_path: Path):
         "alone.png": ["Colour?"],
     }
     assert len(notes) == 1
+
+
+@pytest.mark.parametrize(("kind", "items"), [("pictures", "images"), ("pairs", "folders"), ("clips", "clips")])
+def test_labels_of_the_embedded_world_are_true_and_about_its_items(tmp_path: Path, kind: several.Kind, items: str):
+    folder = dataset.write_unlabeled(tmp_path / "unlabeled", 4, kind=kind)
+    path, truth = dataset.write_labels(folder, kind, questions=2), dataset.load_truth(folder)
+    config = resolve({"images": str(folder), "model": "tiny", "items": items, "labels": path})
+    labels, notes = match_labels(config, load_questions(path), open_pool(config, []))
+    assert labels.keys() == truth.keys()
+    assert not notes
+    for name, rows in labels.items():
+        for row in rows:
+            known = several.solve(truth[name], row.question)
+            assert known
+            assert known.answer == row.answer
 
 
 # --- clips ------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ def playground(
     items: Annotated[tuple[int, int], WHOLE] = (2, 4),
     seed: Seed = 0,
     kind: Literal["pictures", "pairs", "clips"] = "pictures",
+    labels: bool = False,
 ) -> int:
     """Write unlabeled pictures (OUT/unlabeled) and held-out questions (OUT/SPLIT) of the embedded world; or pairs of
     pictures to compare (for train --items folders), or clips of a shape that moves (for train --items clips).
@@ -94,6 +95,7 @@ def playground(
         items: Fewest and most items in a picture.
         seed: Seed of the pictures.
         kind: Pictures, pairs of them, or clips.
+        labels: Also write true answers about the unlabeled pictures (OUT/labels.jsonl, for train --labels).
     """
     from ireasoner.playground import dataset
 
@@ -104,7 +106,8 @@ def playground(
         dataset.write_unlabeled(unlabeled, images, style, seed, items, kind)
         folder = out / split
         path = dataset.write_questions(folder, questions, style, split, seed, items, kind)
+        about = f"   about them: {dataset.write_labels(unlabeled, kind)}" if labels else ""
     except OSError as error:
         raise UsageError(f"cannot write to {out}: {error.strerror}") from None
-    print(f"Unlabeled pictures: {unlabeled}   labelled questions: {path}")
+    print(f"Unlabeled pictures: {unlabeled}{about}   labelled questions: {path}")
     return 0

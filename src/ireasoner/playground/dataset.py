@@ -47,10 +47,31 @@ def write_unlabeled(
     return folder
 
 
+def write_labels(folder: Path, kind: several.Kind = "pictures", questions: int = 4) -> Path:
+    """Write true answers to so many questions about each item of a folder that `write_unlabeled` wrote, for `train
+    --labels`; returns the JSONL file `labels.jsonl`, beside the folder."""
+    rng, rows = np.random.default_rng(0), list[dict[str, object]]()
+    for name, thing in load_truth(folder).items():
+        for question in (several.sample_question(thing, rng) for _ in range(questions)):
+            shown = _shown(f"{folder.name}/{name.removesuffix('.png')}", kind)
+            rows.append({**shown, "question": question.text, "answer": question.answer})
+    path = folder.with_name("labels.jsonl")
+    write_rows(path, rows)
+    return path
+
+
 def _files(name: str, kind: several.Kind) -> list[str]:
     """The files of an item of this name: one, two, or the frames of a clip."""
     counts = {"pairs": 2, "clips": several.FRAMES}
     return [f"{name}/{k}.png" for k in range(counts[kind])] if kind in counts else [f"{name}.png"]
+
+
+def _shown(name: str, kind: several.Kind) -> dict[str, object]:
+    """How a row of labelled questions names an item of this name."""
+    if kind == "clips":
+        return {"clip": name}
+    files = _files(name, kind)
+    return {"images": files} if kind == "pairs" else {"image": files[0]}
 
 
 def _write_item(folder: Path, name: str, kind: several.Kind, images: Iterable[Image.Image]) -> list[str]:
@@ -108,13 +129,9 @@ def write_questions(
     for index in range(count):
         thing = several.sample(kind, rng, world.FAMILIES[index % len(world.FAMILIES)], items)
         name = f"images/{index:05d}"
-        files = _write_item(folder, name, kind, several.draw(thing, world.sample_style(style, rng), rng))
+        _write_item(folder, name, kind, several.draw(thing, world.sample_style(style, rng), rng))
         question = several.sample_question(thing, rng)
-        shown: dict[str, object] = {
-            "pictures": {"image": files[0]},
-            "pairs": {"images": files},
-            "clips": {"clip": name},
-        }[kind]
+        shown = _shown(name, kind)
         rows.append({**shown, "question": question.text, "answer": question.answer, "picture": several.record(thing)})
     path = folder / f"{split}.jsonl"
     write_rows(path, rows)

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ireasoner.method.recipe import PUBLISHED
 from ireasoner.method.types import Match, UsageError
 from ireasoner.model.backbone import load_processor
-from ireasoner.playground import dataset, several
+from ireasoner.playground import dataset
 from ireasoner.playground.truth import step_truth
 from ireasoner.studies import ablation_tables as report
 from ireasoner.studies.ablation_jobs import ArmsProgress, Columns, Jobs, make_scores, read_texts
@@ -38,7 +38,7 @@ from ireasoner.training.recorder import replace_file, write_json
 from ireasoner.training.sources.finding import pinned
 from ireasoner.training.statistics import MEASURES, numbered
 
-UNLABELED, VALIDATION, LABELS_PER_IMAGE = 512, 128, 4
+UNLABELED, VALIDATION = 512, 128
 BISECTIONS = 6
 IMAGE_OPTIONS = ("image_column", "max_image_pixels", "items", "images_per_item", "frame_rate")
 MAY_CHANGE = ("recipes", "seeds", "cooled")
@@ -164,14 +164,7 @@ def draw_world(out: Path, settings: Settings) -> None:
     """Draw the embedded world into OUT/data, all or nothing: unlabeled images, labels for the oracle, questions."""
     draft = out / ".data"
     shutil.rmtree(draft, ignore_errors=True)
-    folder = dataset.write_unlabeled(draft / "unlabeled", UNLABELED, settings.style)
-    rng = np.random.default_rng(0)
-    rows = [
-        {"image": f"{folder.name}/{name}", "question": question.text, "answer": question.answer}
-        for name, picture in dataset.load_truth(folder).items()
-        for question in (several.sample_question(picture, rng) for _ in range(LABELS_PER_IMAGE))
-    ]
-    dataset.write_rows(draft / "labels.jsonl", rows)
+    dataset.write_labels(dataset.write_unlabeled(draft / "unlabeled", UNLABELED, settings.style))
     for split, count in {"validation": VALIDATION, settings.split: settings.questions}.items():
         dataset.write_questions(draft / split, count, settings.style, split)
     draft.rename(out / "data")

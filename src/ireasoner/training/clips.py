@@ -290,6 +290,7 @@ def _video(file: IO[bytes], limits: Limits) -> Pictures:
     """Frames of a video. It is gone through once without decoding, for when its frames are."""
     try:
         import av  # pyright: ignore[reportMissingImports]
+        from av.error import FFmpegError  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(IN_VIDEO) from None
     head = file.read(12)
@@ -299,7 +300,7 @@ def _video(file: IO[bytes], limits: Limits) -> Pictures:
     try:
         with av.open(file) as container:  # a file and no name: whatever it says, nothing else is opened
             return _shown(container, limits)
-    except av.error.FFmpegError as error:
+    except FFmpegError as error:
         raise ValueError(f"the clip is damaged or ends early: {error.strerror}") from error
 
 
@@ -359,6 +360,6 @@ def _turned(frame: Any) -> Image.Image:
     image, matrix = frame.to_image(), frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return image
-    a, b, _, c, d = struct.unpack_from("<5i", bytes(matrix))
-    turn = TURNS.get(tuple(round(value / 2**16) for value in (a, b, c, d)))
+    a, b, _, c, d = (round(value / 2**16) for value in struct.unpack_from("<5i", bytes(matrix)))
+    turn = TURNS.get((a, b, c, d))
     return image if turn is None else image.transpose(turn)
