@@ -159,7 +159,8 @@ def test_the_documented_commands_can_be_given():
         if words[0] in ("ireasoner", "ssh") or "-m ireasoner " in line:
             given = words[words.index("ireasoner") + 1 :]
             _, bound, _ = app.parse_args(given, exit_on_error=False, print_error=False)
-            options = {name: value for name, value in bound.arguments.items() if name in configs.PATHS}
+            named = {name: bound.arguments[name] for name in configs.PATHS if name in bound.arguments}
+            options = {name: value for name, value in named.items() if not isinstance(value, bool)}
             configs.config_of({"images": "photos", "model": "tiny", **options})
             checked += 1
         elif words[0] == "make":
